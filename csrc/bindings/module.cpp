@@ -1,0 +1,123 @@
+// deftcore._C: addresses, sizes and a stream in; exceptions out. Shapes and dtypes are checked in deftcore.ops.
+// Submodules `cpu` and `cuda` have the same functions; `cuda` exists only in a build with CUDA.
+#include <pybind11/pybind11.h>
+
+#include "deftcore/density.h"
+#include "deftcore/sparse_mlp.h"
+
+namespace deftcore::cpu {
+const char* isa_name();
+std::string isa_available();
+}  // namespace deftcore::cpu
+
+namespace {
+
+namespace py = pybind11;
+using namespace deftcore;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The back end's functions, as one type, so that both devices are bound by the same text.
+struct Backend {
+  void (*act_density)(const ActDensityArgs&, Stream);
+  void (*act_density_backward)(const ActDensityBackwardArgs&, Stream);
+  void (*density)(const DensityArgs&, Stream);
+  size_t (*sparse_down_workspace)(const SparseDownArgs&);
+  void (*sparse_down)(const SparseDownArgs&, Stream);
+  size_t (*sparse_mlp_workspace)(const SparseMlpArgs&);
+  void (*sparse_mlp)(const SparseMlpArgs&, Stream);
+};
+
+void bind(py::module_ m, Backend backend) {
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "act_density",
+      [backend](uintptr_t z, uintptr_t mask, uintptr_t a, uintptr_t sum, uintptr_t count, int64_t rows, int64_t width,
+                int dtype, int activation, int surrogate, float param, float tau, uintptr_t stream) {
+        backend.act_density({pointer<const void>(z), pointer<const uint8_t>(mask), pointer<void>(a),
+                             pointer<float>(sum), pointer<int64_t>(count), rows, width, static_cast<DType>(dtype),
+                             static_cast<Activation>(activation), static_cast<Surrogate>(surrogate), param, tau},
+                            pointer<void>(stream));
+      },
+      release);
+  m.def(
+      "act_density_backward",
+      [backend](uintptr_t z, uintptr_t grad_a, uintptr_t grad_sum, uintptr_t mask, uintptr_t grad_z, int64_t rows,
+                int64_t width, int dtype, int activation, int surrogate, float param, uintptr_t stream) {
+        backend.act_density_backward(
+            {pointer<const void>(z), pointer<const void>(grad_a), pointer<const float>(grad_sum),
+             pointer<const uint8_t>(mask), pointer<void>(grad_z), rows, width, static_cast<DType>(dtype),
+             static_cast<Activation>(activation), static_cast<Surrogate>(surrogate), param},
+            pointer<void>(stream));
+      },
+      release);
+  m.def(
+      "density",
+      [backend](uintptr_t a, uintptr_t mask, uintptr_t count, int64_t rows, int64_t width, int dtype, float tau,
+                uintptr_t stream) {
+        backend.density({pointer<const void>(a), pointer<const uint8_t>(mask), pointer<int64_t>(count), rows, width,
+                         static_cast<DType>(dtype), tau},
+                        pointer<void>(stream));
+      },
+      release);
+
+  m.def("sparse_down_workspace", [backend](int64_t tokens, int64_t neurons, int64_t width) {
+    SparseDownArgs args{};
+    args.tokens = tokens;
+    args.neurons = neurons;
+    args.width = width;
+    return backend.sparse_down_workspace(args);
+  });
+  m.def(
+      "sparse_down",
+      [backend](uintptr_t a, uintptr_t w_down_t, uintptr_t bias, uintptr_t y, uintptr_t workspace, uintptr_t rows_read,
+                int64_t tokens, int64_t neurons, int64_t width, int64_t w_stride, int64_t capacity,
+                int dtype, float tau, uintptr_t stream) {
+        backend.sparse_down({pointer<const void>(a), pointer<const void>(w_down_t), pointer<const void>(bias),
+                             pointer<void>(y), pointer<void>(workspace), pointer<int64_t>(rows_read), tokens, neurons,
+                             width, w_stride, capacity, static_cast<DType>(dtype), tau},
+                            pointer<void>(stream));
+      },
+      release);
+
+  m.def("sparse_mlp_workspace", [backend](int64_t tokens, int64_t neurons, int64_t width) {
+    SparseMlpArgs args{};
+    args.tokens = tokens;
+    args.neurons = neurons;
+    args.width = width;
+    return backend.sparse_mlp_workspace(args);
+  });
+  m.def(
+      "sparse_mlp",
+      [backend](uintptr_t x, uintptr_t z, uintptr_t w_gate, uintptr_t w_up, uintptr_t w_down_t, uintptr_t b_up,
+                uintptr_t b_down, uintptr_t y, uintptr_t workspace, uintptr_t rows_read, int64_t tokens,
+                int64_t neurons, int64_t width, int64_t gate_stride, int64_t up_stride, int64_t down_stride,
+                int64_t capacity, int dtype, int activation, float tau, uintptr_t stream) {
+        backend.sparse_mlp(
+            {pointer<const void>(x), pointer<const void>(z), pointer<const void>(w_gate), pointer<const void>(w_up),
+             pointer<const void>(w_down_t), pointer<const void>(b_up), pointer<const void>(b_down), pointer<void>(y),
+             pointer<void>(workspace), pointer<int64_t>(rows_read), tokens, neurons, width, gate_stride, up_stride,
+             down_stride, capacity, static_cast<DType>(dtype), static_cast<Activation>(activation), tau},
+            pointer<void>(stream));
+      },
+      release);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("version") = DEFTCORE_VERSION;
+  m.attr("max_sparse_tokens") = kMaxSparseTokens;
+  m.def("isa_name", &cpu::isa_name);
+  m.def("isa_available", &cpu::isa_available);
+  bind(m.def_submodule("cpu"), {cpu::act_density, cpu::act_density_backward, cpu::density, cpu::sparse_down_workspace,
+                                cpu::sparse_down, cpu::sparse_mlp_workspace, cpu::sparse_mlp});
+#if defined(DEFTCORE_WITH_CUDA)
+  bind(m.def_submodule("cuda"),
+       {cuda::act_density, cuda::act_density_backward, cuda::density, cuda::sparse_down_workspace, cuda::sparse_down,
+        cuda::sparse_mlp_workspace, cuda::sparse_mlp});
+#endif
+}

@@ -1,0 +1,135 @@
+// Chooses the instruction set once per process: the best that the machine has, or DEFTCORE_CPU_ISA.
+#include "isa.h"
+
+#include <cstdlib>
+
+namespace deftcore::cpu {
+
+#define DEFTCORE_DECLARE(isa)                                     \
+  void act_density_##isa(const ActDensityArgs&);                  \
+  void act_density_backward_##isa(const ActDensityBackwardArgs&); \
+  void density_##isa(const DensityArgs&);                         \
+  void sparse_down_##isa(const SparseDownArgs&);                  \
+  void sparse_mlp_##isa(const SparseMlpArgs&);
+#define DEFTCORE_TABLE(isa) \
+  {#isa, act_density_##isa, act_density_backward_##isa, density_##isa, sparse_down_##isa, sparse_mlp_##isa}
+
+DEFTCORE_DECLARE(scalar)
+#if defined(DEFTCORE_X86)
+DEFTCORE_DECLARE(avx2)
+DEFTCORE_DECLARE(avx512)
+DEFTCORE_DECLARE(avx512bf16)
+#endif
+
+namespace {
+
+struct Level {
+  Kernels kernels;
+  bool available;
+};
+
+// Plainest first.
+const Level* levels(int* count) {
+#if defined(DEFTCORE_X86)
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const Level all[] = {
+      {DEFTCORE_TABLE(scalar), true},
+      {DEFTCORE_TABLE(avx2), avx2},
+      {DEFTCORE_TABLE(avx512), avx512},
+      {DEFTCORE_TABLE(avx512bf16), avx512 && __builtin_cpu_supports("avx512bf16")},
+  };
+#else
+  static const Level all[] = {{DEFTCORE_TABLE(scalar), true}};
+#endif
+  *count = sizeof(all) / sizeof(all[0]);
+  return all;
+}
+
+const Kernels& choose() {
+  int count;
+  const Level* all = levels(&count);
+  const char* forced = std::getenv("DEFTCORE_CPU_ISA");
+  if (forced != nullptr && *forced != '\0') {
+    for (int i = 0; i < count; ++i) {
+      if (std::string(forced) == all[i].kernels.name && all[i].available) return all[i].kernels;
+    }
+    throw std::invalid_argument("DEFTCORE_CPU_ISA: this machine has " + isa_available() + ", got '" + forced + "'");
+  }
+  int best = 0;
+  for (int i = 0; i < count; ++i) {
+    if (all[i].available) best = i;
+  }
+  return all[best].kernels;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+const char* isa_name() { return kernels().name; }
+
+std::string isa_available() {
+  int count;
+  const Level* all = levels(&count);
+  std::string names;
+  for (int i = 0; i < count; ++i) {
+    if (all[i].available) names += (names.empty() ? "" : " ") + std::string(all[i].kernels.name);
+  }
+  return names;
+}
+
+namespace {
+
+// int32 neuron numbers and int64 offsets; the Python layer checks shapes, this keeps a C++ caller from a crash.
+template <class Args>
+void check_sparse(const Args& args, const char* op) {
+  require(args.tokens >= 0 && args.tokens <= kMaxSparseTokens, op, "tokens must be in 0..64");
+  require(args.neurons >= 0 && args.neurons < INT32_MAX, op, "neurons must be below 2^31");
+  require(args.width >= 0, op, "width must not be negative");
+  require(args.tau >= 0, op, "tau must not be negative");
+}
+
+size_t align64(size_t bytes) { return (bytes + 63) & ~static_cast<size_t>(63); }
+
+}  // namespace
+
+void act_density(const ActDensityArgs& args, Stream) { kernels().act_density(args); }
+void act_density_backward(const ActDensityBackwardArgs& args, Stream) { kernels().act_density_backward(args); }
+void density(const DensityArgs& args, Stream) { kernels().density(args); }
+
+void sparse_down(const SparseDownArgs& args, Stream) {
+  check_sparse(args, "sparse_down");
+  kernels().sparse_down(args);
+}
+
+void sparse_mlp(const SparseMlpArgs& args, Stream) {
+  check_sparse(args, "sparse_mlp");
+  kernels().sparse_mlp(args);
+}
+
+// In order: active list, counts per thread, h and its bfloat16 pairs, output accumulators (see sparse_mlp.cpp).
+size_t sparse_down_workspace(const SparseDownArgs& args) {
+  const size_t threads = static_cast<size_t>(omp_get_max_threads()), neurons = static_cast<size_t>(args.neurons) + 64,
+               tokens = static_cast<size_t>(args.tokens), width = static_cast<size_t>(args.width) + 80;
+  return align64(neurons * 4) + align64(threads * 8) + align64((neurons * tokens + 64) * 4) +
+         align64((neurons * tokens / 2 + 64) * 4) + align64(tokens * width * 4);
+}
+
+// Further: activations and inputs as float.
+size_t sparse_mlp_workspace(const SparseMlpArgs& args) {
+  SparseDownArgs down{};
+  down.tokens = args.tokens;
+  down.neurons = args.neurons;
+  down.width = args.width;
+  const size_t tokens = static_cast<size_t>(args.tokens);
+  return sparse_down_workspace(down) + align64(tokens * static_cast<size_t>(args.neurons) * 4) +
+         align64(tokens * (static_cast<size_t>(args.width) + 80) * 4);
+}
+
+}  // namespace deftcore::cpu

@@ -1,0 +1,354 @@
+// What a CPU kernel file sees of the instruction set. Each kernel file is compiled once per level with
+// DEFTCORE_ISA set; Vec hides the width, and everything stands in an anonymous namespace so that the linker
+// cannot merge the levels.
+#pragma once
+
+#include <omp.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "deftcore/density.h"
+#include "deftcore/math.h"
+#include "deftcore/sparse_mlp.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define DEFTCORE_JOIN_(a, b) a##_##b
+#define DEFTCORE_JOIN(a, b) DEFTCORE_JOIN_(a, b)
+// act_density -> act_density_avx512
+#define DEFTCORE_KERNEL(name) DEFTCORE_JOIN(name, DEFTCORE_ISA)
+
+namespace deftcore::cpu {
+
+// One table of functions per level; isa.cpp picks one per process.
+struct Kernels {
+  const char* name;
+  void (*act_density)(const ActDensityArgs&);
+  void (*act_density_backward)(const ActDensityBackwardArgs&);
+  void (*density)(const DensityArgs&);
+  void (*sparse_down)(const SparseDownArgs&);
+  void (*sparse_mlp)(const SparseMlpArgs&);
+};
+const Kernels& kernels();
+
+// Name of the level in use, and a space-separated list of those this machine can run.
+const char* isa_name();
+std::string isa_available();
+
+}  // namespace deftcore::cpu
+
+#if defined(DEFTCORE_ISA)
+namespace deftcore::cpu {
+namespace {
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 h) {
+  const uint32_t bits = static_cast<uint32_t>(h.bits) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+#if defined(__F16C__)
+inline float to_float(Float16 h) { return _cvtsh_ss(h.bits); }
+#else
+inline float to_float(Float16 h) {
+  const uint32_t sign = (h.bits & 0x8000u) << 16, exponent = (h.bits >> 10) & 31, fraction = h.bits & 0x3ff;
+  uint32_t bits;
+  float x;
+  if (exponent == 0) {  // zero and subnormals: fraction * 2^-24 is exact
+    x = static_cast<float>(fraction) * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &x, 4);
+    bits |= sign;
+  } else {
+    bits = sign | ((exponent == 31 ? 255u : exponent + 112) << 23) | (fraction << 13);
+  }
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+#endif
+inline BFloat16 to_bfloat16(float x) {  // round to nearest even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = x != x ? bits | 0x400000u : bits + 0x7fff + ((bits >> 16) & 1);
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+
+#if defined(__AVX512F__)
+
+constexpr int kWidth = 16;
+using Mask = __mmask16;
+
+struct Vec {
+  __m512 v;
+  Vec() = default;
+  Vec(__m512 x) : v(x) {}
+  explicit Vec(float x) : v(_mm512_set1_ps(x)) {}
+};
+inline Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
+inline Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
+inline Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
+inline Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
+inline Mask operator>(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+inline Mask operator<(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+inline Mask operator<=(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
+inline Mask operator==(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+inline Vec where(Mask m, Vec a, Vec b) { return _mm512_mask_blend_ps(m, b.v, a.v); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+inline Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
+inline Vec round(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec scale2(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
+inline Vec rcp(Vec a) {  // 14-bit estimate and one Newton step: relative error below 2^-27
+  const __m512 r = _mm512_rcp14_ps(a.v);
+  return _mm512_mul_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(2.0f)));
+}
+inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
+// Bit i set where !(|a| <= tau): NaN counts as active.
+inline uint32_t active_bits(Vec a, Vec tau) { return _mm512_cmp_ps_mask(abs(a).v, tau.v, _CMP_NLE_UQ); }
+
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec widen(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
+inline Vec load(const BFloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Vec load(const Float16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline __m256i narrow(Vec a) {  // as to_bfloat16
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const Mask nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+inline void store(BFloat16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
+inline void store(Float16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+// For values that came from T and were not changed in their low bits: no rounding to do.
+inline void store_exact(BFloat16* p, Vec a) {
+  const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(a.v), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+}
+// Writes base + i for each set bit, in order. May write up to kWidth entries past the last.
+inline void compress(int32_t* out, uint32_t bits, int32_t base) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i index = _mm512_add_epi32(lane, _mm512_set1_epi32(base));
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<Mask>(bits), index));
+}
+
+#elif defined(__AVX2__)
+
+constexpr int kWidth = 8;
+
+struct Vec {
+  __m256 v;
+  Vec() = default;
+  Vec(__m256 x) : v(x) {}
+  explicit Vec(float x) : v(_mm256_set1_ps(x)) {}
+};
+struct Mask {
+  __m256 m;
+};
+inline Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
+inline Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
+inline Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
+inline Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
+inline Mask operator>(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
+inline Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+inline Mask operator<=(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
+inline Mask operator==(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+inline Vec where(Mask m, Vec a, Vec b) { return _mm256_blendv_ps(b.v, a.v, m.m); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
+inline Vec round(Vec a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec scale2(Vec a, Vec n) {  // n in [-252, 252]: two halves, so that neither factor leaves the normal range
+  const __m256i k = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(k, 1), bias = _mm256_set1_epi32(127);
+  const auto pow2 = [&](__m256i e) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, bias), 23)); };
+  return _mm256_mul_ps(_mm256_mul_ps(a.v, pow2(half)), pow2(_mm256_sub_epi32(k, half)));
+}
+inline Vec rcp(Vec a) { return _mm256_div_ps(_mm256_set1_ps(1.0f), a.v); }
+inline float reduce_add(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline uint32_t active_bits(Vec a, Vec tau) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(abs(a).v, tau.v, _CMP_NLE_UQ)));
+}
+
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec widen(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
+inline Vec load(const BFloat16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+inline void store(BFloat16* p, Vec a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  rounded = _mm256_blendv_epi8(rounded, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
+  rounded = _mm256_srli_epi32(rounded, 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline void store(Float16* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void compress(int32_t* out, uint32_t bits, int32_t base) {
+  for (; bits; bits &= bits - 1) *out++ = base + __builtin_ctz(bits);
+}
+
+#else
+
+constexpr int kWidth = 1;
+using Mask = bool;
+using Vec = float;
+using math::abs;
+using math::erf;
+using math::exp;
+using math::rcp;
+using math::tanh;
+using math::where;
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline float reduce_add(Vec a) { return a; }
+inline uint32_t active_bits(Vec a, Vec tau) { return !(fabsf(a) <= tau); }
+
+inline Vec load(const float* p) { return *p; }
+inline Vec load(const BFloat16* p) { return to_float(*p); }
+inline Vec load(const Float16* p) { return to_float(*p); }
+inline void store(float* p, Vec a) { *p = a; }
+inline void store(BFloat16* p, Vec a) { *p = to_bfloat16(a); }
+inline void store(Float16* p, Vec a) {
+  uint32_t bits;
+  std::memcpy(&bits, &a, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (bits >= 0x477ff000u) {  // 65520 and above round to infinity
+    half = 0x7c00u;
+  } else if (bits < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the fraction, rounded, in the low bits
+    float magic = fabsf(a) + 0.5f;
+    std::memcpy(&half, &magic, 4);
+    half -= 0x3f000000u;
+  } else {
+    half = (bits + 0xfff + ((bits >> 13) & 1) - 0x38000000u) >> 13;
+  }
+  p->bits = static_cast<uint16_t>(sign | half);
+}
+inline void compress(int32_t* out, uint32_t bits, int32_t base) {
+  if (bits) *out = base;
+}
+
+#endif
+
+// Tails: n < kWidth elements, zero beyond.
+template <class T>
+inline Vec load_tail(const T* p, int64_t n) {
+  T buffer[kWidth];
+  std::memset(buffer, 0, sizeof(buffer));
+  std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+  return load(buffer);
+}
+template <class T>
+inline void store_tail(T* p, Vec a, int64_t n) {
+  T buffer[kWidth];
+  store(buffer, a);
+  std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+}
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+
+inline Vec polynomial(Vec x, Vec c) {
+  (void)x;
+  return c;
+}
+// c0 + x (c1 + x (c2 + ...)), lowest power first.
+template <class... C>
+inline Vec polynomial(Vec x, Vec c0, C... rest) {
+  return fma(x, polynomial(x, rest...), c0);
+}
+template <class... C>
+inline Vec horner(Vec x, C... c) {
+  return polynomial(x, Vec(static_cast<float>(c))...);
+}
+
+// e^x = 2^n e^r, |r| <= ln 2 / 2. Relative error below 2 ulp; 0 below -104, held at 2.2e38 above 88.3; NaN stays.
+inline Vec exp(Vec x) {
+  const Vec lo(-104.0f), hi(88.3f);
+  const Vec clamped = where(x < lo, lo, where(x > hi, hi, x));
+  const Vec n = round(clamped * Vec(1.44269504088896341f));
+  Vec r = fma(n, Vec(-0.693359375f), clamped);
+  r = fma(n, Vec(2.12194440e-4f), r);
+  const Vec p = horner(r, 1.0f, 1.0f, 0.49999992f, 0.1666642f, 0.04166823f, 0.00837482f, 0.00138368f);
+  return scale2(p, n);
+}
+
+// erf(x) and bell = e^{-x^2}. |x| < 1: x P(x^2). Beyond: 1 - bell Q(1 / (|x| + 2)), with |x| held at 4.2 for Q and
+// the product, where erf is 1 in float. Coefficients from a Lawson-weighted least-squares fit.
+inline Vec erf(Vec x, Vec& bell) {
+  const Vec ax = abs(x), x2 = x * x, one(1.0f);
+  const Vec small = x * horner(x2, 1.12837917f, -0.376126258f, 0.112835851f, -0.0268538119f, 0.00518832767f,
+                               -8.01019350e-4f, 7.85386094e-5f);
+  const Vec t = rcp(where(ax > Vec(4.2f), Vec(4.2f), ax) + Vec(2.0f));
+  const Vec q = horner(t, -1.44641089e-4f, 0.569539048f, 1.04239684f, 2.75679353f, -1.55053249f, 17.7574064f,
+                       -29.7899695f, 15.0625640f);
+  bell = exp(Vec(0.0f) - x2);
+  const Vec large = one - bell * q;
+  return where(ax < one, small, where(x < Vec(0.0f), Vec(0.0f) - large, large));
+}
+
+inline Vec erf(Vec x) {
+  Vec bell;
+  return erf(x, bell);
+}
+
+inline Vec tanh(Vec x) {
+  const Vec ax = where(abs(x) > Vec(10.0f), Vec(10.0f), abs(x)), x2 = x * x, one(1.0f);
+  const Vec small = x * horner(x2, 1.0f, -0.33333252f, 0.13330932f, -0.05370532f, 0.02053994f, -0.00560274f);
+  const Vec large = one - Vec(2.0f) * rcp(exp(ax + ax) + one);
+  return where(ax < Vec(0.6f), small, where(x < Vec(0.0f), Vec(0.0f) - large, large));
+}
+
+#endif
+
+template <class T>
+inline void store_exact(T* p, Vec a) {
+  store(p, a);
+}
+
+// Run-time value to compile-time constant.
+template <class Fn>
+inline void dispatch_dtype(DType dtype, Fn&& fn) {
+  switch (dtype) {
+    case DType::kFloat32: return fn(float{});
+    case DType::kBFloat16: return fn(BFloat16{});
+    case DType::kFloat16: return fn(Float16{});
+  }
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Share `part` of [0, total) in `parts` nearly equal pieces whose bounds are multiples of `unit`.
+inline Range share(int64_t total, int64_t parts, int64_t part, int64_t unit = 1) {
+  const int64_t units = (total + unit - 1) / unit;
+  const int64_t begin = units * part / parts * unit, end = units * (part + 1) / parts * unit;
+  return {begin < total ? begin : total, end < total ? end : total};
+}
+
+// Threads worth waking for `bytes` of traffic: a parallel region costs about 3 us.
+inline int threads_for(int64_t bytes) {
+  constexpr int64_t kBytesPerThread = 1 << 16;
+  const int64_t wanted = bytes / kBytesPerThread + 1, most = omp_get_max_threads();
+  return static_cast<int>(wanted < most ? wanted : most);
+}
+
+}  // namespace
+}  // namespace deftcore::cpu
+#endif

@@ -1,0 +1,123 @@
+// Scalar formulas, written once for the host, for CUDA and for the CPU vector type (V = float or Vec).
+// A caller's type V brings: + - * /, where(mask, a, b), comparisons, and exp, erf, tanh, rcp, abs, max, broadcast<V>.
+#pragma once
+
+#include <cmath>
+
+#include "deftcore/common.h"
+
+#if defined(__CUDACC__)
+#define DEFTCORE_HD __host__ __device__ inline
+#else
+#define DEFTCORE_HD inline
+#endif
+
+namespace deftcore::math {
+
+DEFTCORE_HD float where(bool mask, float a, float b) { return mask ? a : b; }
+DEFTCORE_HD float exp(float x) { return expf(x); }
+DEFTCORE_HD float erf(float x) { return erff(x); }
+// Also gives e^{-x^2}.
+DEFTCORE_HD float erf(float x, float& bell) {
+  bell = expf(-x * x);
+  return erff(x);
+}
+DEFTCORE_HD float tanh(float x) { return tanhf(x); }
+DEFTCORE_HD float rcp(float x) { return 1.0f / x; }
+DEFTCORE_HD float abs(float x) { return fabsf(x); }
+
+template <class V>
+struct ValueGrad {
+  V value, grad;
+};
+
+inline constexpr float kInvSqrt2 = 0.70710678118654752f;
+inline constexpr float kInvSqrt2Pi = 0.39894228040143268f;
+inline constexpr float kSqrt2OverPi = 0.79788456080286536f;
+inline constexpr float kGeluCubic = 0.044715f;
+
+// Where z * z must stay finite.
+inline constexpr float kMaxSquared = 1e30f;
+
+// f(z). NaN goes through: `z > 0` is written so that NaN takes the branch that keeps it.
+template <Activation kF, class V>
+DEFTCORE_HD V activate(V z) {
+  const V zero(0.0f), one(1.0f), half(0.5f);
+  if constexpr (kF == Activation::kRelu) {
+    return where(z <= zero, zero, z);
+  } else if constexpr (kF == Activation::kRelu2) {
+    const V r = where(z <= zero, zero, z);
+    return r * r;
+  } else if constexpr (kF == Activation::kGeluErf) {
+    return where(z == V(-INFINITY), zero, half * z * (one + erf(z * V(kInvSqrt2))));
+  } else if constexpr (kF == Activation::kGeluTanh) {
+    const V u = V(kSqrt2OverPi) * (z + V(kGeluCubic) * z * z * z);
+    return where(z == V(-INFINITY), zero, half * z * (one + tanh(u)));
+  } else {
+    return where(z == V(-INFINITY), zero, z * rcp(one + exp(zero - z)));
+  }
+}
+
+// f(z) and f'(z) together: the backward needs both, since the surrogate's slope is taken at a = f(z).
+template <Activation kF, class V>
+DEFTCORE_HD ValueGrad<V> activate_grad(V z) {
+  const V zero(0.0f), one(1.0f), half(0.5f);
+  if constexpr (kF == Activation::kRelu) {
+    return {where(z <= zero, zero, z), where(z <= zero, zero, one)};
+  } else if constexpr (kF == Activation::kRelu2) {
+    const V r = where(z <= zero, zero, z);
+    return {r * r, r + r};
+  } else if constexpr (kF == Activation::kGeluErf) {
+    V bell;  // e^{-z^2 / 2}: erf needs it already
+    const V cdf = half * (one + erf(z * V(kInvSqrt2), bell));
+    const V pdf = V(kInvSqrt2Pi) * bell;
+    const auto infinite = abs(z) > V(kMaxSquared);
+    const V saturated = where(z <= zero, zero, one);
+    return {where(z == V(-INFINITY), zero, z * cdf), where(infinite, saturated, cdf + z * pdf)};
+  } else if constexpr (kF == Activation::kGeluTanh) {
+    const V z2 = z * z;
+    const V t = tanh(V(kSqrt2OverPi) * (z + V(kGeluCubic) * z2 * z));
+    const V slope = V(kSqrt2OverPi) * (one + V(3 * kGeluCubic) * z2);
+    const V cdf = half * (one + t);
+    const auto flat = abs(z) > V(1e4f);  // 1 - t * t is exactly 0 long before; avoids 0 * inf
+    const V saturated = where(z <= zero, zero, one);
+    return {where(z == V(-INFINITY), zero, z * cdf),
+            where(flat, saturated, cdf + half * z * (one - t * t) * slope)};
+  } else {
+    const V sigmoid = rcp(one + exp(zero - z));
+    const auto infinite = abs(z) > V(kMaxSquared);
+    const V saturated = where(z <= zero, zero, one);
+    return {where(z == V(-INFINITY), zero, z * sigmoid),
+            where(infinite, saturated, sigmoid * (one + z * (one - sigmoid)))};
+  }
+}
+
+// Density surrogate s(a) and its slope s'(a); p is eps for l0, beta for tanh, unused for l1.
+template <Surrogate kS, class V>
+DEFTCORE_HD V surrogate(V a, V p) {
+  if constexpr (kS == Surrogate::kL0) {
+    const V q = where(a * a > V(kMaxSquared), V(kMaxSquared), a * a);
+    return q * rcp(q + p);
+  } else if constexpr (kS == Surrogate::kTanh) {
+    return tanh(p * abs(a));
+  } else {
+    return abs(a);
+  }
+}
+
+template <Surrogate kS, class V>
+DEFTCORE_HD V surrogate_grad(V a, V p) {
+  const V zero(0.0f), one(1.0f);
+  if constexpr (kS == Surrogate::kL0) {
+    const auto flat = a * a > V(kMaxSquared);
+    const V r = rcp(where(flat, V(kMaxSquared), a * a) + p);
+    return where(flat, zero, (a + a) * r * (p * r));
+  } else {
+    const V sign = where(a == zero, zero, where(a < zero, zero - one, one));
+    if constexpr (kS == Surrogate::kL1) return sign;
+    const V s = tanh(p * abs(a));
+    return p * sign * (one - s * s);
+  }
+}
+
+}  // namespace deftcore::math

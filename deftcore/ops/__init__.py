@@ -1,0 +1,18 @@
+"""PyTorch operators over native kernels. Needs PyTorch alone."""
+
+from deftcore.ops._library import cuda_enabled, op_names
+from deftcore.ops.density import act_density, density
+from deftcore.ops.lora import lora_linear
+from deftcore.ops.sparse_mlp import bundle_rows, sparse_down, sparse_gated_mlp, sparse_mlp
+
+__all__ = [
+    "act_density",
+    "bundle_rows",
+    "cuda_enabled",
+    "density",
+    "lora_linear",
+    "op_names",
+    "sparse_down",
+    "sparse_gated_mlp",
+    "sparse_mlp",
+]

@@ -1,0 +1,125 @@
+"""When does the sparse path pay? A break-even density, measured once per machine, shape, dtype and token count.
+
+Both paths are timed on cold weights; the sparse path's time is taken as linear in the rows read. Results are kept in
+`$DEFTCORE_CACHE` (default `~/.cache/deftcore`) in cost_model.json, under a key of everything they depend on.
+"""
+
+import json
+import logging
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deftcore.ops._library import native
+
+logger = logging.getLogger("deftcore")
+
+_COLD_BYTES = 96 << 20  # more than a last-level cache holds
+_REPEATS = 5
+_known: dict[tuple, float] = {}
+
+
+def cache_folder() -> Path:
+    """Where deftcore keeps what it measured or made: `$DEFTCORE_CACHE`, else `$XDG_CACHE_HOME/deftcore`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DEFTCORE_CACHE") or Path(base) / "deftcore")
+
+
+def break_even_density(
+    like: Tensor,
+    tokens: int,
+    neurons: int,
+    width: int,
+    sparse: Callable[[Tensor, Tensor], Tensor],
+    dense: Callable[[Tensor, Tensor], Tensor],
+) -> float:
+    """Union density below which `sparse(a, w_down_t)` is faster than `dense`; 1 if it always is, 0 if never.
+
+    Args:
+        like: a tensor with the device and dtype in question.
+        tokens, neurons, width: the product's sizes; tokens are rounded up to a power of two.
+    """
+    bucket = 1 << max(tokens - 1, 0).bit_length()
+    where = like.device.index if like.device.type == "cuda" else torch.get_num_threads()
+    quick = (like.device.type, where, like.dtype, bucket, neurons, width)
+    if quick not in _known:
+        table = _load()
+        key = f"{_machine(like)} {neurons}x{width} {str(like.dtype)[6:]} tokens={bucket}"
+        if key not in table:
+            table[key] = _measure(like, bucket, neurons, width, sparse, dense)
+            logger.info("cost model: %s: sparse below density %.2f", key, table[key])
+            _save(table)
+        _known[quick] = table[key]
+    return _known[quick]
+
+
+def _machine(like: Tensor) -> str:
+    if like.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(like.device)} torch-{torch.__version__}"
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    threads = torch.get_num_threads()
+    return f"{cpu} {native.isa_name()} threads={threads} torch-{torch.__version__} deftcore-{native.version}"
+
+
+def _measure(
+    like: Tensor,
+    tokens: int,
+    neurons: int,
+    width: int,
+    sparse: Callable[[Tensor, Tensor], Tensor],
+    dense: Callable[[Tensor, Tensor], Tensor],
+) -> float:
+    bytes_each = max(neurons * width * like.element_size(), 1)
+    copies = min(max(_COLD_BYTES // bytes_each, 1), 64)
+    weights = [torch.full((neurons, width), 0.01, dtype=like.dtype, device=like.device) for _ in range(copies)]
+    full = torch.ones((tokens, neurons), dtype=like.dtype, device=like.device)
+    quarter = torch.zeros_like(full)
+    quarter[:, ::4] = 1
+    cases: list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = [(dense, full), (sparse, full), (sparse, quarter)]
+    times: list[list[float]] = [[] for _ in cases]
+    for repeat in range(_REPEATS + 1):
+        for case, (run, a) in enumerate(cases):
+            start = time.perf_counter()
+            run(a, weights[(repeat + case) % copies])
+            if like.device.type == "cuda":
+                torch.cuda.synchronize(like.device)
+            if repeat:  # the first round warms up
+                times[case].append(time.perf_counter() - start)
+    dense_time, full_time, quarter_time = map(statistics.median, times)
+    per_density = max((full_time - quarter_time) / 0.75, 1e-12)
+    fixed = full_time - per_density
+    return min(max((dense_time - fixed) / per_density, 0.0), 1.0)
+
+
+def _path() -> Path:
+    return cache_folder() / "cost_model.json"
+
+
+def _load() -> dict[str, float]:
+    try:
+        raw = json.loads(_path().read_text())
+        return {str(key): min(max(float(value), 0.0), 1.0) for key, value in raw.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}  # absent or damaged: measured again
+
+
+def _save(table: dict[str, float]) -> None:
+    path = _path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(_load() | table, file, indent=1, sort_keys=True)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.info("cost model: not kept, %s", error)

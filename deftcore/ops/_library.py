@@ -1,0 +1,148 @@
+"""What every op file uses: registration with PyTorch, the choice of a native back end, and argument checks.
+
+An op is one `define` call: a schema, an implementation for every device (it asks `backend` for native code and calls
+its reference otherwise), a fake kernel, and an autograd formula. `torch.library.Library` is used directly because it
+costs a quarter of the call overhead of the `custom_op` decorator.
+"""
+
+import ctypes
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# float64 runs on the references: it is there for gradcheck.
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Ops whose CUDA kernels have passed their tests on hardware (bench/results holds the evidence). The others are compiled
+# but stay off unless DEFTCORE_EXPERIMENTAL_CUDA=1.
+CUDA_VERIFIED: frozenset[str] = frozenset()
+
+_lib = torch.library.Library("deftcore", "DEF")
+_defined: list[str] = []
+
+
+def _import_native() -> ModuleType:
+    """Imports the compiled module. It brings no OpenMP of its own: its symbols bind to the runtime PyTorch loaded."""
+    try:
+        from deftcore import _C
+    except ImportError as error:
+        if "GOMP_" not in str(error) and "omp_" not in str(error):
+            raise ImportError(
+                "deftcore: the compiled module deftcore._C is missing or unusable "
+                f"({error}); install the package (`pip install .`) and run from outside a source tree that is not built"
+            ) from error
+        ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)  # this PyTorch brought no OpenMP at all
+        from deftcore import _C
+    return _C
+
+
+native = _import_native()
+
+
+def define(
+    schema: str,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Registers one op in the `deftcore` namespace and returns its overload, ready to call."""
+    name = schema.split("(", 1)[0]
+    _lib.define(schema)
+    _lib.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"deftcore::{name}", fake, lib=_lib)
+    if backward is not None:
+        torch.library.register_autograd(f"deftcore::{name}", backward, setup_context=setup_context, lib=_lib)
+    _defined.append(name)
+    return getattr(torch.ops.deftcore, name).default
+
+
+def op_names() -> list[str]:
+    """Names of all registered ops."""
+    return list(_defined)
+
+
+def cuda_enabled(op: str) -> bool:
+    """Whether the CUDA kernel of `op` is built and switched on."""
+    switched_on = op in CUDA_VERIFIED or os.environ.get("DEFTCORE_EXPERIMENTAL_CUDA") == "1"
+    return hasattr(native, "cuda") and switched_on
+
+
+@cache
+def _warn_fallback(op: str, device: str, dtype: torch.dtype) -> None:
+    warnings.warn(
+        f"deftcore.{op}: no native kernel is switched on for {device} and {dtype}; the PyTorch reference runs instead",
+        stacklevel=4,
+    )
+
+
+def backend(op: str, x: Tensor) -> ModuleType | None:
+    """The native functions for the device and dtype of `x`, or None when the reference has to serve."""
+    if x.dtype in DTYPE_CODES:
+        if x.device.type == "cpu":
+            return native.cpu
+        if x.device.type == "cuda" and cuda_enabled(op):
+            return native.cuda
+    if x.dtype != torch.float64:
+        _warn_fallback(op, x.device.type, x.dtype)
+    return None
+
+
+def stream(x: Tensor) -> int:
+    """The current CUDA stream of x's device as an address; 0 on the CPU."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else 0
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+# ---------------------------------------------------------------------------- checks
+
+
+def check_float(name: str, x: Any) -> None:
+    """Raises TypeError unless x is a dense floating-point tensor of a supported dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: must be a Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: dtype must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: must be a dense (strided) tensor, got layout {x.layout}")
+
+
+def check_like(name: str, x: Any, like_name: str, like: Tensor) -> None:
+    """Raises unless x is a tensor of like's dtype on like's device."""
+    check_float(name, x)
+    if x.dtype != like.dtype:
+        raise TypeError(f"{name}: dtype must be {like.dtype} as {like_name}, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: must be on {like.device} as {like_name}, got {x.device}")
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...], why: str) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: shape must be {shape} ({why}), got {tuple(x.shape)}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{name}: must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_number(name: str, value: Any, *, minimum: float, strict: bool = False) -> float:
+    """Returns value as a float; raises unless it is a finite number above (`strict`) or not below `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: must be a number, got {type(value).__name__}")
+    above = value > minimum if strict else value >= minimum
+    if not above or value != value or value == float("inf"):
+        raise ValueError(f"{name}: must be finite and {'above' if strict else 'at least'} {minimum}, got {value}")
+    return float(value)

@@ -1,0 +1,127 @@
+"""Frozen linear layer plus a low-rank adapter, as one op: gradients go to x and the factors only."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deftcore.ops._library import check_float, check_like, check_number, check_shape, define
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    dropped_x: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias + scaling (x A^T) B^T, with W and bias frozen (Hu et al., LoRA, arXiv 2106.09685, eq. 3).
+
+    The low-rank term is accumulated into the base product (no [.., M] temporary), and the backward keeps x and
+    x A^T only. The products are the library's; a frozen W gets no gradient even if it asks for one.
+
+    Args:
+        x: [..., K]; weight: [M, K]; lora_a: [R, K]; lora_b: [M, R]; bias: [M] or None. One dtype, one device.
+        scaling: lora_alpha / r.
+        dropped_x: [..., K], the adapter's input where it differs from x (dropout); None is x.
+
+    Returns:
+        [..., M].
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> one = torch.ones(1, 1)
+    >>> lora_linear(one, one, one, one, scaling=2.0).tolist()
+    [[3.0]]
+    """
+    check_float("x", x)
+    for name, matrix in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+        check_like(name, matrix, "x", x)
+        if matrix.dim() != 2:
+            raise ValueError(f"{name}: must be a matrix, got shape {tuple(matrix.shape)}")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: last dimension must be {weight.shape[1]} (weight.shape[1]), got {tuple(x.shape)}")
+    rank = lora_a.shape[0]
+    check_shape("lora_a", lora_a, (rank, weight.shape[1]), "[R, K]")
+    check_shape("lora_b", lora_b, (weight.shape[0], rank), "[M, R]")
+    if bias is not None:
+        check_like("bias", bias, "x", x)
+        check_shape("bias", bias, (weight.shape[0],), "one per output")
+    if dropped_x is not None:
+        check_like("dropped_x", dropped_x, "x", x)
+        check_shape("dropped_x", dropped_x, tuple(x.shape), "as x")
+    check_number("scaling", abs(scaling), minimum=0.0)
+    return _lora_linear(x, dropped_x, weight, lora_a, lora_b, bias, float(scaling))[0]
+
+
+def _lora_linear_impl(
+    x: Tensor,
+    dropped_x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    flat = (x if dropped_x is None else dropped_x).reshape(-1, x.shape[-1])
+    low = flat @ lora_a.t()
+    y = F.linear(x.reshape(flat.shape), weight, bias).addmm_(low, lora_b.t(), alpha=scaling)
+    return y.reshape(*x.shape[:-1], weight.shape[0]), low
+
+
+def _lora_linear_fake(
+    x: Tensor,
+    dropped_x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    tokens = x.numel() // x.shape[-1]
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((tokens, lora_a.shape[0]))
+
+
+def _lora_linear_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    x, dropped_x, weight, lora_a, lora_b, _, scaling = inputs
+    ctx.save_for_backward(x if dropped_x is None else dropped_x, weight, lora_a, lora_b, output[1])
+    ctx.scaling, ctx.shared = scaling, dropped_x is None
+    ctx.mark_non_differentiable(output[1])
+
+
+def _lora_linear_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
+    x, weight, lora_a, lora_b, low = ctx.saved_tensors
+    flat = grad.reshape(-1, grad.shape[-1])
+    grad_low = (flat @ lora_b).mul_(ctx.scaling)
+    need_x, need_dropped, _, need_a, need_b = ctx.needs_input_grad[:5]
+    grad_x = grad_dropped = None
+    if need_x:
+        grad_x = flat @ weight
+        if ctx.shared:
+            grad_x = torch.addmm(grad_x, grad_low, lora_a)
+        grad_x = grad_x.reshape(x.shape)
+    if need_dropped:
+        grad_dropped = (grad_low @ lora_a).reshape(x.shape)
+    grad_a = grad_low.t() @ x.reshape(-1, x.shape[-1]) if need_a else None
+    grad_b = (flat.t() @ low) * ctx.scaling if need_b else None
+    return grad_x, grad_dropped, None, grad_a, grad_b, None, None
+
+
+def lora_linear_ref(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None
+) -> Tensor:
+    """The definition, in plain PyTorch; any floating dtype."""
+    return F.linear(x, weight, bias) + scaling * F.linear(F.linear(x, lora_a), lora_b)
+
+
+_lora_linear = define(
+    "lora_linear(Tensor x, Tensor? dropped_x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
+    "float scaling) -> (Tensor, Tensor)",
+    _lora_linear_impl,
+    _lora_linear_fake,
+    setup_context=_lora_linear_setup,
+    backward=_lora_linear_backward,
+)

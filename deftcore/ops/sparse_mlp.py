@@ -1,0 +1,400 @@
+"""Sparsity-aware MLP products: weight rows of inactive neurons are not read."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deftcore.ops import _dispatch
+from deftcore.ops._library import (
+    DTYPE_CODES,
+    address,
+    backend,
+    check_choice,
+    check_float,
+    check_like,
+    check_number,
+    check_shape,
+    define,
+    native,
+    stream,
+)
+from deftcore.ops.density import ACTIVATIONS, _activate, activation_name, default_tau
+
+PATHS = {"auto": 0, "sparse": 1, "dense": 2}
+MAX_TOKENS: int = native.max_sparse_tokens
+
+
+def sparse_down(
+    a: Tensor,
+    w_down_t: Tensor,
+    bias: Tensor | None = None,
+    *,
+    tau: float = 0.0,
+    path: str = "auto",
+    deterministic: bool = False,
+) -> Tensor:
+    """y = a W_down^T + bias, reading only the rows of w_down_t whose neuron is active in some token.
+
+    Neuron i is active in a token when |a_i| > tau or a_i is NaN. At tau = 0 the result is the dense product up to
+    summation order, with one difference: infinities and NaN in the weights of inactive neurons are not seen.
+
+    Args:
+        a: [..., F] activations; float32, bfloat16 or float16 (float64 on the reference).
+        w_down_t: [F, D] neuron-major down projection, that is `down_proj.weight.t()`; a row stride above D is fine.
+        bias: [D] or None.
+        tau: threshold, at least 0; see `default_tau` for the error bound of smooth activations.
+        path: "auto" measures once per machine and shape and takes the faster; "sparse" and "dense" force one.
+            More than 64 tokens go to "dense" under "auto", in pieces of 64 under "sparse".
+        deterministic: bit-equal repeats. The CPU kernel always is; on CUDA this picks a fixed summation order.
+
+    Returns:
+        [..., D] in a's dtype, accumulated in float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> sparse_down(torch.tensor([[0.0, 2.0]]), torch.tensor([[9.0, 9.0], [1.0, 3.0]])).tolist()
+    [[2.0, 6.0]]
+    """
+    check_float("a", a)
+    if a.dim() == 0:
+        raise ValueError("a: must have at least one dimension, got a scalar")
+    _check_weight("w_down_t", w_down_t, "a", a)
+    if w_down_t.shape[0] != a.shape[-1]:
+        raise ValueError(f"w_down_t: first dimension must be {a.shape[-1]} (neurons of a), got {w_down_t.shape[0]}")
+    _check_bias("bias", bias, w_down_t.shape[1], "a", a)
+    tau = check_number("tau", tau, minimum=0.0)
+    check_choice("path", path, PATHS)
+    if not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic: must be a bool, got {type(deterministic).__name__}")
+    y = _sparse_down(a.reshape(-1, a.shape[-1]), w_down_t, bias, tau, PATHS[path])
+    return y.reshape(*a.shape[:-1], w_down_t.shape[1])
+
+
+def sparse_mlp(
+    x: Tensor,
+    w_up: Tensor,
+    w_down_t: Tensor,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    *,
+    activation: str = "relu",
+    tau: float | None = None,
+    path: str = "auto",
+) -> Tensor:
+    """y = f(x W_up^T + b_up) W_down^T + b_down, reading only active rows of w_down_t: at best 2 / (1 + density).
+
+    Args:
+        x: [..., D].
+        w_up: [F, D]; w_down_t: [F, D] neuron-major; b_up: [F] or None; b_down: [D] or None.
+        activation: as in `act_density`.
+        tau: None is 0 for ReLU types and sqrt(1e-7) for smooth activations, where the result is then approximate:
+            ||dY|| <= sum over skipped neurons of |a_i| ||w_down_t[i]||.
+        path: as in `sparse_down`.
+
+    Returns:
+        [..., D] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> sparse_mlp(torch.ones(1, 2), torch.tensor([[1.0, 1.0], [-1.0, 0.0]]), torch.eye(2)).tolist()
+    [[2.0, 0.0]]
+    """
+    return _mlp(x, None, w_up, w_down_t, b_up, b_down, activation, tau, path)
+
+
+def sparse_gated_mlp(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down_t: Tensor,
+    *,
+    activation: str = "silu",
+    tau: float | None = None,
+    path: str = "auto",
+) -> Tensor:
+    """y = (f(x W_gate^T) * (x W_up^T)) W_down^T; only rows of w_up and w_down_t with |f| > tau are read.
+
+    At best 3 / (1 + 2 density) over the dense block. `bundle_rows` lays w_up and w_down_t side by side, so that a
+    neuron is one contiguous read; the views it returns go in here and into dense products alike.
+
+    Args:
+        x: [..., D].
+        w_gate, w_up, w_down_t: [F, D] each, rows are neurons; row strides are free.
+        activation, tau, path: as in `sparse_mlp`.
+
+    Returns:
+        [..., D] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> eye = torch.eye(2)
+    >>> sparse_gated_mlp(torch.tensor([[3.0, -1.0]]), eye, eye, eye, activation="relu").tolist()
+    [[9.0, 0.0]]
+    """
+    return _mlp(x, w_gate, w_up, w_down_t, None, None, activation, tau, path)
+
+
+def bundle_rows(w_up: Tensor, w_down_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies two [F, D] matrices into one [F, 2, D] buffer and returns the two views, row stride 2 D."""
+    check_like("w_down_t", w_down_t, "w_up", w_up)
+    check_shape("w_down_t", w_down_t, tuple(w_up.shape), "as w_up")
+    bundle = torch.stack((w_up, w_down_t), dim=1)
+    return bundle[:, 0], bundle[:, 1]
+
+
+def _mlp(
+    x: Tensor,
+    w_gate: Tensor | None,
+    w_up: Tensor,
+    w_down_t: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    tau: float | None,
+    path: str,
+) -> Tensor:
+    check_float("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: must have at least one dimension, got a scalar")
+    _check_weight("w_up", w_up, "x", x)
+    if w_up.shape[1] != x.shape[-1]:
+        raise ValueError(f"w_up: last dimension must be {x.shape[-1]} (width of x), got {w_up.shape[1]}")
+    _check_weight("w_down_t", w_down_t, "x", x)
+    check_shape("w_down_t", w_down_t, tuple(w_up.shape), "neuron-major, as w_up")
+    if w_gate is not None:
+        _check_weight("w_gate", w_gate, "x", x)
+        check_shape("w_gate", w_gate, tuple(w_up.shape), "as w_up")
+    _check_bias("b_up", b_up, w_up.shape[0], "x", x)
+    _check_bias("b_down", b_down, x.shape[-1], "x", x)
+    f = activation_name(activation)
+    tau = default_tau(f) if tau is None else check_number("tau", tau, minimum=0.0)
+    check_choice("path", path, PATHS)
+    flat = x.reshape(-1, x.shape[-1])
+    return _sparse_mlp(flat, w_gate, w_up, w_down_t, b_up, b_down, ACTIVATIONS[f], tau, PATHS[path]).reshape(x.shape)
+
+
+def _check_weight(name: str, w: Tensor, like_name: str, like: Tensor) -> None:
+    check_like(name, w, like_name, like)
+    if w.dim() != 2:
+        raise ValueError(f"{name}: must be a matrix [F, D], got shape {tuple(w.shape)}")
+
+
+def _check_bias(name: str, bias: Tensor | None, size: int, like_name: str, like: Tensor) -> None:
+    if bias is not None:
+        check_like(name, bias, like_name, like)
+        check_shape(name, bias, (size,), "one per output")
+
+
+def _row_major(w: Tensor) -> Tensor:
+    """w with unit column stride and non-overlapping rows; a copy only where needed."""
+    return w if w.stride(1) == 1 and w.stride(0) >= w.shape[1] else w.contiguous()
+
+
+def _capacity(like: Tensor, tokens: int, neurons: int, width: int, path: int) -> int:
+    """Most active neurons for which the sparse path is taken."""
+    if path != PATHS["auto"]:
+        return neurons if path == PATHS["sparse"] else -1
+    if like.device.type == "cuda":  # nothing may read the count back; the kernel is bound by traffic at any density
+        return neurons if tokens <= MAX_TOKENS else -1
+    density = _dispatch.break_even_density(like, min(tokens, MAX_TOKENS), neurons, width, _down_native, _down_dense)
+    if tokens > MAX_TOKENS and density < 1:
+        return -1
+    return neurons if density >= 1 else int(density * neurons)
+
+
+# ---------------------------------------------------------------------------- sparse_down
+
+
+def _down_dense(a: Tensor, w_down_t: Tensor) -> Tensor:
+    return a @ w_down_t
+
+
+def _down_native(a: Tensor, w_down_t: Tensor) -> Tensor:
+    y = _down_rows(a, w_down_t, None, 0.0, w_down_t.shape[0])
+    assert y is not None  # no capacity limit was given
+    return y
+
+
+def _down_rows(a: Tensor, w_down_t: Tensor, bias: Tensor | None, tau: float, capacity: int) -> Tensor | None:
+    """The native product of at most 64 tokens; None when more than `capacity` neurons are active."""
+    kernels = backend("sparse_down", a)
+    assert kernels is not None
+    (tokens, neurons), width = a.shape, w_down_t.shape[1]
+    y = torch.empty((tokens, width), dtype=a.dtype, device=a.device)
+    workspace = torch.empty(kernels.sparse_down_workspace(tokens, neurons, width), dtype=torch.uint8, device=a.device)
+    rows_read = torch.empty((), dtype=torch.int64, device=a.device)
+    kernels.sparse_down(
+        address(a), address(w_down_t), address(bias), address(y), address(workspace), address(rows_read),
+        tokens, neurons, width, w_down_t.stride(0), capacity, DTYPE_CODES[a.dtype], tau, stream(a),
+    )  # fmt: skip
+    return None if capacity < neurons and rows_read.item() > capacity else y
+
+
+def _sparse_down_impl(a: Tensor, w_down_t: Tensor, bias: Tensor | None, tau: float, path: int) -> Tensor:
+    (tokens, neurons), width = a.shape, w_down_t.shape[1]
+    if backend("sparse_down", a) is None or neurons == 0:
+        return sparse_down_ref(a, w_down_t, bias, tau)
+    if tokens == 0 or width == 0:
+        return a.new_empty((tokens, width))
+    capacity = _capacity(a, tokens, neurons, width, path)
+    if capacity >= 0:
+        a, w_down_t = a.contiguous(), _row_major(w_down_t)
+        if tokens > MAX_TOKENS:
+            return torch.cat([_sparse_down_impl(piece, w_down_t, bias, tau, path) for piece in a.split(MAX_TOKENS)])
+        y = _down_rows(a, w_down_t, bias, tau, capacity)
+        if y is not None:
+            return y
+    return sparse_down_ref(a, w_down_t, bias, tau)
+
+
+def _sparse_down_fake(a: Tensor, w_down_t: Tensor, bias: Tensor | None, tau: float, path: int) -> Tensor:
+    return a.new_empty((a.shape[0], w_down_t.shape[1]))
+
+
+def _sparse_down_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    a, w_down_t, bias, tau, _ = inputs
+    ctx.save_for_backward(a, w_down_t)
+    ctx.tau, ctx.has_bias = tau, bias is not None
+
+
+def _sparse_down_backward(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    a, w_down_t = ctx.saved_tensors
+    grad_a = grad_w = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_a = _keep(a, grad @ w_down_t.t(), ctx.tau)
+    if ctx.needs_input_grad[1]:
+        grad_w = _keep(a, a, ctx.tau).t() @ grad
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        grad_bias = grad.sum(0)
+    return grad_a, grad_w, grad_bias, None, None
+
+
+def _keep(a: Tensor, value: Tensor, tau: float) -> Tensor:
+    """value where a is active; at tau = 0 skipping changes nothing, so that the gradient is the dense one."""
+    return value if tau == 0 else torch.where(a.abs() <= tau, torch.zeros_like(value), value)
+
+
+def sparse_down_ref(a: Tensor, w_down_t: Tensor, bias: Tensor | None, tau: float) -> Tensor:
+    """The definition, in plain PyTorch; any floating dtype."""
+    y = _keep(a, a, tau) @ w_down_t
+    return y if bias is None else y + bias
+
+
+# ---------------------------------------------------------------------------- sparse_mlp and sparse_gated_mlp
+
+
+def _sparse_mlp_impl(
+    x: Tensor,
+    w_gate: Tensor | None,
+    w_up: Tensor,
+    w_down_t: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: int,
+    tau: float,
+    path: int,
+) -> Tensor:
+    (tokens, width), neurons = x.shape, w_up.shape[0]
+    kernels = backend("sparse_mlp", x)
+    if kernels is None or neurons == 0 or tokens == 0 or width == 0:
+        return sparse_mlp_ref(x, w_gate, w_up, w_down_t, b_up, b_down, list(ACTIVATIONS)[activation], tau)
+    capacity = _capacity(x, tokens, neurons, width, path)
+    if capacity < 0 or tokens > MAX_TOKENS:
+        if capacity < 0 or path == PATHS["dense"]:
+            return sparse_mlp_ref(x, w_gate, w_up, w_down_t, b_up, b_down, list(ACTIVATIONS)[activation], tau)
+        pieces = [
+            _sparse_mlp_impl(piece, w_gate, w_up, w_down_t, b_up, b_down, activation, tau, path)
+            for piece in x.split(MAX_TOKENS)
+        ]
+        return torch.cat(pieces)
+    x = x.contiguous()
+    w_gate = None if w_gate is None else _row_major(w_gate)
+    w_up, w_down_t = _row_major(w_up), _row_major(w_down_t)
+    # One token is bound by the traffic of the dense matrix and stays in one kernel; several go to the library first.
+    # Where dense may still win (a limited capacity), the library's pre-activation serves both ways.
+    z = None
+    if tokens > 1 or capacity < neurons:
+        z = F.linear(x, w_up if w_gate is None else w_gate, b_up)
+    y = torch.empty_like(x)
+    workspace = torch.empty(kernels.sparse_mlp_workspace(tokens, neurons, width), dtype=torch.uint8, device=x.device)
+    rows_read = torch.empty((), dtype=torch.int64, device=x.device)
+    kernels.sparse_mlp(
+        address(x), address(z), address(w_gate), address(w_up), address(w_down_t), address(b_up), address(b_down),
+        address(y), address(workspace), address(rows_read), tokens, neurons, width,
+        0 if w_gate is None else w_gate.stride(0), w_up.stride(0), w_down_t.stride(0), capacity,
+        DTYPE_CODES[x.dtype], activation, tau, stream(x),
+    )  # fmt: skip
+    if capacity < neurons and rows_read.item() > capacity:
+        assert z is not None
+        a = _activate(z, list(ACTIVATIONS)[activation])
+        return _mlp_rest(x, a, w_gate, w_up, w_down_t, b_down, tau)
+    return y
+
+
+def _sparse_mlp_fake(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _sparse_mlp_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    x, w_gate, w_up, w_down_t, b_up, b_down, activation, tau, _ = inputs
+    ctx.save_for_backward(x, w_gate, w_up, w_down_t, b_up, b_down)
+    ctx.activation, ctx.tau = list(ACTIVATIONS)[activation], tau
+
+
+def _sparse_mlp_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # Inference op: the backward recomputes the block in plain PyTorch instead of keeping its intermediates.
+    inputs = [None if t is None else t.detach().requires_grad_(need) for t, need in
+              zip(ctx.saved_tensors, ctx.needs_input_grad[:6], strict=True)]  # fmt: skip
+    with torch.enable_grad():
+        y = sparse_mlp_ref(*inputs, ctx.activation, ctx.tau)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
+    grads = [next(found) if t is not None and t.requires_grad else None for t in inputs]
+    return (*grads, None, None, None)
+
+
+def sparse_mlp_ref(
+    x: Tensor,
+    w_gate: Tensor | None,
+    w_up: Tensor,
+    w_down_t: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    tau: float,
+) -> Tensor:
+    """The definition, in plain PyTorch; any floating dtype."""
+    z = F.linear(x, w_up if w_gate is None else w_gate, b_up)
+    return _mlp_rest(x, _activate(z, activation), w_gate, w_up, w_down_t, b_down, tau)
+
+
+def _mlp_rest(
+    x: Tensor, a: Tensor, w_gate: Tensor | None, w_up: Tensor, w_down_t: Tensor, b_down: Tensor | None, tau: float
+) -> Tensor:
+    h = _keep(a, a, tau)
+    if w_gate is not None:
+        h = h * F.linear(x, w_up)
+    y = h @ w_down_t
+    return y if b_down is None else y + b_down
+
+
+_sparse_down = define(
+    "sparse_down(Tensor a, Tensor w_down_t, Tensor? bias, float tau, int path) -> Tensor",
+    _sparse_down_impl,
+    _sparse_down_fake,
+    setup_context=_sparse_down_setup,
+    backward=_sparse_down_backward,
+)
+_sparse_mlp = define(
+    "sparse_mlp(Tensor x, Tensor? w_gate, Tensor w_up, Tensor w_down_t, Tensor? b_up, Tensor? b_down, int activation, "
+    "float tau, int path) -> Tensor",
+    _sparse_mlp_impl,
+    _sparse_mlp_fake,
+    setup_context=_sparse_mlp_setup,
+    backward=_sparse_mlp_backward,
+)
