@@ -1,1 +1,38 @@
+"""deftcore: cheap fine-tuning that leaves a cheaper model.
+
+`deftcore.ops` and `deftcore.nn` need PyTorch alone; adapters, objectives' integrations and training need
+`deftcore[train]`. Names below load their module on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from deftcore.integrations.peft import patch, unpatch
+    from deftcore.integrations.transformers import load_sparse, save_sparse
+    from deftcore.nn.mlp import sparsify
+    from deftcore.objectives import DensityLoss
+
+_HOMES = {
+    "DensityLoss": "deftcore.objectives",
+    "load_sparse": "deftcore.integrations.transformers",
+    "patch": "deftcore.integrations.peft",
+    "save_sparse": "deftcore.integrations.transformers",
+    "sparsify": "deftcore.nn.mlp",
+    "unpatch": "deftcore.integrations.peft",
+}
+
+__all__ = ["DensityLoss", "load_sparse", "patch", "save_sparse", "sparsify", "unpatch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'deftcore' has no attribute {name!r}")
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("deftcore"):
+            raise
+        raise ImportError(f"deftcore.{name} needs {error.name}: pip install 'deftcore[train]'") from error

@@ -9,7 +9,7 @@ import ctypes
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, wraps
 from types import ModuleType
 from typing import Any
 
@@ -57,12 +57,27 @@ def define(
     """Registers one op in the `deftcore` namespace and returns its overload, ready to call."""
     name = schema.split("(", 1)[0]
     _lib.define(schema)
-    _lib.impl(name, impl, "CompositeExplicitAutograd")
+    _lib.impl(name, _without_autocast(impl), "CompositeExplicitAutograd")
     torch.library.register_fake(f"deftcore::{name}", fake, lib=_lib)
     if backward is not None:
-        torch.library.register_autograd(f"deftcore::{name}", backward, setup_context=setup_context, lib=_lib)
+        torch.library.register_autograd(
+            f"deftcore::{name}", _without_autocast(backward), setup_context=setup_context, lib=_lib
+        )
     _defined.append(name)
     return getattr(torch.ops.deftcore, name).default
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Library products inside an op must keep the dtype that the op was given."""
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                return function(*args)
+        return function(*args)
+
+    return run
 
 
 def op_names() -> list[str]:

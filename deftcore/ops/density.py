@@ -116,8 +116,13 @@ def density(a: Tensor, *, tau: float = 0.0, mask: Tensor | None = None) -> Tenso
     token_mask = _check_mask(mask, a)
     tokens = a.numel() // max(a.shape[-1], 1) if token_mask is None else token_mask.sum()
     total = tokens * a.shape[-1]
-    count = _density_count(a.detach(), token_mask, tau)
+    count = active_count(a, token_mask, tau)
     return (count / total if isinstance(total, Tensor) else count / max(total, 1)).nan_to_num(0.0).float()
+
+
+def active_count(a: Tensor, mask: Tensor | None, tau: float) -> Tensor:
+    """Number of active elements at unmasked tokens, an int64 scalar; arguments as in `density`, unchecked."""
+    return _density_count(a.detach(), mask, tau)
 
 
 def _check_mask(mask: Tensor | None, z: Tensor) -> Tensor | None:

@@ -38,6 +38,11 @@ def lora_linear(
     [[3.0]]
     """
     check_float("x", x)
+    if torch.is_autocast_enabled(x.device.type):  # as nn.Linear would
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, lora_a, lora_b = x.to(dtype), weight.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        dropped_x = None if dropped_x is None else dropped_x.to(dtype)
     for name, matrix in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         check_like(name, matrix, "x", x)
         if matrix.dim() != 2:

@@ -1,0 +1,13 @@
+"""PEFT methods that PEFT lacks, registered with it on import: configs go to `peft.get_peft_model` as usual."""
+
+try:
+    import peft  # noqa: F401
+except ImportError as error:
+    raise ImportError("deftcore.adapters needs PEFT: pip install 'deftcore[train]'") from error
+
+from deftcore.adapters._register import register_with_peft
+from deftcore.adapters.bottleneck import BottleneckConfig, BottleneckModel
+
+register_with_peft("BOTTLENECK", BottleneckConfig, BottleneckModel)
+
+__all__ = ["BottleneckConfig"]

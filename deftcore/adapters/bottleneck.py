@@ -1,0 +1,183 @@
+"""Bottleneck adapters: y + s * up(f(down(y))) after the MLP (Pfeiffer et al., arXiv 2005.00052), or the parallel form
+y + s * up(f(down(x))) on the MLP's input (AdaptFormer, Chen et al., arXiv 2205.13535)."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+# Model types whose MLP is one module, and those whose layer calls the projections itself.
+_TARGETS: dict[str, list[str] | str] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), ["mlp"]),
+    **dict.fromkeys(("t5", "mt5"), ["DenseReluDense"]),
+    "opt": ["fc2"],
+    "bert": r".*\.layer\.\d+\.output\.dense",
+    "roberta": r".*\.layer\.\d+\.output\.dense",
+}
+_NON_LINEARITIES = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """Config of bottleneck adapters.
+
+    Raises ValueError, naming the field, on a value out of range.
+    """
+
+    reduction_factor: int = field(default=16, metadata={"help": "Model width over bottleneck width."})
+    non_linearity: str = field(default="relu", metadata={"help": "relu, gelu or silu, inside the bottleneck."})
+    parallel: bool = field(default=False, metadata={"help": "Read the MLP's input, not its output (AdaptFormer)."})
+    scaling: float = field(default=1.0, metadata={"help": "Factor of the adapter's output; AdaptFormer uses 0.1."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules that return the MLP's output; None picks them by model type."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer numbers; None is all."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = "BOTTLENECK"
+        if not isinstance(self.reduction_factor, int) or self.reduction_factor < 1:
+            raise ValueError(f"reduction_factor: must be an integer of at least 1, got {self.reduction_factor!r}")
+        if self.non_linearity not in _NON_LINEARITIES:
+            raise ValueError(
+                f"non_linearity: must be one of {', '.join(_NON_LINEARITIES)}, got {self.non_linearity!r}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: must be in [0, 1), got {self.dropout}")
+        if isinstance(self.target_modules, list):
+            self.target_modules = sorted(set(self.target_modules))
+
+
+class BottleneckLayer(nn.Module, BaseTunerLayer):
+    """Wraps the module that returns an MLP's output. `up` starts at zero: the model is unchanged at first."""
+
+    adapter_layer_names = ("bottleneck_down", "bottleneck_up")
+    other_param_names = ("configs",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bottleneck_down = nn.ModuleDict()
+        self.bottleneck_up = nn.ModuleDict()
+        self.bottleneck_dropout = nn.ModuleDict()
+        self.configs: dict[str, BottleneckConfig] = {}
+        self.merged_adapters: list[str] = []
+        self._tapped = False
+        self._mlp_input: Tensor | None = None
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: BottleneckConfig, **_: Any) -> None:
+        base = self.get_base_layer()
+        reference = _output_projection(base)
+        width = reference.out_features
+        size = max(width // config.reduction_factor, 1)
+        options = {"device": reference.weight.device, "dtype": reference.weight.dtype}
+        self.configs[adapter_name] = config
+        self.bottleneck_down[adapter_name] = nn.Linear(width, size, **options)
+        self.bottleneck_up[adapter_name] = nn.Linear(size, width, **options)
+        self.bottleneck_dropout[adapter_name] = nn.Dropout(config.dropout)
+        if reference.weight.device.type != "meta":
+            nn.init.zeros_(self.bottleneck_up[adapter_name].weight)
+            nn.init.zeros_(self.bottleneck_up[adapter_name].bias)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def tap(self, first: nn.Module) -> None:
+        """Reads the MLP's input at its first projection, where the layer calls the projections itself."""
+        if not self._tapped:
+            first.register_forward_pre_hook(self._remember)
+            self._tapped = True
+
+    def _remember(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._mlp_input = args[0]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        mlp_input, self._mlp_input = (self._mlp_input if self._tapped else x), None
+        if self.disable_adapters:
+            return y
+        for name in self.active_adapters:
+            if name in self.bottleneck_down:
+                config = self.configs[name]
+                source = mlp_input if config.parallel else y
+                y = y + config.scaling * self._adapt(name, source).to(y.dtype)
+        return y
+
+    def _adapt(self, name: str, x: Tensor | None) -> Tensor:
+        if x is None:
+            raise RuntimeError("BottleneckLayer: the MLP's first projection has not run before its last")
+        down, up = self.bottleneck_down[name], self.bottleneck_up[name]
+        hidden = down(self.bottleneck_dropout[name](x.to(down.weight.dtype)))
+        return up(getattr(torch.nn.functional, self.configs[name].non_linearity)(hidden))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError("merge: a bottleneck adapter is not linear and cannot be merged into the weights; use unload()")
+
+    def unmerge(self) -> None:
+        raise ValueError("unmerge: a bottleneck adapter is never merged")
+
+    def __repr__(self) -> str:
+        return "bottleneck." + super().__repr__()
+
+
+class BottleneckModel(BaseTuner):
+    """Puts `BottleneckLayer`s into a model; made by `peft.get_peft_model`."""
+
+    prefix: str = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+    target_module_mapping = _TARGETS
+
+    def _create_and_replace(
+        self,
+        peft_config: BottleneckConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, BottleneckLayer):
+            target.update_layer(adapter_name, peft_config)
+            layer = target
+        else:
+            _output_projection(target)  # refuses by name before anything changes
+            layer = BottleneckLayer(target, adapter_name, peft_config)
+            if adapter_name != self.active_adapter:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        if peft_config.parallel and isinstance(layer.get_base_layer(), nn.Linear):
+            layer.tap(self._first_projection(current_key))
+
+    def _first_projection(self, key: str) -> nn.Module:
+        """fc1 beside an OPT layer's fc2; intermediate.dense beside a BERT layer's output.dense."""
+        sibling = re.sub(r"fc2$", "fc1", re.sub(r"output\.dense$", "intermediate.dense", key))
+        if sibling == key:
+            raise ValueError(
+                f"target_modules: {key} is a linear layer whose MLP input is not known; "
+                "parallel adapters go on whole MLP modules, OPT's fc2 or BERT's output.dense"
+            )
+        return self.model.get_submodule(sibling)
+
+    @staticmethod
+    def _create_new_module(peft_config: BottleneckConfig, adapter_name: str, target: nn.Module) -> nn.Module:
+        return BottleneckLayer(target, adapter_name, peft_config)
+
+
+def _output_projection(module: nn.Module) -> nn.Linear:
+    """The linear layer that gives the module's output."""
+    for name in ("down_proj", "wo", "fc2", "c_proj"):
+        child = getattr(module, name, None)
+        child = getattr(child, "base_layer", child)
+        if isinstance(child, nn.Linear):
+            return child
+    if isinstance(module, nn.Linear):
+        return module
+    raise ValueError(f"target_modules: {type(module).__name__} is neither a linear layer nor an MLP module")

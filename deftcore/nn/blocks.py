@@ -1,0 +1,113 @@
+"""Finds the MLP blocks of a Transformers model by their structure, through PEFT's wrappers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from deftcore.ops.density import activation_name
+
+# Class names of Transformers' activation modules, as the ops call them.
+_ACTIVATION_CLASSES = {
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "relu2",
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A named child of a module, so that it can be read and replaced."""
+
+    holder: nn.Module
+    attribute: str
+
+    def get(self) -> nn.Module:
+        return getattr(self.holder, self.attribute)
+
+    def set(self, module: nn.Module) -> None:
+        setattr(self.holder, self.attribute, module)
+
+
+@dataclass(frozen=True)
+class MlpBlock:
+    """One MLP block: y = down(act(up(x))), or y = down(act(gate(x)) * up(x)) when `gate` is there."""
+
+    name: str
+    side: str  # "encoder" or "decoder" of an encoder-decoder model, "model" otherwise
+    activation: Slot
+    gate: Slot | None
+    up: Slot
+    down: Slot
+    container: Slot | None  # the module that computes the whole block, where there is one
+
+    @property
+    def output(self) -> Slot:
+        """The slot whose module returns the block's output."""
+        return self.container or self.down
+
+
+def activation_of(module: nn.Module) -> str:
+    """Canonical activation name of an activation module; raises ValueError with its class name otherwise."""
+    name = getattr(module, "deftcore_activation", None) or _ACTIVATION_CLASSES.get(type(module).__name__)
+    if name is None and isinstance(module, nn.GELU):
+        name = "gelu" if module.approximate == "none" else "gelu_tanh"
+    if name is None:
+        raise ValueError(
+            f"activation: {type(module).__name__} has no kernel; known: {', '.join(sorted(_ACTIVATION_CLASSES))}, GELU"
+        )
+    return activation_name(name)
+
+
+def find_mlp_blocks(model: nn.Module) -> list[MlpBlock]:
+    """MLP blocks in forward order: Llama-like (Mistral, Qwen2, Gemma ...), OPT, BERT, RoBERTa, T5.
+
+    Raises:
+        ValueError: naming the model's class, when it has none that is understood.
+    """
+    blocks = list(_blocks(model))
+    if not blocks:
+        raise ValueError(
+            f"model: {type(model).__name__} has no MLP block of a known family "
+            "(Llama-like gate_proj/up_proj/down_proj, OPT fc1/fc2, BERT intermediate/output, T5 wi/wo)"
+        )
+    return blocks
+
+
+def _blocks(model: nn.Module) -> Iterator[MlpBlock]:
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        container = None
+        if "." in name:
+            parent, attribute = name.rsplit(".", 1)
+            container = Slot(modules[parent], attribute)
+        side = next((s for s in ("encoder", "decoder") if f".{s}." in f".{name}." and _is_pair(model)), "model")
+        if _has(module, "gate_proj", "up_proj", "down_proj", "act_fn"):
+            yield MlpBlock(name, side, *_slots(module, "act_fn", "gate_proj", "up_proj", "down_proj"), container)
+        elif _has(module, "wi_0", "wi_1", "wo", "act"):
+            yield MlpBlock(name, side, *_slots(module, "act", "wi_0", "wi_1", "wo"), container)
+        elif _has(module, "wi", "wo", "act"):
+            yield MlpBlock(name, side, *_slots(module, "act", None, "wi", "wo"), container)
+        elif _has(module, "fc1", "fc2", "activation_fn"):
+            yield MlpBlock(name, side, *_slots(module, "activation_fn", None, "fc1", "fc2"), None)
+        elif _has(module, "intermediate", "output") and _has(module.intermediate, "dense", "intermediate_act_fn"):
+            act, up = Slot(module.intermediate, "intermediate_act_fn"), Slot(module.intermediate, "dense")
+            yield MlpBlock(name, side, act, None, up, Slot(module.output, "dense"), None)
+
+
+def _slots(module: nn.Module, act: str, gate: str | None, up: str, down: str) -> tuple:
+    return Slot(module, act), gate and Slot(module, gate), Slot(module, up), Slot(module, down)
+
+
+def _has(module: nn.Module, *names: str) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+
+
+def _is_pair(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

@@ -1,0 +1,214 @@
+"""Sparse-inference forms of MLP blocks, and `sparsify`, which puts them into a model."""
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deftcore.nn.blocks import MlpBlock, activation_of, find_mlp_blocks
+from deftcore.ops.density import ACTIVATIONS, default_tau
+from deftcore.ops.sparse_mlp import PATHS, _sparse_mlp
+
+logger = logging.getLogger("deftcore")
+
+
+@dataclass
+class LowRank:
+    """An unmerged LoRA pair of one linear layer: delta = scaling * b @ a."""
+
+    a: Tensor  # [R, K]
+    b: Tensor  # [M, R]
+    scaling: float
+
+
+class SparseMLP(nn.Module):
+    """An MLP block on the sparse kernels; inference only, one op call per forward.
+
+    Rows are neurons. Up and down projections lie side by side in one [F, 2, W] buffer when the block is gated, so that
+    a neuron is one contiguous read. W is the model width, plus the ranks of unmerged adapters: gate and up rows carry
+    their LoRA `scaling * B` as further columns against `x A^T`, down rows carry `A^T`, so the low-rank terms ride on
+    the same active list.
+
+    Shapes: x [..., D] -> [..., D].
+    """
+
+    def __init__(
+        self,
+        w_gate: Tensor | None,
+        w_up: Tensor,
+        w_down: Tensor,
+        b_up: Tensor | None = None,
+        b_down: Tensor | None = None,
+        *,
+        activation: str,
+        tau: float | None = None,
+        path: str = "auto",
+        lora_gate: LowRank | None = None,
+        lora_up: LowRank | None = None,
+        lora_down: LowRank | None = None,
+    ) -> None:
+        super().__init__()
+        neurons, width = w_up.shape
+        self.activation, self.path = activation, path
+        self.tau = default_tau(activation) if tau is None else tau
+        rank_in = sum(low.a.shape[0] for low in (lora_gate, lora_up) if low is not None)
+        self.rank_down = 0 if lora_down is None else lora_down.a.shape[0]
+        padded = width + max(rank_in, self.rank_down)
+
+        def widen(w: Tensor, low: LowRank | None, start: int) -> Tensor:
+            wide = w.new_zeros((neurons, padded))
+            wide[:, :width] = w
+            if low is not None:
+                wide[:, width + start : width + start + low.a.shape[0]] = (low.scaling * low.b).to(w.dtype)
+            return wide
+
+        with torch.no_grad():
+            start_up = 0 if lora_gate is None else lora_gate.a.shape[0]
+            up = widen(w_up, lora_up, start_up)
+            down = widen(w_down.t(), None, 0)
+            if lora_down is not None:
+                down[:, width : width + self.rank_down] = lora_down.a.t().to(down.dtype)
+            factors = [low.a.to(w_up.dtype) for low in (lora_gate, lora_up) if low is not None]
+            self.w_gate = None if w_gate is None else _frozen(widen(w_gate, lora_gate, 0))
+            self.rows = _frozen(torch.stack((up, down), dim=1))
+            self.b_up = None if b_up is None else _frozen(b_up.clone())
+            self.b_down = None if b_down is None else _frozen(torch.cat((b_down, b_down.new_zeros(padded - width))))
+            self.lora_a = _frozen(torch.cat(factors)) if factors else None
+            self.lora_b = None if lora_down is None else _frozen((lora_down.scaling * lora_down.b).to(w_up.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        width, padded = x.shape[-1], self.rows.shape[2]
+        flat = x.reshape(-1, width)
+        if padded != width:
+            low = flat.new_zeros((flat.shape[0], padded - width))
+            if self.lora_a is not None:
+                low[:, : self.lora_a.shape[0]] = flat @ self.lora_a.t()
+            flat = torch.cat((flat, low), dim=1)
+        y = _sparse_mlp(
+            flat, self.w_gate, self.rows[:, 0], self.rows[:, 1], self.b_up, self.b_down,
+            ACTIVATIONS[self.activation], self.tau, PATHS[self.path],
+        )  # fmt: skip
+        if padded != width:
+            y, low = y[:, :width], y[:, width : width + self.rank_down]
+            if self.lora_b is not None:
+                y = torch.addmm(y, low, self.lora_b.t())
+        return y.reshape(x.shape)
+
+    def extra_repr(self) -> str:
+        neurons, _, width = self.rows.shape
+        kind = "plain" if self.w_gate is None else "gated"
+        return f"{width}, neurons={neurons}, {kind}, activation={self.activation}, tau={self.tau:.3g}, path={self.path}"
+
+
+class SkippedMLP(nn.Module):
+    """A block left out by its adaptive gate: the residual stream gets exactly zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@dataclass(frozen=True)
+class SparseBlock:
+    """What `sparsify` did with one block."""
+
+    name: str
+    kind: str  # "gated", "plain" or "skipped"
+    neurons: int
+    tau: float
+
+
+def sparsify(
+    model: nn.Module,
+    *,
+    tau: float | dict[str, float] | None = None,
+    path: str = "auto",
+    skip: Collection[str] = (),
+    merge: bool = True,
+) -> nn.Module:
+    """Replaces the MLP blocks of a trained model by `SparseMLP`, in place; for inference.
+
+    Args:
+        model: a Transformers model of a family that `find_mlp_blocks` knows, or its PEFT LoRA model.
+        tau: threshold of the active set, for all blocks or per block name; None is exact for ReLU types and
+            sqrt(1e-7) for smooth activations.
+        path: "auto", "sparse" or "dense".
+        skip: names of blocks to leave out altogether (see `DensityLoss.skippable`); their weights are dropped.
+        merge: merge LoRA into the weights first. False keeps the low-rank terms apart, exact to the unmerged model.
+
+    Returns:
+        The model (the base model when PEFT was merged), in eval mode, with `deftcore_blocks`: one `SparseBlock` each.
+
+    Raises:
+        ValueError: naming the model, block or layer that is not understood. Nothing was replaced then.
+    """
+    if path not in PATHS:
+        raise ValueError(f"path: must be one of {', '.join(PATHS)}, got {path!r}")
+    if hasattr(model, "merge_and_unload") and merge:
+        model = model.merge_and_unload()
+    blocks = find_mlp_blocks(model)
+    names = [block.name for block in blocks]
+    for argument, given in (("skip", skip), ("tau", tau if isinstance(tau, dict) else ())):
+        unknown = sorted(set(given) - set(names))
+        if unknown:
+            raise ValueError(f"{argument}: no MLP block named {', '.join(unknown)}; the model has {', '.join(names)}")
+    # All modules are built before the first is put in, so that a refusal leaves the model as it was.
+    planned: list[tuple[MlpBlock, nn.Module, SparseBlock]] = []
+    for block in blocks:
+        neurons = _weight(block, "up")[0].shape[0]
+        if block.name in skip:
+            planned.append((block, SkippedMLP(), SparseBlock(block.name, "skipped", neurons, 0.0)))
+            continue
+        block_tau = tau.get(block.name) if isinstance(tau, dict) else tau
+        module = _convert(block, block_tau, path)
+        kind = "plain" if module.w_gate is None else "gated"
+        planned.append((block, module, SparseBlock(block.name, kind, neurons, module.tau)))
+    for block, module, _ in planned:
+        if block.container is not None:
+            block.container.set(module)
+        else:  # the layer calls up, activation and down itself
+            block.up.set(nn.Identity())
+            block.activation.set(nn.Identity())
+            block.down.set(module)
+    model.eval()
+    model.deftcore_blocks = [report for _, _, report in planned]  # type: ignore[assignment]
+    logger.info("sparsify: %d blocks, %d skipped", len(planned), len(skip))
+    return model
+
+
+def _convert(block: MlpBlock, tau: float | None, path: str) -> SparseMLP:
+    w_up, b_up, lora_up = _weight(block, "up")
+    w_down, b_down, lora_down = _weight(block, "down")
+    w_gate = lora_gate = None
+    if block.gate is not None:
+        w_gate, b_gate, lora_gate = _weight(block, "gate")
+        if any(b is not None for b in (b_gate, b_up, b_down)):
+            raise ValueError(f"{block.name}: a gated MLP with biases has no sparse form")
+    return SparseMLP(
+        w_gate, w_up, w_down, b_up, b_down,
+        activation=activation_of(block.activation.get()), tau=tau, path=path,
+        lora_gate=lora_gate, lora_up=lora_up, lora_down=lora_down,
+    )  # fmt: skip
+
+
+def _weight(block: MlpBlock, role: str) -> tuple[Tensor, Tensor | None, LowRank | None]:
+    """Weight, bias and unmerged LoRA of one projection, or ValueError naming the layer."""
+    slot = getattr(block, role)
+    module, low = slot.get(), None
+    where = f"{block.name}.{slot.attribute}"
+    if hasattr(module, "lora_A"):  # PEFT's LoRA layer, known by its attributes: nn does not import PEFT
+        active = [name for name in module.active_adapters if name in module.lora_A]
+        if not module.merged and not module.disable_adapters and active:
+            if len(active) > 1 or active[0] in getattr(module, "lora_variant", {}):
+                raise ValueError(f"{where}: only one plain LoRA adapter can stay unmerged, got {active}; use merge=True")
+            name = active[0]
+            low = LowRank(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
+        module = module.base_layer
+    if type(module) is not nn.Linear:
+        raise ValueError(f"{where}: must be torch.nn.Linear (or PEFT LoRA over it), got {type(module).__name__}")
+    return module.weight, module.bias, low
+
+
+def _frozen(x: Tensor) -> nn.Parameter:
+    return nn.Parameter(x.contiguous(), requires_grad=False)

@@ -1,0 +1,415 @@
+"""Training objectives beside the task loss: activation density (DEFT)."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deftcore import ops
+from deftcore.nn.blocks import MlpBlock, Slot, activation_of, find_mlp_blocks
+from deftcore.ops._library import check_choice, check_number
+from deftcore.ops.density import DEFAULT_EPS, SURROGATES, active_count, default_tau
+
+_SIDES = ("model", "encoder", "decoder")
+
+
+@dataclass
+class _Tally:
+    """What one block has shown: `sums` for the next loss, the rest for the report."""
+
+    width: int = 0
+    sums: list[Tensor] = field(default_factory=list)  # surrogate sums of the last forward, in the graph
+    tokens: list[Tensor | int] = field(default_factory=list)
+    blind: bool = False  # the last training forward ran without a graph
+    active: Tensor | int = 0
+    elements: Tensor | int = 0
+
+
+class _Recorder:
+    """Shared by the observed activations of one model: which tokens count, and whether a forward is under way."""
+
+    def __init__(self, options: "_Options") -> None:
+        self.options = options
+        self.open = False
+        self.masks: dict[str, Tensor | None] = {}
+
+    def mask(self, side: str, z: Tensor) -> Tensor | None:
+        """The token mask of one side, in the shape of z without its last dimension."""
+        mask = self.masks.get(side)
+        if mask is None:
+            return None
+        rows = z.shape[:-1].numel()
+        length = rows // mask.shape[0]
+        if mask.shape[1] >= length:  # cached keys and prefix tokens precede the positions that run now
+            mask = mask[:, mask.shape[1] - length :]
+        else:  # virtual prompt tokens are real positions and count
+            mask = torch.cat((mask.new_ones((mask.shape[0], length - mask.shape[1])), mask), dim=1)
+        return mask.reshape(z.shape[:-1])
+
+
+@dataclass(frozen=True)
+class _Options:
+    alpha: float
+    surrogate: str
+    eps: float
+    beta: float
+    tau: float | None
+    mask_policy: str
+
+
+class ObservedActivation(nn.Module):
+    """An activation whose density is recorded; same function, no parameters, nothing in the state dict."""
+
+    def __init__(self, inner: nn.Module, side: str, recorder: _Recorder) -> None:
+        super().__init__()
+        self.inner = inner
+        self.deftcore_activation = activation_of(inner)
+        self.side = side
+        self.recorder = recorder
+        self.tally = _Tally()
+
+    def forward(self, z: Tensor) -> Tensor:
+        options, recorder = self.recorder.options, self.recorder
+        tau = default_tau(self.deftcore_activation) if options.tau is None else options.tau
+        mask = recorder.mask(self.side, z) if recorder.open else None
+        # A recomputation under activation checkpointing runs with the recorder closed: it must call the same op, so
+        # that the same tensors are saved, but it is not counted again.
+        if options.alpha != 0 and self.training and torch.is_grad_enabled():
+            a, total, active = ops.act_density(
+                z, self.deftcore_activation, mask=mask, surrogate=options.surrogate, eps=options.eps,
+                beta=options.beta, tau=tau,
+            )  # fmt: skip
+            if recorder.open:
+                self._record(z, mask, total, active)
+            return a
+        a = self.inner(z)
+        if recorder.open:
+            self._record(z, mask, None, active_count(a, mask, tau))
+        return a
+
+    def _record(self, z: Tensor, mask: Tensor | None, total: Tensor | None, active: Tensor) -> None:
+        tokens = z.shape[:-1].numel() if mask is None else (mask != 0).sum()
+        self.tally.width = z.shape[-1]
+        if total is not None:
+            self.tally.sums.append(total)
+            self.tally.tokens.append(tokens)
+        self.tally.blind = total is None and self.training
+        self.tally.active = self.tally.active + active.detach()
+        self.tally.elements = self.tally.elements + tokens * z.shape[-1]
+
+    def extra_repr(self) -> str:
+        return f"{self.deftcore_activation}, side={self.side}"
+
+
+class DensityLoss(nn.Module):
+    """Density loss of DEFT (arXiv 2402.01911): alpha * mean over blocks of sum(m s(a)) / N, added to the task loss.
+
+    Attaches to the activations of every MLP block; the task loss and all weights stay as they are. Encoder-decoder
+    models add the encoder's mean and the decoder's.
+
+        density = DensityLoss(model, alpha=1.0)
+        loss = model(**batch).loss + density.loss()
+        density.report()["density"]      # share of active neurons since the last reset()
+        density.detach()                 # the model as it was
+
+    Args:
+        model: a Transformers model or its PEFT model. Its forward arguments attention_mask, decoder_attention_mask
+            and labels say which tokens count.
+        alpha: weight of the density loss; 0 leaves training bit for bit as without it and only reports.
+        surrogate, eps, beta, tau: as in `deftcore.ops.act_density`.
+        mask_policy: "exclude_padding" (encoder and decoder-only models by attention mask, decoders by labels != -100),
+            or "count_padding", the reference code's.
+        block_weights: one weight per block, scaled to mean 1; None is 1 each.
+        ramp: share of the training steps over which alpha rises linearly from 0; needs `set_progress`.
+        adaptive: "gate" learns one scalar per block, w = sigmoid(theta), that scales the block's output (theta starts
+            at 4; see `gate_values`, `skippable`, `fold_gates`). The gate is this project's definition, not the paper's.
+        gamma: weight of mean(w) in the loss, for `adaptive="gate"`.
+        modules: activation modules to watch instead of the model's MLP blocks, by name.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        alpha: float = 1.0,
+        surrogate: str = "l0",
+        eps: float = DEFAULT_EPS,
+        beta: float = 20.0,
+        tau: float | None = None,
+        mask_policy: str = "exclude_padding",
+        block_weights: Sequence[float] | None = None,
+        ramp: float = 0.0,
+        adaptive: str | None = None,
+        gamma: float = 0.0,
+        modules: Iterable[str] | None = None,
+    ) -> None:
+        super().__init__()
+        alpha = check_number("alpha", alpha, minimum=0.0)
+        check_choice("surrogate", surrogate, SURROGATES)
+        check_number("eps", eps, minimum=0.0, strict=True)
+        check_number("beta", beta, minimum=0.0, strict=True)
+        if tau is not None:
+            check_number("tau", tau, minimum=0.0)
+        check_choice("mask_policy", mask_policy, ("exclude_padding", "count_padding"))
+        check_choice("adaptive", adaptive, ("gate", None))  # type: ignore[arg-type]
+        self.gamma = check_number("gamma", gamma, minimum=0.0)
+        self.ramp = check_number("ramp", ramp, minimum=0.0)
+        self.progress = 1.0
+        self.adaptive = adaptive
+        self._recorder = _Recorder(_Options(alpha, surrogate, float(eps), float(beta), tau, mask_policy))
+        self._handles: list[Any] = []
+        self._blocks = find_mlp_blocks(model) if modules is None else _named_blocks(model, modules)
+        weights = [1.0] * len(self._blocks) if block_weights is None else [float(w) for w in block_weights]
+        if len(weights) != len(self._blocks) or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"block_weights: must be {len(self._blocks)} weights >= 0, not all 0, got {block_weights}")
+        mean = sum(weights) / len(weights)
+        self._weights = [w / mean for w in weights]
+        observed = [ObservedActivation(_unobserved(b), b.side, self._recorder) for b in self._blocks]
+        for block, activation in zip(self._blocks, observed, strict=True):
+            activation.train(model.training)
+            block.activation.set(activation)
+        self._observed = tuple(observed)  # a tuple: the model owns them, not this module
+        if adaptive == "gate":
+            device = next(model.parameters()).device
+            self.theta = nn.Parameter(torch.full((len(self._blocks),), 4.0, device=device))
+            for index, block in enumerate(self._blocks):
+                self._handles.append(block.output.get().register_forward_hook(self._gate_hook(index)))
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._signature = inspect.signature(base.forward)
+        self._config = getattr(base, "config", None)
+        self._handles.append(base.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(base.register_forward_hook(self._end, always_call=True))
+
+    # ------------------------------------------------------------------ hooks
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A new forward: forget the sums of the last, and read which tokens count."""
+        for activation in self._observed:
+            activation.tally.sums.clear()
+            activation.tally.tokens.clear()
+        recorder = self._recorder
+        recorder.masks = {}
+        if recorder.options.mask_policy == "exclude_padding":
+            given = self._signature.bind_partial(*args, **kwargs).arguments
+            recorder.masks = token_masks(given, bool(getattr(self._config, "is_encoder_decoder", False)))
+        recorder.open = True
+
+    def _end(self, *_: object) -> None:
+        self._recorder.open = False
+        self._recorder.masks = {}
+
+    def _gate_hook(self, index: int) -> Callable[..., Tensor]:
+        def scale(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            return output * torch.sigmoid(self.theta[index]).to(output.dtype)
+
+        return scale
+
+    # ------------------------------------------------------------------ loss
+
+    def set_progress(self, progress: float) -> None:
+        """Tells how much of training is done, 0 to 1, for `ramp`."""
+        self.progress = progress
+
+    @property
+    def alpha(self) -> float:
+        """The weight in force now."""
+        full = self._recorder.options.alpha
+        return full * min(self.progress / self.ramp, 1.0) if self.ramp > 0 else full
+
+    def loss(self, *, tokens: Mapping[str, float] | None = None) -> Tensor:
+        """alpha * density loss of the last forward (+ gamma * mean gate), a scalar; reads each forward once.
+
+        Args:
+            tokens: unmasked tokens per side in the whole global batch, where gradient accumulation splits it. The
+                result is then this micro-batch's share, to be summed (not averaged) over micro-batches.
+
+        In a process group the counts are summed over processes, and the result is scaled so that the mean of the
+        processes' gradients, as DistributedDataParallel takes it, is the gradient of the global ratio.
+
+        Raises:
+            RuntimeError: when no forward ran since the last call, or it ran without a graph.
+        """
+        device = self._device()
+        if self._recorder.options.alpha == 0:
+            return self._gate_loss(device)
+        tallies = [activation.tally for activation in self._observed]
+        if any(tally.blind for tally in tallies):
+            raise RuntimeError(
+                "DensityLoss.loss: the forward ran without a graph. Under reentrant checkpointing call "
+                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+            )
+        if not all(tally.sums for tally in tallies):
+            raise RuntimeError("DensityLoss.loss: no training forward of the model has run since the last call")
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        local = torch.stack([torch.as_tensor(sum(t.tokens), dtype=torch.float64, device=device) for t in tallies])
+        if tokens is not None:
+            calls = [len(t.tokens) for t in tallies]
+            counts = [float(tokens[b.side]) * n for b, n in zip(self._blocks, calls, strict=True)]
+            totals = torch.tensor(counts, dtype=torch.float64, device=device)
+        else:
+            totals = local.clone()
+            if world > 1:
+                dist.all_reduce(totals)
+        result = torch.zeros((), dtype=torch.float32, device=device)
+        for side in _SIDES:
+            terms, weights = [], []
+            for i, block in enumerate(self._blocks):
+                if block.side != side:
+                    continue
+                counted = totals[i] > 0  # an empty mask leaves the block out of the mean
+                total = torch.stack(tallies[i].sums).sum()
+                scale = (self._weights[i] / (totals[i] * tallies[i].width).clamp(min=1)).to(total.dtype)
+                terms.append(torch.where(counted, total * scale, torch.zeros_like(total)))
+                weights.append(counted)
+            if terms:
+                blocks = torch.stack(weights).sum().clamp(min=1)
+                result = result + torch.stack(terms).sum().to(device) / blocks
+        for tally in tallies:
+            tally.sums.clear()
+            tally.tokens.clear()
+        return self.alpha * world * result + self._gate_loss(device)
+
+    def _gate_loss(self, device: torch.device) -> Tensor:
+        if self.adaptive != "gate" or self.gamma == 0:
+            return torch.zeros((), device=device)
+        return self.gamma * torch.sigmoid(self.theta).mean()
+
+    def _device(self) -> torch.device:
+        for activation in self._observed:
+            if isinstance(activation.tally.active, Tensor):
+                return activation.tally.active.device
+        return torch.device("cpu")
+
+    # ------------------------------------------------------------------ report
+
+    def report(self) -> dict[str, Any]:
+        """Densities since the last `reset`: model (unweighted mean of blocks), sides, blocks; and what was counted."""
+        blocks = {
+            block.name: float(activation.tally.active) / max(float(activation.tally.elements), 1.0)
+            for block, activation in zip(self._blocks, self._observed, strict=True)
+        }
+        seen = [b for b, a in zip(self._blocks, self._observed, strict=True) if float(a.tally.elements) > 0]
+        sides = {side: [blocks[b.name] for b in seen if b.side == side] for side in _SIDES}
+        options, first = self._recorder.options, self._observed[0]
+        tau = default_tau(first.deftcore_activation) if options.tau is None else options.tau
+        elements = float(first.tally.elements)
+        return {
+            "density": sum(blocks[b.name] for b in seen) / max(len(seen), 1),
+            **{side: sum(d) / len(d) for side, d in sides.items() if d and side != "model"},
+            "blocks": blocks,
+            "tau": tau,
+            "mask_policy": options.mask_policy,
+            "tokens": int(elements / max(first.tally.width, 1)),
+        }
+
+    def reset(self) -> None:
+        """Starts the report anew."""
+        for activation in self._observed:
+            activation.tally = _Tally()
+
+    def detach(self) -> None:
+        """Puts the model's own activations back and removes every hook."""
+        for block in self._blocks:
+            block.activation.set(_unobserved(block))
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # ------------------------------------------------------------------ adaptive gates
+
+    def gate_values(self) -> dict[str, float]:
+        """w = sigmoid(theta) per block name; empty without `adaptive="gate"`."""
+        if self.adaptive != "gate":
+            return {}
+        return dict(zip((b.name for b in self._blocks), torch.sigmoid(self.theta).tolist(), strict=True))
+
+    def skippable(
+        self,
+        *,
+        w_skip: float = 0.05,
+        max_skip: int | None = None,
+        evaluate: Callable[[Sequence[str]], float] | None = None,
+        margin: float = 0.0,
+    ) -> list[str]:
+        """Names of blocks whose gate is below w_skip, lowest first, for `sparsify(skip=...)`.
+
+        Args:
+            max_skip: at most so many; None is no limit.
+            evaluate: validation loss with the named blocks left out; a block is kept when leaving it out as well
+                raises the loss by more than `margin` over that with none left out.
+        """
+        gates = self.gate_values()
+        candidates = sorted((name for name in gates if gates[name] < w_skip), key=gates.__getitem__)
+        if evaluate is None:
+            return candidates[:max_skip]
+        accepted: list[str] = []
+        limit = evaluate([]) + margin
+        for name in candidates:
+            if max_skip is not None and len(accepted) >= max_skip:
+                break
+            if evaluate([*accepted, name]) <= limit:
+                accepted.append(name)
+        return accepted
+
+    @torch.no_grad()
+    def fold_gates(self) -> None:
+        """Multiplies each gate into its block's down projection (weight, bias and LoRA B), and removes the gates."""
+        for block, w in zip(self._blocks, self.gate_values().values(), strict=False):
+            down = block.down.get()
+            base = getattr(down, "base_layer", down)
+            for tensor in (base.weight, base.bias, *(b.weight for b in getattr(down, "lora_B", {}).values())):
+                if tensor is not None:
+                    tensor.mul_(w)
+        if self.adaptive == "gate":
+            for handle in self._handles[: len(self._blocks)]:
+                handle.remove()
+            del self._handles[: len(self._blocks)], self.theta
+            self.adaptive = None
+
+    def extra_repr(self) -> str:
+        options = self._recorder.options
+        return f"blocks={len(self._blocks)}, alpha={options.alpha}, surrogate={options.surrogate}"
+
+
+def token_masks(batch: Mapping[str, Any], is_encoder_decoder: bool) -> dict[str, Tensor | None]:
+    """Which tokens of a batch count, per side: [B, K] boolean, or None where the batch does not say."""
+    attention = batch.get("attention_mask")
+    if isinstance(attention, Tensor) and attention.dim() != 2:  # a mask per query and key says nothing of tokens
+        attention = None
+    padding = None if attention is None else attention != 0
+    if not is_encoder_decoder:
+        return {"model": padding}
+    decoder, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if decoder is None and labels is not None:
+        decoder = labels != -100
+    return {"encoder": padding, "decoder": None if decoder is None else decoder != 0}
+
+
+def _unobserved(block: MlpBlock) -> nn.Module:
+    module = block.activation.get()
+    while isinstance(module, ObservedActivation):
+        module = module.inner
+    return module
+
+
+def _named_blocks(model: nn.Module, names: Iterable[str]) -> list[MlpBlock]:
+    """Bare blocks around named activation modules; they have no projections, so gates do not apply."""
+    blocks, modules = [], dict(model.named_modules())
+    for name in names:
+        if name not in modules or not name:
+            near = [n for n in modules if n.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:5]
+            raise ValueError(f"modules: the model has no module {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+        parent, _, attribute = name.rpartition(".")
+        slot = Slot(modules[parent], attribute)
+        blocks.append(MlpBlock(name, "model", slot, None, slot, slot, None))
+    if not blocks:
+        raise ValueError("modules: must name at least one activation module, got none")
+    return blocks
+
