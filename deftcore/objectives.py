@@ -184,6 +184,9 @@ class DensityLoss(nn.Module):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._signature = inspect.signature(base.forward)
         self._config = getattr(base, "config", None)
+        prompt = getattr(model, "active_peft_config", None) if hasattr(model, "get_base_model") else None
+        is_prompt = getattr(prompt, "is_prompt_learning", False) and str(getattr(prompt, "peft_type", "")).endswith("PROMPT_TUNING")
+        self.virtual_tokens = prompt.num_virtual_tokens if is_prompt and prompt is not None else 0
         self._handles.append(base.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(base.register_forward_hook(self._end, always_call=True))
 
@@ -289,24 +292,36 @@ class DensityLoss(nn.Module):
 
     # ------------------------------------------------------------------ report
 
-    def report(self) -> dict[str, Any]:
-        """Densities since the last `reset`: model (unweighted mean of blocks), sides, blocks; and what was counted."""
-        blocks = {
-            block.name: float(activation.tally.active) / max(float(activation.tally.elements), 1.0)
-            for block, activation in zip(self._blocks, self._observed, strict=True)
-        }
-        seen = [b for b, a in zip(self._blocks, self._observed, strict=True) if float(a.tally.elements) > 0]
+    def count_tokens(self, batch: Mapping[str, Any], is_encoder_decoder: bool) -> dict[str, float]:
+        """Tokens per side of a batch that the loss will count, for `loss(tokens=...)`."""
+        masks = token_masks(batch, is_encoder_decoder)
+        if self._recorder.options.mask_policy == "count_padding":
+            masks = {side: None if mask is None else torch.ones_like(mask) for side, mask in masks.items()}
+        inputs = batch["input_ids"]
+        counts = {side: float(inputs.numel() if mask is None else mask.sum()) for side, mask in masks.items()}
+        return {side: count + inputs.shape[0] * self.virtual_tokens for side, count in counts.items()}
+
+    def report(self, reduce: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Any]:
+        """Densities since the last `reset`: model (unweighted mean of blocks), sides, blocks; and what was counted.
+
+        Args:
+            reduce: sums a tensor over processes, where there are several.
+        """
+        tallies = [activation.tally for activation in self._observed]
+        counts = reduce(torch.tensor([[float(t.active), float(t.elements)] for t in tallies], dtype=torch.float64))
+        elements = {b.name: float(n) for b, n in zip(self._blocks, counts[:, 1], strict=True)}
+        blocks = {b.name: float(n) / max(elements[b.name], 1.0) for b, n in zip(self._blocks, counts[:, 0], strict=True)}
+        seen = [b for b in self._blocks if elements[b.name] > 0]
         sides = {side: [blocks[b.name] for b in seen if b.side == side] for side in _SIDES}
         options, first = self._recorder.options, self._observed[0]
         tau = default_tau(first.deftcore_activation) if options.tau is None else options.tau
-        elements = float(first.tally.elements)
         return {
             "density": sum(blocks[b.name] for b in seen) / max(len(seen), 1),
             **{side: sum(d) / len(d) for side, d in sides.items() if d and side != "model"},
             "blocks": blocks,
             "tau": tau,
             "mask_policy": options.mask_policy,
-            "tokens": int(elements / max(first.tally.width, 1)),
+            "tokens": int(elements[self._blocks[0].name] / max(first.tally.width, 1)),
         }
 
     def reset(self) -> None:

@@ -1,0 +1,5 @@
+import sys
+
+from deftcore.cli import main
+
+sys.exit(main())

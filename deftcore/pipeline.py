@@ -1,0 +1,183 @@
+"""Whole tasks over models on disk: train from a recipe, measure density, export for sparse inference."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+from deftcore.integrations.peft import patch
+from deftcore.integrations.transformers import load_model, load_sparse, save_sparse
+from deftcore.objectives import DensityLoss
+from deftcore.training.data import Batches, Example, encode, read_records
+from deftcore.training.loop import TrainResult, train
+from deftcore.training.recipe import DataConfig, DeftConfig, Recipe
+
+_TASK_TYPES = {True: "SEQ_2_SEQ_LM", False: "CAUSAL_LM"}
+
+
+def add_adapter(model: nn.Module, method: str, options: dict[str, Any]) -> nn.Module:
+    """The model with a PEFT adapter of the named method, LoRA layers fused; `full` trains the model itself.
+
+    Raises:
+        ValueError: naming options that the method's config does not have, or targets that match nothing.
+    """
+    import peft
+
+    from deftcore.adapters import BottleneckConfig
+
+    if method == "full":
+        return model
+    kinds: dict[str, Callable[..., peft.PeftConfig]] = {
+        "lora": peft.LoraConfig,
+        "bottleneck": BottleneckConfig,
+        "prompt": peft.PromptTuningConfig,
+        "prefix": peft.PrefixTuningConfig,
+    }
+    try:
+        config = kinds[method](task_type=_TASK_TYPES[model.config.is_encoder_decoder], **options)
+    except TypeError as error:
+        raise ValueError(f"adapter: {error}") from error
+    adapted = peft.get_peft_model(model, config)
+    return patch(adapted) if method == "lora" else adapted
+
+
+def make_objective(model: nn.Module, config: DeftConfig) -> DensityLoss:
+    """The density objective of a recipe; with `enabled: false` it reports and leaves training bit for bit alone."""
+    return DensityLoss(
+        model,
+        alpha=config.alpha if config.enabled else 0.0,
+        surrogate=config.surrogate,
+        eps=config.eps,
+        beta=config.beta,
+        mask_policy=config.mask_policy,
+        ramp=config.ramp,
+        adaptive=config.adaptive or None,
+        gamma=config.gamma,
+    )
+
+
+def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
+    """Runs a recipe; its output folder gets final/, best/, log.jsonl, recipe.yaml and result.json."""
+    import yaml
+
+    tokenizer = load_tokenizer(recipe.model)
+    torch.manual_seed(recipe.training.seed)  # adapters start from the recipe's seed
+    model = add_adapter(load_model(recipe.model), recipe.method, recipe.adapter)
+    pair = model.config.is_encoder_decoder
+    examples = load_examples(recipe.data.train, tokenizer, recipe.data, pair)
+    validation = load_examples(recipe.data.validation, tokenizer, recipe.data, pair) if recipe.data.validation else None
+    output = Path(recipe.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    result = train(
+        model, examples, recipe.training, output, validation=validation, objective=make_objective(model, recipe.deft),
+        pad_token_id=tokenizer.pad_token_id or 0, resume=resume, label=recipe.method,
+        save_model=lambda trained, folder: save_adapter(trained, tokenizer, folder),
+    )  # fmt: skip
+    write_json(output / "result.json", result.to_dict())
+    return result
+
+
+def load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
+def load_examples(path: str, tokenizer: Any, data: DataConfig, is_encoder_decoder: bool) -> list[Example]:
+    return encode(read_records(path), tokenizer, data.max_length, is_encoder_decoder=is_encoder_decoder)
+
+
+def save_adapter(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Writes what was trained (the adapter, or a whole model) and the tokenizer, and opens it again to be sure."""
+    from safetensors import safe_open
+
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    written = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            written += sum(tensors.get_slice(key).get_shape() != [0] for key in tensors.keys())  # noqa: SIM118
+    if not written:
+        raise RuntimeError(f"{folder}: nothing was saved")
+
+
+def export(model: str, output: str, *, adapter: str = "", skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Merges an adapter into its base and writes a folder for `load_sparse`; the model must be one `sparsify` knows.
+
+    Adaptive gates beside the adapter (density_gates.safetensors) are folded into the weights.
+    """
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    import deftcore.adapters  # noqa: F401  registers our methods, so that their adapters load
+    from deftcore.nn import find_mlp_blocks, sparsify
+
+    base: Any = load_model(model)
+    if adapter:
+        if not (Path(adapter) / "adapter_config.json").exists():
+            raise FileNotFoundError(f"adapter: {adapter} has no adapter_config.json")
+        adapted = PeftModel.from_pretrained(base, adapter)
+        gates = Path(adapter) / "density_gates.safetensors"
+        if gates.exists():
+            objective = DensityLoss(adapted, adaptive="gate")
+            with torch.no_grad():
+                objective.theta.copy_(load_file(gates)["theta"])
+            objective.fold_gates()
+            objective.detach()
+        base = adapted.merge_and_unload()
+    tokenizer = load_tokenizer(model)
+    save_sparse(base, output, skip=skip)
+    tokenizer.save_pretrained(output)
+    blocks = [block.name for block in find_mlp_blocks(base)]
+    sparsify(base, skip=skip)  # refuses now, not at load time
+    return {"output": output, "blocks": blocks, "skipped": sorted(skip)}
+
+
+def measure_density(model: str, data: str, *, adapter: str = "", max_length: int = 512, batch_size: int = 4) -> dict:
+    """Density per block, and loss, of a model (with an adapter, or exported) over a file of records."""
+    from peft import PeftModel
+
+    import deftcore.adapters  # noqa: F401
+
+    tokenizer = load_tokenizer(model)
+    loaded: Any = load_model(model)
+    if adapter:
+        loaded = PeftModel.from_pretrained(loaded, adapter)
+    objective = DensityLoss(loaded, alpha=0.0)
+    pair = loaded.config.is_encoder_decoder
+    examples = load_examples(data, tokenizer, DataConfig(train=data, max_length=max_length), pair)
+    batches = Batches(examples, batch_size, tokenizer.pad_token_id or 0, pair, shuffle=False)
+    loaded.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in track(batches.epoch(0), "density", total=len(batches), console=Console(stderr=True), transient=True):
+            labels = batch["labels"] if pair else batch["labels"][:, 1:]
+            predicted = int((labels != -100).sum())
+            total += float(loaded(**batch).loss) * predicted
+            count += predicted
+    return objective.report() | {"loss": total / max(count, 1), "dtype": str(next(loaded.parameters()).dtype)[6:]}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes under a temporary name and renames."""
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(json.dumps(value, indent=1))
+    partial.replace(path)
+
+
+__all__ = [
+    "add_adapter",
+    "export",
+    "load_sparse",
+    "make_objective",
+    "measure_density",
+    "save_adapter",
+    "train_recipe",
+    "write_json",
+]

@@ -1,0 +1,7 @@
+"""A small training loop on Accelerate, recipes and data. Needs `deftcore[train]`."""
+
+from deftcore.training.data import encode, read_records
+from deftcore.training.loop import TrainResult, train
+from deftcore.training.recipe import Recipe, TrainingConfig, load_recipe
+
+__all__ = ["Recipe", "TrainResult", "TrainingConfig", "encode", "load_recipe", "read_records", "train"]

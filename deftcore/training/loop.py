@@ -1,0 +1,416 @@
+"""A small training loop on Accelerate: one process or many, resumable bit for bit.
+
+Losses are means over the tokens of the whole global batch, however it is split over processes and accumulation steps;
+so is the density loss (sums and counts are reduced, not ratios).
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from deftcore.objectives import DensityLoss
+from deftcore.training.data import Batches, Example
+from deftcore.training.recipe import TrainingConfig
+
+_KEEP_CHECKPOINTS = 2
+_TRAINABLE_FILE = "trainable.safetensors"
+
+
+@dataclass
+class TrainResult:
+    """What a run came to. Losses are nats per predicted token."""
+
+    steps: int
+    train_loss: float
+    eval_loss: float | None
+    best_eval_loss: float | None
+    density: float | None  # of the last evaluation (training where there was none)
+    density_blocks: dict[str, float] | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class _State:
+    """Where a run stands; saved with each checkpoint."""
+
+    step: int = 0
+    best: float = math.inf
+    train_loss: float = math.nan
+
+    def state_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.best, self.train_loss = int(state["step"]), float(state["best"]), float(state["train_loss"])
+
+
+def train(
+    model: nn.Module,
+    examples: list[Example],
+    config: TrainingConfig,
+    output: str | Path,
+    *,
+    validation: list[Example] | None = None,
+    objective: DensityLoss | None = None,
+    pad_token_id: int = 0,
+    resume: bool = True,
+    label: str = "train",
+    save_model: Callable[[nn.Module, Path], None] | None = None,
+) -> TrainResult:
+    """Trains every parameter that requires a gradient, and the objective's own.
+
+    `output` receives log.jsonl, checkpoints/ (the newest two), and, with `save_model`, final/ and best/ (lowest
+    validation loss). Everything is written under a temporary name and renamed.
+
+    Args:
+        model: takes input_ids, attention_mask, labels and returns an object with `.loss` (mean over labels).
+        examples, validation: token sequences; see `deftcore.training.data`.
+        objective: added to the task loss, and reported.
+        resume: continue from the newest checkpoint in `output`, if there is one.
+        label: what the progress bar says.
+        save_model: writes the trained part of the model into a folder.
+
+    Raises:
+        ValueError: no examples, no trainable parameter, a checkpoint of another model.
+    """
+    problems = config.problems()
+    if problems:
+        raise ValueError("; ".join(problems))
+    if not examples:
+        raise ValueError("examples: must not be empty")
+    output = Path(output)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, cpu=next(model.parameters()).device.type == "cpu", log_with=None
+    )
+    set_seed(config.seed)
+    run = _Run(model, examples, config, output, validation, objective, pad_token_id, label, save_model, accelerator)
+    if resume:
+        run.restore()
+    return run.train()
+
+
+class _Run:
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: list[Example],
+        config: TrainingConfig,
+        output: Path,
+        validation: list[Example] | None,
+        objective: DensityLoss | None,
+        pad_token_id: int,
+        label: str,
+        save_model: Callable[[nn.Module, Path], None] | None,
+        accelerator: Accelerator,
+    ) -> None:
+        self.config, self.output, self.objective, self.label = config, output, objective, label
+        self.save_model, self.accelerator = save_model, accelerator
+        self.pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        where = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+        self.batches = Batches(examples, config.batch_size, pad_token_id, self.pair, config.seed, **where)
+        self.validation = (
+            Batches(validation, config.batch_size, pad_token_id, self.pair, shuffle=False, **where)
+            if validation
+            else None
+        )
+        if len(self.batches) == 0:
+            raise ValueError(f"examples: {len(examples)} are too few for {accelerator.num_processes} processes")
+        per_epoch = math.ceil(len(self.batches) / config.gradient_accumulation_steps)
+        self.per_epoch = per_epoch
+        self.total = config.max_steps or max(math.ceil(per_epoch * config.epochs), 1)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if hasattr(model, "enable_input_require_grads"):
+                model.enable_input_require_grads()
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        gates = list(objective.parameters()) if objective is not None else []
+        if not trainable:
+            raise ValueError("model: no parameter requires a gradient")
+        groups = [{"params": trainable, "weight_decay": config.weight_decay}]
+        if gates:
+            groups.append({"params": gates, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+        scheduler = LambdaLR(optimizer, self._rate)
+        self.plain_model = model
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.scheduler = scheduler
+        self.state = _State()
+        accelerator.register_for_checkpointing(self.state, scheduler)
+        accelerator.register_save_state_pre_hook(self._save_trainable)
+        accelerator.register_load_state_pre_hook(self._load_trainable)
+
+    def _rate(self, step: int) -> float:
+        warmup = round(self.config.warmup_ratio * self.total)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = (step - warmup) / max(self.total - warmup, 1)
+        if self.config.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return 1.0 if self.config.schedule == "constant" else max(1.0 - done, 0.0)
+
+    # ------------------------------------------------------------------ steps
+
+    def train(self) -> TrainResult:
+        config, state = self.config, self.state
+        start = time.perf_counter()
+        last = {"loss": state.train_loss}
+        self.model.train()
+        writer = self._writer()
+        with self._progress() as progress:
+            task = progress.add_task(self.label, total=self.total, completed=state.step, note="")
+            while state.step < self.total:
+                epoch, first = divmod(state.step, self.per_epoch)
+                for window in self._windows(epoch, first):
+                    last = self._step(window)
+                    state.step += 1
+                    state.train_loss = last["loss"]
+                    note = f"loss {last['loss']:.3f}"
+                    if "density" in last:
+                        note += f"  density {last['density']:.3f}"
+                    progress.update(task, completed=state.step, note=note)
+                    if state.step % config.log_every == 0 or state.step == self.total:
+                        self._log(writer, {"step": state.step, **last})
+                    if config.eval_every and state.step % config.eval_every == 0 and state.step < self.total:
+                        self._evaluate_and_keep(writer)
+                    if config.save_every and state.step % config.save_every == 0 and state.step < self.total:
+                        self._checkpoint()
+                    if state.step >= self.total:
+                        break
+            evaluated = self._evaluate_and_keep(writer)
+        if writer is not None:
+            writer.close()
+        self._save("final")
+        report = evaluated.get("report") or (self.objective.report() if self.objective is not None else None)
+        return TrainResult(
+            steps=state.step,
+            train_loss=state.train_loss,
+            eval_loss=evaluated.get("eval_loss"),
+            best_eval_loss=None if math.isinf(state.best) else state.best,
+            density=None if report is None else report["density"],
+            density_blocks=None if report is None else report["blocks"],
+            seconds=time.perf_counter() - start,
+        )
+
+    def _windows(self, epoch: int, first: int) -> Iterator[list[dict[str, Tensor]]]:
+        """The micro-batches of each step, from step `first` of the epoch on."""
+        size = self.config.gradient_accumulation_steps
+        window: list[dict[str, Tensor]] = []
+        for batch in self.batches.epoch(epoch, first * size):
+            window.append({k: v.to(self.accelerator.device) for k, v in batch.items()})
+            if len(window) == size:
+                yield window
+                window = []
+        if window:
+            yield window
+
+    def _step(self, window: list[dict[str, Tensor]]) -> dict[str, float]:
+        accelerator, objective = self.accelerator, self.objective
+        counts = torch.tensor([self._predicted(batch) for batch in window], dtype=torch.float64, device=accelerator.device)
+        total = accelerator.reduce(counts.sum(), "sum").clamp(min=1)
+        tokens = self._mask_tokens(window) if objective is not None else None
+        if objective is not None:
+            objective.reset()
+            objective.set_progress(self.state.step / self.total)
+        task_loss, extra_loss = 0.0, 0.0
+        for i, batch in enumerate(window):
+            last = i + 1 == len(window)
+            with accelerator.no_sync(self.model) if not last else nullcontext():
+                with accelerator.autocast():
+                    output = self.model(**batch)
+                # DistributedDataParallel averages gradients over processes; the world size undoes that.
+                task = output.loss.float() * (counts[i] / total * accelerator.num_processes).float()
+                loss = task
+                if objective is not None:
+                    extra = objective.loss(tokens=tokens).to(task.device)
+                    loss = task + extra
+                    extra_loss += float(extra.detach()) / accelerator.num_processes
+                accelerator.backward(loss)
+            task_loss += float(task.detach()) / accelerator.num_processes
+        if self.config.max_grad_norm:
+            accelerator.clip_grad_norm_(self._parameters(), self.config.max_grad_norm)
+        rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = accelerator.reduce(torch.tensor([task_loss, extra_loss], device=accelerator.device), "sum").tolist()
+        result = {"loss": sums[0], "learning_rate": rate}
+        if objective is not None:
+            result |= {"density_loss": sums[1], "density": self._gather_density()["density"]}
+        if not math.isfinite(sums[0]):
+            raise RuntimeError(f"{self.label}: the loss is {sums[0]} at step {self.state.step + 1}")
+        return result
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _predicted(self, batch: dict[str, Tensor]) -> int:
+        """Number of labels that the model's mean loss runs over; decoder-only models shift them by one."""
+        labels = batch["labels"] if self.pair else batch["labels"][:, 1:]
+        return int((labels != -100).sum())
+
+    def _mask_tokens(self, window: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Unmasked tokens per side in the whole global batch, virtual prompt tokens included."""
+        assert self.objective is not None
+        sums: dict[str, float] = {}
+        for batch in window:
+            for side, count in self.objective.count_tokens(batch, self.pair).items():
+                sums[side] = sums.get(side, 0.0) + count
+        values = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.accelerator.device)
+        return dict(zip(sums, self.accelerator.reduce(values, "sum").tolist(), strict=True))
+
+    # ------------------------------------------------------------------ evaluation and files
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, Any]:
+        if self.validation is None:
+            return {}
+        self.model.eval()
+        if self.objective is not None:
+            self.objective.reset()
+        total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        for batch in self.validation.epoch(0):
+            batch = {k: v.to(self.accelerator.device) for k, v in batch.items()}
+            with self.accelerator.autocast():
+                loss = self.model(**batch).loss
+            count = self._predicted(batch)
+            total += torch.tensor([float(loss) * count if count else 0.0, count], dtype=torch.float64, device=total.device)
+        self.model.train()
+        loss_sum, count = self.accelerator.reduce(total, "sum").tolist()
+        result: dict[str, Any] = {"eval_loss": loss_sum / max(count, 1)}
+        if self.objective is not None:
+            result["report"] = self._gather_density()
+        return result
+
+    def _gather_density(self) -> dict[str, Any]:
+        assert self.objective is not None
+        return self.objective.report(reduce=lambda x: self.accelerator.reduce(x.to(self.accelerator.device), "sum"))
+
+    def _evaluate_and_keep(self, writer: Any) -> dict[str, Any]:
+        evaluated = self._evaluate()
+        if evaluated:
+            entry = {"step": self.state.step, "eval_loss": evaluated["eval_loss"]}
+            if "report" in evaluated:
+                entry |= {"eval_density": evaluated["report"]["density"]}
+            self._log(writer, entry)
+            if evaluated["eval_loss"] < self.state.best:
+                self.state.best = evaluated["eval_loss"]
+                self._save("best")
+        return evaluated
+
+    def _save(self, name: str) -> None:
+        if self.save_model is not None and self.accelerator.is_main_process:
+            with _replacing(self.output / name) as folder:
+                self.save_model(self.plain_model, folder)
+                if self.objective is not None and self.objective.adaptive:
+                    save_file({"theta": self.objective.theta.detach().cpu()}, folder / "density_gates.safetensors")
+        self.accelerator.wait_for_everyone()
+
+    def _checkpoint(self) -> None:
+        target = self.output / "checkpoints" / f"step-{self.state.step:08d}"
+        partial = target.with_name(f".{target.name}.partial")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))  # every process writes its random state
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+            for old in sorted(target.parent.glob("step-*"))[:-_KEEP_CHECKPOINTS]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self) -> None:
+        """Continues from the newest checkpoint, and forgets log lines written after it."""
+        found = sorted((self.output / "checkpoints").glob("step-*"))
+        if found:
+            self.accelerator.load_state(str(found[-1]))
+        log = self.output / "log.jsonl"
+        if self.accelerator.is_main_process and log.exists():
+            lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.state.step]
+            partial = log.with_suffix(".tmp")
+            partial.write_text("".join(f"{line}\n" for line in lines))
+            os.replace(partial, log)
+
+    def _trainable(self) -> dict[str, Tensor]:
+        state = {name: p for name, p in self.plain_model.named_parameters() if p.requires_grad}
+        gates = self.objective.named_parameters() if self.objective is not None else ()
+        return state | {f"objective.{name}": p for name, p in gates}
+
+    def _save_trainable(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
+        """Only what is trained goes into a checkpoint; the base is where the recipe says."""
+        weights.clear()
+        if self.accelerator.is_main_process:
+            save_file({k: v.detach().contiguous().cpu() for k, v in self._trainable().items()}, Path(folder) / _TRAINABLE_FILE)
+
+    def _load_trainable(self, models: list[nn.Module], folder: str) -> None:
+        models.clear()
+        state, here = load_file(Path(folder) / _TRAINABLE_FILE), self._trainable()
+        missing, unexpected = sorted(here.keys() - state.keys()), sorted(state.keys() - here.keys())
+        if missing or unexpected:
+            raise ValueError(f"checkpoint {folder} is of another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
+        with torch.no_grad():
+            for name, parameter in here.items():
+                parameter.copy_(state[name])
+
+    def _log(self, writer: Any, entry: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        self.output.mkdir(parents=True, exist_ok=True)
+        with (self.output / "log.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if writer is not None:
+            for key, value in entry.items():
+                if key != "step":
+                    writer.add_scalar(key, value, entry["step"])
+
+    def _writer(self) -> Any:
+        if self.config.logger != "tensorboard" or not self.accelerator.is_main_process:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("training.logger: tensorboard is not installed: pip install tensorboard") from error
+        return SummaryWriter(str(self.output / "tensorboard"))
+
+    def _progress(self) -> Progress:
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        )  # fmt: skip
+        return Progress(*columns, console=Console(stderr=True), disable=not self.accelerator.is_main_process)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A folder under a temporary name that takes its place when the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

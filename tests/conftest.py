@@ -1,0 +1,95 @@
+"""Shared helpers. The compiled module must be installed: tests never import a source tree that is not built."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+FAMILIES = ("llama", "opt", "bert", "roberta", "t5")
+EPS = {torch.float32: 1.2e-7, torch.float16: 9.8e-4, torch.bfloat16: 7.8e-3}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Cost models and quickstart bases go to a folder of the test session, not the user's."""
+    monkeypatch.setenv("DEFTCORE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA GPU; run bench/gpu_check.sh on one")
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(skip)
+
+
+def assert_close_to_ref(ours, plain, ref64, reduction=None):
+    """ours is as close to the float64 reference as the plain PyTorch expression in the same dtype, twice over.
+
+    Args:
+        reduction: sum |x||w| behind each element, where the element is a sum of float32 products.
+    """
+    assert ours.dtype == plain.dtype
+    assert ours.shape == ref64.shape
+    ours64, plain64 = ours.detach().double(), plain.detach().double()
+    finite = ref64.isfinite()
+    assert torch.equal(ours64.isnan(), ref64.isnan()), "NaN in other places than the reference"
+    infinite = ref64.isinf()
+    assert torch.equal(ours64[infinite], ref64[infinite]), "infinities differ from the reference"
+    allowed = 2 * (plain64 - ref64)[finite].abs().max() if finite.any() else torch.zeros(())
+    allowed = allowed + EPS[ours.dtype] * ref64[finite].abs()
+    if reduction is not None:
+        allowed = allowed + 8 * EPS[torch.float32] * reduction.double()[finite]
+    error = (ours64 - ref64)[finite].abs()
+    worst = (error - allowed).max() if error.numel() else torch.zeros(())
+    assert worst <= 0, f"error {error.max():.3e} exceeds the allowed by {worst:.3e}"
+
+
+def tiny_model(family: str, activation: str = "relu"):
+    """A small model of a family, dropout off, from a config."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "num_attention_heads": 4}
+    wide = {"hidden_size": 32, "num_hidden_layers": 2}
+    if family == "llama":
+        return t.LlamaForCausalLM(
+            t.LlamaConfig(**sizes, **wide, intermediate_size=72, num_key_value_heads=2, hidden_act=activation)
+        )
+    if family == "opt":
+        return t.OPTForCausalLM(
+            t.OPTConfig(**sizes, **wide, ffn_dim=72, word_embed_proj_dim=32, dropout=0.0, activation_function=activation)
+        )
+    if family in ("bert", "roberta"):
+        config, model = {
+            "bert": (t.BertConfig, t.BertForMaskedLM), "roberta": (t.RobertaConfig, t.RobertaForMaskedLM)
+        }[family]  # fmt: skip
+        rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        return model(config(**sizes, **wide, **rates, intermediate_size=72, hidden_act=activation))
+    return t.T5ForConditionalGeneration(
+        t.T5Config(vocab_size=64, d_model=32, d_ff=72, d_kv=8, num_layers=2, num_heads=4, dropout_rate=0.0,
+                   decoder_start_token_id=0, feed_forward_proj=activation)
+    )  # fmt: skip
+
+
+def tiny_batch(family: str):
+    """Two sequences, the second padded by two."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, 64, (2, 7), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    labels = ids.clone()
+    labels[1, 5:] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def task_type(family: str) -> str | None:
+    return {"llama": "CAUSAL_LM", "opt": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}.get(family)
