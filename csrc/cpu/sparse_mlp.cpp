@@ -480,7 +480,11 @@ void sparse_mlp(const SparseMlpArgs& args) {
   float* acc = workspace.take<float>(tokens * acc_stride);
   float* act = workspace.take<float>(tokens * neurons);
   float* x_wide = workspace.take<float>(tokens * acc_stride);
-  for (int64_t m = 0; m < tokens && !kHasPairs<T>; ++m) widen(x + m * width, width, x_wide + m * acc_stride);
+  for (int64_t m = 0; m < tokens && !kHasPairs<T>; ++m) {
+    float* row = x_wide + m * acc_stride;
+    widen(x + m * width, width, row);
+    for (int64_t j = width; j < acc_stride; ++j) row[j] = 0.0f;  // a dot's last vector reads beyond the width
+  }
 
   const auto dot_rows = [&](Matrix<T> w, auto row_of, Range range, auto sink) {
 #if defined(DEFTCORE_DOT_BF16)

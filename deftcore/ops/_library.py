@@ -120,6 +120,11 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def flatten_tokens(x: Tensor) -> Tensor:
+    """x [..., D] as [tokens, D]; unlike reshape(-1, D) also where D is 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 # ---------------------------------------------------------------------------- checks
 
 

@@ -114,7 +114,7 @@ def density(a: Tensor, *, tau: float = 0.0, mask: Tensor | None = None) -> Tenso
         raise ValueError("a: must have at least one dimension, got a scalar")
     tau = check_number("tau", tau, minimum=0.0)
     token_mask = _check_mask(mask, a)
-    tokens = a.numel() // max(a.shape[-1], 1) if token_mask is None else token_mask.sum()
+    tokens = a.shape[:-1].numel() if token_mask is None else (token_mask != 0).sum()
     total = tokens * a.shape[-1]
     count = active_count(a, token_mask, tau)
     return (count / total if isinstance(total, Tensor) else count / max(total, 1)).nan_to_num(0.0).float()
@@ -153,7 +153,7 @@ class _Names:
 
 
 def _rows(x: Tensor) -> int:
-    return x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return x.shape[:-1].numel()
 
 
 def _act_density_impl(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deftcore.ops._library import check_float, check_like, check_number, check_shape, define
+from deftcore.ops._library import check_float, check_like, check_number, check_shape, define, flatten_tokens
 
 
 def lora_linear(
@@ -71,7 +71,7 @@ def _lora_linear_impl(
     bias: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    flat = (x if dropped_x is None else dropped_x).reshape(-1, x.shape[-1])
+    flat = flatten_tokens(x if dropped_x is None else dropped_x)
     low = flat @ lora_a.t()
     y = F.linear(x.reshape(flat.shape), weight, bias).addmm_(low, lora_b.t(), alpha=scaling)
     return y.reshape(*x.shape[:-1], weight.shape[0]), low
@@ -86,7 +86,7 @@ def _lora_linear_fake(
     bias: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    tokens = x.numel() // x.shape[-1]
+    tokens = x.shape[:-1].numel()
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((tokens, lora_a.shape[0]))
 
 
@@ -99,7 +99,7 @@ def _lora_linear_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, 
 
 def _lora_linear_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
     x, weight, lora_a, lora_b, low = ctx.saved_tensors
-    flat = grad.reshape(-1, grad.shape[-1])
+    flat = flatten_tokens(grad)
     grad_low = (flat @ lora_b).mul_(ctx.scaling)
     need_x, need_dropped, _, need_a, need_b = ctx.needs_input_grad[:5]
     grad_x = grad_dropped = None
@@ -110,7 +110,7 @@ def _lora_linear_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor
         grad_x = grad_x.reshape(x.shape)
     if need_dropped:
         grad_dropped = (grad_low @ lora_a).reshape(x.shape)
-    grad_a = grad_low.t() @ x.reshape(-1, x.shape[-1]) if need_a else None
+    grad_a = grad_low.t() @ flatten_tokens(x) if need_a else None
     grad_b = (flat.t() @ low) * ctx.scaling if need_b else None
     return grad_x, grad_dropped, None, grad_a, grad_b, None, None
 

@@ -15,6 +15,7 @@ from deftcore.ops._library import (
     check_number,
     check_shape,
     define,
+    flatten_tokens,
     native,
     stream,
 )
@@ -45,7 +46,7 @@ def sparse_down(
         tau: threshold, at least 0; see `default_tau` for the error bound of smooth activations.
         path: "auto" measures once per machine and shape and takes the faster; "sparse" and "dense" force one.
             More than 64 tokens go to "dense" under "auto", in pieces of 64 under "sparse".
-        deterministic: bit-equal repeats. The CPU kernel always is; on CUDA this picks a fixed summation order.
+        deterministic: ask for bit-equal repeats. The kernels sum in a fixed order anyway, on both devices.
 
     Returns:
         [..., D] in a's dtype, accumulated in float32.
@@ -67,7 +68,7 @@ def sparse_down(
     check_choice("path", path, PATHS)
     if not isinstance(deterministic, bool):
         raise TypeError(f"deterministic: must be a bool, got {type(deterministic).__name__}")
-    y = _sparse_down(a.reshape(-1, a.shape[-1]), w_down_t, bias, tau, PATHS[path])
+    y = _sparse_down(flatten_tokens(a), w_down_t, bias, tau, PATHS[path])
     return y.reshape(*a.shape[:-1], w_down_t.shape[1])
 
 
@@ -172,8 +173,7 @@ def _mlp(
     f = activation_name(activation)
     tau = default_tau(f) if tau is None else check_number("tau", tau, minimum=0.0)
     check_choice("path", path, PATHS)
-    flat = x.reshape(-1, x.shape[-1])
-    return _sparse_mlp(flat, w_gate, w_up, w_down_t, b_up, b_down, ACTIVATIONS[f], tau, PATHS[path]).reshape(x.shape)
+    return _sparse_mlp(flatten_tokens(x), w_gate, w_up, w_down_t, b_up, b_down, ACTIVATIONS[f], tau, PATHS[path]).reshape(x.shape)
 
 
 def _check_weight(name: str, w: Tensor, like_name: str, like: Tensor) -> None:

@@ -1,0 +1,47 @@
+// The few lines that the native tests share: a failed check prints where and makes the program return 1.
+#pragma once
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+inline int g_failures = 0;
+
+#define CHECK(condition)                                              \
+  do {                                                                \
+    if (!(condition)) {                                               \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      ++g_failures;                                                   \
+    }                                                                 \
+  } while (0)
+
+// Return code that ctest takes as "skipped": this machine cannot run the level asked for.
+constexpr int kSkipped = 77;
+
+template <class Body>
+int run_tests(Body&& body) {
+  try {
+    body();
+  } catch (const std::invalid_argument& error) {
+    std::printf("%s\n", error.what());
+    return std::string(error.what()).rfind("DEFTCORE_CPU_ISA", 0) == 0 ? kSkipped : 1;
+  }
+  std::printf(g_failures ? "%d checks failed\n" : "all checks passed\n", g_failures);
+  return g_failures != 0;
+}
+
+inline std::vector<float> random_floats(size_t count, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(count);
+  for (float& v : values) v = normal(engine);
+  return values;
+}
+
+inline bool close(double ours, double ref, double tolerance) {
+  return std::fabs(ours - ref) <= tolerance * (1 + std::fabs(ref));
+}

@@ -1,0 +1,91 @@
+// act_density against double-precision formulas, on exactly sized buffers so that the sanitizers see any overrun.
+#include "deftcore/density.h"
+
+#include "check.h"
+#include "deftcore/math.h"
+
+using namespace deftcore;
+
+namespace {
+
+double activation(Activation f, double z) {
+  switch (f) {
+    case Activation::kRelu: return z > 0 ? z : 0;
+    case Activation::kRelu2: return z > 0 ? z * z : 0;
+    case Activation::kGeluErf: return 0.5 * z * (1 + std::erf(z / std::sqrt(2.0)));
+    case Activation::kGeluTanh:
+      return 0.5 * z * (1 + std::tanh(std::sqrt(2 / 3.14159265358979323846) * (z + 0.044715 * z * z * z)));
+    default: return z / (1 + std::exp(-z));
+  }
+}
+
+// The scalar formulas that both devices share, on the host.
+void test_math() {
+  for (float z = -12.0f; z <= 12.0f; z += 0.37f) {
+    const auto check = [&](auto kind) {
+      constexpr Activation kF = decltype(kind)::value;
+      CHECK(close(math::activate<kF>(z), activation(kF, z), 1e-6));
+      const double h = 1e-4, slope = (activation(kF, z + h) - activation(kF, z - h)) / (2 * h);
+      if (std::fabs(z) > 1e-3) CHECK(close(math::activate_grad<kF>(z).grad, slope, 1e-4));
+    };
+    check(std::integral_constant<Activation, Activation::kRelu>{});
+    check(std::integral_constant<Activation, Activation::kRelu2>{});
+    check(std::integral_constant<Activation, Activation::kGeluErf>{});
+    check(std::integral_constant<Activation, Activation::kGeluTanh>{});
+    check(std::integral_constant<Activation, Activation::kSilu>{});
+  }
+  CHECK(math::surrogate<Surrogate::kL0>(0.0f, 1e-7f) == 0.0f);
+  CHECK(math::surrogate<Surrogate::kL0>(3e38f, 1e-7f) == 1.0f);
+  CHECK(math::surrogate_grad<Surrogate::kL0>(3e38f, 1e-7f) == 0.0f);
+}
+
+void test_kernels(int64_t rows, int64_t width) {
+  const std::vector<float> z = random_floats(static_cast<size_t>(rows * width), 1);
+  std::vector<float> a(z.size()), dz(z.size()), da = random_floats(z.size(), 2);
+  std::vector<uint8_t> mask(static_cast<size_t>(rows));
+  for (size_t r = 0; r < mask.size(); ++r) mask[r] = r % 3 != 1;
+  for (int f = 0; f < 5; ++f) {
+    float sum = -1;
+    int64_t count = -1, expected_count = 0, density_count = -1;
+    double expected = 0;
+    cpu::act_density({z.data(), mask.data(), a.data(), &sum, &count, rows, width, DType::kFloat32,
+                      static_cast<Activation>(f), Surrogate::kL0, 1e-7f, 1e-3f},
+                     nullptr);
+    cpu::density({a.data(), mask.data(), &density_count, rows, width, DType::kFloat32, 1e-3f}, nullptr);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < width; ++i) {
+        const size_t at = static_cast<size_t>(r * width + i);
+        const double ref = activation(static_cast<Activation>(f), z[at]);
+        CHECK(close(a[at], ref, 1e-6));
+        if (!mask[static_cast<size_t>(r)]) continue;
+        expected += ref * ref / (ref * ref + 1e-7);
+        expected_count += std::fabs(a[at]) > 1e-3f;
+      }
+    }
+    CHECK(close(sum, expected, 1e-4));
+    CHECK(count == expected_count);
+    CHECK(density_count == expected_count);
+    const float c = 0.5f;
+    cpu::act_density_backward({z.data(), da.data(), &c, mask.data(), dz.data(), rows, width, DType::kFloat32,
+                               static_cast<Activation>(f), Surrogate::kL1, 0.0f},
+                              nullptr);
+    for (size_t at = 0; at < z.size(); ++at) {
+      const double h = 1e-4, zi = z[at];
+      if (std::fabs(zi) < 1e-3) continue;
+      const double slope = (activation(static_cast<Activation>(f), zi + h) - activation(static_cast<Activation>(f), zi - h)) / (2 * h);
+      const double value = activation(static_cast<Activation>(f), zi), sign = value > 0 ? 1 : value < 0 ? -1 : 0;
+      const double counted = mask[at / static_cast<size_t>(width)];
+      CHECK(close(dz[at], slope * (da[at] + counted * 0.5 * sign), 1e-4));
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  return run_tests([] {
+    test_math();
+    const int64_t sizes[][2] = {{1, 1}, {3, 15}, {2, 16}, {2, 17}, {5, 2049}, {0, 4}, {4, 0}};
+    for (const auto& size : sizes) test_kernels(size[0], size[1]);
+  });
+}

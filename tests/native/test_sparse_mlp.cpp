@@ -1,0 +1,111 @@
+// sparse_down and sparse_mlp against plain loops in double, on exactly sized buffers.
+#include "deftcore/sparse_mlp.h"
+
+#include "check.h"
+
+using namespace deftcore;
+
+namespace {
+
+std::vector<char> workspace_of(size_t bytes) { return std::vector<char>(bytes + 64); }
+
+void* aligned(std::vector<char>& buffer) {
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~static_cast<uintptr_t>(63));
+}
+
+void test_down(int64_t tokens, int64_t neurons, int64_t width, int64_t stride) {
+  std::vector<float> a = random_floats(static_cast<size_t>(tokens * neurons), 1);
+  // Rows of inactive neurons are poisoned: reading one would show.
+  std::vector<float> w = random_floats(static_cast<size_t>((neurons - 1) * stride + width), 2);
+  const std::vector<float> bias = random_floats(static_cast<size_t>(width), 3);
+  int64_t expected_rows = 0;
+  for (int64_t i = 0; i < neurons; ++i) {
+    if (i % 3 == 0) {
+      ++expected_rows;
+      continue;
+    }
+    for (int64_t m = 0; m < tokens; ++m) a[static_cast<size_t>(m * neurons + i)] = m % 2 ? 0.0f : -0.0f;
+    for (int64_t j = 0; j < width; ++j) w[static_cast<size_t>(i * stride + j)] = NAN;
+  }
+  std::vector<float> y(static_cast<size_t>(tokens * width), NAN);
+  int64_t rows_read = -1;
+  SparseDownArgs args{a.data(), w.data(), bias.data(), y.data(), nullptr,  &rows_read,
+                      tokens,   neurons,  width,       stride,   neurons,  DType::kFloat32,
+                      0.0f};
+  std::vector<char> workspace = workspace_of(cpu::sparse_down_workspace(args));
+  args.workspace = aligned(workspace);
+  cpu::sparse_down(args, nullptr);
+  CHECK(rows_read == expected_rows);
+  for (int64_t m = 0; m < tokens; ++m) {
+    for (int64_t j = 0; j < width; ++j) {
+      double ref = bias[static_cast<size_t>(j)];
+      for (int64_t i = 0; i < neurons; i += 3) {
+        ref += static_cast<double>(a[static_cast<size_t>(m * neurons + i)]) * w[static_cast<size_t>(i * stride + j)];
+      }
+      CHECK(close(y[static_cast<size_t>(m * width + j)], ref, 1e-4));
+    }
+  }
+  y.assign(y.size(), 42.0f);
+  args.capacity = expected_rows - 1;
+  cpu::sparse_down(args, nullptr);
+  CHECK(rows_read == expected_rows);
+  for (float v : y) CHECK(v == 42.0f);  // overflow writes nothing
+}
+
+void test_gated(int64_t tokens, int64_t neurons, int64_t width) {
+  const size_t count = static_cast<size_t>(neurons * width);
+  const std::vector<float> x = random_floats(static_cast<size_t>(tokens * width), 1), gate = random_floats(count, 2),
+                           up = random_floats(count, 3), down = random_floats(count, 4);
+  std::vector<float> y(x.size(), NAN);
+  int64_t rows_read = -1;
+  SparseMlpArgs args{x.data(), nullptr, gate.data(), up.data(), down.data(), nullptr, nullptr, y.data(),
+                     nullptr,  &rows_read, tokens,   neurons,   width,       width,   width,   width,
+                     neurons,  DType::kFloat32, Activation::kRelu, 0.0f};
+  std::vector<char> workspace = workspace_of(cpu::sparse_mlp_workspace(args));
+  args.workspace = aligned(workspace);
+  cpu::sparse_mlp(args, nullptr);
+  const auto dot = [&](const std::vector<float>& w, int64_t m, int64_t i) {
+    double sum = 0;
+    for (int64_t j = 0; j < width; ++j) {
+      sum += static_cast<double>(x[static_cast<size_t>(m * width + j)]) * w[static_cast<size_t>(i * width + j)];
+    }
+    return sum;
+  };
+  for (int64_t m = 0; m < tokens; ++m) {
+    std::vector<double> ref(static_cast<size_t>(width));
+    for (int64_t i = 0; i < neurons; ++i) {
+      const double g = dot(gate, m, i);
+      if (g <= 0) continue;
+      const double h = g * dot(up, m, i);
+      for (int64_t j = 0; j < width; ++j) ref[static_cast<size_t>(j)] += h * down[static_cast<size_t>(i * width + j)];
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      CHECK(std::fabs(y[static_cast<size_t>(m * width + j)] - ref[static_cast<size_t>(j)]) <
+            1e-4 * static_cast<double>(neurons) * std::sqrt(static_cast<double>(width)));
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  return run_tests([] {
+    const int64_t shapes[][3] = {{7, 5, 5}, {64, 64, 64}, {65, 63, 130}, {200, 129, 129}, {33, 300, 600}};
+    for (const auto& s : shapes) {
+      for (int64_t tokens : {1, 2, 6, 7, 64}) test_down(tokens, s[0], s[1], s[2]);
+    }
+    for (int64_t tokens : {1, 5, 13}) {
+      test_gated(tokens, 50, 33);
+      test_gated(tokens, 128, 64);
+    }
+    SparseDownArgs bad{};
+    bad.tokens = 65;
+    bool thrown = false;
+    try {
+      cpu::sparse_down(bad, nullptr);
+    } catch (const std::invalid_argument&) {
+      thrown = true;
+    }
+    CHECK(thrown);
+  });
+}
