@@ -130,19 +130,14 @@ def _export(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     import torch
 
-    from deftcore.ops import _dispatch, sparse_mlp
+    from deftcore.ops.sparse_mlp import break_even_density
 
     try:
         width, neurons = map(int, args.shape.lower().split("x"))
     except ValueError as error:
         raise ValueError(f"--shape: must be WIDTHxNEURONS, got {args.shape!r}") from error
     like = torch.empty(0, dtype=getattr(torch, args.dtype))
-    table = {
-        tokens: _dispatch.break_even_density(
-            like, tokens, neurons, width, sparse_mlp._down_native, sparse_mlp._down_dense
-        )
-        for tokens in (1, 2, 4, 8, 16, 32, 64)
-    }
+    table = {tokens: break_even_density(like, tokens, neurons, width) for tokens in (1, 2, 4, 8, 16, 32, 64)}
     lines = [f"sparse_down {args.shape} {args.dtype}: the sparse path is faster below this union density"]
     lines += [f"  {tokens:3d} tokens: {density:.2f}" for tokens, density in table.items()]
     _print(args, {"shape": args.shape, "dtype": args.dtype, "break_even": table}, lines)
@@ -169,7 +164,9 @@ def info() -> dict[str, Any]:
         "cuda": cuda,
         "torch": torch.__version__,
         "ops": op_names(),
-        "kernels": {k: {"cpu": "on", "cuda": "on" if cuda_enabled(k) else "off" if built else "not built"} for k in kernels},
+        "kernels": {
+            k: {"cpu": "on", "cuda": "on" if cuda_enabled(k) else "off" if built else "not built"} for k in kernels
+        },
     }
 
 

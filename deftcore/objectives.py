@@ -40,9 +40,9 @@ class _Recorder:
     def mask(self, side: str, z: Tensor) -> Tensor | None:
         """The token mask of one side, in the shape of z without its last dimension."""
         mask = self.masks.get(side)
-        if mask is None:
-            return None
         rows = z.shape[:-1].numel()
+        if mask is None or rows % mask.shape[0]:
+            return None
         length = rows // mask.shape[0]
         if mask.shape[1] >= length:  # cached keys and prefix tokens precede the positions that run now
             mask = mask[:, mask.shape[1] - length :]
@@ -75,7 +75,7 @@ class ObservedActivation(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         options, recorder = self.recorder.options, self.recorder
         tau = default_tau(self.deftcore_activation) if options.tau is None else options.tau
-        mask = recorder.mask(self.side, z) if recorder.open else None
+        mask = recorder.mask(self.side, z)
         # A recomputation under activation checkpointing runs with the recorder closed: it must call the same op, so
         # that the same tensors are saved, but it is not counted again.
         if options.alpha != 0 and self.training and torch.is_grad_enabled():
@@ -116,6 +116,9 @@ class DensityLoss(nn.Module):
         density.report()["density"]      # share of active neurons since the last reset()
         density.detach()                 # the model as it was
 
+    Under activation checkpointing, call backward before the next forward: the recomputation uses the token masks of
+    the last one.
+
     Args:
         model: a Transformers model or its PEFT model. Its forward arguments attention_mask, decoder_attention_mask
             and labels say which tokens count.
@@ -136,7 +139,7 @@ class DensityLoss(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         *,
         alpha: float = 1.0,
         surrogate: str = "l0",
@@ -185,7 +188,9 @@ class DensityLoss(nn.Module):
         self._signature = inspect.signature(base.forward)
         self._config = getattr(base, "config", None)
         prompt = getattr(model, "active_peft_config", None) if hasattr(model, "get_base_model") else None
-        is_prompt = getattr(prompt, "is_prompt_learning", False) and str(getattr(prompt, "peft_type", "")).endswith("PROMPT_TUNING")
+        is_prompt = getattr(prompt, "is_prompt_learning", False) and str(getattr(prompt, "peft_type", "")).endswith(
+            "PROMPT_TUNING"
+        )
         self.virtual_tokens = prompt.num_virtual_tokens if is_prompt and prompt is not None else 0
         self._handles.append(base.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(base.register_forward_hook(self._end, always_call=True))
@@ -205,8 +210,7 @@ class DensityLoss(nn.Module):
         recorder.open = True
 
     def _end(self, *_: object) -> None:
-        self._recorder.open = False
-        self._recorder.masks = {}
+        self._recorder.open = False  # the masks stay: a recomputation under checkpointing needs them
 
     def _gate_hook(self, index: int) -> Callable[..., Tensor]:
         def scale(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -310,7 +314,9 @@ class DensityLoss(nn.Module):
         tallies = [activation.tally for activation in self._observed]
         counts = reduce(torch.tensor([[float(t.active), float(t.elements)] for t in tallies], dtype=torch.float64))
         elements = {b.name: float(n) for b, n in zip(self._blocks, counts[:, 1], strict=True)}
-        blocks = {b.name: float(n) / max(elements[b.name], 1.0) for b, n in zip(self._blocks, counts[:, 0], strict=True)}
+        blocks = {
+            b.name: float(n) / max(elements[b.name], 1.0) for b, n in zip(self._blocks, counts[:, 0], strict=True)
+        }
         seen = [b for b in self._blocks if elements[b.name] > 0]
         sides = {side: [blocks[b.name] for b in seen if b.side == side] for side in _SIDES}
         options, first = self._recorder.options, self._observed[0]
@@ -420,11 +426,12 @@ def _named_blocks(model: nn.Module, names: Iterable[str]) -> list[MlpBlock]:
     for name in names:
         if name not in modules or not name:
             near = [n for n in modules if n.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:5]
-            raise ValueError(f"modules: the model has no module {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+            raise ValueError(
+                f"modules: the model has no module {name!r}" + (f"; near: {', '.join(near)}" if near else "")
+            )
         parent, _, attribute = name.rpartition(".")
         slot = Slot(modules[parent], attribute)
         blocks.append(MlpBlock(name, "model", slot, None, slot, slot, None))
     if not blocks:
         raise ValueError("modules: must name at least one activation module, got none")
     return blocks
-

@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import nn
 
 from deftcore.integrations.peft import patch
-from deftcore.integrations.transformers import load_model, load_sparse, save_sparse
+from deftcore.integrations.transformers import load_adapter, load_model, load_tokenizer, save_sparse
 from deftcore.objectives import DensityLoss
 from deftcore.training.data import Batches, Example, encode, read_records
 from deftcore.training.loop import TrainResult, train
@@ -20,7 +20,7 @@ from deftcore.training.recipe import DataConfig, DeftConfig, Recipe
 _TASK_TYPES = {True: "SEQ_2_SEQ_LM", False: "CAUSAL_LM"}
 
 
-def add_adapter(model: nn.Module, method: str, options: dict[str, Any]) -> nn.Module:
+def add_adapter(model: Any, method: str, options: dict[str, Any]) -> Any:
     """The model with a PEFT adapter of the named method, LoRA layers fused; `full` trains the model itself.
 
     Raises:
@@ -83,17 +83,11 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     return result
 
 
-def load_tokenizer(path: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path)
-
-
 def load_examples(path: str, tokenizer: Any, data: DataConfig, is_encoder_decoder: bool) -> list[Example]:
     return encode(read_records(path), tokenizer, data.max_length, is_encoder_decoder=is_encoder_decoder)
 
 
-def save_adapter(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
     """Writes what was trained (the adapter, or a whole model) and the tokenizer, and opens it again to be sure."""
     from safetensors import safe_open
 
@@ -112,17 +106,13 @@ def export(model: str, output: str, *, adapter: str = "", skip: tuple[str, ...] 
 
     Adaptive gates beside the adapter (density_gates.safetensors) are folded into the weights.
     """
-    from peft import PeftModel
     from safetensors.torch import load_file
 
-    import deftcore.adapters  # noqa: F401  registers our methods, so that their adapters load
     from deftcore.nn import find_mlp_blocks, sparsify
 
     base: Any = load_model(model)
     if adapter:
-        if not (Path(adapter) / "adapter_config.json").exists():
-            raise FileNotFoundError(f"adapter: {adapter} has no adapter_config.json")
-        adapted = PeftModel.from_pretrained(base, adapter)
+        adapted = load_adapter(base, adapter)
         gates = Path(adapter) / "density_gates.safetensors"
         if gates.exists():
             objective = DensityLoss(adapted, adaptive="gate")
@@ -141,14 +131,10 @@ def export(model: str, output: str, *, adapter: str = "", skip: tuple[str, ...] 
 
 def measure_density(model: str, data: str, *, adapter: str = "", max_length: int = 512, batch_size: int = 4) -> dict:
     """Density per block, and loss, of a model (with an adapter, or exported) over a file of records."""
-    from peft import PeftModel
-
-    import deftcore.adapters  # noqa: F401
-
     tokenizer = load_tokenizer(model)
     loaded: Any = load_model(model)
     if adapter:
-        loaded = PeftModel.from_pretrained(loaded, adapter)
+        loaded = load_adapter(loaded, adapter)
     objective = DensityLoss(loaded, alpha=0.0)
     pair = loaded.config.is_encoder_decoder
     examples = load_examples(data, tokenizer, DataConfig(train=data, max_length=max_length), pair)
@@ -156,7 +142,9 @@ def measure_density(model: str, data: str, *, adapter: str = "", max_length: int
     loaded.eval()
     total, count = 0.0, 0
     with torch.no_grad():
-        for batch in track(batches.epoch(0), "density", total=len(batches), console=Console(stderr=True), transient=True):
+        for batch in track(
+            batches.epoch(0), "density", total=len(batches), console=Console(stderr=True), transient=True
+        ):
             labels = batch["labels"] if pair else batch["labels"][:, 1:]
             predicted = int((labels != -100).sum())
             total += float(loaded(**batch).loss) * predicted
@@ -169,15 +157,3 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(f".{path.name}.tmp")
     partial.write_text(json.dumps(value, indent=1))
     partial.replace(path)
-
-
-__all__ = [
-    "add_adapter",
-    "export",
-    "load_sparse",
-    "make_objective",
-    "measure_density",
-    "save_adapter",
-    "train_recipe",
-    "write_json",
-]

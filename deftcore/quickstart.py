@@ -97,14 +97,14 @@ def run(output: str | Path, settings: Settings | None = None, *, seed: int = 0) 
     validation = encode([{"text": held_out}], tokenizer, length, is_encoder_decoder=False)[:64]
 
     runs: dict[str, dict[str, Any]] = {}
-    models: dict[str, nn.Module] = {}
+    models: dict[str, Any] = {}
     before = _evaluate(base, validation, settings)
     runs["base"] = before
     for name, alpha in (("LoRA", 0.0), ("LoRA + DEFT", settings.alpha)):
         console.print(f"[bold]Fine-tuning: {name}[/bold]")
         result, model = _tune(base, tokenizer, examples, settings, alpha, seed, output, name)
         runs[name] = {**_evaluate(model, validation, settings), "seconds": result.seconds}
-        models[name] = model.merge_and_unload()  # type: ignore[operator]
+        models[name] = model.merge_and_unload()
 
     console.print("[bold]Decoding[/bold]")
     prompts = [torch.tensor([e["input_ids"][:32]]) for e in validation[: settings.prompts]]
@@ -217,7 +217,7 @@ def _tune(
     seed: int,
     output: Path,
     name: str,
-) -> tuple[TrainResult, nn.Module]:
+) -> tuple[TrainResult, Any]:
     torch.manual_seed(seed)
     targets = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
     options = {"r": settings.lora_r, "lora_alpha": 2 * settings.lora_r, "target_modules": targets}

@@ -66,7 +66,9 @@ def tiny_model(family: str, activation: str = "relu"):
         )
     if family == "opt":
         return t.OPTForCausalLM(
-            t.OPTConfig(**sizes, **wide, ffn_dim=72, word_embed_proj_dim=32, dropout=0.0, activation_function=activation)
+            t.OPTConfig(
+                **sizes, **wide, ffn_dim=72, word_embed_proj_dim=32, dropout=0.0, activation_function=activation
+            )
         )
     if family in ("bert", "roberta"):
         config, model = {

@@ -197,7 +197,7 @@ def test_saves_one_tensor():
     for activation, kept_is_output in (("relu", True), ("gelu", False), ("silu", False)):
         saved = []
         z = torch.randn(2, 3, 64, requires_grad=True) * 1
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             a, total, _ = ops.act_density(z, activation)
         full = [t for t in saved if t.numel() == z.numel()]
         assert len(full) == 1

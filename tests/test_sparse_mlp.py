@@ -292,7 +292,9 @@ def test_fuzz(x, up, down, gate, dtype, activation, path, tau):
         if gate is None:
             y = ops.sparse_mlp(x, up, down, activation=activation, path=path, tau=tau)
         else:
-            y = ops.sparse_gated_mlp(x, torch.ones(gate, dtype=dtype), up, down, activation=activation, path=path, tau=tau)
+            y = ops.sparse_gated_mlp(
+                x, torch.ones(gate, dtype=dtype), up, down, activation=activation, path=path, tau=tau
+            )
     except (ValueError, TypeError) as error:
         assert ":" in str(error)
     else:

@@ -74,8 +74,8 @@ void bind(py::module_ m, Backend backend) {
   m.def(
       "sparse_down",
       [backend](uintptr_t a, uintptr_t w_down_t, uintptr_t bias, uintptr_t y, uintptr_t workspace, uintptr_t rows_read,
-                int64_t tokens, int64_t neurons, int64_t width, int64_t w_stride, int64_t capacity,
-                int dtype, float tau, uintptr_t stream) {
+                int64_t tokens, int64_t neurons, int64_t width, int64_t w_stride, int64_t capacity, int dtype,
+                float tau, uintptr_t stream) {
         backend.sparse_down({pointer<const void>(a), pointer<const void>(w_down_t), pointer<const void>(bias),
                              pointer<void>(y), pointer<void>(workspace), pointer<int64_t>(rows_read), tokens, neurons,
                              width, w_stride, capacity, static_cast<DType>(dtype), tau},
@@ -96,12 +96,27 @@ void bind(py::module_ m, Backend backend) {
                 uintptr_t b_down, uintptr_t y, uintptr_t workspace, uintptr_t rows_read, int64_t tokens,
                 int64_t neurons, int64_t width, int64_t gate_stride, int64_t up_stride, int64_t down_stride,
                 int64_t capacity, int dtype, int activation, float tau, uintptr_t stream) {
-        backend.sparse_mlp(
-            {pointer<const void>(x), pointer<const void>(z), pointer<const void>(w_gate), pointer<const void>(w_up),
-             pointer<const void>(w_down_t), pointer<const void>(b_up), pointer<const void>(b_down), pointer<void>(y),
-             pointer<void>(workspace), pointer<int64_t>(rows_read), tokens, neurons, width, gate_stride, up_stride,
-             down_stride, capacity, static_cast<DType>(dtype), static_cast<Activation>(activation), tau},
-            pointer<void>(stream));
+        backend.sparse_mlp({pointer<const void>(x),
+                            pointer<const void>(z),
+                            pointer<const void>(w_gate),
+                            pointer<const void>(w_up),
+                            pointer<const void>(w_down_t),
+                            pointer<const void>(b_up),
+                            pointer<const void>(b_down),
+                            pointer<void>(y),
+                            pointer<void>(workspace),
+                            pointer<int64_t>(rows_read),
+                            tokens,
+                            neurons,
+                            width,
+                            gate_stride,
+                            up_stride,
+                            down_stride,
+                            capacity,
+                            static_cast<DType>(dtype),
+                            static_cast<Activation>(activation),
+                            tau},
+                           pointer<void>(stream));
       },
       release);
 }

@@ -111,9 +111,7 @@ inline uint32_t active_bits(Vec a, Vec tau) { return _mm512_cmp_ps_mask(abs(a).v
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec widen(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
 inline Vec load(const BFloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline Vec load(const Float16* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
+inline Vec load(const Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline __m256i narrow(Vec a) {  // as to_bfloat16
   const __m512i bits = _mm512_castps_si512(a.v);

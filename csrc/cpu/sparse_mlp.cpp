@@ -14,7 +14,7 @@
 namespace deftcore::cpu {
 namespace {
 
-constexpr int64_t kDotRows = 4;    // weight rows per dot tile
+constexpr int64_t kDotRows = 4;     // weight rows per dot tile
 constexpr int64_t kTileTokens = 6;  // tokens per register tile; with 4 rows or 4 vectors: 24 accumulators
 #if defined(__AVX512F__)
 constexpr int kTileVecs = 4;
@@ -22,8 +22,8 @@ constexpr int kTileVecs = 4;
 constexpr int kTileVecs = 2;  // 12 accumulators of 16 registers
 #endif
 constexpr int64_t kStreamRows = 16;  // rows streamed side by side for one token; 8 to 32 measured alike
-constexpr int64_t kPanelRows = 64;  // 32 cost 20 % at 64 tokens: sums leave the registers twice as often
-constexpr int64_t kPrefetch = 64;   // elements beyond the next tile
+constexpr int64_t kPanelRows = 64;   // 32 cost 20 % at 64 tokens: sums leave the registers twice as often
+constexpr int64_t kPrefetch = 64;    // elements beyond the next tile
 
 template <class T>
 struct Matrix {
@@ -268,8 +268,8 @@ struct PairPanel {
 
   void fill(const BFloat16* const* rows, int64_t count, int64_t left) {
     static_assert(kTileVecs == 4);
-    alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                      8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int64_t r = 0; r < count; r += 2) {
       uint32_t* out = data + r / 2 * kTileVecs * kWidth;
@@ -431,14 +431,15 @@ void sparse_down(const SparseDownArgs& args) {
 #pragma omp barrier
 #pragma omp single
     active = join_shares(neurons, omp_get_num_threads(), list, counts);
-    if (active <= args.capacity) down_stage(w, static_cast<const T*>(args.bias), list, active, tokens, width, h, pairs, acc, acc_stride,
-               static_cast<T*>(args.y), [&](Range rows) {
-                 for (int64_t k = rows.begin; k < rows.end; ++k) {
-                   for (int64_t m = 0; m < tokens; ++m) {
-                     h[k * tokens + m] = kept(to_float(a[m * neurons + list[k]]), args.tau);
+    if (active <= args.capacity)
+      down_stage(w, static_cast<const T*>(args.bias), list, active, tokens, width, h, pairs, acc, acc_stride,
+                 static_cast<T*>(args.y), [&](Range rows) {
+                   for (int64_t k = rows.begin; k < rows.end; ++k) {
+                     for (int64_t m = 0; m < tokens; ++m) {
+                       h[k * tokens + m] = kept(to_float(a[m * neurons + list[k]]), args.tau);
+                     }
                    }
-                 }
-               });
+                 });
   }
   *args.rows_read = active;
 }
@@ -501,29 +502,34 @@ void sparse_mlp(const SparseMlpArgs& args) {
     if (z != nullptr) {
       for (int64_t m = 0; m < tokens; ++m) widen(z + m * neurons + mine.begin, n, act + m * neurons + mine.begin);
     } else {
-      dot_rows(w_first, [](int64_t i) { return i; }, mine, [&](int64_t i, int64_t m, float dot) {
-        act[m * neurons + i] = b_up != nullptr ? dot + to_float(b_up[i]) : dot;
-      });
+      dot_rows(
+          w_first, [](int64_t i) { return i; }, mine,
+          [&](int64_t i, int64_t m, float dot) {
+            act[m * neurons + i] = b_up != nullptr ? dot + to_float(b_up[i]) : dot;
+          });
     }
     for (int64_t m = 0; m < tokens; ++m) activate_row(args.activation, act + m * neurons + mine.begin, n);
     compact(act, tokens, neurons, args.tau, list, counts);
 #pragma omp barrier
 #pragma omp single
     active = join_shares(neurons, omp_get_num_threads(), list, counts);
-    if (active <= args.capacity) down_stage(w_down, static_cast<const T*>(args.b_down), list, active, tokens, width, h, pairs, acc, acc_stride,
-               static_cast<T*>(args.y), [&](Range rows) {
-                 if (gated) {
-                   dot_rows(w_up, [&](int64_t k) { return list[k]; }, rows, [&](int64_t k, int64_t m, float dot) {
-                     h[k * tokens + m] = kept(act[m * neurons + list[k]], args.tau) * dot;
-                   });
-                   return;
-                 }
-                 for (int64_t k = rows.begin; k < rows.end; ++k) {
-                   for (int64_t m = 0; m < tokens; ++m) {
-                     h[k * tokens + m] = kept(act[m * neurons + list[k]], args.tau);
+    if (active <= args.capacity)
+      down_stage(w_down, static_cast<const T*>(args.b_down), list, active, tokens, width, h, pairs, acc, acc_stride,
+                 static_cast<T*>(args.y), [&](Range rows) {
+                   if (gated) {
+                     dot_rows(
+                         w_up, [&](int64_t k) { return list[k]; }, rows,
+                         [&](int64_t k, int64_t m, float dot) {
+                           h[k * tokens + m] = kept(act[m * neurons + list[k]], args.tau) * dot;
+                         });
+                     return;
                    }
-                 }
-               });
+                   for (int64_t k = rows.begin; k < rows.end; ++k) {
+                     for (int64_t m = 0; m < tokens; ++m) {
+                       h[k * tokens + m] = kept(act[m * neurons + list[k]], args.tau);
+                     }
+                   }
+                 });
   }
   *args.rows_read = active;
 }

@@ -60,7 +60,6 @@ __device__ void row_dots(const T* row, const T* x, int64_t width, int tokens, fl
   for (float& o : out) o = 0.0f;
   if constexpr (kVector) {
     constexpr int kSize = Pack<T>::kSize;
-#pragma unroll 1
     for (int64_t j = lane * kSize; j < width; j += 32 * kSize) {
       const Pack<T> w = *reinterpret_cast<const Pack<T>*>(row + j);
 #pragma unroll
@@ -95,12 +94,12 @@ __device__ float activate(Activation f, float z) {
 
 // act[m, i] = f(x[m] . w[i] + b_up[i]) for all neurons.
 template <bool kVector, class T>
-__global__ void __launch_bounds__(kThreads)
-    gate_kernel(SparseMlpArgs args, const T* w, int64_t stride, float* act) {
+__global__ void __launch_bounds__(kThreads) gate_kernel(SparseMlpArgs args, const T* w, int64_t stride, float* act) {
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
   const T* x = static_cast<const T*>(args.x);
   const T* b_up = static_cast<const T*>(args.b_up);
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; i < args.neurons; i += warps) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; i < args.neurons;
+       i += warps) {
     for (int64_t m0 = 0; m0 < args.tokens; m0 += kTileTokens) {
       const int tokens = static_cast<int>(min(static_cast<int64_t>(kTileTokens), args.tokens - m0));
       float z[kTileTokens];
@@ -243,7 +242,8 @@ void down_and_reduce(const T* w, int64_t stride, const T* bias, const int64_t* a
     const int splits = splits_for(tiles);
     down_kernel<pack(), T><<<dim3(static_cast<unsigned>(tiles), splits), kThreads, 0, stream>>>(
         w, stride, b.list, active, b.h, tokens, width, b.partial);
-    reduce_kernel<T><<<grid(tokens * width, kThreads), kThreads, 0, stream>>>(b.partial, splits, bias, tokens, width, y);
+    reduce_kernel<T>
+        <<<grid(tokens * width, kThreads), kThreads, 0, stream>>>(b.partial, splits, bias, tokens, width, y);
   };
   constexpr int kFull = Pack<T>::kSize;
   if (aligned16(w) && width % kFull == 0 && stride % kFull == 0) {
@@ -278,7 +278,7 @@ void sparse_mlp_impl(const SparseMlpArgs& args, cudaStream_t stream) {
       <<<1, kCompactThreads, 0, stream>>>(b.act, args.tokens, args.neurons, args.tau, b.list, args.rows_read);
   const T* w_up = gated ? static_cast<const T*>(args.w_up) : nullptr;
   const auto pack = vector_rows<T>(args.w_up, args.up_stride, x, args.width) ? pack_kernel<true, T, float>
-                                                                               : pack_kernel<false, T, float>;
+                                                                             : pack_kernel<false, T, float>;
   pack<<<grid(args.neurons, warps), kThreads, 0, stream>>>(b.act, x, w_up, args.up_stride, b.list, args.rows_read,
                                                            args.tokens, args.neurons, args.width, args.tau, b.h);
   down_and_reduce<T>(static_cast<const T*>(args.w_down_t), args.down_stride, static_cast<const T*>(args.b_down),
@@ -290,7 +290,8 @@ void sparse_mlp_impl(const SparseMlpArgs& args, cudaStream_t stream) {
 size_t sparse_down_workspace(const SparseDownArgs& args) {
   return align256(static_cast<size_t>(args.neurons) * 4) +
          align256(static_cast<size_t>(args.neurons) * static_cast<size_t>(args.tokens) * 4) +
-         align256(static_cast<size_t>(kMaxSplits) * static_cast<size_t>(args.tokens) * static_cast<size_t>(args.width) * 4);
+         align256(static_cast<size_t>(kMaxSplits) * static_cast<size_t>(args.tokens) * static_cast<size_t>(args.width) *
+                  4);
 }
 
 size_t sparse_mlp_workspace(const SparseMlpArgs& args) {
@@ -306,8 +307,8 @@ void sparse_down(const SparseDownArgs& args, Stream stream) {
     using T = decltype(t);
     const Buffers b = carve(args.workspace, args.tokens, args.neurons, args.width);
     const T* a = static_cast<const T*>(args.a);
-    compact_kernel<T><<<1, kCompactThreads, 0, stream_of(stream)>>>(a, args.tokens, args.neurons, args.tau, b.list,
-                                                                    args.rows_read);
+    compact_kernel<T>
+        <<<1, kCompactThreads, 0, stream_of(stream)>>>(a, args.tokens, args.neurons, args.tau, b.list, args.rows_read);
     pack_kernel<false, T, T><<<grid(args.neurons, kThreads / 32), kThreads, 0, stream_of(stream)>>>(
         a, nullptr, nullptr, 0, b.list, args.rows_read, args.tokens, args.neurons, args.width, args.tau, b.h);
     down_and_reduce<T>(static_cast<const T*>(args.w_down_t), args.w_stride, static_cast<const T*>(args.bias),

@@ -1,4 +1,4 @@
-"""Adds a method to PEFT. Its own `register_peft_method` refuses names outside its enum, so the tables are filled here."""
+"""Adds a method to PEFT, whose `register_peft_method` refuses names outside its enum: the tables are filled here."""
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING

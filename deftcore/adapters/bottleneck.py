@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 # Model types whose MLP is one module, and those whose layer calls the projections itself.
 _TARGETS: dict[str, list[str] | str] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), ["mlp"]),
-    **dict.fromkeys(("t5", "mt5"), ["DenseReluDense"]),
+    **{key: ["mlp"] for key in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")},
+    **{key: ["DenseReluDense"] for key in ("t5", "mt5")},
     "opt": ["fc2"],
     "bert": r".*\.layer\.\d+\.output\.dense",
     "roberta": r".*\.layer\.\d+\.output\.dense",
 }
 _NON_LINEARITIES = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+_NO_MERGE = "merge: a bottleneck adapter is not linear and cannot be merged into the weights; use unload()"
 
 
 @dataclass
@@ -47,9 +48,7 @@ class BottleneckConfig(PeftConfig):
         if not isinstance(self.reduction_factor, int) or self.reduction_factor < 1:
             raise ValueError(f"reduction_factor: must be an integer of at least 1, got {self.reduction_factor!r}")
         if self.non_linearity not in _NON_LINEARITIES:
-            raise ValueError(
-                f"non_linearity: must be one of {', '.join(_NON_LINEARITIES)}, got {self.non_linearity!r}"
-            )
+            raise ValueError(f"non_linearity: must be one of {', '.join(_NON_LINEARITIES)}, got {self.non_linearity!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: must be in [0, 1), got {self.dropout}")
         if isinstance(self.target_modules, list):
@@ -70,7 +69,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.bottleneck_dropout = nn.ModuleDict()
         self.configs: dict[str, BottleneckConfig] = {}
         self.merged_adapters: list[str] = []
-        self._tapped = False
+        self._tap: torch.utils.hooks.RemovableHandle | None = None
         self._mlp_input: Tensor | None = None
         self.update_layer(adapter_name, config)
 
@@ -91,16 +90,21 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def tap(self, first: nn.Module) -> None:
         """Reads the MLP's input at its first projection, where the layer calls the projections itself."""
-        if not self._tapped:
-            first.register_forward_pre_hook(self._remember)
-            self._tapped = True
+        if self._tap is None:
+            self._tap = first.register_forward_pre_hook(self._remember)
+
+    def untap(self) -> None:
+        """Undoes `tap`, when the layer is unloaded."""
+        if self._tap is not None:
+            self._tap.remove()
+            self._tap = None
 
     def _remember(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._mlp_input = args[0]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        mlp_input, self._mlp_input = (self._mlp_input if self._tapped else x), None
+        mlp_input, self._mlp_input = (x if self._tap is None else self._mlp_input), None
         if self.disable_adapters:
             return y
         for name in self.active_adapters:
@@ -118,7 +122,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return up(getattr(torch.nn.functional, self.configs[name].non_linearity)(hidden))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError("merge: a bottleneck adapter is not linear and cannot be merged into the weights; use unload()")
+        raise ValueError(_NO_MERGE)
 
     def unmerge(self) -> None:
         raise ValueError("unmerge: a bottleneck adapter is never merged")
@@ -134,7 +138,7 @@ class BottleneckModel(BaseTuner):
     tuner_layer_cls = BottleneckLayer
     target_module_mapping = _TARGETS
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: BottleneckConfig,
         adapter_name: str,
@@ -165,6 +169,15 @@ class BottleneckModel(BaseTuner):
                 "parallel adapters go on whole MLP modules, OPT's fc2 or BERT's output.dense"
             )
         return self.model.get_submodule(sibling)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own would copy `weight` to whole MLP modules, which have none; the adapter was made on their device.
+        if isinstance(child, BottleneckLayer):
+            child.untap()
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(_NO_MERGE)
 
     @staticmethod
     def _create_new_module(peft_config: BottleneckConfig, adapter_name: str, target: nn.Module) -> nn.Module:

@@ -68,5 +68,5 @@ def unpatch(model: nn.Module) -> nn.Module:
     """Gives the LoRA layers PEFT's own class back, in place; returns the model."""
     for module in model.modules():
         if type(module) is FusedLoraLinear:
-            module.__class__ = LoraLinear
+            module.__class__ = LoraLinear  # type: ignore[assignment]
     return model

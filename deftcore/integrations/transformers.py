@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
-from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
-from transformers.training_args import TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from deftcore.nn.blocks import find_mlp_blocks
 from deftcore.nn.mlp import sparsify
@@ -24,24 +22,25 @@ SPARSE_FILE = "deftcore_sparse.json"
 class DensityTrainerMixin:
     """Adds a density loss to any Trainer: `class DeftTrainer(DensityTrainerMixin, Trainer)`.
 
-    Give `density=DensityLoss(model, ...)` beside the Trainer's own arguments. The density of each training interval is
+    Give `density=DensityLoss(model, ...)` beside the Trainer's own arguments. The density of each logging interval is
     logged as `density`, that of each evaluation as `eval_density`. Gates, where there are any, are optimised too.
     """
 
     def __init__(self, *args: Any, density: DensityLoss, **kwargs: Any) -> None:
         self.density = density
         super().__init__(*args, **kwargs)
-        self.add_callback(_DensityLog(density))  # type: ignore[attr-defined]
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
         result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         if not model.training:
             return result
-        loss = result[0] if return_outputs else result
+        state, args = self.state, self.args  # type: ignore[attr-defined]
+        self.density.set_progress(state.global_step / max(state.max_steps, 1))
         share = self.density.loss()
         if kwargs.get("num_items_in_batch") is not None:
-            # The task loss is a share of the whole batch already; the Trainer then divides nothing.
-            share = share / self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
+            # The task loss is this micro-batch's share of the whole batch: the Trainer will not divide again.
+            share = share / args.gradient_accumulation_steps
+        loss = result[0] if return_outputs else result
         loss = loss + share.to(loss.device)
         return (loss, result[1]) if return_outputs else loss
 
@@ -53,31 +52,17 @@ class DensityTrainerMixin:
             optimizer.add_param_group({"params": gates, "weight_decay": 0.0})
         return optimizer
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.density.reset()
+        return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
-class _DensityLog(TrainerCallback):
-    """Puts the density into the Trainer's log lines, and starts each interval anew."""
-
-    def __init__(self, density: DensityLoss) -> None:
-        self.density = density
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.density.set_progress(state.global_step / max(state.max_steps, 1))
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
-    ) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         report = self.density.report()
-        if logs is not None and report["tokens"]:
+        if report["tokens"]:
             evaluated = any(key.startswith("eval_") for key in logs)
             logs["eval_density" if evaluated else "density"] = round(report["density"], 6)
             self.density.reset()
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.density.reset()
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
 def load_model(path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
@@ -86,12 +71,52 @@ def load_model(path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     Raises:
         FileNotFoundError: when a local path does not exist.
     """
-    path = os.fspath(path)
-    if (path.startswith((".", "/", "~")) or os.sep in path) and path.count("/") != 1 and not Path(path).is_dir():
-        raise FileNotFoundError(f"model: no such folder: {path}")
+    path = _checked(path)
     config = AutoConfig.from_pretrained(path)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return kind.from_pretrained(path, **kwargs)
+
+
+def load_tokenizer(path: str | os.PathLike) -> Any:
+    """The tokenizer of a local Transformers folder or a hub id."""
+    return AutoTokenizer.from_pretrained(_checked(path))
+
+
+def _checked(path: str | os.PathLike) -> str:
+    path = os.fspath(path)
+    is_hub_id = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
+    if not is_hub_id and not Path(path).is_dir():
+        raise FileNotFoundError(f"model: no such folder: {path}")
+    return path
+
+
+def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Any:
+    """The PEFT model of a base and an adapter folder; strict, where PEFT only warns.
+
+    Raises:
+        FileNotFoundError: when the folder holds no adapter.
+        ValueError: naming the file, when it is damaged or was made for another base.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    import deftcore.adapters  # noqa: F401  registers our methods, so that their adapters load
+
+    file = Path(folder) / "adapter_model.safetensors"
+    for needed in (Path(folder) / "adapter_config.json", file):
+        if not needed.exists():
+            raise FileNotFoundError(f"adapter: no such file: {needed}")
+    try:
+        stored = load_file(file)
+        adapted = PeftModel.from_pretrained(model, folder)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"adapter: {file} is damaged or of another model: {error}") from error
+    expected = get_peft_model_state_dict(adapted)
+    missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(f"adapter: {file} is of another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
+    return adapted
 
 
 def save_sparse(
@@ -160,7 +185,7 @@ def load_sparse(folder: str | os.PathLike, *, path: str = "auto", **kwargs: Any)
     return sparsify(model, tau=tau, path=path, skip=skip)
 
 
-def _load_with_info(folder: str | os.PathLike, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load_with_info(folder: str | os.PathLike, **kwargs: Any) -> Any:
     config = AutoConfig.from_pretrained(folder)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return kind.from_pretrained(folder, output_loading_info=True, **kwargs)

@@ -101,8 +101,8 @@ def _blocks(model: nn.Module) -> Iterator[MlpBlock]:
             yield MlpBlock(name, side, act, None, up, Slot(module.output, "dense"), None)
 
 
-def _slots(module: nn.Module, act: str, gate: str | None, up: str, down: str) -> tuple:
-    return Slot(module, act), gate and Slot(module, gate), Slot(module, up), Slot(module, down)
+def _slots(module: nn.Module, act: str, gate: str | None, up: str, down: str) -> tuple[Slot, Slot | None, Slot, Slot]:
+    return Slot(module, act), Slot(module, gate) if gate else None, Slot(module, up), Slot(module, down)
 
 
 def _has(module: nn.Module, *names: str) -> bool:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,13 +121,13 @@ class SparseBlock:
 
 
 def sparsify(
-    model: nn.Module,
+    model: Any,
     *,
     tau: float | dict[str, float] | None = None,
     path: str = "auto",
     skip: Collection[str] = (),
     merge: bool = True,
-) -> nn.Module:
+) -> Any:
     """Replaces the MLP blocks of a trained model by `SparseMLP`, in place; for inference.
 
     Args:
@@ -161,9 +162,9 @@ def sparsify(
             planned.append((block, SkippedMLP(), SparseBlock(block.name, "skipped", neurons, 0.0)))
             continue
         block_tau = tau.get(block.name) if isinstance(tau, dict) else tau
-        module = _convert(block, block_tau, path)
-        kind = "plain" if module.w_gate is None else "gated"
-        planned.append((block, module, SparseBlock(block.name, kind, neurons, module.tau)))
+        sparse = _convert(block, block_tau, path)
+        kind = "plain" if sparse.w_gate is None else "gated"
+        planned.append((block, sparse, SparseBlock(block.name, kind, neurons, sparse.tau)))
     for block, module, _ in planned:
         if block.container is not None:
             block.container.set(module)
@@ -172,7 +173,7 @@ def sparsify(
             block.activation.set(nn.Identity())
             block.down.set(module)
     model.eval()
-    model.deftcore_blocks = [report for _, _, report in planned]  # type: ignore[assignment]
+    model.deftcore_blocks = [report for _, _, report in planned]
     logger.info("sparsify: %d blocks, %d skipped", len(planned), len(skip))
     return model
 
@@ -201,7 +202,9 @@ def _weight(block: MlpBlock, role: str) -> tuple[Tensor, Tensor | None, LowRank 
         active = [name for name in module.active_adapters if name in module.lora_A]
         if not module.merged and not module.disable_adapters and active:
             if len(active) > 1 or active[0] in getattr(module, "lora_variant", {}):
-                raise ValueError(f"{where}: only one plain LoRA adapter can stay unmerged, got {active}; use merge=True")
+                raise ValueError(
+                    f"{where}: only one plain LoRA adapter can stay unmerged, got {active}; use merge=True"
+                )
             name = active[0]
             low = LowRank(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
         module = module.base_layer

@@ -66,7 +66,9 @@ def _machine(like: Tensor) -> str:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         cpu = names[0] if names else cpu
     threads = torch.get_num_threads()
     return f"{cpu} {native.isa_name()} threads={threads} torch-{torch.__version__} deftcore-{native.version}"

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -183,7 +184,7 @@ def _act_density_fake(
     return a, z.new_empty((), dtype=sum_dtype), z.new_empty((), dtype=torch.int64)
 
 
-def _act_density_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+def _act_density_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     z, mask, activation, surrogate, param, _ = inputs
     # ReLU keeps its output, which the next layer keeps anyway: relu(a) = a and a > 0 exactly where z > 0.
     ctx.save_for_backward(output[0] if activation == ACTIVATIONS["relu"] else z, mask)
@@ -193,7 +194,7 @@ def _act_density_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, 
 
 
 def _act_density_backward(
-    ctx: torch.autograd.function.FunctionCtx, grad_a: Tensor | None, grad_sum: Tensor | None, _: Tensor | None
+    ctx: Any, grad_a: Tensor | None, grad_sum: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, None, None, None, None, None]:
     if grad_a is None and grad_sum is None:
         return None, None, None, None, None, None

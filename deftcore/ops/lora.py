@@ -1,5 +1,7 @@
 """Frozen linear layer plus a low-rank adapter, as one op: gradients go to x and the factors only."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,14 +92,14 @@ def _lora_linear_fake(
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((tokens, lora_a.shape[0]))
 
 
-def _lora_linear_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+def _lora_linear_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, dropped_x, weight, lora_a, lora_b, _, scaling = inputs
     ctx.save_for_backward(x if dropped_x is None else dropped_x, weight, lora_a, lora_b, output[1])
     ctx.scaling, ctx.shared = scaling, dropped_x is None
     ctx.mark_non_differentiable(output[1])
 
 
-def _lora_linear_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
+def _lora_linear_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     x, weight, lora_a, lora_b, low = ctx.saved_tensors
     flat = flatten_tokens(grad)
     grad_low = (flat @ lora_b).mul_(ctx.scaling)

@@ -1,5 +1,7 @@
 """Sparsity-aware MLP products: weight rows of inactive neurons are not read."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -173,7 +175,9 @@ def _mlp(
     f = activation_name(activation)
     tau = default_tau(f) if tau is None else check_number("tau", tau, minimum=0.0)
     check_choice("path", path, PATHS)
-    return _sparse_mlp(flatten_tokens(x), w_gate, w_up, w_down_t, b_up, b_down, ACTIVATIONS[f], tau, PATHS[path]).reshape(x.shape)
+    return _sparse_mlp(
+        flatten_tokens(x), w_gate, w_up, w_down_t, b_up, b_down, ACTIVATIONS[f], tau, PATHS[path]
+    ).reshape(x.shape)
 
 
 def _check_weight(name: str, w: Tensor, like_name: str, like: Tensor) -> None:
@@ -193,13 +197,18 @@ def _row_major(w: Tensor) -> Tensor:
     return w if w.stride(1) == 1 and w.stride(0) >= w.shape[1] else w.contiguous()
 
 
+def break_even_density(like: Tensor, tokens: int, neurons: int, width: int) -> float:
+    """Union density below which the sparse path of `sparse_down` is the faster; measured on first use, then kept."""
+    return _dispatch.break_even_density(like, tokens, neurons, width, _down_native, _down_dense)
+
+
 def _capacity(like: Tensor, tokens: int, neurons: int, width: int, path: int) -> int:
     """Most active neurons for which the sparse path is taken."""
     if path != PATHS["auto"]:
         return neurons if path == PATHS["sparse"] else -1
     if like.device.type == "cuda":  # nothing may read the count back; the kernel is bound by traffic at any density
         return neurons if tokens <= MAX_TOKENS else -1
-    density = _dispatch.break_even_density(like, min(tokens, MAX_TOKENS), neurons, width, _down_native, _down_dense)
+    density = break_even_density(like, min(tokens, MAX_TOKENS), neurons, width)
     if tokens > MAX_TOKENS and density < 1:
         return -1
     return neurons if density >= 1 else int(density * neurons)
@@ -254,15 +263,13 @@ def _sparse_down_fake(a: Tensor, w_down_t: Tensor, bias: Tensor | None, tau: flo
     return a.new_empty((a.shape[0], w_down_t.shape[1]))
 
 
-def _sparse_down_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _sparse_down_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     a, w_down_t, bias, tau, _ = inputs
     ctx.save_for_backward(a, w_down_t)
     ctx.tau, ctx.has_bias = tau, bias is not None
 
 
-def _sparse_down_backward(
-    ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+def _sparse_down_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
     a, w_down_t = ctx.saved_tensors
     grad_a = grad_w = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -340,18 +347,19 @@ def _sparse_mlp_fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _sparse_mlp_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _sparse_mlp_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, w_gate, w_up, w_down_t, b_up, b_down, activation, tau, _ = inputs
     ctx.save_for_backward(x, w_gate, w_up, w_down_t, b_up, b_down)
     ctx.activation, ctx.tau = list(ACTIVATIONS)[activation], tau
 
 
-def _sparse_mlp_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _sparse_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Inference op: the backward recomputes the block in plain PyTorch instead of keeping its intermediates.
-    inputs = [None if t is None else t.detach().requires_grad_(need) for t, need in
+    inputs: list[Any] = [None if t is None else t.detach().requires_grad_(need) for t, need in
               zip(ctx.saved_tensors, ctx.needs_input_grad[:6], strict=True)]  # fmt: skip
     with torch.enable_grad():
-        y = sparse_mlp_ref(*inputs, ctx.activation, ctx.tau)
+        x, w_gate, w_up, w_down_t, b_up, b_down = inputs
+        y = sparse_mlp_ref(x, w_gate, w_up, w_down_t, b_up, b_down, ctx.activation, ctx.tau)
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
     grads = [next(found) if t is not None and t.requires_grad else None for t in inputs]

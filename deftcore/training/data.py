@@ -60,7 +60,8 @@ def encode(
     missing = next((i for i, r in enumerate(records, 1) if not isinstance(r.get("text"), str)), None)
     if missing is not None:
         raise ValueError(
-            f"data: record {missing} has neither `text` nor `prompt` and `completion`, but {', '.join(records[missing - 1])}"
+            f"data: record {missing} has neither `text` nor `prompt` and `completion`; "
+            f"it has {', '.join(records[missing - 1])}"
         )
     if is_encoder_decoder:
         raise ValueError("data: an encoder-decoder model needs records with `prompt` and `completion`, got `text`")

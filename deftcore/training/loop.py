@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -65,7 +66,7 @@ class _State:
 
 
 def train(
-    model: nn.Module,
+    model: Any,
     examples: list[Example],
     config: TrainingConfig,
     output: str | Path,
@@ -99,6 +100,7 @@ def train(
     if not examples:
         raise ValueError("examples: must not be empty")
     output = Path(output)
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, cpu=next(model.parameters()).device.type == "cpu", log_with=None
     )
@@ -112,7 +114,7 @@ def train(
 class _Run:
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         examples: list[Example],
         config: TrainingConfig,
         output: Path,
@@ -225,7 +227,9 @@ class _Run:
 
     def _step(self, window: list[dict[str, Tensor]]) -> dict[str, float]:
         accelerator, objective = self.accelerator, self.objective
-        counts = torch.tensor([self._predicted(batch) for batch in window], dtype=torch.float64, device=accelerator.device)
+        counts = torch.tensor(
+            [self._predicted(batch) for batch in window], dtype=torch.float64, device=accelerator.device
+        )
         total = accelerator.reduce(counts.sum(), "sum").clamp(min=1)
         tokens = self._mask_tokens(window) if objective is not None else None
         if objective is not None:
@@ -293,7 +297,9 @@ class _Run:
             with self.accelerator.autocast():
                 loss = self.model(**batch).loss
             count = self._predicted(batch)
-            total += torch.tensor([float(loss) * count if count else 0.0, count], dtype=torch.float64, device=total.device)
+            total += torch.tensor(
+                [float(loss) * count if count else 0.0, count], dtype=torch.float64, device=total.device
+            )
         self.model.train()
         loss_sum, count = self.accelerator.reduce(total, "sum").tolist()
         result: dict[str, Any] = {"eval_loss": loss_sum / max(count, 1)}
@@ -354,7 +360,7 @@ class _Run:
             os.replace(partial, log)
 
     def _trainable(self) -> dict[str, Tensor]:
-        state = {name: p for name, p in self.plain_model.named_parameters() if p.requires_grad}
+        state: dict[str, Tensor] = {name: p for name, p in self.plain_model.named_parameters() if p.requires_grad}
         gates = self.objective.named_parameters() if self.objective is not None else ()
         return state | {f"objective.{name}": p for name, p in gates}
 
@@ -362,14 +368,18 @@ class _Run:
         """Only what is trained goes into a checkpoint; the base is where the recipe says."""
         weights.clear()
         if self.accelerator.is_main_process:
-            save_file({k: v.detach().contiguous().cpu() for k, v in self._trainable().items()}, Path(folder) / _TRAINABLE_FILE)
+            save_file(
+                {k: v.detach().contiguous().cpu() for k, v in self._trainable().items()}, Path(folder) / _TRAINABLE_FILE
+            )
 
     def _load_trainable(self, models: list[nn.Module], folder: str) -> None:
         models.clear()
         state, here = load_file(Path(folder) / _TRAINABLE_FILE), self._trainable()
         missing, unexpected = sorted(here.keys() - state.keys()), sorted(state.keys() - here.keys())
         if missing or unexpected:
-            raise ValueError(f"checkpoint {folder} is of another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
+            raise ValueError(
+                f"checkpoint {folder} is of another model: missing {missing[:5]}, unexpected {unexpected[:5]}"
+            )
         with torch.no_grad():
             for name, parameter in here.items():
                 parameter.copy_(state[name])

@@ -89,7 +89,9 @@ class DeftConfig:
             ("adaptive", ("", "gate")),
         ):
             if getattr(self, name) not in choices:
-                found.append(f"deft.{name}: must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+                found.append(
+                    f"deft.{name}: must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}"
+                )
         for name in ("alpha", "ramp", "gamma"):
             if getattr(self, name) < 0:
                 found.append(f"deft.{name}: must not be negative, got {getattr(self, name)}")

@@ -11,12 +11,12 @@
 
 inline int g_failures = 0;
 
-#define CHECK(condition)                                              \
-  do {                                                                \
-    if (!(condition)) {                                               \
+#define CHECK(condition)                                                  \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
       std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-      ++g_failures;                                                   \
-    }                                                                 \
+      ++g_failures;                                                       \
+    }                                                                     \
   } while (0)
 
 // Return code that ctest takes as "skipped": this machine cannot run the level asked for.

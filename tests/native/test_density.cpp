@@ -1,7 +1,6 @@
 // act_density against double-precision formulas, on exactly sized buffers so that the sanitizers see any overrun.
-#include "deftcore/density.h"
-
 #include "check.h"
+#include "deftcore/density.h"
 #include "deftcore/math.h"
 
 using namespace deftcore;
@@ -72,7 +71,8 @@ void test_kernels(int64_t rows, int64_t width) {
     for (size_t at = 0; at < z.size(); ++at) {
       const double h = 1e-4, zi = z[at];
       if (std::fabs(zi) < 1e-3) continue;
-      const double slope = (activation(static_cast<Activation>(f), zi + h) - activation(static_cast<Activation>(f), zi - h)) / (2 * h);
+      const double slope =
+          (activation(static_cast<Activation>(f), zi + h) - activation(static_cast<Activation>(f), zi - h)) / (2 * h);
       const double value = activation(static_cast<Activation>(f), zi), sign = value > 0 ? 1 : value < 0 ? -1 : 0;
       const double counted = mask[at / static_cast<size_t>(width)];
       CHECK(close(dz[at], slope * (da[at] + counted * 0.5 * sign), 1e-4));

@@ -1,7 +1,6 @@
 // sparse_down and sparse_mlp against plain loops in double, on exactly sized buffers.
-#include "deftcore/sparse_mlp.h"
-
 #include "check.h"
+#include "deftcore/sparse_mlp.h"
 
 using namespace deftcore;
 
@@ -29,9 +28,8 @@ void test_down(int64_t tokens, int64_t neurons, int64_t width, int64_t stride) {
   }
   std::vector<float> y(static_cast<size_t>(tokens * width), NAN);
   int64_t rows_read = -1;
-  SparseDownArgs args{a.data(), w.data(), bias.data(), y.data(), nullptr,  &rows_read,
-                      tokens,   neurons,  width,       stride,   neurons,  DType::kFloat32,
-                      0.0f};
+  SparseDownArgs args{a.data(), w.data(), bias.data(), y.data(), nullptr,         &rows_read, tokens,
+                      neurons,  width,    stride,      neurons,  DType::kFloat32, 0.0f};
   std::vector<char> workspace = workspace_of(cpu::sparse_down_workspace(args));
   args.workspace = aligned(workspace);
   cpu::sparse_down(args, nullptr);
@@ -58,9 +56,9 @@ void test_gated(int64_t tokens, int64_t neurons, int64_t width) {
                            up = random_floats(count, 3), down = random_floats(count, 4);
   std::vector<float> y(x.size(), NAN);
   int64_t rows_read = -1;
-  SparseMlpArgs args{x.data(), nullptr, gate.data(), up.data(), down.data(), nullptr, nullptr, y.data(),
-                     nullptr,  &rows_read, tokens,   neurons,   width,       width,   width,   width,
-                     neurons,  DType::kFloat32, Activation::kRelu, 0.0f};
+  SparseMlpArgs args{x.data(), nullptr, gate.data(), up.data(),       down.data(),       nullptr, nullptr,
+                     y.data(), nullptr, &rows_read,  tokens,          neurons,           width,   width,
+                     width,    width,   neurons,     DType::kFloat32, Activation::kRelu, 0.0f};
   std::vector<char> workspace = workspace_of(cpu::sparse_mlp_workspace(args));
   args.workspace = aligned(workspace);
   cpu::sparse_mlp(args, nullptr);

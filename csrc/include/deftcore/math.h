@@ -81,8 +81,7 @@ DEFTCORE_HD ValueGrad<V> activate_grad(V z) {
     const V cdf = half * (one + t);
     const auto flat = abs(z) > V(1e4f);  // 1 - t * t is exactly 0 long before; avoids 0 * inf
     const V saturated = where(z <= zero, zero, one);
-    return {where(z == V(-INFINITY), zero, z * cdf),
-            where(flat, saturated, cdf + half * z * (one - t * t) * slope)};
+    return {where(z == V(-INFINITY), zero, z * cdf), where(flat, saturated, cdf + half * z * (one - t * t) * slope)};
   } else {
     const V sigmoid = rcp(one + exp(zero - z));
     const auto infinite = abs(z) > V(kMaxSquared);

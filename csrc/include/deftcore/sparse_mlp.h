@@ -23,7 +23,8 @@ struct SparseDownArgs {
 };
 
 // Plain MLP (w_gate null):  y = f(x W_up^T + b_up) W_down^T + b_down
-// Gated MLP:                y = (f(x W_gate^T) * (x W_up^T)) W_down^T; only rows with |f| > tau of W_up, W_down are read
+// Gated MLP:                y = (f(x W_gate^T) * (x W_up^T)) W_down^T; only rows with |f| > tau of W_up, W_down are
+// read
 struct SparseMlpArgs {
   const void* x;         // [tokens, width], contiguous
   const void* z;         // [tokens, neurons] pre-activation computed by the caller, or null

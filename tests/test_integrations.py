@@ -1,0 +1,210 @@
+"""patch/unpatch on PEFT's LoRA, the Trainer, sparse models on disk."""
+
+import copy
+import json
+import logging
+import pickle
+
+import peft
+import pytest
+import torch
+from conftest import FAMILIES, task_type, tiny_batch, tiny_model
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+import deftcore
+from deftcore.adapters import BottleneckConfig
+from deftcore.integrations.peft import FusedLoraLinear
+from deftcore.integrations.transformers import DensityTrainerMixin
+from deftcore.objectives import DensityLoss
+
+
+def lora_model(family="llama", **options):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type=task_type(family), r=4, init_lora_weights=False, **options)
+    return peft.get_peft_model(tiny_model(family), config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_patched_equals_unpatched(family, dropout):
+    """Logits and gradients to 1e-5 in float32, the same random numbers drawn."""
+    plain = lora_model(family, lora_dropout=dropout, target_modules="all-linear").train()
+    patched = deftcore.patch(copy.deepcopy(plain))
+    assert any(isinstance(m, FusedLoraLinear) for m in patched.modules())
+    outputs = []
+    for model in (plain, patched):
+        torch.manual_seed(7)
+        output = model(**tiny_batch(family))
+        output.loss.backward()
+        outputs.append(output.logits)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+    for (name, p), q in zip(plain.named_parameters(), patched.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_saves_the_same_bytes_and_loads_in_plain_peft(tmp_path):
+    plain = lora_model()
+    patched = deftcore.patch(copy.deepcopy(plain))
+    plain.save_pretrained(tmp_path / "plain")
+    patched.save_pretrained(tmp_path / "patched")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "patched" / name).read_bytes()
+    again = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "patched").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**tiny_batch("llama")).logits, plain.eval()(**tiny_batch("llama")).logits)
+
+
+def test_unpatch_merge_and_unusual_calls():
+    model = lora_model().eval()
+    batch = tiny_batch("llama")
+    with torch.no_grad():
+        ref = model(**batch).logits
+        deftcore.patch(model)
+        deftcore.patch(model)  # twice: no harm
+        assert "Fused" in type(next(m for m in model.modules() if isinstance(m, FusedLoraLinear))).__name__
+        pickle.loads(pickle.dumps(model))
+        with model.disable_adapter():
+            torch.testing.assert_close(model(**batch).logits, tiny_model("llama").eval()(**batch).logits)
+        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        model.base_model.set_adapter(["default", "other"])
+        torch.testing.assert_close(model(**batch).logits, ref, rtol=1e-4, atol=1e-5)
+        model.set_adapter("default")
+        model.merge_adapter()
+        torch.testing.assert_close(model(**batch).logits, ref, rtol=1e-4, atol=1e-5)
+        model.unmerge_adapter()
+        deftcore.unpatch(model)
+        assert not any(isinstance(m, FusedLoraLinear) for m in model.modules())
+        torch.testing.assert_close(model(**batch).logits, ref, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_and_bf16():
+    for dtype, autocast in ((torch.float32, True), (torch.bfloat16, False)):
+        plain = lora_model().to(dtype)
+        patched = deftcore.patch(copy.deepcopy(plain))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            a, b = plain(**tiny_batch("llama")), patched(**tiny_batch("llama"))
+        b.loss.backward()
+        torch.testing.assert_close(a.logits.float(), b.logits.float(), rtol=0.05, atol=0.05)
+
+
+def test_says_what_it_leaves_alone(caplog):
+    with pytest.raises(ValueError, match="no PEFT LoRA layer"):
+        deftcore.patch(tiny_model("llama"))
+    model = lora_model(use_dora=True)
+    with caplog.at_level(logging.WARNING, logger="deftcore"):
+        deftcore.patch(model)
+    assert "left alone" in caplog.text
+    assert "q_proj" in caplog.text
+
+
+# ---------------------------------------------------------------------------- Trainer
+
+
+class Rows(Dataset):
+    def __init__(self, family):
+        torch.manual_seed(2)
+        ids = torch.randint(2, 64, (24, 6))
+        self.rows = [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": i} for i in ids]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+
+class DeftTrainer(DensityTrainerMixin, Trainer):
+    pass
+
+
+def trainer_for(family, method, folder, **options):
+    torch.manual_seed(0)
+    config = (
+        peft.LoraConfig(task_type=task_type(family), r=4, lora_dropout=0.1)
+        if method == "lora"
+        else BottleneckConfig(task_type=task_type(family), reduction_factor=4)
+    )
+    model = peft.get_peft_model(tiny_model(family), config)
+    if method == "lora":
+        deftcore.patch(model)
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=4, max_steps=6, save_steps=3, learning_rate=1e-2, logging_steps=2,
+        report_to=[], use_cpu=True, seed=1, disable_tqdm=True, **options,
+    )  # fmt: skip
+    return DeftTrainer(model, arguments, train_dataset=Rows(family), density=DensityLoss(model, surrogate="tanh"))
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trainer_trains_and_resumes_exactly(family, method, tmp_path):
+    """The real Trainer: density is logged, and a run resumed from its middle ends where the whole run ended."""
+    whole = trainer_for(family, method, tmp_path / "a")
+    whole.train()
+    assert any("density" in entry for entry in whole.state.log_history)
+    resumed = trainer_for(family, method, tmp_path / "b")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    again = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path / "a" / "checkpoint-6").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**tiny_batch(family)).logits, whole.model.eval()(**tiny_batch(family)).logits)
+
+
+def test_trainer_accumulation_keeps_the_scale(tmp_path):
+    """The density loss of an optimizer step does not grow with the number of accumulation steps."""
+    losses = []
+    for accumulation in (1, 2):
+        trainer = trainer_for("llama", "lora", tmp_path / str(accumulation), gradient_accumulation_steps=accumulation)
+        trainer.args.max_steps = 1
+        trainer.args.per_device_train_batch_size = 8 // accumulation
+        trainer.args.logging_steps = 1
+        trainer._train_batch_size = 8 // accumulation
+        trainer.train()
+        losses.append(next(e["loss"] for e in trainer.state.log_history if "loss" in e))
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+# ---------------------------------------------------------------------------- sparse models on disk
+
+
+def test_save_and_load_sparse(tmp_path):
+    model = tiny_model("llama").eval()
+    batch = tiny_batch("llama")
+    with torch.no_grad():
+        ref = model(**batch).logits
+        deftcore.save_sparse(model, tmp_path / "whole")
+        torch.testing.assert_close(deftcore.load_sparse(tmp_path / "whole")(**batch).logits, ref, rtol=1e-4, atol=1e-5)
+        name = "model.layers.1.mlp"
+        deftcore.save_sparse(model, tmp_path / "skipped", skip=[name], tau={"model.layers.0.mlp": 0.01})
+        small = deftcore.load_sparse(tmp_path / "skipped")
+        torch.testing.assert_close(
+            small(**batch).logits,
+            deftcore.sparsify(model, skip=[name], tau={"model.layers.0.mlp": 0.01})(**batch).logits,
+        )
+    sizes = [(tmp_path / d / "model.safetensors").stat().st_size for d in ("whole", "skipped")]
+    assert sizes[1] < sizes[0]
+
+
+def test_damaged_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match="deftcore_sparse"):
+        deftcore.load_sparse(tmp_path)
+    folder = deftcore.save_sparse(tiny_model("llama"), tmp_path / "m")
+    with pytest.raises(FileExistsError):
+        deftcore.save_sparse(tiny_model("llama"), folder)
+    with pytest.raises(ValueError, match="no MLP block named x"):
+        deftcore.save_sparse(tiny_model("llama"), tmp_path / "n", skip=["x"])
+    settings = folder / "deftcore_sparse.json"
+    good = settings.read_text()
+    for bad in ("{", "[]", json.dumps({"tau": 3})):
+        settings.write_text(bad)
+        with pytest.raises(ValueError, match="damaged"):
+            deftcore.load_sparse(folder)
+    settings.write_text(good)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(Exception, match=r"(?i)safetensor|header|incomplete|invalid"):
+        deftcore.load_sparse(folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]  # no temporary folders are left

@@ -1,0 +1,274 @@
+"""DensityLoss: spec deft.md section 10, P6-P8, P10, P12, over families and PEFT methods."""
+
+import copy
+import itertools
+import pickle
+
+import peft
+import pytest
+import torch
+from conftest import FAMILIES, task_type, tiny_batch, tiny_model
+
+import deftcore
+from deftcore.adapters import BottleneckConfig
+from deftcore.objectives import DensityLoss
+
+METHODS = {
+    "lora": lambda task: peft.LoraConfig(task_type=task),
+    "bottleneck": lambda task: BottleneckConfig(task_type=task),
+    "parallel": lambda task: BottleneckConfig(task_type=task, parallel=True, scaling=0.1),
+    "prompt": lambda task: peft.PromptTuningConfig(task_type=task or "FEATURE_EXTRACTION", num_virtual_tokens=3),
+    "prefix": lambda task: peft.PrefixTuningConfig(task_type=task or "FEATURE_EXTRACTION", num_virtual_tokens=3),
+}
+
+
+def adapted(family, method, activation="relu"):
+    model = peft.get_peft_model(tiny_model(family, activation), METHODS[method](task_type(family)))
+    return deftcore.patch(model) if method == "lora" else model
+
+
+def batch_for(family, method):
+    batch = tiny_batch(family)
+    if family in ("bert", "roberta") and method == "prompt":  # virtual tokens lengthen the logits, not the labels
+        del batch["labels"]
+    return batch
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_five_methods_on_every_family(family, method):
+    """Gradients reach the adapter, from the density loss alone; frozen weights get none; the padding is not counted."""
+    model = adapted(family, method).train()
+    objective = DensityLoss(model, surrogate="tanh")
+    output = model(**batch_for(family, method))
+    assert "labels" not in batch_for(family, method) or output.loss.isfinite()
+    objective.loss().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert grads
+    assert any(g.abs().sum() > 0 for g in grads.values())
+    assert all(p.requires_grad for n, p in model.named_parameters() if n in grads)
+    report = objective.report()
+    virtual = 2 * 3 if method == "prompt" else 0
+    assert report["tokens"] == 12 + virtual
+    assert 0 < report["density"] <= (2 if family == "t5" else 1)
+    assert len(report["blocks"]) == (4 if family == "t5" else 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_value(family):
+    """P8: mean over blocks of mean(s(a)); encoder and decoder are added. Computed anew from captured activations."""
+    model = tiny_model(family, "gelu" if family == "bert" else "relu").train()
+    objective = DensityLoss(model, mask_policy="count_padding")
+    captured = []
+    for activation in objective._observed:
+        activation.register_forward_hook(lambda m, args, out: captured.append(out.detach().double()))
+    model(**tiny_batch(family))
+    means = [(a.square() / (a.square() + 1e-7)).mean().item() for a in captured]
+    expected = sum(means[:2]) / 2 + (sum(means[2:]) / 2 if family == "t5" else 0)
+    assert objective.loss().item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alpha_zero_changes_no_bit(family):
+    """P7."""
+    plain, watched = tiny_model(family, "gelu" if family != "opt" else "relu"), None
+    watched = copy.deepcopy(plain)
+    objective = DensityLoss(watched, alpha=0.0)
+    for model in (plain, watched):
+        model.train()
+        loss = model(**tiny_batch(family)).loss
+        if model is watched:
+            loss = loss + objective.loss()
+        loss.backward()
+    for (name, p), q in zip(plain.named_parameters(), watched.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        assert p.grad is None or torch.equal(p.grad, q.grad), name
+    assert objective.report()["density"] > 0
+
+
+def test_empty_mask_and_padding():
+    """P6, P4: a batch of padding gives 0 and no NaN; what stands under the padding does not matter."""
+    model = adapted("llama", "lora").train()
+    objective = DensityLoss(model)
+    batch = tiny_batch("llama")
+    model(input_ids=batch["input_ids"], attention_mask=torch.zeros_like(batch["input_ids"]))
+    loss = objective.loss()
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    values = []
+    for filler in (3, 9):
+        batch["input_ids"][1, 5:] = filler
+        model(**batch)
+        values.append(objective.loss().item())
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "t5"])
+def test_checkpointing_counts_once(family):
+    """P10: the same loss and gradients with activation checkpointing; recomputation is not counted."""
+    results = []
+    for checkpointing in (False, True):
+        model = adapted(family, "lora").train()
+        torch.manual_seed(5)
+        for p in model.parameters():
+            if p.requires_grad:
+                torch.nn.init.normal_(p, std=0.1)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        objective = DensityLoss(model, surrogate="tanh")
+        loss = model(**tiny_batch(family)).loss + objective.loss()
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and "lora" in n}
+        results.append((loss.item(), objective.report()["tokens"], grads))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    assert results[0][1] == results[1][1]
+    for name, grad in results[0][2].items():
+        torch.testing.assert_close(grad, results[1][2][name], rtol=1e-4, atol=1e-6)
+
+
+def test_reentrant_checkpointing_is_refused():
+    model = adapted("llama", "lora").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    objective = DensityLoss(model)
+    model(**tiny_batch("llama"))
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        objective.loss()
+
+
+def test_repeated_forwards_and_generate():
+    """P10: a forward replaces the one before; nothing is kept in evaluation; generate counts new positions."""
+    model = adapted("llama", "lora").train()
+    objective = DensityLoss(model)
+    batch = tiny_batch("llama")
+    model(**batch)
+    model(**batch)
+    twice = objective.loss()
+    model(**batch)
+    assert objective.loss().item() == pytest.approx(twice.item(), rel=1e-6)
+    with pytest.raises(RuntimeError, match="no training forward"):
+        objective.loss()
+    model.eval()
+    objective.reset()
+    with torch.no_grad():
+        model.generate(
+            input_ids=batch["input_ids"][:1], max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0
+        )
+    assert objective.report()["tokens"] == 7 + 3
+    assert all(not a.tally.sums for a in objective._observed)
+
+
+def test_accumulation_equals_one_batch():
+    """P5: shares of micro-batches, with `tokens`, sum to the whole batch's loss."""
+    model = adapted("llama", "lora").train()
+    objective = DensityLoss(model)
+    batch = tiny_batch("llama")
+    model(**batch)
+    whole = objective.loss().item()
+    counts = [objective.count_tokens({k: v[i : i + 1] for k, v in batch.items()}, False) for i in range(2)]
+    total = {"model": counts[0]["model"] + counts[1]["model"]}
+    assert total == {"model": 12.0}
+    parts = 0.0
+    for i in range(2):
+        model(**{k: v[i : i + 1] for k, v in batch.items()})
+        parts += objective.loss(tokens=total).item()
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_density_falls_with_alpha():
+    """P12: toy training; density falls monotonically in alpha, within noise."""
+    densities = []
+    for alpha in (0.0, 0.1, 1.0, 10.0):
+        torch.manual_seed(0)
+        model = tiny_model("llama")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=["gate_proj", "q_proj"]))
+        model.train()
+        objective = DensityLoss(model, alpha=alpha, surrogate="tanh")
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(60):
+            loss = model(**tiny_batch("llama")).loss + objective.loss()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        objective.reset()
+        model.eval()
+        with torch.no_grad():
+            model(**tiny_batch("llama"))
+        densities.append(objective.report()["density"])
+    assert all(later <= earlier + 0.02 for earlier, later in itertools.pairwise(densities)), densities
+    assert densities[-1] < 0.5 * densities[0]
+
+
+def test_gates():
+    """Adaptive gates: w = sigmoid(4) at first, trained, folded into the weights with equal outputs, blocks skipped."""
+    for family in FAMILIES:
+        model = tiny_model(family).train()
+        objective = DensityLoss(model, adaptive="gate", gamma=0.5)
+        (model(**tiny_batch(family)).loss + objective.loss()).backward()
+        assert (objective.theta.grad != 0).all()
+        with torch.no_grad():
+            objective.theta[1] = -6.0
+        model.eval()
+        batch = tiny_batch(family)
+        with torch.no_grad():
+            gated = model(**batch).logits
+            names = list(objective.gate_values())
+            assert objective.skippable() == [names[1]]
+            assert objective.skippable(max_skip=0) == []
+            assert objective.skippable(evaluate=lambda skip: float(len(skip)), margin=0.5) == []
+            objective.fold_gates()
+            torch.testing.assert_close(model(**batch).logits, gated, rtol=1e-4, atol=1e-5)
+            objective.detach()
+            sparse = deftcore.sparsify(model, skip=[names[1]])
+            assert (sparse(**batch).logits - gated).abs().max() < 0.5
+            assert sparse.deftcore_blocks[1].kind == "skipped"
+
+
+def test_detach_restores_and_state_is_untouched():
+    model = tiny_model("llama")
+    keys = list(model.state_dict())
+    before = {n: type(m) for n, m in model.named_modules()}
+    objective = DensityLoss(model)
+    assert list(model.state_dict()) == keys
+    assert list(objective.parameters()) == []
+    copy.deepcopy(model)
+    objective.detach()
+    assert {n: type(m) for n, m in model.named_modules()} == before
+    pickle.dumps(model)
+    assert "alpha=1.0" in repr(objective)
+
+
+def test_named_modules():
+    model = tiny_model("llama").train()
+    objective = DensityLoss(model, modules=["model.layers.1.mlp.act_fn"])
+    model(**tiny_batch("llama"))
+    assert objective.loss().item() > 0
+    assert list(objective.report()["blocks"]) == ["model.layers.1.mlp.act_fn"]
+    with pytest.raises(ValueError, match=r"no module 'model\.layers\.7\.mlp\.act_fn'"):
+        DensityLoss(tiny_model("llama"), modules=["model.layers.7.mlp.act_fn"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha": -1}, "alpha"), ({"surrogate": "l3"}, "surrogate"), ({"eps": 0}, "eps"), ({"beta": 0}, "beta"),
+        ({"mask_policy": "none"}, "mask_policy"), ({"adaptive": "x"}, "adaptive"),
+        ({"block_weights": [1.0]}, "block_weights"),
+        ({"modules": []}, "modules"), ({"gamma": -0.1}, "gamma"),
+    ],
+)  # fmt: skip
+def test_bad_configuration(change, message):
+    with pytest.raises(ValueError, match=message):
+        DensityLoss(tiny_model("llama"), **change)
+
+
+def test_unknown_model_is_refused_by_name():
+    with pytest.raises(ValueError, match="Linear has no MLP block"):
+        DensityLoss(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="Tanh has no kernel"):
+        DensityLoss(tiny_model("llama", "tanh"))

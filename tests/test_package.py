@@ -1,0 +1,223 @@
+"""The house: layers, instruction sets, the OpenMP runtime, the command line, doctests."""
+
+import ast
+import doctest
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import deftcore
+from deftcore.cli import main
+from deftcore.ops._library import native
+
+PACKAGE = Path(deftcore.__file__).parent
+TESTS = Path(__file__).parent
+# Lowest first; a file may import from its own layer and from those before it.
+LAYERS = (("ops",), ("nn",), ("adapters", "objectives", "optim"), ("training",), ("integrations",),
+          ("pipeline",), ("quickstart",), ("cli",), ("__main__",))  # fmt: skip
+
+
+def layer_of(module: str) -> int:
+    name = module.split(".")[1] if "." in module else ""
+    return next((i for i, names in enumerate(LAYERS) if name in names), -1)
+
+
+def test_imports_point_down():
+    upward = []
+    for path in PACKAGE.rglob("*.py"):
+        name = "deftcore." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if name == "deftcore.__init__":  # names load their module on first use
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                targets = [node.module]
+            elif isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            upward += [
+                f"{name} -> {target}"
+                for target in targets
+                if target.startswith("deftcore.") and layer_of(target) > layer_of(name)
+            ]
+    assert not upward
+
+
+def run_python(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, cwd="/", timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_ops_need_pytorch_alone():
+    extras = ("transformers", "peft", "accelerate")
+    code = f"import sys, deftcore.ops, deftcore.nn; print([m for m in {extras} if m in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+def test_one_openmp_runtime():
+    """After import exactly one libgomp is mapped, and thread counts are PyTorch's."""
+    code = (
+        "import torch, deftcore.ops as ops\n"
+        "ops.sparse_down(torch.ones(1, 4096), torch.ones(4096, 512), path='sparse')\n"
+        "names = {line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'iomp' in line}\n"
+        "print(len(names))"
+    )
+    assert run_python(code) == "1"
+
+
+def test_alternating_with_pytorch_costs_nothing():
+    """One pool of threads: a loop over both libraries takes about the sum of its parts (2x allows for noise)."""
+    a, w = torch.ones(1, 2048), torch.ones(2048, 1024)
+    x = torch.ones(256, 256)
+
+    def median(*parts):
+        times = []
+        for _ in range(30):
+            start = time.perf_counter()
+            for part in parts:
+                part()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    ours, theirs = lambda: deftcore.ops.sparse_down(a, w, path="sparse"), lambda: x @ x
+    median(ours, theirs)
+    assert median(ours, theirs) < 2 * (median(ours) + median(theirs)) + 1e-4
+
+
+@pytest.mark.parametrize("isa", native.isa_available().split())
+def test_kernels_on_every_isa(isa):
+    """The kernel tests again, in a process held to one instruction set."""
+    if isa == native.isa_name():
+        pytest.skip("this process runs it")
+    files = [str(TESTS / f"test_{name}.py") for name in ("density", "sparse_mlp")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not fuzz and not compile and not opcheck",
+         *files],
+        env=os.environ | {"DEFTCORE_CPU_ISA": isa}, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_unknown_isa_is_refused():
+    code = "import torch, deftcore.ops as ops\ntry: ops.density(torch.ones(2, 2))\nexcept ValueError as e: print(e)"
+    assert "DEFTCORE_CPU_ISA: this machine has scalar" in run_python(code, DEFTCORE_CPU_ISA="neon")
+
+
+@pytest.mark.parametrize("name", ["density", "lora", "sparse_mlp"])
+def test_docstring_examples(name):
+    result = doctest.testmod(sys.modules[f"deftcore.ops.{name}"], extraglobs={"torch": torch})
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_unverified_cuda_is_off(monkeypatch):
+    from deftcore.ops import _library
+
+    monkeypatch.delenv("DEFTCORE_EXPERIMENTAL_CUDA", raising=False)
+    assert not any(_library.cuda_enabled(op) for op in _library.op_names() if op not in _library.CUDA_VERIFIED)
+    monkeypatch.setenv("DEFTCORE_EXPERIMENTAL_CUDA", "1")
+    assert _library.cuda_enabled("density") == hasattr(native, "cuda")
+
+
+def test_unknown_attribute():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = deftcore.nothing
+    assert deftcore.sparsify is not None
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def test_info(capsys):
+    assert main(["info", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["cpu_isa"] in result["cpu_isa_available"]
+    assert result["kernels"]["sparse_down"]["cpu"] == "on"
+    assert main(["info"]) == 0
+    assert "cpu_isa" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "none.yaml"], "no such file"),
+        (["density", "./none", "data.txt"], "no such folder"),
+        (["export", "./none", "out"], "no such folder"),
+        (["bench", "--shape", "big"], "--shape"),
+    ],
+)
+def test_user_errors_are_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+def test_bench(capsys):
+    assert main(["bench", "--shape", "64x96", "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)["break_even"]
+    assert set(table) == {"1", "2", "4", "8", "16", "32", "64"}
+
+
+def save_base(folder):
+    from conftest import tiny_model
+
+    from deftcore.quickstart import _tokenizer
+
+    text = "the quick brown fox jumps over the lazy dog. " * 40
+    tokenizer = _tokenizer(text, 300)
+    model = tiny_model("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "data.txt").write_text(text)
+
+
+def test_train_export_density(tmp_path, capsys):
+    """The path of a user's own model: train from a recipe, export, measure, load."""
+    base = tmp_path / "base"
+    base.mkdir()
+    save_base(base)
+    capsys.readouterr()
+    recipe = Path(__file__).parents[1] / "recipes" / "deft-lora.yaml"
+    overrides = [f"model={base}", f"data.train={base / 'data.txt'}", f"data.validation={base / 'data.txt'}",
+                 f"output={tmp_path / 'run'}", "training.max_steps=4", "data.max_length=16"]  # fmt: skip
+    assert main(["train", str(recipe), *overrides, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == 4
+    final = str(tmp_path / "run" / "final")
+    assert main(["density", str(base), str(base / "data.txt"), "--adapter", final, "--max-length", "16", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["density"] == pytest.approx(result["density"], abs=0.02)
+    assert main(["export", str(base), str(tmp_path / "out"), "--adapter", final]) == 0
+    model = deftcore.load_sparse(tmp_path / "out")
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    assert main(["export", str(base), str(tmp_path / "out"), "--adapter", final]) == 2
+    (tmp_path / "run" / "final" / "adapter_model.safetensors").write_bytes(b"damaged")
+    assert main(["export", str(base), str(tmp_path / "out2"), "--adapter", final]) == 2
+    assert not (tmp_path / "out2").exists()
+
+
+def test_quickstart_small(tmp_path):
+    """The whole quickstart at a size for tests."""
+    from deftcore.quickstart import Settings, run
+
+    settings = Settings(
+        vocab_size=400, hidden_size=48, intermediate_size=256, max_length=32, batch_size=4, base_steps=4, tune_steps=3,
+        base_characters=60_000, new_tokens=6, prompts=1, rounds=1,
+    )  # fmt: skip
+    report = run(tmp_path, settings)
+    assert report["runs"]["LoRA + DEFT"]["same_tokens"]
+    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "report.json").read_text())["density_ratio"] == report["density_ratio"]
+    assert (tmp_path / "lora-deft" / "final" / "adapter_model.safetensors").exists()
+    assert run(tmp_path, settings)["base_cached"]

@@ -1,0 +1,291 @@
+"""The loop, data and recipes: exact resume, two processes, mistakes reported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file
+
+from deftcore.objectives import DensityLoss
+from deftcore.training import TrainingConfig, encode, load_recipe, read_records, train
+from deftcore.training.data import Batches
+
+SCRIPT = """
+import sys, time, torch
+sys.path.insert(0, {tests!r})
+from test_training import run
+
+run({folder!r}, max_steps={steps}, save_every=2, pause={pause})
+"""
+
+
+def examples(count=30):
+    generator = torch.Generator().manual_seed(4)
+    lengths = torch.randint(3, 9, (count,), generator=generator).tolist()
+    return [{"input_ids": torch.randint(2, 64, (n,), generator=generator).tolist()} for n in lengths]
+
+
+def run(folder, *, pause=0.0, validation=True, model=None, **options):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "gate_proj"], task_type="CAUSAL_LM")
+    model = model or peft.get_peft_model(tiny_model("llama"), config)
+    objective = DensityLoss(model, surrogate="tanh", adaptive="gate", gamma=0.1)
+    if pause:
+        model.register_forward_hook(lambda *_: time.sleep(pause))
+    options = {"max_steps": 8, "batch_size": 4, "learning_rate": 1e-2, "log_every": 1} | options
+    return train(
+        model, examples(), TrainingConfig(**options), folder, objective=objective,
+        validation=examples(9) if validation else None, save_model=lambda m, where: m.save_pretrained(where),
+    )  # fmt: skip
+
+
+def adapter_of(folder):
+    return load_file(Path(folder) / "final" / "adapter_model.safetensors")
+
+
+def assert_same_run(a, b):
+    for name, tensor in adapter_of(a).items():
+        assert torch.equal(tensor, adapter_of(b)[name]), name
+    gates = [load_file(Path(f) / "final" / "density_gates.safetensors")["theta"] for f in (a, b)]
+    assert torch.equal(*gates)
+    assert (Path(a) / "log.jsonl").read_text() == (Path(b) / "log.jsonl").read_text()
+
+
+def test_learns_and_reports(tmp_path):
+    result = run(tmp_path, max_steps=40, eval_every=20)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert {"density", "density_loss", "learning_rate", "step"} <= lines[0].keys()
+    assert result.steps == 40
+    assert 0 < result.density < 1
+    assert result.best_eval_loss <= result.eval_loss
+    assert len(result.density_blocks) == 2
+    assert (tmp_path / "best" / "adapter_model.safetensors").exists()
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_resume_is_exact(tmp_path, accumulation):
+    options = {"save_every": 3, "eval_every": 4, "gradient_accumulation_steps": accumulation}
+    run(tmp_path / "whole", **options)
+    # The second run stops after step 3's checkpoint, has logged further, and continues.
+    run(tmp_path / "parts", **options)
+    for checkpoint in sorted((tmp_path / "parts" / "checkpoints").glob("step-*"))[1:]:
+        for file in checkpoint.iterdir():
+            file.unlink()
+        checkpoint.rmdir()
+    run(tmp_path / "parts", **options)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_killed_run_resumes_exactly(tmp_path):
+    """SIGKILL in mid-run, then the same command again."""
+    run(tmp_path / "whole", max_steps=10, save_every=2)
+    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "killed"), steps=10, pause=0.3)
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while time.time() < deadline and not list((tmp_path / "killed").glob("checkpoints/step-*")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list((tmp_path / "killed").glob("checkpoints/step-*"))
+    assert not (tmp_path / "killed" / "final").exists()
+    run(tmp_path / "killed", max_steps=10, save_every=2)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path):
+    """Losses and densities are those of the global batch, however it is split; unequal lengths and masks included."""
+    logs = []
+    for size, accumulation in ((6, 1), (2, 3)):
+        folder = tmp_path / str(size)
+        torch.manual_seed(0)
+        model = peft.get_peft_model(
+            tiny_model("llama"), peft.LoraConfig(r=4, target_modules=["gate_proj"], task_type="CAUSAL_LM")
+        )
+        objective = DensityLoss(model, surrogate="tanh")
+        config = TrainingConfig(
+            max_steps=4, batch_size=size, gradient_accumulation_steps=accumulation, learning_rate=1e-2, log_every=1
+        )
+        train(model, examples(), config, folder, objective=objective)
+        logs.append([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
+    for one, other in zip(*logs, strict=True):
+        for key in ("loss", "density", "density_loss"):
+            assert one[key] == pytest.approx(other[key], rel=2e-4), key
+
+
+def test_two_processes_give_the_single_process_result(tmp_path):
+    """P11: `accelerate launch` with two CPU processes, half the batch each (`--multi_gpu` is its torchrun mode)."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_training import run_plain\n"
+        "run_plain(sys.argv[1], int(sys.argv[2]))\n"
+    )
+    run_plain(tmp_path / "one", 4)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+               str(script), str(tmp_path / "two"), "2"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    for one, two in zip(*logs, strict=True):
+        for key in ("loss", "density", "density_loss"):
+            if key in one:
+                assert one[key] == pytest.approx(two[key], rel=1e-3), (key, one, two)
+
+
+def run_plain(folder, batch_size):
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        tiny_model("llama"), peft.LoraConfig(r=4, target_modules=["gate_proj", "q_proj"], task_type="CAUSAL_LM")
+    )
+    config = TrainingConfig(max_steps=4, batch_size=batch_size, learning_rate=1e-2, log_every=1)
+    objective = DensityLoss(model, surrogate="tanh")
+    train(model, examples(24), config, folder, objective=objective, validation=examples(8))
+
+
+@pytest.mark.parametrize("family", ["t5", "opt"])
+def test_other_families_and_options(family, tmp_path):
+    rows = [{**e, "labels": e["input_ids"]} for e in examples(12)]
+    config = TrainingConfig(
+        epochs=1,
+        batch_size=4,
+        mixed_precision="bf16",
+        gradient_checkpointing=True,
+        schedule="cosine",
+        logger="tensorboard",
+    )
+    model = peft.get_peft_model(
+        tiny_model(family), peft.LoraConfig(task_type="SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM")
+    )
+    result = train(model, rows, config, tmp_path, objective=DensityLoss(model))
+    assert result.steps == 3
+    assert result.density > 0
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_wrong_checkpoint_is_refused(tmp_path):
+    run(tmp_path, save_every=2)
+    other = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["k_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="another model"):
+        run(tmp_path, save_every=2, model=other)
+    with pytest.raises(ValueError, match="examples"):
+        train(other, [], TrainingConfig(), tmp_path)
+
+
+# ---------------------------------------------------------------------------- data
+
+
+class Letters:
+    eos_token_id = 1
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(c) for c in text]}
+
+
+def test_formats(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "ab", "completion": "cd"}\n\n{"prompt": "x", "completion": "y"}\n')
+    (tmp_path / "a.csv").write_text("prompt,completion\nab,cd\nx,y\n")
+    (tmp_path / "a.txt").write_text("abcdefg")
+    records = read_records(tmp_path / "a.jsonl")
+    assert records == read_records(tmp_path / "a.csv")
+    first = encode(records, Letters(), 10, is_encoder_decoder=False)[0]
+    assert first == {"input_ids": [97, 98, 99, 100, 1], "labels": [-100, -100, 99, 100, 1]}
+    assert encode(records, Letters(), 10, is_encoder_decoder=True)[0] == {"input_ids": [97, 98], "labels": [99, 100, 1]}
+    blocks = encode(read_records(tmp_path / "a.txt"), Letters(), 3, is_encoder_decoder=False)
+    assert [b["input_ids"] for b in blocks] == [[97, 98, 99], [100, 101, 102], [103, 1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error", "message"),
+    [
+        ("a.jsonl", "{nope", ValueError, "a.jsonl:1"),
+        ("a.jsonl", "[1]", ValueError, "must be an object"),
+        ("a.txt", "", ValueError, "empty"),
+        ("a.xml", "x", ValueError, "must end in"),
+        ("missing", None, FileNotFoundError, "no such file"),
+    ],
+)
+def test_bad_files(tmp_path, name, text, error, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(error, match=message):
+        read_records(tmp_path / name)
+
+
+def test_records_without_text():
+    with pytest.raises(ValueError, match="record 1"):
+        encode([{"body": "x"}], Letters(), 8, is_encoder_decoder=False)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        encode([{"text": "x"}], Letters(), 8, is_encoder_decoder=True)
+
+
+def test_batches_share_and_return():
+    rows = [{"input_ids": [i, i]} for i in range(11)]
+    whole = list(Batches(rows, 4, 0, False).epoch(3))
+    assert sorted(i for b in whole for i in b["input_ids"][:, 0].tolist()) == list(range(11))
+    assert [b["input_ids"].tolist() for b in Batches(rows, 4, 0, False).epoch(3, start=1)] == [
+        b["input_ids"].tolist() for b in whole[1:]
+    ]
+    shares = [list(Batches(rows, 2, 0, False, process=p, processes=2).epoch(3)) for p in (0, 1)]
+    for one, two, both in zip(*shares, whole, strict=False):
+        assert (
+            one["input_ids"].tolist() + two["input_ids"].tolist()
+            == both["input_ids"].tolist()[: 2 * len(one["input_ids"])]
+        )
+
+
+# ---------------------------------------------------------------------------- recipes
+
+
+def test_recipe_overrides(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: m\noutput: o\ndeft: true\ndata:\n  train: t.txt\ntraining:\n  learning_rate: 3e-4\n")
+    recipe = load_recipe(path, ["training.max_steps=7", "adapter.r=2", "deft.alpha=0.5"][:2])
+    assert recipe.deft.enabled
+    assert (recipe.training.max_steps, recipe.training.learning_rate, recipe.adapter) == (7, 3e-4, {"r": 2})
+
+
+def test_recipe_reports_every_mistake_at_once(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("modle: m\ntraining:\n  batch_size: many\n  learning_rte: 1\ndeft: 3\n")
+    with pytest.raises(ValueError, match="recipe") as caught:
+        load_recipe(path, ["nonsense"])
+    message = str(caught.value)
+    for part in (
+        "did you mean model?",
+        "training.batch_size: must be int, got 'many'",
+        "training.learning_rate?",
+        "deft:",
+        "'nonsense'",
+    ):
+        assert part in message
+    path.write_text("training: {batch_size: 0, schedule: zigzag}\nmethod: magic\n")
+    with pytest.raises(ValueError, match="model: is needed") as caught:
+        load_recipe(path)
+    for part in ("output", "data.train", "batch_size", "zigzag", "magic"):
+        assert part in str(caught.value)
+    for text, match in (("- 1", "mapping"), ("a: [", "not YAML")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=match):
+            load_recipe(path)
+    with pytest.raises(FileNotFoundError):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_shipped_recipes_are_valid():
+    for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"):
+        assert load_recipe(path, ["model=m", "output=o", "data.train=t"]).deft.enabled
