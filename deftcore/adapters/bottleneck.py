@@ -78,14 +78,15 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         reference = _output_projection(base)
         width = reference.out_features
         size = max(width // config.reduction_factor, 1)
-        options = {"device": reference.weight.device, "dtype": reference.weight.dtype}
+        options: dict[str, Any] = {"device": reference.weight.device, "dtype": reference.weight.dtype}
         self.configs[adapter_name] = config
+        up = nn.Linear(size, width, **options)
         self.bottleneck_down[adapter_name] = nn.Linear(width, size, **options)
-        self.bottleneck_up[adapter_name] = nn.Linear(size, width, **options)
+        self.bottleneck_up[adapter_name] = up
         self.bottleneck_dropout[adapter_name] = nn.Dropout(config.dropout)
         if reference.weight.device.type != "meta":
-            nn.init.zeros_(self.bottleneck_up[adapter_name].weight)
-            nn.init.zeros_(self.bottleneck_up[adapter_name].bias)
+            nn.init.zeros_(up.weight)
+            nn.init.zeros_(up.bias)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def tap(self, first: nn.Module) -> None:
@@ -117,7 +118,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def _adapt(self, name: str, x: Tensor | None) -> Tensor:
         if x is None:
             raise RuntimeError("BottleneckLayer: the MLP's first projection has not run before its last")
-        down, up = self.bottleneck_down[name], self.bottleneck_up[name]
+        down: Any = self.bottleneck_down[name]
+        up = self.bottleneck_up[name]
         hidden = down(self.bottleneck_dropout[name](x.to(down.weight.dtype)))
         return up(getattr(torch.nn.functional, self.configs[name].non_linearity)(hidden))
 
@@ -136,7 +138,7 @@ class BottleneckModel(BaseTuner):
 
     prefix: str = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
-    target_module_mapping = _TARGETS
+    target_module_mapping = _TARGETS  # type: ignore[assignment]
 
     def _create_and_replace(  # type: ignore[override]
         self,

@@ -218,6 +218,9 @@ def _capacity(like: Tensor, tokens: int, neurons: int, width: int, path: int) ->
 
 
 def _down_dense(a: Tensor, w_down_t: Tensor) -> Tensor:
+    if a.dtype == torch.float16 and a.device.type == "cpu":
+        # PyTorch's float16 product on this layout takes 287 ms where float32's takes 10 (1 token, 4096x11008).
+        return (a.float() @ w_down_t.float()).to(a.dtype)
     return a @ w_down_t
 
 
@@ -288,7 +291,7 @@ def _keep(a: Tensor, value: Tensor, tau: float) -> Tensor:
 
 def sparse_down_ref(a: Tensor, w_down_t: Tensor, bias: Tensor | None, tau: float) -> Tensor:
     """The definition, in plain PyTorch; any floating dtype."""
-    y = _keep(a, a, tau) @ w_down_t
+    y = _down_dense(_keep(a, a, tau), w_down_t)
     return y if bias is None else y + bias
 
 
@@ -387,7 +390,7 @@ def _mlp_rest(
     h = _keep(a, a, tau)
     if w_gate is not None:
         h = h * F.linear(x, w_up)
-    y = h @ w_down_t
+    y = _down_dense(h, w_down_t)
     return y if b_down is None else y + b_down
 
 

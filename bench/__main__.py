@@ -1,0 +1,330 @@
+"""Ratios to the best peer: `python -m bench`. Sides alternate in one process, weights are cold, medians are reported.
+
+Writes bench/results/<device>.json and the plots in bench/results; `--quick` runs a tenth of it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+
+from deftcore import ops
+from deftcore.cli import info
+from deftcore.ops._dispatch import _machine
+
+RESULTS = Path(__file__).parent / "results"
+COLD_BYTES = 128 << 20  # rotate over at least this much, four times this machine's last-level cache
+console = Console(stderr=True)
+
+
+def alternate(sides, repeats):
+    """Median seconds per side and the quartiles' spread; the first round does not count."""
+    times = {name: [] for name in sides}
+    for repeat in range(repeats + 1):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repeat:
+                times[name].append(time.perf_counter() - start)
+    result = {}
+    for name, values in times.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        result[name] = {"seconds": middle, "spread": (high - low) / middle}
+    return result
+
+
+class Rotating:
+    """Copies of tensors, handed out in turn, so that none is still in a cache."""
+
+    def __init__(self, make, nbytes):
+        self.items = [make() for _ in range(max(2, -(-COLD_BYTES // max(nbytes, 1))))]
+        self.turn = 0
+
+    def __call__(self):
+        self.turn += 1
+        return self.items[self.turn % len(self.items)]
+
+
+def streaming_bandwidth(device):
+    """Bytes per second of a plain read of 256 MB: the roofline of one-token products."""
+    x = torch.ones(64 << 20, device=device)
+    return x.nbytes / alternate({"sum": lambda: x.sum()}, 9)["sum"]["seconds"]
+
+
+def union_activations(tokens, neurons, density, dtype, device):
+    a = torch.randn(tokens, neurons)
+    keep = torch.zeros(neurons, dtype=torch.bool)
+    keep[torch.randperm(neurons)[: round(density * neurons)]] = True
+    return torch.where(keep, a, 0.0).to(device, dtype)
+
+
+def bench_sparse_down(device, quick, bandwidth):
+    rows = []
+    shapes = [(4096, 11008)] if quick else [(1024, 4096), (4096, 11008)]
+    dtypes = [torch.float32, torch.bfloat16] if quick else [torch.float32, torch.bfloat16, torch.float16]
+    densities = [0.1, 0.5, 1.0] if quick else [0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
+    cases = [(s, d, t) for s in shapes for d in dtypes for t in ((1, 16) if quick else (1, 4, 16, 64))]
+    for (width, neurons), dtype, tokens in track(cases, "sparse_down", console=console):
+        nbytes = width * neurons * dtype.itemsize
+
+        def dense_weight(width=width, neurons=neurons, dtype=dtype):
+            return (torch.randn(width, neurons) / 100).to(device, dtype)
+
+        dense = Rotating(dense_weight, nbytes)
+        turned = Rotating(lambda f=dense_weight: f().t().contiguous(), nbytes)
+        for density in densities:
+            a = union_activations(tokens, neurons, density, dtype, device)
+            sides = {
+                "linear": lambda a=a: F.linear(a, dense()),
+                "matmul": lambda a=a: a @ turned(),  # the other layout; the better of the two is the peer
+                "sparse": lambda a=a: ops.sparse_down(a, turned(), path="sparse"),
+                "auto": lambda a=a: ops.sparse_down(a, turned()),
+            }
+            if dtype == torch.float16 and device == "cpu":
+                del sides["matmul"]  # 27 to 100 times slower than linear on this layout
+            times = alternate(sides, 5 if quick or tokens > 16 else 9)
+            best = min(times[s]["seconds"] for s in ("linear", "matmul") if s in times)
+            sparse, auto = times["sparse"]["seconds"], times["auto"]["seconds"]
+            read = density * nbytes
+            rows.append(
+                {
+                    "shape": f"{width}x{neurons}", "dtype": str(dtype)[6:], "tokens": tokens, "density": density,
+                    "dense_ms": best * 1e3, "sparse_ms": sparse * 1e3, "auto_ms": auto * 1e3,
+                    "ratio": best / sparse, "share_of_ideal": best / sparse * density, "auto_ratio": best / auto,
+                    "gb_per_s": read / sparse / 1e9, "share_of_bandwidth": read / sparse / bandwidth,
+                    "spread": times["sparse"]["spread"],
+                }
+            )  # fmt: skip
+    return rows
+
+
+def bench_gated(device, quick, bandwidth):
+    rows = []
+    width, neurons = 4096, 11008
+    cases = [(d, t) for d in (torch.float32, torch.bfloat16) for t in ((1,) if quick else (1, 4, 16))]
+    for dtype, tokens in track(cases, "sparse_gated_mlp", console=console):
+        gates, ups, downs = ([(torch.randn(neurons, width) / 64).to(device, dtype) for _ in range(2)] for _ in range(3))
+        wide_downs = [w.t().contiguous() for w in downs]
+        bundles = [ops.bundle_rows(u, d) for u, d in zip(ups, downs, strict=True)]
+        x = torch.randn(tokens, width).to(device, dtype)
+        turn = [0]
+
+        def pick(items, turn=turn):
+            return items[turn[0] % 2]
+
+        for u in (0.05, 0.1, 0.2, 0.5, 1.0):
+            # A threshold at the right quantile sets the density without touching the dense side's work.
+            peak = torch.relu(x @ gates[0].t()).amax(0).float()
+            tau = 0.0 if u == 1.0 else max(peak.quantile(1 - u).item(), 0.0)
+            activation = "silu" if u == 1.0 else "relu"
+
+            def dense(activation=activation):
+                turn[0] += 1
+                f = F.silu if activation == "silu" else F.relu
+                return F.linear(f(F.linear(x, pick(gates))) * F.linear(x, pick(ups)), pick(wide_downs))
+
+            def sparse(activation=activation, tau=tau):
+                turn[0] += 1
+                return ops.sparse_gated_mlp(
+                    x, pick(gates), *pick(bundles), activation=activation, tau=tau, path="sparse"
+                )
+
+            times = alternate({"dense": dense, "sparse": sparse}, 5 if quick else 9)
+            a, b = times["dense"]["seconds"], times["sparse"]["seconds"]
+            read = (1 + 2 * u) * gates[0].nbytes
+            rows.append(
+                {
+                    "shape": f"{width}x{neurons}", "dtype": str(dtype)[6:], "tokens": tokens, "density": u,
+                    "dense_ms": a * 1e3, "sparse_ms": b * 1e3, "ratio": a / b,
+                    "share_of_ideal": a / b * (1 + 2 * u) / 3,
+                    "share_of_bandwidth": read / b / bandwidth,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def bench_act_density(device, quick):
+    rows = []
+    plain = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "silu": F.silu}
+    cases = [(d, n) for d in (torch.float32, torch.bfloat16) for n in plain]
+    for dtype, name in track(cases, "act_density", console=console):
+        z = torch.randn(8, 128, 11008, device=device).to(dtype).requires_grad_()
+        grad, one = torch.randn_like(z), torch.tensor(0.1, device=device)
+
+        def ours(z=z, grad=grad, name=name, one=one):
+            a, total, _ = ops.act_density(z, name)
+            torch.autograd.grad([a, total], z, [grad, one])
+
+        def theirs(z=z, grad=grad, name=name):
+            torch.autograd.grad(plain[name](z), z, grad)
+
+        def composed(z=z, grad=grad, name=name, one=one):
+            a = plain[name](z)
+            square = a.float().square()
+            torch.autograd.grad([a, (square / (square + 1e-7)).sum()], z, [grad, one])
+
+        times = alternate({"plain": theirs, "ours": ours, "composed": composed}, 5 if quick else 9)
+        p, o, c = (times[k]["seconds"] for k in ("plain", "ours", "composed"))
+        rows.append(
+            {"activation": name, "dtype": str(dtype)[6:], "plain_ms": p * 1e3, "ours_ms": o * 1e3,
+             "composed_ms": c * 1e3, "time_over_plain": o / p, "times_faster_than_composed": c / o}
+        )  # fmt: skip
+    return rows
+
+
+def bench_overhead(device):
+    """Microseconds a call on tiny tensors: what an op costs before it does anything."""
+    a, w = torch.ones(1, 8, device=device), torch.ones(8, 8, device=device)
+    calls = {
+        "torch.nn.functional.linear": lambda: F.linear(a, w),
+        "density": lambda: ops.density(a),
+        "act_density": lambda: ops.act_density(a),
+        "sparse_down": lambda: ops.sparse_down(a, w),
+        "sparse_gated_mlp": lambda: ops.sparse_gated_mlp(a, w, w, w, activation="relu"),
+        "lora_linear": lambda: ops.lora_linear(a, w, w, w),
+    }
+    rows = []
+    with torch.no_grad():
+        for name, call in calls.items():
+            for _ in range(50):
+                call()
+            start = time.perf_counter()
+            for _ in range(2000):
+                call()
+            rows.append({"op": name, "microseconds": (time.perf_counter() - start) / 2000 * 1e6})
+    return rows
+
+
+TRAIN_STEP = """
+import json, resource, statistics, sys, time, warnings
+warnings.filterwarnings("ignore")
+import peft, torch, transformers
+import deftcore
+from deftcore.objectives import DensityLoss
+torch.manual_seed(0)
+config = transformers.LlamaConfig(vocab_size=2048, hidden_size=512, intermediate_size=4096, num_hidden_layers=4,
+                                  num_attention_heads=8, num_key_value_heads=8, hidden_act="relu")
+model = peft.get_peft_model(transformers.LlamaForCausalLM(config), peft.LoraConfig(
+    r=16, target_modules=["q_proj", "v_proj", "gate_proj"], task_type="CAUSAL_LM"))
+if sys.argv[1] != "peft":
+    deftcore.patch(model)
+objective = DensityLoss(model, surrogate="tanh") if sys.argv[1] == "deft" else None
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+ids = torch.randint(0, 2048, (8, 128))
+model.train()
+times = []
+for step in range(int(sys.argv[2])):
+    start = time.perf_counter()
+    loss = model(input_ids=ids, labels=ids).loss
+    if objective:
+        loss = loss + objective.loss()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    times.append(time.perf_counter() - start)
+print(json.dumps({"seconds": statistics.median(times[2:]),
+                  "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+"""
+
+
+def bench_train_step(quick):
+    """A LoRA step on a 4-layer Llama (8 x 128 tokens): PEFT, patched, patched with DEFT; a process each, in turn."""
+    sides = {"peft": [], "patched": [], "deft": []}
+    for _ in track(range(1 if quick else 3), "training step", console=console):
+        for side, found in sides.items():
+            command = [sys.executable, "-c", TRAIN_STEP, side, "6" if quick else "10"]
+            found.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    return [
+        {
+            "side": side, "ms": 1e3 * statistics.median(f["seconds"] for f in found),
+            "peak_mb": statistics.median(f["peak_mb"] for f in found),
+        }
+        for side, found in sides.items()
+    ]  # fmt: skip
+
+
+def plot(results, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [r for r in results["sparse_down"] if r["shape"] == "4096x11008" and r["dtype"] in ("float32", "bfloat16")]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
+    for axis, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
+        for tokens in sorted({r["tokens"] for r in rows}):
+            points = [r for r in rows if r["dtype"] == dtype and r["tokens"] == tokens]
+            axis.plot([p["density"] for p in points], [p["auto_ratio"] for p in points], "o-", label=f"{tokens} tokens")
+        densities = sorted({r["density"] for r in rows})
+        axis.plot(densities, [1 / d for d in densities], "k:", label="1 / density")
+        axis.set(xscale="log", yscale="log", xlabel="union density", title=f"sparse_down 4096x11008, {dtype}")
+        axis.axhline(1, color="grey", lw=0.5)
+    axes[0].set_ylabel("speed over the best dense product")
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def print_tables(results):
+    for name, rows in results.items():
+        if not isinstance(rows, list) or not rows:
+            continue
+        print(f"\n{name}")
+        print("  ".join(f"{key:>12}" for key in rows[0]))
+        for row in rows:
+            print("  ".join(f"{v:12.3f}" if isinstance(v, float) else f"{v!s:>12}" for v in row.values()))
+        ratios = [row["ratio"] for row in rows if "ratio" in row]
+        if ratios:
+            print(f"geometric mean of ratio: {statistics.geometric_mean(ratios):.2f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m bench")
+    parser.add_argument("--quick", action="store_true", help="fewer points and repeats")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--only", nargs="*", default=["sparse_down", "gated", "act_density", "overhead", "train_step"])
+    parser.add_argument("--output", type=Path, default=None, help="JSON file; default bench/results/<device>.json")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth = streaming_bandwidth(args.device)
+    results = {
+        "command": "python -m bench " + " ".join(sys.argv[1:]),
+        "machine": _machine(torch.empty(0, device=args.device)),
+        "python": platform.python_version(),
+        "info": info(),
+        "streaming_gb_per_s": bandwidth / 1e9,
+    }
+    families = {
+        "sparse_down": lambda: bench_sparse_down(args.device, args.quick, bandwidth),
+        "gated": lambda: bench_gated(args.device, args.quick, bandwidth),
+        "act_density": lambda: bench_act_density(args.device, args.quick),
+        "overhead": lambda: bench_overhead(args.device),
+        "train_step": lambda: bench_train_step(args.quick),
+    }
+    for name in args.only:
+        results[name] = families[name]()
+    print_tables(results)
+    print(f"\nstreaming read {bandwidth / 1e9:.1f} GB/s on {results['machine']}")
+    RESULTS.mkdir(exist_ok=True)
+    output = args.output or RESULTS / f"{args.device}.json"
+    partial = output.with_suffix(".tmp")
+    partial.write_text(json.dumps(results, indent=1))
+    os.replace(partial, output)
+    if results.get("sparse_down") and not args.quick:
+        plot(results, RESULTS / f"sparse_down_{args.device}.png")
+
+
+if __name__ == "__main__":
+    main()
