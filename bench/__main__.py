@@ -4,6 +4,7 @@ Writes bench/results/<device>.json and the plots in bench/results; `--quick` run
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -55,6 +56,16 @@ class Rotating:
     def __call__(self):
         self.turn += 1
         return self.items[self.turn % len(self.items)]
+
+
+def keep_freed_memory():
+    """Tells glibc not to give large blocks back: fresh pages would cost more than the kernels that fill them."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def streaming_bandwidth(device):
@@ -298,6 +309,7 @@ def main():
     parser.add_argument("--output", type=Path, default=None, help="JSON file; default bench/results/<device>.json")
     args = parser.parse_args()
     torch.manual_seed(0)
+    keep_freed_memory()
     bandwidth = streaming_bandwidth(args.device)
     results = {
         "command": "python -m bench " + " ".join(sys.argv[1:]),

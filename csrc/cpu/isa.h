@@ -97,6 +97,9 @@ inline Mask operator<=(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_
 inline Mask operator==(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 inline Vec where(Mask m, Vec a, Vec b) { return _mm512_mask_blend_ps(m, b.v, a.v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+// min and max return their second operand when one is NaN.
+inline Vec at_most(Vec x, Vec bound) { return _mm512_min_ps(bound.v, x.v); }
+inline Vec at_least(Vec x, Vec bound) { return _mm512_max_ps(bound.v, x.v); }
 inline Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
 inline Vec round(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec scale2(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
@@ -121,7 +124,13 @@ inline __m256i narrow(Vec a) {  // as to_bfloat16
   rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
+#if defined(__AVX512BF16__)
+inline void store(BFloat16* p, Vec a) {  // subnormal results, below 1.2e-38, become zero
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
+}
+#else
 inline void store(BFloat16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
+#endif
 inline void store(Float16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -160,6 +169,9 @@ inline Mask operator<=(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_O
 inline Mask operator==(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
 inline Vec where(Mask m, Vec a, Vec b) { return _mm256_blendv_ps(b.v, a.v, m.m); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+// min and max return their second operand when one is NaN.
+inline Vec at_most(Vec x, Vec bound) { return _mm256_min_ps(bound.v, x.v); }
+inline Vec at_least(Vec x, Vec bound) { return _mm256_max_ps(bound.v, x.v); }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
 inline Vec round(Vec a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec scale2(Vec a, Vec n) {  // n in [-252, 252]: two halves, so that neither factor leaves the normal range
@@ -205,6 +217,8 @@ constexpr int kWidth = 1;
 using Mask = bool;
 using Vec = float;
 using math::abs;
+using math::at_least;
+using math::at_most;
 using math::erf;
 using math::exp;
 using math::rcp;
@@ -277,8 +291,7 @@ inline Vec horner(Vec x, C... c) {
 
 // e^x = 2^n e^r, |r| <= ln 2 / 2. Relative error below 2 ulp; 0 below -104, held at 2.2e38 above 88.3; NaN stays.
 inline Vec exp(Vec x) {
-  const Vec lo(-104.0f), hi(88.3f);
-  const Vec clamped = where(x < lo, lo, where(x > hi, hi, x));
+  const Vec clamped = at_most(at_least(x, Vec(-104.0f)), Vec(88.3f));
   const Vec n = round(clamped * Vec(1.44269504088896341f));
   Vec r = fma(n, Vec(-0.693359375f), clamped);
   r = fma(n, Vec(2.12194440e-4f), r);
@@ -292,7 +305,7 @@ inline Vec erf(Vec x, Vec& bell) {
   const Vec ax = abs(x), x2 = x * x, one(1.0f);
   const Vec small = x * horner(x2, 1.12837917f, -0.376126258f, 0.112835851f, -0.0268538119f, 0.00518832767f,
                                -8.01019350e-4f, 7.85386094e-5f);
-  const Vec t = rcp(where(ax > Vec(4.2f), Vec(4.2f), ax) + Vec(2.0f));
+  const Vec t = rcp(at_most(ax, Vec(4.2f)) + Vec(2.0f));
   const Vec q = horner(t, -1.44641089e-4f, 0.569539048f, 1.04239684f, 2.75679353f, -1.55053249f, 17.7574064f,
                        -29.7899695f, 15.0625640f);
   bell = exp(Vec(0.0f) - x2);
@@ -306,7 +319,7 @@ inline Vec erf(Vec x) {
 }
 
 inline Vec tanh(Vec x) {
-  const Vec ax = where(abs(x) > Vec(10.0f), Vec(10.0f), abs(x)), x2 = x * x, one(1.0f);
+  const Vec ax = at_most(abs(x), Vec(10.0f)), x2 = x * x, one(1.0f);
   const Vec small = x * horner(x2, 1.0f, -0.33333252f, 0.13330932f, -0.05370532f, 0.02053994f, -0.00560274f);
   const Vec large = one - Vec(2.0f) * rcp(exp(ax + ax) + one);
   return where(ax < Vec(0.6f), small, where(x < Vec(0.0f), Vec(0.0f) - large, large));

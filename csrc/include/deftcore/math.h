@@ -15,6 +15,9 @@
 namespace deftcore::math {
 
 DEFTCORE_HD float where(bool mask, float a, float b) { return mask ? a : b; }
+// min and max that keep a NaN of x.
+DEFTCORE_HD float at_most(float x, float bound) { return x > bound ? bound : x; }
+DEFTCORE_HD float at_least(float x, float bound) { return x < bound ? bound : x; }
 DEFTCORE_HD float exp(float x) { return expf(x); }
 DEFTCORE_HD float erf(float x) { return erff(x); }
 // Also gives e^{-x^2}.
@@ -36,17 +39,19 @@ inline constexpr float kInvSqrt2Pi = 0.39894228040143268f;
 inline constexpr float kSqrt2OverPi = 0.79788456080286536f;
 inline constexpr float kGeluCubic = 0.044715f;
 
-// Where z * z must stay finite.
-inline constexpr float kMaxSquared = 1e30f;
+// Above this a square is held, so that it stays finite.
+inline constexpr float kMaxSquare = 1e30f;
+// Beyond this every slope is 0 or 1 in float; holding z here keeps 0 * infinity out of the derivatives.
+inline constexpr float kMaxSlope = 1e4f;
 
-// f(z). NaN goes through: `z > 0` is written so that NaN takes the branch that keeps it.
+// f(z). NaN goes through all of these: at_most and at_least keep it, and comparisons with it are false.
 template <Activation kF, class V>
 DEFTCORE_HD V activate(V z) {
   const V zero(0.0f), one(1.0f), half(0.5f);
   if constexpr (kF == Activation::kRelu) {
-    return where(z <= zero, zero, z);
+    return at_least(z, zero);
   } else if constexpr (kF == Activation::kRelu2) {
-    const V r = where(z <= zero, zero, z);
+    const V r = at_least(z, zero);
     return r * r;
   } else if constexpr (kF == Activation::kGeluErf) {
     return where(z == V(-INFINITY), zero, half * z * (one + erf(z * V(kInvSqrt2))));
@@ -58,36 +63,32 @@ DEFTCORE_HD V activate(V z) {
   }
 }
 
-// f(z) and f'(z) together: the backward needs both, since the surrogate's slope is taken at a = f(z).
+// f(z) and f'(z) together: the backward needs both, since the surrogate's slope is taken at a = f(z). For the smooth
+// functions the value is that at z held to +-kMaxSlope, which every surrogate's slope takes alike.
 template <Activation kF, class V>
 DEFTCORE_HD ValueGrad<V> activate_grad(V z) {
   const V zero(0.0f), one(1.0f), half(0.5f);
   if constexpr (kF == Activation::kRelu) {
-    return {where(z <= zero, zero, z), where(z <= zero, zero, one)};
+    return {at_least(z, zero), where(z <= zero, zero, one)};
   } else if constexpr (kF == Activation::kRelu2) {
-    const V r = where(z <= zero, zero, z);
+    const V r = at_least(z, zero);
     return {r * r, r + r};
-  } else if constexpr (kF == Activation::kGeluErf) {
-    V bell;  // e^{-z^2 / 2}: erf needs it already
-    const V cdf = half * (one + erf(z * V(kInvSqrt2), bell));
-    const V pdf = V(kInvSqrt2Pi) * bell;
-    const auto infinite = abs(z) > V(kMaxSquared);
-    const V saturated = where(z <= zero, zero, one);
-    return {where(z == V(-INFINITY), zero, z * cdf), where(infinite, saturated, cdf + z * pdf)};
-  } else if constexpr (kF == Activation::kGeluTanh) {
-    const V z2 = z * z;
-    const V t = tanh(V(kSqrt2OverPi) * (z + V(kGeluCubic) * z2 * z));
-    const V slope = V(kSqrt2OverPi) * (one + V(3 * kGeluCubic) * z2);
-    const V cdf = half * (one + t);
-    const auto flat = abs(z) > V(1e4f);  // 1 - t * t is exactly 0 long before; avoids 0 * inf
-    const V saturated = where(z <= zero, zero, one);
-    return {where(z == V(-INFINITY), zero, z * cdf), where(flat, saturated, cdf + half * z * (one - t * t) * slope)};
   } else {
-    const V sigmoid = rcp(one + exp(zero - z));
-    const auto infinite = abs(z) > V(kMaxSquared);
-    const V saturated = where(z <= zero, zero, one);
-    return {where(z == V(-INFINITY), zero, z * sigmoid),
-            where(infinite, saturated, sigmoid * (one + z * (one - sigmoid)))};
+    z = at_most(at_least(z, V(-kMaxSlope)), V(kMaxSlope));
+    if constexpr (kF == Activation::kGeluErf) {
+      V bell;  // e^{-z^2 / 2}: erf needs it already
+      const V cdf = half * (one + erf(z * V(kInvSqrt2), bell));
+      return {z * cdf, cdf + z * (V(kInvSqrt2Pi) * bell)};
+    } else if constexpr (kF == Activation::kGeluTanh) {
+      const V z2 = z * z;
+      const V t = tanh(V(kSqrt2OverPi) * (z + V(kGeluCubic) * z2 * z));
+      const V slope = V(kSqrt2OverPi) * (one + V(3 * kGeluCubic) * z2);
+      const V cdf = half * (one + t);
+      return {z * cdf, cdf + half * z * (one - t * t) * slope};
+    } else {
+      const V sigmoid = rcp(one + exp(zero - z));
+      return {z * sigmoid, sigmoid * (one + z * (one - sigmoid))};
+    }
   }
 }
 
@@ -95,8 +96,8 @@ DEFTCORE_HD ValueGrad<V> activate_grad(V z) {
 template <Surrogate kS, class V>
 DEFTCORE_HD V surrogate(V a, V p) {
   if constexpr (kS == Surrogate::kL0) {
-    const V q = where(a * a > V(kMaxSquared), V(kMaxSquared), a * a);
-    return q * rcp(q + p);
+    const V square = at_most(a * a, V(kMaxSquare));
+    return square * rcp(square + p);
   } else if constexpr (kS == Surrogate::kTanh) {
     return tanh(p * abs(a));
   } else {
@@ -108,9 +109,8 @@ template <Surrogate kS, class V>
 DEFTCORE_HD V surrogate_grad(V a, V p) {
   const V zero(0.0f), one(1.0f);
   if constexpr (kS == Surrogate::kL0) {
-    const auto flat = a * a > V(kMaxSquared);
-    const V r = rcp(where(flat, V(kMaxSquared), a * a) + p);
-    return where(flat, zero, (a + a) * r * (p * r));
+    const V r = rcp(at_most(a * a, V(kMaxSquare)) + p);
+    return (a * r) * ((p + p) * r);
   } else {
     const V sign = where(a == zero, zero, where(a < zero, zero - one, one));
     if constexpr (kS == Surrogate::kL1) return sign;

@@ -1,0 +1,143 @@
+"""The CUDA kernels on hardware: values against float64, odd shapes, streams, graphs, repeats."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_close_to_ref
+
+from deftcore import ops
+from deftcore.ops._library import cuda_enabled
+from deftcore.ops.density import ACTIVATIONS, SURROGATES, act_density_ref
+from deftcore.ops.sparse_mlp import sparse_mlp_ref
+
+pytestmark = pytest.mark.cuda
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _switched_on(monkeypatch):
+    monkeypatch.setenv("DEFTCORE_EXPERIMENTAL_CUDA", "1")
+    assert cuda_enabled("density"), "this build has no CUDA kernels"
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def activations(tokens, neurons, density, dtype):
+    a = torch.randn(tokens, neurons)
+    keep = torch.zeros(neurons, dtype=torch.bool)
+    keep[torch.randperm(neurons)[: round(density * neurons)]] = True
+    return torch.where(keep, a, 0.0).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_act_density(activation, surrogate, dtype):
+    for shape in ((1, 1), (3, 17), (5, 2049), (64, 4096), (0, 8)):
+        z = (3 * torch.randn(shape)).to(dtype)
+        mask = torch.rand(shape[0]) > 0.3
+        zc = z.cuda().requires_grad_()
+        a, total, count = ops.act_density(zc, activation, mask=mask.cuda(), surrogate=surrogate)
+        z64 = z.double().requires_grad_()
+        a64, total64, count64 = ops.act_density(z64, activation, mask=mask, surrogate=surrogate)
+        plain = act_density_ref(z, activation, None, surrogate, 1e-7 if surrogate == "l0" else 20.0, 0.0)[0]
+        assert_close_to_ref(a.cpu(), plain, a64.detach())
+        assert abs(total.item() - total64.item()) <= 1e-5 * abs(total64.item()) + 1e-6
+        assert abs(count.item() - count64.item()) <= max(1, z.numel() // 1000)
+        if z.numel() == 0:
+            continue
+        grad = torch.randn(shape).to(dtype)
+        (ours,) = torch.autograd.grad([a, total], zc, [grad.cuda(), torch.tensor(0.5, device="cuda")])
+        (ref,) = torch.autograd.grad([a64, total64], z64, [grad.double(), torch.tensor(0.5, dtype=torch.float64)])
+        scale = ref.abs().max() + 1e-3
+        assert (ours.cpu().double() - ref).abs().max() <= scale * (1e-3 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_density(dtype):
+    a = activations(37, 1001, 0.3, dtype)
+    mask = torch.rand(37) > 0.5
+    for m in (None, mask):
+        expected = ops.density(a.double(), mask=m)
+        assert ops.density(a.cuda(), mask=None if m is None else m.cuda()).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 16, 64, 100])
+def test_sparse_down(tokens, dtype):
+    for neurons, width in ((1, 1), (67, 17), (1025, 64), (4096, 1032), (259, 333)):
+        w, bias = torch.randn(neurons, width).to(dtype), torch.randn(width).to(dtype)
+        for density in (0, 1 / neurons, 0.1, 0.5, 1):
+            a = activations(tokens, neurons, density, dtype)
+            y = ops.sparse_down(a.cuda(), w.cuda(), bias.cuda(), path="sparse").cpu()
+            ref = a.double() @ w.double() + bias.double()
+            work = a.double().abs() @ w.double().abs() + bias.double().abs()
+            assert_close_to_ref(y, (a.float() @ w.float() + bias.float()).to(dtype), ref, work)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 13])
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+def test_mlps(activation, tokens, dtype):
+    for neurons, width in ((70, 33), (1200, 64)):
+        x = torch.randn(tokens, width).to(dtype)
+        gate, up, down = ((torch.randn(neurons, width) / width**0.5).to(dtype) for _ in range(3))
+        for w_gate in (None, gate):
+            wide = [None if t is None else t.double() for t in (x, w_gate, up, down, None, None)]
+            ref = sparse_mlp_ref(*wide, activation, 0.0)
+            options = {"activation": activation, "tau": 0.0, "path": "sparse"}
+            weights = [t.cuda() for t in ((up, down) if w_gate is None else (gate, up, down))]
+            run = ops.sparse_mlp if w_gate is None else ops.sparse_gated_mlp
+            y = run(x.cuda(), *weights, **options).cpu().double()
+            limit = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}[dtype]
+            assert (y - ref).abs().max() <= limit * ref.abs().max()
+
+
+def test_bundled_and_unaligned_rows():
+    up, down, x = (torch.randn(*s, device="cuda") for s in ((90, 24), (90, 24), (3, 24)))
+    gate = torch.randn(90, 25, device="cuda")[:, 1:]
+    y = ops.sparse_gated_mlp(x, gate, *ops.bundle_rows(up, down), activation="relu", path="sparse")
+    torch.testing.assert_close(y, (F.relu(x @ gate.t()) * (x @ up.t())) @ down, rtol=1e-4, atol=1e-3)
+
+
+def test_poisoned_rows_are_not_read():
+    w = torch.randn(200, 64, device="cuda")
+    a = torch.zeros(2, 200, device="cuda")
+    a[:, ::7] = 1.0
+    clean = ops.sparse_down(a, w, path="sparse")
+    w[a[0] == 0] = float("nan")
+    assert torch.equal(clean, ops.sparse_down(a, w, path="sparse"))
+
+
+def test_repeats_are_bit_equal():
+    a, w = torch.relu(torch.randn(9, 3000, device="cuda")), torch.randn(3000, 512, device="cuda")
+    first = ops.sparse_down(a, w, path="sparse", deterministic=True)
+    for run in range(100):
+        assert torch.equal(first, ops.sparse_down(a, w, path="sparse", deterministic=True)), f"run {run} differs"
+
+
+def test_graph_capture():
+    """No host read, no allocation outside the graph's pool: new activations through a captured graph."""
+    x = torch.randn(1, 256, device="cuda")
+    gate, up, down = (torch.randn(1024, 256, device="cuda") / 16 for _ in range(3))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            ops.sparse_gated_mlp(x, gate, up, down, activation="relu")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.sparse_gated_mlp(x, gate, up, down, activation="relu")
+    for _ in range(3):
+        x.copy_(torch.randn(1, 256))
+        graph.replay()
+        expected = (F.relu(x @ gate.t()) * (x @ up.t())) @ down
+        torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_side_stream():
+    stream = torch.cuda.Stream()
+    a, w = torch.relu(torch.randn(4, 512)), torch.randn(512, 128)
+    with torch.cuda.stream(stream):
+        y = ops.sparse_down(a.cuda(), w.cuda(), path="sparse")
+    stream.synchronize()
+    torch.testing.assert_close(y.cpu(), a @ w, rtol=1e-4, atol=1e-3)
