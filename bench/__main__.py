@@ -50,7 +50,7 @@ class Rotating:
     """Copies of tensors, handed out in turn, so that none is still in a cache."""
 
     def __init__(self, make, nbytes):
-        self.items = [make() for _ in range(max(2, -(-COLD_BYTES // max(nbytes, 1))))]
+        self.items = [make() for _ in range(max(4, -(-COLD_BYTES // max(nbytes, 1))))]
         self.turn = 0
 
     def __call__(self):

@@ -284,3 +284,20 @@ def test_fuzz(shape, dtype, mask_shape, activation, surrogate, eps, tau):
     else:
         assert a.shape == z.shape
         assert 0 <= count <= z.numel()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 5), max_size=4),
+    dtype=st.sampled_from([*DTYPES, torch.float64, torch.int8]),
+    mask_shape=st.none() | st.lists(st.integers(0, 5), max_size=3),
+    tau=st.floats(),
+)
+def test_fuzz_density(shape, dtype, mask_shape, tau):
+    """As for act_density; the result is a share."""
+    try:
+        share = ops.density(torch.ones(shape, dtype=dtype), tau=tau, mask=mask_shape and torch.ones(mask_shape))
+    except (ValueError, TypeError) as error:
+        assert ":" in str(error)
+    else:
+        assert 0 <= share <= 1

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from conftest import assert_close_to_ref
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deftcore import ops
 from deftcore.ops.lora import lora_linear_ref
@@ -72,3 +74,20 @@ def test_bad_input(index, value, error, message):
     arguments[index] = value
     with pytest.raises(error, match=message):
         ops.lora_linear(*arguments)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.tuples(*[st.lists(st.integers(0, 4), max_size=3) for _ in range(4)]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int32]),
+    scaling=st.floats(),
+)
+def test_fuzz(shapes, dtype, scaling):
+    """Any shapes give a result or an error that names an argument; never a crash."""
+    x, w, a, b = (torch.ones(s, dtype=dtype) for s in shapes)
+    try:
+        y = ops.lora_linear(x, w, a, b, scaling=scaling)
+    except (ValueError, TypeError) as error:
+        assert ":" in str(error)
+    else:
+        assert y.shape == (*x.shape[:-1], w.shape[0])

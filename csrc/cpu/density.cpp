@@ -9,28 +9,6 @@ namespace {
 
 constexpr int64_t kPiece = 2048;  // elements: small enough that float lanes stay exact to 1e-7, large enough to stream
 
-template <class Fn>
-void dispatch_activation(Activation f, Fn&& fn) {
-  using A = Activation;
-  switch (f) {
-    case A::kRelu: return fn(std::integral_constant<A, A::kRelu>{});
-    case A::kRelu2: return fn(std::integral_constant<A, A::kRelu2>{});
-    case A::kGeluErf: return fn(std::integral_constant<A, A::kGeluErf>{});
-    case A::kGeluTanh: return fn(std::integral_constant<A, A::kGeluTanh>{});
-    case A::kSilu: return fn(std::integral_constant<A, A::kSilu>{});
-  }
-}
-
-template <class Fn>
-void dispatch_surrogate(Surrogate s, Fn&& fn) {
-  using S = Surrogate;
-  switch (s) {
-    case S::kL0: return fn(std::integral_constant<S, S::kL0>{});
-    case S::kTanh: return fn(std::integral_constant<S, S::kTanh>{});
-    case S::kL1: return fn(std::integral_constant<S, S::kL1>{});
-  }
-}
-
 // Runs body(row, first, count) over every piece of a [rows, width] array, in parallel; `init` and `finish` see a
 // thread's accumulator.
 template <class Acc, class Body, class Finish>
@@ -124,8 +102,8 @@ void DEFTCORE_KERNEL(act_density)(const ActDensityArgs& args) {
   double sum = 0;
   int64_t count = 0;
   dispatch_dtype(args.dtype, [&](auto t) {
-    dispatch_activation(args.activation, [&](auto f) {
-      dispatch_surrogate(args.surrogate, [&](auto s) {
+    dispatch(args.activation, [&](auto f) {
+      dispatch(args.surrogate, [&](auto s) {
         for_pieces<SumCount>(
             args.rows, args.width, args.rows * args.width * 2 * static_cast<int64_t>(sizeof(t)),
             [&](SumCount& acc, int64_t row, int64_t first, int64_t n) {
@@ -144,8 +122,8 @@ void DEFTCORE_KERNEL(act_density)(const ActDensityArgs& args) {
 
 void DEFTCORE_KERNEL(act_density_backward)(const ActDensityBackwardArgs& args) {
   dispatch_dtype(args.dtype, [&](auto t) {
-    dispatch_activation(args.activation, [&](auto f) {
-      dispatch_surrogate(args.surrogate, [&](auto s) {
+    dispatch(args.activation, [&](auto f) {
+      dispatch(args.surrogate, [&](auto s) {
         for_pieces<Nothing>(
             args.rows, args.width, args.rows * args.width * 3 * static_cast<int64_t>(sizeof(t)),
             [&](Nothing&, int64_t row, int64_t first, int64_t n) {

@@ -32,19 +32,36 @@ struct Matrix {
   const T* row(int64_t i) const { return data + i * stride; }
 };
 
-class Workspace {
- public:
-  explicit Workspace(void* base) : next_(static_cast<char*>(base)) {}
-  template <class U>
-  U* take(int64_t count) {
-    U* p = reinterpret_cast<U*>(next_);
-    next_ += (static_cast<size_t>(count) * sizeof(U) + 63) & ~static_cast<size_t>(63);
-    return p;
-  }
-
- private:
-  char* next_;
+// The workspace, cut up; isa.cpp computes its size.
+struct Buffers {
+  int32_t* list;    // [neurons + 64]
+  int64_t* counts;  // [threads]
+  float* h;         // [neurons, tokens]
+  uint32_t* pairs;  // [neurons / 2, tokens]
+  float* acc;       // [tokens, acc_stride]
+  float* act;       // [tokens, neurons], MLPs only, as is x_wide
+  float* x_wide;    // [tokens, acc_stride]
+  int64_t acc_stride;
 };
+
+Buffers carve(void* workspace, int64_t threads, int64_t tokens, int64_t neurons, int64_t width) {
+  char* next = static_cast<char*>(workspace);
+  const auto take = [&](int64_t count, size_t size) {
+    char* mine = next;
+    next += (static_cast<size_t>(count) * size + 63) & ~static_cast<size_t>(63);
+    return mine;
+  };
+  Buffers b{};
+  b.acc_stride = (width + 63) / 64 * 64 + 16;  // whole tiles, and rows that do not all start on one cache set
+  b.list = reinterpret_cast<int32_t*>(take(neurons + 64, 4));
+  b.counts = reinterpret_cast<int64_t*>(take(threads, 8));
+  b.h = reinterpret_cast<float*>(take(neurons * tokens + 64, 4));
+  b.pairs = reinterpret_cast<uint32_t*>(take((neurons + 64) * tokens / 2 + 64, 4));
+  b.acc = reinterpret_cast<float*>(take(tokens * b.acc_stride, 4));
+  b.act = reinterpret_cast<float*>(take(tokens * neurons, 4));
+  b.x_wide = reinterpret_cast<float*>(next);
+  return b;
+}
 
 // Called by every thread of a region. Thread t writes the active neurons of its share at list[share.begin...] and
 // their number in counts[t]; a share never overtakes the neurons it has read, so the shares do not overlap.
@@ -374,20 +391,20 @@ void write_output(const float* acc, int64_t acc_stride, const T* bias, int64_t t
 
 // The last two stages, shared by all ops. Called by every thread of a region; `fill(k)` writes h[k, :].
 template <class T, class Fill>
-void down_stage(Matrix<T> w, const T* bias, const int32_t* list, int64_t active, int64_t tokens, int64_t width,
-                float* h, uint32_t* pairs, float* acc, int64_t acc_stride, T* y, Fill&& fill) {
+void down_stage(Matrix<T> w, const T* bias, int64_t active, int64_t tokens, int64_t width, const Buffers& b, T* y,
+                Fill&& fill) {
   const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
   const bool use_pairs = kHasPairs<T> && tokens > 1;
   const Range rows = share(active, threads, thread, kDotRows);
   fill(rows);
-  if (use_pairs) pack_pairs(h, active, tokens, rows, pairs);
+  if (use_pairs) pack_pairs(b.h, active, tokens, rows, b.pairs);
   const Range columns = share(width, threads, thread, kTileVecs * kWidth);
   for (int64_t m = 0; m < tokens; ++m) {
-    for (int64_t j = columns.begin; j < columns.end; j += kWidth) store(acc + m * acc_stride + j, Vec(0.0f));
+    for (int64_t j = columns.begin; j < columns.end; j += kWidth) store(b.acc + m * b.acc_stride + j, Vec(0.0f));
   }
 #pragma omp barrier
   if (tokens == 1) {
-    down_one_token(w, list, active, h, columns, acc);
+    down_one_token(w, b.list, active, b.h, columns, b.acc);
   } else {
 #if defined(DEFTCORE_DOT_BF16)
     using Panel = std::conditional_t<kHasPairs<T>, PairPanel, FloatPanel>;
@@ -396,18 +413,15 @@ void down_stage(Matrix<T> w, const T* bias, const int32_t* list, int64_t active,
 #endif
     const auto* words = [&] {
       if constexpr (kHasPairs<T>) {
-        return pairs;
+        return b.pairs;
       } else {
-        return h;
+        return b.h;
       }
     }();
-    down_tokens<Panel>(w, list, active, words, tokens, columns, acc, acc_stride);
+    down_tokens<Panel>(w, b.list, active, words, tokens, columns, b.acc, b.acc_stride);
   }
-  write_output(acc, acc_stride, bias, tokens, width, columns, y);
+  write_output(b.acc, b.acc_stride, bias, tokens, width, columns, y);
 }
-
-// Whole tiles, and rows that do not all start on one cache set.
-int64_t padded(int64_t width) { return (width + 63) / 64 * 64 + 16; }
 
 // A neuron in the list for another token's sake stays silent for this one, as it would alone.
 float kept(float a, float tau) { return std::fabs(a) <= tau ? 0.0f : a; }
@@ -416,27 +430,22 @@ template <class T>
 void sparse_down(const SparseDownArgs& args) {
   const T* a = static_cast<const T*>(args.a);
   const Matrix<T> w{static_cast<const T*>(args.w_down_t), args.w_stride};
-  const int64_t tokens = args.tokens, neurons = args.neurons, width = args.width, acc_stride = padded(width);
+  const int64_t tokens = args.tokens, neurons = args.neurons, width = args.width;
   const int threads = threads_for(neurons * (width / 8 + tokens) * static_cast<int64_t>(sizeof(T)));
-  Workspace workspace(args.workspace);
-  int32_t* list = workspace.take<int32_t>(neurons + 64);
-  int64_t* counts = workspace.take<int64_t>(threads);
-  float* h = workspace.take<float>(neurons * tokens + 64);
-  uint32_t* pairs = workspace.take<uint32_t>((neurons + 64) * tokens / 2 + 64);
-  float* acc = workspace.take<float>(tokens * acc_stride);
+  const Buffers b = carve(args.workspace, threads, tokens, neurons, width);
   int64_t active = 0;
 #pragma omp parallel num_threads(threads)
   {
-    compact(a, tokens, neurons, args.tau, list, counts);
+    compact(a, tokens, neurons, args.tau, b.list, b.counts);
 #pragma omp barrier
 #pragma omp single
-    active = join_shares(neurons, omp_get_num_threads(), list, counts);
+    active = join_shares(neurons, omp_get_num_threads(), b.list, b.counts);
     if (active <= args.capacity)
-      down_stage(w, static_cast<const T*>(args.bias), list, active, tokens, width, h, pairs, acc, acc_stride,
-                 static_cast<T*>(args.y), [&](Range rows) {
+      down_stage(w, static_cast<const T*>(args.bias), active, tokens, width, b, static_cast<T*>(args.y),
+                 [&](Range rows) {
                    for (int64_t k = rows.begin; k < rows.end; ++k) {
                      for (int64_t m = 0; m < tokens; ++m) {
-                       h[k * tokens + m] = kept(to_float(a[m * neurons + list[k]]), args.tau);
+                       b.h[k * tokens + m] = kept(to_float(a[m * neurons + b.list[k]]), args.tau);
                      }
                    }
                  });
@@ -444,20 +453,12 @@ void sparse_down(const SparseDownArgs& args) {
   *args.rows_read = active;
 }
 
-void activate_row(Activation f, float* act, int64_t count) {
-  const auto run = [&](auto kind) {
+void activate_row(Activation activation, float* act, int64_t count) {
+  dispatch(activation, [&](auto kind) {
     int64_t i = 0;
     for (; i + kWidth <= count; i += kWidth) store(act + i, math::activate<kind()>(load(act + i)));
     if (i < count) store_tail(act + i, math::activate<kind()>(load_tail(act + i, count - i)), count - i);
-  };
-  using A = Activation;
-  switch (f) {
-    case A::kRelu: return run(std::integral_constant<A, A::kRelu>{});
-    case A::kRelu2: return run(std::integral_constant<A, A::kRelu2>{});
-    case A::kGeluErf: return run(std::integral_constant<A, A::kGeluErf>{});
-    case A::kGeluTanh: return run(std::integral_constant<A, A::kGeluTanh>{});
-    case A::kSilu: return run(std::integral_constant<A, A::kSilu>{});
-  }
+  });
 }
 
 template <class T>
@@ -470,28 +471,21 @@ void sparse_mlp(const SparseMlpArgs& args) {
   const T* x = static_cast<const T*>(args.x);
   const T* z = static_cast<const T*>(args.z);
   const T* b_up = static_cast<const T*>(args.b_up);
-  const int64_t tokens = args.tokens, neurons = args.neurons, width = args.width, acc_stride = padded(width);
+  const int64_t tokens = args.tokens, neurons = args.neurons, width = args.width;
   const int threads = threads_for(neurons * width * static_cast<int64_t>(sizeof(T)));
-
-  Workspace workspace(args.workspace);
-  int32_t* list = workspace.take<int32_t>(neurons + 64);
-  int64_t* counts = workspace.take<int64_t>(threads);
-  float* h = workspace.take<float>(neurons * tokens + 64);
-  uint32_t* pairs = workspace.take<uint32_t>((neurons + 64) * tokens / 2 + 64);
-  float* acc = workspace.take<float>(tokens * acc_stride);
-  float* act = workspace.take<float>(tokens * neurons);
-  float* x_wide = workspace.take<float>(tokens * acc_stride);
+  const Buffers b = carve(args.workspace, threads, tokens, neurons, width);
+  float* const act = b.act;
   for (int64_t m = 0; m < tokens && !kHasPairs<T>; ++m) {
-    float* row = x_wide + m * acc_stride;
+    float* row = b.x_wide + m * b.acc_stride;
     widen(x + m * width, width, row);
-    for (int64_t j = width; j < acc_stride; ++j) row[j] = 0.0f;  // a dot's last vector reads beyond the width
+    for (int64_t j = width; j < b.acc_stride; ++j) row[j] = 0.0f;  // a dot's last vector reads beyond the width
   }
 
   const auto dot_rows = [&](Matrix<T> w, auto row_of, Range range, auto sink) {
 #if defined(DEFTCORE_DOT_BF16)
     if constexpr (kHasPairs<T>) return dots(w, row_of, range, x, width, tokens, width, sink);
 #endif
-    return dots(w, row_of, range, static_cast<const float*>(x_wide), acc_stride, tokens, width, sink);
+    return dots(w, row_of, range, static_cast<const float*>(b.x_wide), b.acc_stride, tokens, width, sink);
   };
 
   int64_t active = 0;
@@ -509,24 +503,24 @@ void sparse_mlp(const SparseMlpArgs& args) {
           });
     }
     for (int64_t m = 0; m < tokens; ++m) activate_row(args.activation, act + m * neurons + mine.begin, n);
-    compact(act, tokens, neurons, args.tau, list, counts);
+    compact(act, tokens, neurons, args.tau, b.list, b.counts);
 #pragma omp barrier
 #pragma omp single
-    active = join_shares(neurons, omp_get_num_threads(), list, counts);
+    active = join_shares(neurons, omp_get_num_threads(), b.list, b.counts);
     if (active <= args.capacity)
-      down_stage(w_down, static_cast<const T*>(args.b_down), list, active, tokens, width, h, pairs, acc, acc_stride,
-                 static_cast<T*>(args.y), [&](Range rows) {
+      down_stage(w_down, static_cast<const T*>(args.b_down), active, tokens, width, b, static_cast<T*>(args.y),
+                 [&](Range rows) {
                    if (gated) {
                      dot_rows(
-                         w_up, [&](int64_t k) { return list[k]; }, rows,
+                         w_up, [&](int64_t k) { return b.list[k]; }, rows,
                          [&](int64_t k, int64_t m, float dot) {
-                           h[k * tokens + m] = kept(act[m * neurons + list[k]], args.tau) * dot;
+                           b.h[k * tokens + m] = kept(act[m * neurons + b.list[k]], args.tau) * dot;
                          });
                      return;
                    }
                    for (int64_t k = rows.begin; k < rows.end; ++k) {
                      for (int64_t m = 0; m < tokens; ++m) {
-                       h[k * tokens + m] = kept(act[m * neurons + list[k]], args.tau);
+                       b.h[k * tokens + m] = kept(act[m * neurons + b.list[k]], args.tau);
                      }
                    }
                  });

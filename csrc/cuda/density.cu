@@ -11,28 +11,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 8;
 
-template <class Fn>
-void dispatch_activation(Activation f, Fn&& fn) {
-  using A = Activation;
-  switch (f) {
-    case A::kRelu: return fn(std::integral_constant<A, A::kRelu>{});
-    case A::kRelu2: return fn(std::integral_constant<A, A::kRelu2>{});
-    case A::kGeluErf: return fn(std::integral_constant<A, A::kGeluErf>{});
-    case A::kGeluTanh: return fn(std::integral_constant<A, A::kGeluTanh>{});
-    case A::kSilu: return fn(std::integral_constant<A, A::kSilu>{});
-  }
-}
-
-template <class Fn>
-void dispatch_surrogate(Surrogate s, Fn&& fn) {
-  using S = Surrogate;
-  switch (s) {
-    case S::kL0: return fn(std::integral_constant<S, S::kL0>{});
-    case S::kTanh: return fn(std::integral_constant<S, S::kTanh>{});
-    case S::kL1: return fn(std::integral_constant<S, S::kL1>{});
-  }
-}
-
 __device__ bool counted(const uint8_t* mask, int64_t element, int64_t width) {
   return mask == nullptr || mask[element / width] != 0;
 }
@@ -147,8 +125,8 @@ void act_density(const ActDensityArgs& args, Stream stream) {
   dispatch_dtype(args.dtype, [&](auto t) {
     using T = decltype(t);
     dispatch_pack<T>(args.width, aligned16(args.z) && aligned16(args.a), [&](auto pack) {
-      dispatch_activation(args.activation, [&](auto f) {
-        dispatch_surrogate(args.surrogate, [&](auto s) {
+      dispatch(args.activation, [&](auto f) {
+        dispatch(args.surrogate, [&](auto s) {
           act_density_kernel<f(), s(), pack(), T>
               <<<blocks_for(args.rows * args.width / pack()), kThreads, 0, stream_of(stream)>>>(args);
         });
@@ -163,8 +141,8 @@ void act_density_backward(const ActDensityBackwardArgs& args, Stream stream) {
   dispatch_dtype(args.dtype, [&](auto t) {
     using T = decltype(t);
     dispatch_pack<T>(args.width, aligned, [&](auto pack) {
-      dispatch_activation(args.activation, [&](auto f) {
-        dispatch_surrogate(args.surrogate, [&](auto s) {
+      dispatch(args.activation, [&](auto f) {
+        dispatch(args.surrogate, [&](auto s) {
           act_density_backward_kernel<f(), s(), pack(), T>
               <<<blocks_for(args.rows * args.width / pack()), kThreads, 0, stream_of(stream)>>>(args);
         });

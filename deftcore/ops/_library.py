@@ -116,13 +116,20 @@ def stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else 0
 
 
+def scratch(x: Tensor, nbytes: int) -> tuple[Tensor, int]:
+    """A workspace of nbytes on x's device whose last element is an int64 counter, and the counter's address."""
+    words = (nbytes + 7) // 8 + 1
+    workspace = torch.empty(words, dtype=torch.int64, device=x.device)
+    return workspace, workspace.data_ptr() + 8 * (words - 1)
+
+
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
 def flatten_tokens(x: Tensor) -> Tensor:
     """x [..., D] as [tokens, D]; unlike reshape(-1, D) also where D is 0."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 # ---------------------------------------------------------------------------- checks

@@ -19,6 +19,7 @@ from deftcore.ops._library import (
     define,
     flatten_tokens,
     native,
+    scratch,
     stream,
 )
 from deftcore.ops.density import ACTIVATIONS, _activate, activation_name, default_tau
@@ -71,7 +72,7 @@ def sparse_down(
     if not isinstance(deterministic, bool):
         raise TypeError(f"deterministic: must be a bool, got {type(deterministic).__name__}")
     y = _sparse_down(flatten_tokens(a), w_down_t, bias, tau, PATHS[path])
-    return y.reshape(*a.shape[:-1], w_down_t.shape[1])
+    return y if a.dim() == 2 else y.reshape(*a.shape[:-1], w_down_t.shape[1])
 
 
 def sparse_mlp(
@@ -175,9 +176,8 @@ def _mlp(
     f = activation_name(activation)
     tau = default_tau(f) if tau is None else check_number("tau", tau, minimum=0.0)
     check_choice("path", path, PATHS)
-    return _sparse_mlp(
-        flatten_tokens(x), w_gate, w_up, w_down_t, b_up, b_down, ACTIVATIONS[f], tau, PATHS[path]
-    ).reshape(x.shape)
+    y = _sparse_mlp(flatten_tokens(x), w_gate, w_up, w_down_t, b_up, b_down, ACTIVATIONS[f], tau, PATHS[path])
+    return y if x.dim() == 2 else y.reshape(x.shape)
 
 
 def _check_weight(name: str, w: Tensor, like_name: str, like: Tensor) -> None:
@@ -236,13 +236,12 @@ def _down_rows(a: Tensor, w_down_t: Tensor, bias: Tensor | None, tau: float, cap
     assert kernels is not None
     (tokens, neurons), width = a.shape, w_down_t.shape[1]
     y = torch.empty((tokens, width), dtype=a.dtype, device=a.device)
-    workspace = torch.empty(kernels.sparse_down_workspace(tokens, neurons, width), dtype=torch.uint8, device=a.device)
-    rows_read = torch.empty((), dtype=torch.int64, device=a.device)
+    workspace, rows_read = scratch(a, kernels.sparse_down_workspace(tokens, neurons, width))
     kernels.sparse_down(
-        address(a), address(w_down_t), address(bias), address(y), address(workspace), address(rows_read),
+        address(a), address(w_down_t), address(bias), address(y), address(workspace), rows_read,
         tokens, neurons, width, w_down_t.stride(0), capacity, DTYPE_CODES[a.dtype], tau, stream(a),
     )  # fmt: skip
-    return None if capacity < neurons and rows_read.item() > capacity else y
+    return None if capacity < neurons and workspace[-1].item() > capacity else y
 
 
 def _sparse_down_impl(a: Tensor, w_down_t: Tensor, bias: Tensor | None, tau: float, path: int) -> Tensor:
@@ -331,15 +330,14 @@ def _sparse_mlp_impl(
     if tokens > 1 or capacity < neurons:
         z = F.linear(x, w_up if w_gate is None else w_gate, b_up)
     y = torch.empty_like(x)
-    workspace = torch.empty(kernels.sparse_mlp_workspace(tokens, neurons, width), dtype=torch.uint8, device=x.device)
-    rows_read = torch.empty((), dtype=torch.int64, device=x.device)
+    workspace, rows_read = scratch(x, kernels.sparse_mlp_workspace(tokens, neurons, width))
     kernels.sparse_mlp(
         address(x), address(z), address(w_gate), address(w_up), address(w_down_t), address(b_up), address(b_down),
-        address(y), address(workspace), address(rows_read), tokens, neurons, width,
+        address(y), address(workspace), rows_read, tokens, neurons, width,
         0 if w_gate is None else w_gate.stride(0), w_up.stride(0), w_down_t.stride(0), capacity,
         DTYPE_CODES[x.dtype], activation, tau, stream(x),
     )  # fmt: skip
-    if capacity < neurons and rows_read.item() > capacity:
+    if capacity < neurons and workspace[-1].item() > capacity:
         assert z is not None
         a = _activate(z, list(ACTIVATIONS)[activation])
         return _mlp_rest(x, a, w_gate, w_up, w_down_t, b_down, tau)

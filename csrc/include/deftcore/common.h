@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace deftcore {
 
@@ -23,6 +24,29 @@ struct Float16 {
 };
 
 inline size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Run-time value to compile-time constant: fn is called with an integral_constant.
+template <class Fn>
+void dispatch(Activation activation, Fn&& fn) {
+  using A = Activation;
+  switch (activation) {
+    case A::kRelu: return fn(std::integral_constant<A, A::kRelu>{});
+    case A::kRelu2: return fn(std::integral_constant<A, A::kRelu2>{});
+    case A::kGeluErf: return fn(std::integral_constant<A, A::kGeluErf>{});
+    case A::kGeluTanh: return fn(std::integral_constant<A, A::kGeluTanh>{});
+    case A::kSilu: return fn(std::integral_constant<A, A::kSilu>{});
+  }
+}
+
+template <class Fn>
+void dispatch(Surrogate surrogate, Fn&& fn) {
+  using S = Surrogate;
+  switch (surrogate) {
+    case S::kL0: return fn(std::integral_constant<S, S::kL0>{});
+    case S::kTanh: return fn(std::integral_constant<S, S::kTanh>{});
+    case S::kL1: return fn(std::integral_constant<S, S::kL1>{});
+  }
+}
 
 inline void require(bool ok, const char* op, const char* what) {
   if (!ok) throw std::invalid_argument(std::string(op) + ": " + what);
