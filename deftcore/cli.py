@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _quieten()
     try:
         args.run(args)
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError, OSError) as error:
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError, OSError, RuntimeError) as error:
         if args.verbose:
             raise
         print(f"deftcore: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Whole tasks over models on disk: train from a recipe, measure density, export for sparse inference."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,16 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     validation = load_examples(recipe.data.validation, tokenizer, recipe.data, pair) if recipe.data.validation else None
     output = Path(recipe.output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if is_main:
+        write_text(output / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     result = train(
         model, examples, recipe.training, output, validation=validation, objective=make_objective(model, recipe.deft),
         pad_token_id=tokenizer.pad_token_id or 0, resume=resume, label=recipe.method,
         save_model=lambda trained, folder: save_adapter(trained, tokenizer, folder),
     )  # fmt: skip
-    write_json(output / "result.json", result.to_dict())
+    if is_main:
+        write_json(output / "result.json", result.to_dict())
     return result
 
 
@@ -152,8 +156,13 @@ def measure_density(model: str, data: str, *, adapter: str = "", max_length: int
     return objective.report() | {"loss": total / max(count, 1), "dtype": str(next(loaded.parameters()).dtype)[6:]}
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes under a temporary name and renames."""
     partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(value, indent=1))
+    partial.write_text(text)
     partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As `write_text`."""
+    write_text(path, json.dumps(value, indent=1))
