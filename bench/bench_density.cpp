@@ -17,7 +17,13 @@ int main() {
     float sum, c = 0.1f;
     int64_t active;
     const auto times = bench::alternate(
-        {[&] { std::memcpy(a.data(), z.data(), count * 4); },
+        {[&] {
+#pragma omp parallel for schedule(static)
+           for (int64_t row = 0; row < rows; ++row) {
+             std::memcpy(&a[static_cast<size_t>(row * width)], &z[static_cast<size_t>(row * width)],
+                         static_cast<size_t>(width) * 4);
+           }
+         },
          [&] {
            cpu::act_density({z.data(), nullptr, a.data(), &sum, &active, rows, width, DType::kFloat32,
                              static_cast<Activation>(f), Surrogate::kL0, 1e-7f, 0.0f},

@@ -33,8 +33,10 @@ int main() {
 #pragma omp parallel for reduction(+ : total) schedule(static)
                               for (int64_t block = 0; block < static_cast<int64_t>(count / 4096); ++block) {
                                 float lanes[16] = {};
-                                for (int64_t i = 0; i < 4096; ++i)
-                                  lanes[i % 16] += w[static_cast<size_t>(block * 4096 + i)];
+                                for (int64_t i = 0; i < 4096; i += 16) {
+                                  for (int64_t l = 0; l < 16; ++l)
+                                    lanes[l] += w[static_cast<size_t>(block * 4096 + i + l)];
+                                }
                                 for (float lane : lanes) total += lane;
                               }
                               sink += total;
