@@ -41,6 +41,7 @@ inline constexpr float kGeluCubic = 0.044715f;
 
 // Above this a square is held, so that it stays finite.
 inline constexpr float kMaxSquare = 1e30f;
+inline constexpr float kMaxRoot = 1e15f;
 // Beyond this every slope is 0 or 1 in float; holding z here keeps 0 * infinity out of the derivatives.
 inline constexpr float kMaxSlope = 1e4f;
 
@@ -109,8 +110,9 @@ template <Surrogate kS, class V>
 DEFTCORE_HD V surrogate_grad(V a, V p) {
   const V zero(0.0f), one(1.0f);
   if constexpr (kS == Surrogate::kL0) {
-    const V r = rcp(at_most(a * a, V(kMaxSquare)) + p);
-    return (a * r) * ((p + p) * r);
+    const V held = at_most(at_least(a, V(-kMaxRoot)), V(kMaxRoot));  // its slope underflows to the exact 0
+    const V r = rcp(held * held + p);
+    return (held * r) * ((p + p) * r);
   } else {
     const V sign = where(a == zero, zero, where(a < zero, zero - one, one));
     if constexpr (kS == Surrogate::kL1) return sign;
