@@ -9,6 +9,7 @@ namespace deftcore::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kMinBlocks = 2;  // named, or ptxas aims at more blocks, fewer registers, and spills
 constexpr int kBlocksPerMultiprocessor = 8;
 
 __device__ bool counted(const uint8_t* mask, int64_t element, int64_t width) {
@@ -40,7 +41,7 @@ __device__ void add_to_totals(float sum, unsigned count, float* total_sum, int64
 
 // kPack elements of one row per step: the launcher makes kPack divide the width.
 template <Activation kF, Surrogate kS, int kPack, class T>
-__global__ void __launch_bounds__(kThreads) act_density_kernel(ActDensityArgs args) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) act_density_kernel(ActDensityArgs args) {
   struct alignas(sizeof(T) * kPack) Group {
     T values[kPack];
   };
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) act_density_kernel(ActDensityArgs ar
 }
 
 template <Activation kF, Surrogate kS, int kPack, class T>
-__global__ void __launch_bounds__(kThreads) act_density_backward_kernel(ActDensityBackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) act_density_backward_kernel(ActDensityBackwardArgs args) {
   struct alignas(sizeof(T) * kPack) Group {
     T values[kPack];
   };
