@@ -81,6 +81,7 @@ def union_activations(tokens, neurons, density, dtype, device):
     return torch.where(keep, a, 0.0).to(device, dtype)
 
 
+@torch.no_grad()
 def bench_sparse_down(device, quick, bandwidth):
     rows = []
     shapes = [(4096, 11008)] if quick else [(1024, 4096), (4096, 11008)]
@@ -121,6 +122,7 @@ def bench_sparse_down(device, quick, bandwidth):
     return rows
 
 
+@torch.no_grad()
 def bench_gated(device, quick, bandwidth):
     rows = []
     width, neurons = 4096, 11008

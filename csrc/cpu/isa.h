@@ -219,8 +219,8 @@ using Vec = float;
 using math::abs;
 using math::at_least;
 using math::at_most;
-using math::erf;
 using math::exp;
+using math::normal_cdf;
 using math::rcp;
 using math::tanh;
 using math::where;
@@ -299,23 +299,15 @@ inline Vec exp(Vec x) {
   return scale2(p, n);
 }
 
-// erf(x) and bell = e^{-x^2}. |x| < 1: x P(x^2). Beyond: 1 - bell Q(1 / (|x| + 2)), with |x| held at 4.2 for Q and
-// the product, where erf is 1 in float. Coefficients from a Lawson-weighted least-squares fit.
-inline Vec erf(Vec x, Vec& bell) {
-  const Vec ax = abs(x), x2 = x * x, one(1.0f);
-  const Vec small = x * horner(x2, 1.12837917f, -0.376126258f, 0.112835851f, -0.0268538119f, 0.00518832767f,
-                               -8.01019350e-4f, 7.85386094e-5f);
-  const Vec t = rcp(at_most(ax, Vec(4.2f)) + Vec(2.0f));
-  const Vec q = horner(t, -1.44641089e-4f, 0.569539048f, 1.04239684f, 2.75679353f, -1.55053249f, 17.7574064f,
-                       -29.7899695f, 15.0625640f);
-  bell = exp(Vec(0.0f) - x2);
-  const Vec large = one - bell * q;
-  return where(ax < one, small, where(x < Vec(0.0f), Vec(0.0f) - large, large));
-}
-
-inline Vec erf(Vec x) {
-  Vec bell;
-  return erf(x, bell);
+// Standard normal distribution function and bell = e^{-z^2 / 2}. With y = |z|: cdf(-y) = bell Q(1 / (y + 2.5)),
+// relative error below 4e-7 on [0, 15], beyond which bell is 0. Coefficients from a Lawson-weighted least-squares fit.
+inline Vec normal_cdf(Vec z, Vec& bell) {
+  const Vec t = rcp(at_most(abs(z), Vec(15.0f)) + Vec(2.5f));
+  const Vec q = horner(t, -1.06350568e-5f, 0.399688126f, 0.975259509f, 2.45636959f, -0.351638837f, 23.9481929f,
+                       -89.8159016f, 120.487741f, -59.2994117f);
+  bell = exp(z * z * Vec(-0.5f));
+  const Vec tail = bell * q;
+  return where(z < Vec(0.0f), tail, Vec(1.0f) - tail);
 }
 
 inline Vec tanh(Vec x) {

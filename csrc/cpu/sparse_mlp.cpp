@@ -22,7 +22,6 @@ constexpr int kTileVecs = 4;
 constexpr int kTileVecs = 2;  // 12 accumulators of 16 registers
 #endif
 constexpr int64_t kStreamRows = 16;  // rows streamed side by side for one token; 8 to 32 measured alike
-constexpr int64_t kPanelRows = 64;   // 32 cost 20 % at 64 tokens: sums leave the registers twice as often
 constexpr int64_t kPrefetch = 64;    // elements beyond the next tile
 
 template <class T>
@@ -238,7 +237,8 @@ void down_one_token(Matrix<T> w, const int32_t* list, int64_t active, const floa
 struct FloatPanel {
   using Word = float;
   static constexpr int kDepth = 1;  // rows per word
-  alignas(64) float data[kPanelRows * kTileVecs * kWidth];
+  static constexpr int64_t kRows = 64;
+  alignas(64) float data[kRows * kTileVecs * kWidth];
 
   template <class T>
   void fill(const T* const* rows, int64_t count, int64_t left) {
@@ -275,7 +275,8 @@ struct FloatPanel {
 struct PairPanel {
   using Word = uint32_t;
   static constexpr int kDepth = 2;
-  alignas(64) uint32_t data[kPanelRows / 2 * kTileVecs * kWidth];
+  static constexpr int64_t kRows = 128;
+  alignas(64) uint32_t data[kRows / 2 * kTileVecs * kWidth];
 
   static __m512i load_columns32(const BFloat16* p, int64_t n) {
     return n >= 32 ? _mm512_loadu_si512(p)
@@ -329,9 +330,9 @@ void down_tokens(Matrix<T> w, const int32_t* list, int64_t active, const typenam
                  Range columns, float* acc, int64_t acc_stride) {
   constexpr int64_t kTile = kTileVecs * kWidth, kLine = 64 / sizeof(T);
   Panel panel;
-  for (int64_t k0 = 0; k0 < active; k0 += kPanelRows) {
-    const int64_t count = active - k0 < kPanelRows ? active - k0 : kPanelRows;
-    const T* rows[kPanelRows];
+  for (int64_t k0 = 0; k0 < active; k0 += Panel::kRows) {
+    const int64_t count = active - k0 < Panel::kRows ? active - k0 : Panel::kRows;
+    const T* rows[Panel::kRows];
     for (int64_t r = 0; r < count; ++r) rows[r] = w.row(list[k0 + r]) + columns.begin;
     for (int64_t j = columns.begin; j < columns.end; j += kTile) {
       panel.fill(rows, count, columns.end - j);

@@ -54,7 +54,7 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Registers one op in the `deftcore` namespace and returns its overload, ready to call."""
+    """Registers one op in the `deftcore` namespace and returns a function that calls it."""
     name = schema.split("(", 1)[0]
     _lib.define(schema)
     _lib.impl(name, _without_autocast(impl), "CompositeExplicitAutograd")
@@ -64,7 +64,18 @@ def define(
             f"deftcore::{name}", _without_autocast(backward), setup_context=setup_context, lib=_lib
         )
     _defined.append(name)
-    return getattr(torch.ops.deftcore, name).default
+    op = getattr(torch.ops.deftcore, name).default
+    if backward is None:
+        return op
+
+    def call(*args: Any) -> Any:
+        # Without gradients the autograd formula's Python layer is a third of the overhead; inference mode skips it too.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,5 @@
 // Scalar formulas, written once for the host, for CUDA and for the CPU vector type (V = float or Vec).
-// A caller's type V brings: + - * /, where(mask, a, b), comparisons, and exp, erf, tanh, rcp, abs, max, broadcast<V>.
+// A type V brings: + - * /, comparisons, where(mask, a, b), exp, normal_cdf, tanh, rcp, abs, at_most, at_least.
 #pragma once
 
 #include <cmath>
@@ -19,11 +19,10 @@ DEFTCORE_HD float where(bool mask, float a, float b) { return mask ? a : b; }
 DEFTCORE_HD float at_most(float x, float bound) { return x > bound ? bound : x; }
 DEFTCORE_HD float at_least(float x, float bound) { return x < bound ? bound : x; }
 DEFTCORE_HD float exp(float x) { return expf(x); }
-DEFTCORE_HD float erf(float x) { return erff(x); }
-// Also gives e^{-x^2}.
-DEFTCORE_HD float erf(float x, float& bell) {
-  bell = expf(-x * x);
-  return erff(x);
+// Standard normal distribution function, and e^{-z^2 / 2}.
+DEFTCORE_HD float normal_cdf(float z, float& bell) {
+  bell = expf(-0.5f * z * z);
+  return 0.5f * erfcf(z * -0.70710678118654752f);
 }
 DEFTCORE_HD float tanh(float x) { return tanhf(x); }
 DEFTCORE_HD float rcp(float x) { return 1.0f / x; }
@@ -34,7 +33,6 @@ struct ValueGrad {
   V value, grad;
 };
 
-inline constexpr float kInvSqrt2 = 0.70710678118654752f;
 inline constexpr float kInvSqrt2Pi = 0.39894228040143268f;
 inline constexpr float kSqrt2OverPi = 0.79788456080286536f;
 inline constexpr float kGeluCubic = 0.044715f;
@@ -55,7 +53,8 @@ DEFTCORE_HD V activate(V z) {
     const V r = at_least(z, zero);
     return r * r;
   } else if constexpr (kF == Activation::kGeluErf) {
-    return where(z == V(-INFINITY), zero, half * z * (one + erf(z * V(kInvSqrt2))));
+    V bell;
+    return where(z == V(-INFINITY), zero, z * normal_cdf(z, bell));
   } else if constexpr (kF == Activation::kGeluTanh) {
     const V u = V(kSqrt2OverPi) * (z + V(kGeluCubic) * z * z * z);
     return where(z == V(-INFINITY), zero, half * z * (one + tanh(u)));
@@ -77,8 +76,8 @@ DEFTCORE_HD ValueGrad<V> activate_grad(V z) {
   } else {
     z = at_most(at_least(z, V(-kMaxSlope)), V(kMaxSlope));
     if constexpr (kF == Activation::kGeluErf) {
-      V bell;  // e^{-z^2 / 2}: erf needs it already
-      const V cdf = half * (one + erf(z * V(kInvSqrt2), bell));
+      V bell;
+      const V cdf = normal_cdf(z, bell);
       return {z * cdf, cdf + z * (V(kInvSqrt2Pi) * bell)};
     } else if constexpr (kF == Activation::kGeluTanh) {
       const V z2 = z * z;
