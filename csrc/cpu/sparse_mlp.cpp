@@ -68,17 +68,23 @@ template <class T>
 void compact(const T* act, int64_t tokens, int64_t neurons, float tau, int32_t* list, int64_t* counts) {
   const int thread = omp_get_thread_num();
   const Range mine = share(neurons, omp_get_num_threads(), thread, 16);
+  constexpr int64_t kGroups = 16;
   const Vec limit(tau);
   int64_t count = 0;
-  for (int64_t i = mine.begin; i < mine.end; i += kWidth) {
-    const int64_t n = mine.end - i;
-    uint32_t bits = 0;
+  for (int64_t first = mine.begin; first < mine.end; first += kGroups * kWidth) {
+    // Tokens outside, so that a row is read along its cache lines: rows may all start on one cache set.
+    uint32_t bits[kGroups] = {};
     for (int64_t m = 0; m < tokens; ++m) {
-      const T* p = act + m * neurons + i;
-      bits |= active_bits(n < kWidth ? load_tail(p, n) : load(p), limit);
+      const T* p = act + m * neurons;
+      for (int64_t g = 0, i = first; g < kGroups && i < mine.end; ++g, i += kWidth) {
+        const int64_t n = mine.end - i;
+        bits[g] |= active_bits(n < kWidth ? load_tail(p + i, n) : load(p + i), limit);
+      }
     }
-    compress(list + mine.begin + count, bits, static_cast<int32_t>(i));
-    count += __builtin_popcount(bits);
+    for (int64_t g = 0; g < kGroups && first + g * kWidth < mine.end; ++g) {
+      compress(list + mine.begin + count, bits[g], static_cast<int32_t>(first + g * kWidth));
+      count += __builtin_popcount(bits[g]);
+    }
   }
   counts[thread] = count;
 }
@@ -362,10 +368,20 @@ constexpr bool kHasPairs =
 // [rows / 2, tokens] words of two bfloat16 from [rows, tokens] floats.
 void pack_pairs(const float* h, int64_t active, int64_t tokens, Range rows, uint32_t* pairs) {
   for (int64_t k = rows.begin; k < rows.end; k += 2) {
-    for (int64_t m = 0; m < tokens; ++m) {
-      const uint32_t even = to_bfloat16(h[k * tokens + m]).bits;
-      const uint32_t odd = k + 1 < active ? to_bfloat16(h[(k + 1) * tokens + m]).bits : 0;
-      pairs[k / 2 * tokens + m] = even | odd << 16;
+    const float *even = h + k * tokens, *odd = even + tokens;
+    uint32_t* out = pairs + k / 2 * tokens;
+    int64_t m = 0;
+#if defined(DEFTCORE_DOT_BF16)
+    const auto words = [](const float* p) {
+      return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p)));
+    };
+    for (; m + kWidth <= tokens && k + 1 < active; m += kWidth) {
+      _mm512_storeu_si512(out + m, _mm512_or_si512(words(even + m), _mm512_slli_epi32(words(odd + m), 16)));
+    }
+#endif
+    for (; m < tokens; ++m) {
+      const uint32_t high = k + 1 < active ? to_bfloat16(odd[m]).bits : 0;
+      out[m] = to_bfloat16(even[m]).bits | high << 16;
     }
   }
 }
@@ -424,8 +440,21 @@ void down_stage(Matrix<T> w, const T* bias, int64_t active, int64_t tokens, int6
   write_output(b.acc, b.acc_stride, bias, tokens, width, columns, y);
 }
 
-// A neuron in the list for another token's sake stays silent for this one, as it would alone.
-float kept(float a, float tau) { return std::fabs(a) <= tau ? 0.0f : a; }
+// h[k, m] = a[m, list[k]] for k in rows. A neuron in the list for another token's sake stays silent for this one, as it
+// would alone.
+template <class T>
+void gather_active(const T* a, int64_t tokens, int64_t neurons, float tau, const int32_t* list, Range rows, float* h) {
+  constexpr int64_t kTile = 32;  // a few cache lines of each token's row at a time, as in `compact`
+  for (int64_t first = rows.begin; first < rows.end; first += kTile) {
+    const int64_t end = first + kTile < rows.end ? first + kTile : rows.end;
+    for (int64_t m = 0; m < tokens; ++m) {
+      for (int64_t k = first; k < end; ++k) {
+        const float value = to_float(a[m * neurons + list[k]]);
+        h[k * tokens + m] = std::fabs(value) <= tau ? 0.0f : value;
+      }
+    }
+  }
+}
 
 template <class T>
 void sparse_down(const SparseDownArgs& args) {
@@ -443,13 +472,7 @@ void sparse_down(const SparseDownArgs& args) {
     active = join_shares(neurons, omp_get_num_threads(), b.list, b.counts);
     if (active <= args.capacity)
       down_stage(w, static_cast<const T*>(args.bias), active, tokens, width, b, static_cast<T*>(args.y),
-                 [&](Range rows) {
-                   for (int64_t k = rows.begin; k < rows.end; ++k) {
-                     for (int64_t m = 0; m < tokens; ++m) {
-                       b.h[k * tokens + m] = kept(to_float(a[m * neurons + b.list[k]]), args.tau);
-                     }
-                   }
-                 });
+                 [&](Range rows) { gather_active(a, tokens, neurons, args.tau, b.list, rows, b.h); });
   }
   *args.rows_read = active;
 }
@@ -511,19 +534,11 @@ void sparse_mlp(const SparseMlpArgs& args) {
     if (active <= args.capacity)
       down_stage(w_down, static_cast<const T*>(args.b_down), active, tokens, width, b, static_cast<T*>(args.y),
                  [&](Range rows) {
-                   if (gated) {
-                     dot_rows(
-                         w_up, [&](int64_t k) { return b.list[k]; }, rows,
-                         [&](int64_t k, int64_t m, float dot) {
-                           b.h[k * tokens + m] = kept(act[m * neurons + b.list[k]], args.tau) * dot;
-                         });
-                     return;
-                   }
-                   for (int64_t k = rows.begin; k < rows.end; ++k) {
-                     for (int64_t m = 0; m < tokens; ++m) {
-                       b.h[k * tokens + m] = kept(act[m * neurons + b.list[k]], args.tau);
-                     }
-                   }
+                   gather_active(act, tokens, neurons, args.tau, b.list, rows, b.h);
+                   if (!gated) return;
+                   dot_rows(
+                       w_up, [&](int64_t k) { return b.list[k]; }, rows,
+                       [&](int64_t k, int64_t m, float dot) { b.h[k * tokens + m] *= dot; });
                  });
   }
   *args.rows_read = active;
