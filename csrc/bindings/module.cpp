@@ -1,8 +1,10 @@
 // deftcore._C: addresses, sizes and a stream in; exceptions out. Shapes and dtypes are checked in deftcore.ops.
 // Submodules `cpu` and `cuda` have the same functions; `cuda` exists only in a build with CUDA.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "deftcore/density.h"
+#include "deftcore/quant4.h"
 #include "deftcore/sparse_mlp.h"
 
 namespace deftcore::cpu {
@@ -29,6 +31,11 @@ struct Backend {
   void (*sparse_down)(const SparseDownArgs&, Stream);
   size_t (*sparse_mlp_workspace)(const SparseMlpArgs&);
   void (*sparse_mlp)(const SparseMlpArgs&, Stream);
+  void (*quantize_4bit)(const Quantize4bitArgs&, Stream);
+  void (*dequantize_4bit)(const Dequantize4bitArgs&, Stream);
+  size_t (*linear_4bit_workspace)(const Linear4bitArgs&);
+  void (*linear_4bit)(const Linear4bitArgs&, Stream);
+  void (*linear_4bit_backward)(const Linear4bitArgs&, Stream);
 };
 
 void bind(py::module_ m, Backend backend) {
@@ -119,6 +126,44 @@ void bind(py::module_ m, Backend backend) {
                            pointer<void>(stream));
       },
       release);
+
+  m.def(
+      "quantize_4bit",
+      [backend](uintptr_t w, uintptr_t packed, uintptr_t absmax, int64_t count, int64_t block_size, int dtype, int type,
+                uintptr_t stream) {
+        backend.quantize_4bit({pointer<const void>(w), pointer<uint8_t>(packed), pointer<float>(absmax), count,
+                               block_size, static_cast<DType>(dtype), static_cast<QuantType>(type)},
+                              pointer<void>(stream));
+      },
+      release);
+  m.def(
+      "dequantize_4bit",
+      [backend](const Quant4& w, uintptr_t out, int dtype, uintptr_t stream) {
+        backend.dequantize_4bit({w, pointer<void>(out), static_cast<DType>(dtype)}, pointer<void>(stream));
+      },
+      release);
+  m.def("linear_4bit_workspace", [backend](const Quant4& w, int64_t tokens, int64_t rank, int dtype) {
+    Linear4bitArgs args{};
+    args.w = w;
+    args.tokens = tokens;
+    args.rank = rank;
+    args.dtype = static_cast<DType>(dtype);
+    return backend.linear_4bit_workspace(args);
+  });
+  const auto linear = [&](const char* name, void (*run)(const Linear4bitArgs&, Stream)) {
+    m.def(
+        name,
+        [run](const Quant4& w, uintptr_t x, uintptr_t bias, uintptr_t low, uintptr_t lora, uintptr_t y,
+              uintptr_t workspace, int64_t tokens, int64_t rank, int dtype, uintptr_t stream) {
+          run({w, pointer<const void>(x), pointer<const void>(bias), pointer<const void>(low),
+               pointer<const void>(lora), pointer<void>(y), pointer<void>(workspace), tokens, rank,
+               static_cast<DType>(dtype)},
+              pointer<void>(stream));
+        },
+        release);
+  };
+  linear("linear_4bit", backend.linear_4bit);
+  linear("linear_4bit_backward", backend.linear_4bit_backward);
 }
 
 }  // namespace
@@ -128,11 +173,32 @@ PYBIND11_MODULE(_C, m) {
   m.attr("max_sparse_tokens") = kMaxSparseTokens;
   m.def("isa_name", &cpu::isa_name);
   m.def("isa_available", &cpu::isa_available);
-  bind(m.def_submodule("cpu"), {cpu::act_density, cpu::act_density_backward, cpu::density, cpu::sparse_down_workspace,
-                                cpu::sparse_down, cpu::sparse_mlp_workspace, cpu::sparse_mlp});
+  py::class_<Quant4>(m, "Quant4")
+      .def(py::init([](uintptr_t packed, uintptr_t code, uintptr_t absmax, uintptr_t nested_absmax,
+                       uintptr_t nested_code, float nested_offset, int64_t rows, int64_t cols, int64_t block_size) {
+        return Quant4{pointer<const uint8_t>(packed),
+                      pointer<const float>(code),
+                      pointer<const void>(absmax),
+                      pointer<const float>(nested_absmax),
+                      pointer<const float>(nested_code),
+                      nested_offset,
+                      rows,
+                      cols,
+                      block_size};
+      }));
+  m.def("code_book", [](int type) {
+    const float* book = code_book(static_cast<QuantType>(type));
+    return std::vector<float>(book, book + 16);
+  });
+  m.attr("nested_block") = kNestedBlock;
+  bind(m.def_submodule("cpu"),
+       {cpu::act_density, cpu::act_density_backward, cpu::density, cpu::sparse_down_workspace, cpu::sparse_down,
+        cpu::sparse_mlp_workspace, cpu::sparse_mlp, cpu::quantize_4bit, cpu::dequantize_4bit,
+        cpu::linear_4bit_workspace, cpu::linear_4bit, cpu::linear_4bit_backward});
 #if defined(DEFTCORE_WITH_CUDA)
   bind(m.def_submodule("cuda"),
        {cuda::act_density, cuda::act_density_backward, cuda::density, cuda::sparse_down_workspace, cuda::sparse_down,
-        cuda::sparse_mlp_workspace, cuda::sparse_mlp});
+        cuda::sparse_mlp_workspace, cuda::sparse_mlp, cuda::quantize_4bit, cuda::dequantize_4bit,
+        cuda::linear_4bit_workspace, cuda::linear_4bit, cuda::linear_4bit_backward});
 #endif
 }

@@ -5,14 +5,12 @@
 
 namespace deftcore::cpu {
 
-#define DEFTCORE_DECLARE(isa)                                     \
-  void act_density_##isa(const ActDensityArgs&);                  \
-  void act_density_backward_##isa(const ActDensityBackwardArgs&); \
-  void density_##isa(const DensityArgs&);                         \
-  void sparse_down_##isa(const SparseDownArgs&);                  \
-  void sparse_mlp_##isa(const SparseMlpArgs&);
-#define DEFTCORE_TABLE(isa) \
-  {#isa, act_density_##isa, act_density_backward_##isa, density_##isa, sparse_down_##isa, sparse_mlp_##isa}
+#define DEFTCORE_DECLARE_ONE(kernel, Args, isa) void kernel##_##isa(const Args&);
+#define DEFTCORE_DECLARE(isa)                    \
+  DEFTCORE_KERNELS_OF(isa, DEFTCORE_DECLARE_ONE) \
+  void linear_4bit_workspace_##isa(const Linear4bitArgs&, size_t*);
+#define DEFTCORE_ENTRY(kernel, Args, isa) kernel##_##isa,
+#define DEFTCORE_TABLE(isa) {#isa, DEFTCORE_KERNELS_OF(isa, DEFTCORE_ENTRY) linear_4bit_workspace_##isa}
 
 DEFTCORE_DECLARE(scalar)
 #if defined(DEFTCORE_X86)
@@ -85,6 +83,12 @@ std::string isa_available() {
 
 namespace {
 
+void check_quant(const Quant4& q, const char* op) {
+  require(q.rows >= 0 && q.cols >= 0, op, "rows and cols must not be negative");
+  require(q.block_size >= 32 && (q.block_size & (q.block_size - 1)) == 0, op,
+          "block_size must be a power of two, at least 32");
+}
+
 // int32 neuron numbers and int64 offsets; the Python layer checks shapes, this keeps a C++ caller from a crash.
 template <class Args>
 void check_sparse(const Args& args, const char* op) {
@@ -110,6 +114,33 @@ void sparse_down(const SparseDownArgs& args, Stream) {
 void sparse_mlp(const SparseMlpArgs& args, Stream) {
   check_sparse(args, "sparse_mlp");
   kernels().sparse_mlp(args);
+}
+
+void quantize_4bit(const Quantize4bitArgs& args, Stream) {
+  require(args.block_size >= 32 && args.block_size <= 4096 && (args.block_size & (args.block_size - 1)) == 0,
+          "quantize_4bit", "block_size must be a power of two in 32..4096");
+  kernels().quantize_4bit(args);
+}
+
+void dequantize_4bit(const Dequantize4bitArgs& args, Stream) {
+  check_quant(args.w, "dequantize_4bit");
+  kernels().dequantize_4bit(args);
+}
+
+size_t linear_4bit_workspace(const Linear4bitArgs& args) {
+  size_t bytes = 0;
+  kernels().linear_4bit_workspace(args, &bytes);
+  return bytes;
+}
+
+void linear_4bit(const Linear4bitArgs& args, Stream) {
+  check_quant(args.w, "linear_4bit");
+  kernels().linear_4bit(args);
+}
+
+void linear_4bit_backward(const Linear4bitArgs& args, Stream) {
+  check_quant(args.w, "linear_4bit_backward");
+  kernels().linear_4bit_backward(args);
 }
 
 // In order: active list, counts per thread, h and its bfloat16 pairs, output accumulators (see sparse_mlp.cpp).

@@ -10,6 +10,7 @@
 
 #include "deftcore/density.h"
 #include "deftcore/math.h"
+#include "deftcore/quant4.h"
 #include "deftcore/sparse_mlp.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -23,14 +24,25 @@
 
 namespace deftcore::cpu {
 
+// The kernels of a level: X(name, argument struct, isa).
+#define DEFTCORE_KERNELS_OF(isa, X)                    \
+  X(act_density, ActDensityArgs, isa)                  \
+  X(act_density_backward, ActDensityBackwardArgs, isa) \
+  X(density, DensityArgs, isa)                         \
+  X(sparse_down, SparseDownArgs, isa)                  \
+  X(sparse_mlp, SparseMlpArgs, isa)                    \
+  X(quantize_4bit, Quantize4bitArgs, isa)              \
+  X(dequantize_4bit, Dequantize4bitArgs, isa)          \
+  X(linear_4bit, Linear4bitArgs, isa)                  \
+  X(linear_4bit_backward, Linear4bitArgs, isa)
+
 // One table of functions per level; isa.cpp picks one per process.
 struct Kernels {
   const char* name;
-  void (*act_density)(const ActDensityArgs&);
-  void (*act_density_backward)(const ActDensityBackwardArgs&);
-  void (*density)(const DensityArgs&);
-  void (*sparse_down)(const SparseDownArgs&);
-  void (*sparse_mlp)(const SparseMlpArgs&);
+#define DEFTCORE_MEMBER(kernel, Args, isa) void (*kernel)(const Args&);
+  DEFTCORE_KERNELS_OF(, DEFTCORE_MEMBER)
+#undef DEFTCORE_MEMBER
+  void (*linear_4bit_workspace)(const Linear4bitArgs&, size_t* bytes);  // tiles depend on the level
 };
 const Kernels& kernels();
 

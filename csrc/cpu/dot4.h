@@ -1,0 +1,174 @@
+// Dot products of a few tokens with rows of a regular 4-bit matrix, decoded in registers: each block's codes are summed
+// unscaled and enter the total with one multiply-add, so a weight costs a lookup and a product.
+#pragma once
+
+#include "decode4.h"
+
+namespace deftcore::cpu {
+namespace {
+
+constexpr int64_t kDot4Rows = 4;    // rows per group
+constexpr int64_t kDot4Tokens = 4;  // tokens per pass over a group
+
+// How x and codes meet. Floats: 8 lookups a chunk, exact code values.
+struct FloatForm {
+  using X = float;
+  static constexpr int kSteps = 8;
+  CodeBook book;
+  explicit FloatForm(const float* code) : book(code) {}
+
+  static int64_t element_at(int64_t p) { return cpu::element_at(p); }
+  template <int kStep>
+  auto value(Words w) const {
+    return book(shift<kStep>(w));
+  }
+  static Vec multiply(Vec value, const float* x, Vec sum) { return fma(value, load(x), sum); }
+};
+
+#if defined(__AVX512BF16__)
+// bfloat16 pairs: 4 lookups a chunk in 16-bit words, and the code book rounded to bfloat16 (at most 0.32 %, the
+// rounding that bfloat16 weights have). Shifting 16-bit word w by 4 j gives element 4 w + (j ^ 1).
+struct PairForm {
+  using X = BFloat16;
+  static constexpr int kSteps = 4;
+  __m512i table;
+  explicit PairForm(const float* code) {
+    alignas(64) uint16_t words[32];
+    for (int i = 0; i < 32; ++i) words[i] = to_bfloat16(code[i % 16]).bits;
+    table = _mm512_load_si512(words);
+  }
+
+  static int64_t element_at(int64_t p) { return 4 * (p % 32) + ((p / 32) ^ 1); }
+  template <int kStep>
+  auto value(Words w) const {
+    return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4 * kStep), table);
+  }
+  static Vec multiply(__m512bh value, const BFloat16* x, Vec sum) {
+    return _mm512_dpbf16_ps(sum.v, value, (__m512bh)_mm512_loadu_si512(x));
+  }
+};
+#endif
+
+template <class T>
+struct DotFormOf {
+  using Type = FloatForm;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct DotFormOf<BFloat16> {
+  using Type = PairForm;
+};
+#endif
+template <class T>
+using DotForm = typename DotFormOf<T>::Type;
+
+// One token's x in the form's position order, zero beyond cols.
+template <class Form, class T>
+void to_positions(const T* x, int64_t cols, typename Form::X* out) {
+  for (int64_t c = 0; c < chunks_of(cols); ++c) {
+    for (int64_t p = 0; p < kChunk; ++p) {
+      const int64_t col = c * kChunk + Form::element_at(p);
+      typename Form::X value{};
+      if (col < cols) {
+        if constexpr (std::is_same_v<typename Form::X, T>) {
+          value = x[col];
+        } else {
+          value = to_float(x[col]);
+        }
+      }
+      out[c * kChunk + p] = value;
+    }
+  }
+}
+
+// out[r][m] = x[m] . row r for kRows rows; `next` rows are prefetched alongside.
+template <int kRows, int kTokens, class Form>
+void dot4_tile(const Form& form, const Quant4& q, const LaneScales& lanes, const uint8_t* const* rows,
+               const uint8_t* const* next, const float* scales, int64_t scale_stride, const typename Form::X* x,
+               int64_t x_stride, float (*out)[kDot4Tokens]) {
+  Vec total[kRows][kTokens];
+  for (auto& row : total) {
+    for (Vec& v : row) v = Vec(0.0f);
+  }
+  const auto chunk = [&](int64_t c, auto fetch) {
+    Words w[kRows];
+    Vec part[kRows][kTokens];
+    for (int r = 0; r < kRows; ++r) {
+      w[r] = fetch(rows[r] + c * (kChunk / 2));
+      for (Vec& v : part[r]) v = Vec(0.0f);
+    }
+    const auto* xc = x + c * kChunk;
+    const auto step = [&](auto s) {
+      if constexpr (s() < Form::kSteps) {
+        for (int r = 0; r < kRows; ++r) {
+          const auto value = form.template value<s()>(w[r]);
+          for (int m = 0; m < kTokens; ++m) {
+            part[r][m] = Form::multiply(value, xc + m * x_stride + s() * (kChunk / Form::kSteps), part[r][m]);
+          }
+        }
+      }
+    };
+    step(std::integral_constant<int, 0>{});
+    step(std::integral_constant<int, 1>{});
+    step(std::integral_constant<int, 2>{});
+    step(std::integral_constant<int, 3>{});
+    step(std::integral_constant<int, 4>{});
+    step(std::integral_constant<int, 5>{});
+    step(std::integral_constant<int, 6>{});
+    step(std::integral_constant<int, 7>{});
+    for (int r = 0; r < kRows; ++r) {
+      const Vec scale = lanes(scales + r * scale_stride + c * kChunk / q.block_size);
+      for (int m = 0; m < kTokens; ++m) total[r][m] = fma(part[r][m], scale, total[r][m]);
+    }
+  };
+  const int64_t whole = q.cols / kChunk, left = q.cols % kChunk / 2;
+  for (int64_t c = 0; c < whole; ++c) {
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(next[r] + c * (kChunk / 2), 0, 2);
+    chunk(c, [](const uint8_t* p) { return load_words(p); });
+  }
+  if (left > 0) chunk(whole, [&](const uint8_t* p) { return load_words(p, left); });
+  for (int r = 0; r < kRows; ++r) {
+    for (int m = 0; m < kTokens; ++m) out[r][m] = reduce_add(total[r][m]);
+  }
+}
+
+// Calls sink(k, m, x[m] . row row_of(k)) for k in range and every token. `scales` holds kDot4Rows row_scale_size(q).
+template <class Form, class RowOf, class Sink>
+void dots4(const Quant4& q, RowOf&& row_of, Range range, const typename Form::X* x, int64_t x_stride, int64_t tokens,
+           float* scales, Sink&& sink) {
+  const Form form(q.code);
+  const LaneScales lanes(q.block_size);
+  const int64_t last = range.end - 1, scale_stride = row_scale_size(q);
+  for (int64_t k = range.begin; k < range.end; k += kDot4Rows) {
+    const uint8_t *rows[kDot4Rows], *next[kDot4Rows];
+    for (int64_t r = 0; r < kDot4Rows; ++r) {  // past the end: repeat the last row, drop its result
+      const int64_t row = row_of(k + r < last ? k + r : last), ahead = k + r + kDot4Rows;
+      rows[r] = packed_row(q, row);
+      next[r] = packed_row(q, row_of(ahead < last ? ahead : last));
+      decode_row_scales(q, row, 0, chunks_of(q.cols), scales + r * scale_stride);
+    }
+    for (int64_t m0 = 0; m0 < tokens; m0 += kDot4Tokens) {
+      float out[kDot4Rows][kDot4Tokens];
+      const auto tile = [&](auto row_count, auto count) {
+        for (int r = 0; r < kDot4Rows; r += row_count()) {
+          dot4_tile<row_count(), count()>(form, q, lanes, rows + r, (m0 == 0 ? next : rows) + r,
+                                          scales + r * scale_stride, scale_stride, x + m0 * x_stride, x_stride,
+                                          out + r);
+        }
+        for (int64_t r = 0; r < kDot4Rows && k + r <= last; ++r) {
+          for (int m = 0; m < count(); ++m) sink(k + r, m0 + m, out[r][m]);
+        }
+      };
+      using std::integral_constant;
+      switch (tokens - m0) {  // sums and parts of rows x tokens fit the registers
+        case 1: tile(integral_constant<int, 4>{}, integral_constant<int, 1>{}); break;
+        case 2: tile(integral_constant<int, 2>{}, integral_constant<int, 2>{}); break;
+        case 3: tile(integral_constant<int, 2>{}, integral_constant<int, 3>{}); break;
+        default: tile(integral_constant<int, 2>{}, integral_constant<int, 4>{}); break;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace deftcore::cpu

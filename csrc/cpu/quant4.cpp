@@ -1,0 +1,165 @@
+// 4-bit weights: quantise and decode, bound by the traffic of the unpacked side, and the product for few tokens, bound
+// by the packed bytes for one. Products of many tokens, and those of the backward, are in quant4_gemm.cpp.
+#include "dot4.h"
+
+namespace deftcore::cpu {
+namespace {
+
+// ---------------------------------------------------------------------------- quantise
+
+// The largest |w| of a block, or NaN if a value is not finite.
+template <class T>
+float block_absmax(const T* w, int64_t n) {
+  Vec largest(0.0f), bad(0.0f);
+  const auto step = [&](Vec v) {
+    largest = at_least(abs(v), largest);
+    bad = fma(v, Vec(0.0f), bad);
+  };
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) step(load(w + i));
+  if (i < n) step(load_tail(w + i, n - i));
+  float lanes[kWidth], most = 0.0f;
+  store(lanes, largest);
+  for (float v : lanes) most = v > most ? v : most;
+  return reduce_add(bad) == 0.0f ? most : NAN;
+}
+
+// Number of thresholds strictly below v, as bytes.
+inline void count_below(Vec v, const float* thresholds, uint8_t* out) {
+  Vec count(0.0f);
+  for (int j = 0; j < 15; ++j) count = where(v > Vec(thresholds[j]), count + Vec(1.0f), count);
+  float lanes[kWidth];
+  store(lanes, count);
+  for (int l = 0; l < kWidth; ++l) out[l] = static_cast<uint8_t>(lanes[l]);
+}
+
+template <class T>
+void quantize_block(const T* w, int64_t n, int64_t block_size, const float* thresholds, const uint8_t* order,
+                    uint8_t* packed, float* absmax) {
+  constexpr float kSmallest = 1e-38f;
+  const float largest = block_absmax(w, n);
+  const bool whole = n == block_size;
+  const float floored = largest > kSmallest ? largest : kSmallest;
+  *absmax = whole || largest != largest ? largest : floored;
+  const Vec inverse(1.0f / floored), divisor(floored), one(1.0f), minus(-1.0f);
+  // Whole blocks multiply by the reciprocal and a short last one divides, as bitsandbytes on CPUs does.
+  const auto scaled = [&](Vec v) { return whole ? at_most(at_least(v * inverse, minus), one) : v / divisor; };
+  uint8_t index[4096 + kWidth];
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) count_below(scaled(load(w + i)), thresholds, index + i);
+  if (i < n) count_below(scaled(load_tail(w + i, n - i)), thresholds, index + i);
+  if (n % 2) count_below(Vec(0.0f), thresholds, index + n);  // the pad of an odd count
+  for (int64_t j = 0; j < (n + 1) / 2; ++j) {
+    packed[j] = static_cast<uint8_t>(order[index[2 * j]] << 4 | order[index[2 * j + 1]]);
+  }
+}
+
+template <class T>
+void quantize(const Quantize4bitArgs& args) {
+  const T* w = static_cast<const T*>(args.w);
+  const float* book = code_book(args.type);
+  const uint8_t* order = code_order(args.type);
+  float thresholds[15];
+  for (int j = 0; j < 15; ++j) thresholds[j] = (book[order[j]] + book[order[j + 1]]) * 0.5f;
+  const int64_t size = args.block_size, blocks = (args.count + size - 1) / size;
+#pragma omp parallel for num_threads(threads_for(args.count * 4))
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = b * size, n = args.count - first < size ? args.count - first : size;
+    quantize_block(w + first, n, size, thresholds, order, args.packed + first / 2, args.absmax + b);
+  }
+}
+
+// ---------------------------------------------------------------------------- dequantise
+
+template <class T>
+void dequantize(const Dequantize4bitArgs& args) {
+  const Quant4& q = args.w;
+  const CodeBook book(q.code);
+  T* out = static_cast<T*>(args.out);
+  const int64_t count = q.rows * q.cols, blocks = (count + q.block_size - 1) / q.block_size;
+#pragma omp parallel num_threads(threads_for(count * 2))
+  {
+    const Range mine = share(blocks, omp_get_num_threads(), omp_get_thread_num());
+    for (int64_t b = mine.begin; b < mine.end; ++b) {
+      const float scale = scale_of(q, b);
+      const int64_t first = b * q.block_size, end = count - first < q.block_size ? count : first + q.block_size;
+      int64_t i = first;
+#if defined(__AVX2__) || defined(__AVX512F__)
+      for (; i + kWidth <= end; i += kWidth) store(out + i, book(load_nibbles(q.packed + i / 2)) * Vec(scale));
+#endif
+      for (; i < end; ++i) {
+        const Vec v(q.code[q.packed[i / 2] >> (i % 2 ? 0 : 4) & 15] * scale);
+        store_tail(out + i, v, 1);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------- few tokens
+
+// Beyond this, vectors over tokens are full enough, and decoding once pays.
+constexpr int64_t kFewTokens = kWidth / 2 > 4 ? kWidth / 2 : 4;
+
+bool is_few(const Linear4bitArgs& args) { return args.tokens <= kFewTokens && is_regular(args.w); }
+
+size_t few_workspace(const Linear4bitArgs& args) {
+  const int64_t x = args.tokens * chunks_of(args.w.cols) * kChunk;
+  return static_cast<size_t>(x + omp_get_max_threads() * kDot4Rows * row_scale_size(args.w)) * 4 + 64;
+}
+
+template <class T>
+void linear_few(const Linear4bitArgs& args) {
+  using Form = DotForm<T>;
+  using X = typename Form::X;
+  const Quant4& q = args.w;
+  const int64_t tokens = args.tokens, rank = args.rank, x_stride = chunks_of(q.cols) * kChunk;
+  const T *low = static_cast<const T*>(args.low), *lora = static_cast<const T*>(args.lora);
+  const T* bias = static_cast<const T*>(args.bias);
+  T* y = static_cast<T*>(args.y);
+  X* x = static_cast<X*>(args.workspace);
+  float* scales = reinterpret_cast<float*>(x + tokens * x_stride);
+  for (int64_t m = 0; m < tokens; ++m) {
+    to_positions<Form>(static_cast<const T*>(args.x) + m * q.cols, q.cols, x + m * x_stride);
+  }
+#pragma omp parallel num_threads(threads_for(q.rows* q.cols / 2))
+  {
+    const Range rows = share(q.rows, omp_get_num_threads(), omp_get_thread_num(), kDot4Rows);
+    float* mine = scales + omp_get_thread_num() * kDot4Rows * row_scale_size(q);
+    dots4<Form>(
+        q, [](int64_t n) { return n; }, rows, x, x_stride, tokens, mine,
+        [&](int64_t n, int64_t m, float dot) {
+          if (bias != nullptr) dot += to_float(bias[n]);
+          for (int64_t r = 0; r < rank; ++r) dot += to_float(low[m * rank + r]) * to_float(lora[n * rank + r]);
+          store_tail(y + m * q.rows + n, Vec(dot), 1);
+        });
+  }
+}
+
+}  // namespace
+
+// ----------------------------------------------------------------------------
+
+void DEFTCORE_KERNEL(quantize_4bit)(const Quantize4bitArgs& args) {
+  dispatch_dtype(args.dtype, [&](auto t) { quantize<decltype(t)>(args); });
+}
+
+void DEFTCORE_KERNEL(dequantize_4bit)(const Dequantize4bitArgs& args) {
+  dispatch_dtype(args.dtype, [&](auto t) { dequantize<decltype(t)>(args); });
+}
+
+// In quant4_gemm.cpp.
+void DEFTCORE_KERNEL(linear_4bit_many)(const Linear4bitArgs& args);
+void DEFTCORE_KERNEL(linear_4bit_many_workspace)(const Linear4bitArgs& args, size_t* bytes);
+
+void DEFTCORE_KERNEL(linear_4bit)(const Linear4bitArgs& args) {
+  if (!is_few(args)) return DEFTCORE_KERNEL(linear_4bit_many)(args);
+  dispatch_dtype(args.dtype, [&](auto t) { linear_few<decltype(t)>(args); });
+}
+
+void DEFTCORE_KERNEL(linear_4bit_workspace)(const Linear4bitArgs& args, size_t* bytes) {
+  DEFTCORE_KERNEL(linear_4bit_many_workspace)(args, bytes);
+  const size_t few = few_workspace(args);
+  if (is_few(args) && few > *bytes) *bytes = few;
+}
+
+}  // namespace deftcore::cpu

@@ -1,0 +1,359 @@
+"""4-bit weights: quantise, dequantise, and linear layers that decode on the way (QLoRA, arXiv 2305.14314)."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deftcore.ops._library import (
+    DTYPE_CODES,
+    FLOAT_DTYPES,
+    address,
+    backend,
+    check_choice,
+    check_float,
+    check_like,
+    check_shape,
+    define,
+    flatten_tokens,
+    native,
+    stream,
+)
+from deftcore.ops.quantized import NESTED_BLOCK, QUANT_TYPES, QuantizedTensor, check_block_size, dynamic_book
+
+_DTYPES = list(DTYPE_CODES)
+
+
+def quantize_4bit(
+    w: Tensor,
+    *,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    parity: str | None = None,
+) -> QuantizedTensor:
+    """Rounds w to 4 bits with one scale, the largest magnitude, per block of the flattened tensor.
+
+    Args:
+        w: any shape; float32, bfloat16 or float16, finite.
+        quant_type: "nf4" (quantiles of a normal distribution) or "fp4".
+        block_size: 32, 64, ... 4096.
+        double_quant: round the scales to 8 bits as well (4.13 instead of 4.5 bits a weight at block_size 64).
+        parity: "bnb-cpu" rounds the scales with bitsandbytes' 65536-entry table, which is not always the nearest
+            code, so that they come out byte for byte; None takes the nearest. Nibbles and plain scales are always
+            bitsandbytes' own.
+
+    Returns:
+        QuantizedTensor on w's device.
+
+    Raises:
+        TypeError, ValueError: naming the argument; w with NaN or infinity.
+
+    >>> quantize_4bit(torch.tensor([[1.0, -1.0, 0.0, 0.5]])).dequantize().tolist()
+    [[1.0, -1.0, 0.0, 0.44070982933044434]]
+    """
+    if not isinstance(w, Tensor) or w.dtype not in DTYPE_CODES or w.layout != torch.strided:
+        got = f"{w.dtype} {w.layout}" if isinstance(w, Tensor) else type(w).__name__
+        raise TypeError(f"w: must be a dense float32, bfloat16 or float16 tensor, got {got}")
+    check_choice("quant_type", quant_type, QUANT_TYPES)
+    check_block_size(block_size)
+    if not isinstance(double_quant, bool):
+        raise TypeError(f"double_quant: must be a bool, got {type(double_quant).__name__}")
+    if parity not in (None, "bnb-cpu"):
+        raise ValueError(f"parity: must be None or 'bnb-cpu', got {parity!r}")
+    packed, absmax = _quantize_4bit(w.detach(), block_size, QUANT_TYPES[quant_type])
+    if w.device.type != "meta" and not bool(torch.isfinite(absmax).all()):
+        raise ValueError("w: has values that are not finite; 4-bit blocks cannot hold them")
+    q = QuantizedTensor(packed, absmax, w.shape, w.dtype, quant_type, block_size)
+    return nest_scales(q, parity) if double_quant and absmax.numel() else q
+
+
+def nest_scales(q: QuantizedTensor, parity: str | None = None) -> QuantizedTensor:
+    """q with its float32 scales rounded to 8 bits around their mean, in blocks of 256."""
+    offset = q.absmax.mean()
+    centred = q.absmax - offset
+    blocks = F.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    largest = blocks.abs().amax(1)
+    value = (blocks * (1 / largest)[:, None]).clamp(-1, 1).flatten()[: len(centred)]
+    book = dynamic_book().to(centred.device)
+    if parity == "bnb-cpu":
+        bins = ((value + 1) * 0.5 * 65535 + 0.5).to(torch.int32)
+        value = -1 + 2 * bins / 65535
+    codes = torch.bucketize(value, (book[:-1] + book[1:]) * 0.5)  # midpoints strictly below: ties take the lower
+    flat = (largest == 0).repeat_interleave(NESTED_BLOCK)[: len(centred)]
+    codes = torch.where(flat, 0 if parity == "bnb-cpu" else 127, codes).to(torch.uint8)
+    return QuantizedTensor(
+        q.packed, codes, q.shape, q.dtype, q.quant_type, q.block_size, largest, float(offset), q.code, book
+    )
+
+
+def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """code[nibble] * scale, one float32 product rounded once to dtype; None is the dtype q was made from.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    if not isinstance(q, QuantizedTensor):
+        raise TypeError(f"q: must be a QuantizedTensor, got {type(q).__name__}")
+    dtype = q.dtype if dtype is None else dtype
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype: must be float32, bfloat16, float16 or float64, got {dtype}")
+    if dtype == torch.float64:
+        return _dequantize_4bit(*parts(q), DTYPE_CODES[torch.float32]).double().reshape(q.shape)
+    return _dequantize_4bit(*parts(q), DTYPE_CODES[dtype]).reshape(q.shape)
+
+
+def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias for a 4-bit W [M, K], which stays packed; differentiable in x and bias.
+
+    Sums are float32. With float32 and float16 inputs the weights enter exactly; with bfloat16 inputs they are rounded
+    to bfloat16, as PyTorch's own bfloat16 weights are.
+
+    Args:
+        x: [..., K].
+        q: of shape [M, K].
+        bias: [M] in x's dtype, or None.
+
+    Returns:
+        [..., M] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> linear_4bit(torch.ones(1, 4), quantize_4bit(torch.eye(4))).tolist()
+    [[1.0, 1.0, 1.0, 1.0]]
+    """
+    check_float("x", x)
+    if torch.is_autocast_enabled(x.device.type):  # as nn.Linear would
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    check_weight("q", q, x)
+    if bias is not None:
+        check_like("bias", bias, "x", x)
+        check_shape("bias", bias, (q.shape[0],), "one per output")
+    y = _linear_4bit(flatten_tokens(x), *parts(q), bias)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], q.shape[0])
+
+
+def check_weight(name: str, q: QuantizedTensor, x: Tensor) -> None:
+    """Raises unless q is a matrix that x [..., K] can be multiplied by."""
+    if not isinstance(q, QuantizedTensor):
+        raise TypeError(f"{name}: must be a QuantizedTensor, got {type(q).__name__}")
+    if q.dim() != 2:
+        raise ValueError(f"{name}: must be a matrix [M, K], got shape {tuple(q.shape)}")
+    if x.dim() == 0 or x.shape[-1] != q.shape[1]:
+        raise ValueError(f"x: last dimension must be {q.shape[1]} ({name}.shape[1]), got shape {tuple(x.shape)}")
+    if q.device != x.device:
+        raise ValueError(f"{name}: must be on {x.device} as x, got {q.device}")
+
+
+# ---------------------------------------------------------------------------- a weight as op arguments
+
+
+class Parts(NamedTuple):
+    """A matrix in 4 bits as the arguments of an op; `SCHEMA` names them."""
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    offset: float
+    rows: int
+    cols: int
+    block_size: int
+
+    def native(self) -> Any:
+        return native.Quant4(
+            address(self.packed), address(self.code), address(self.absmax), address(self.nested_absmax),
+            address(self.nested_code), self.offset, self.rows, self.cols, self.block_size,
+        )  # fmt: skip
+
+
+SCHEMA = (
+    "Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, Tensor? nested_code, float offset, "
+    "SymInt rows, SymInt cols, int block_size"
+)
+
+
+def parts(q: QuantizedTensor) -> Parts:
+    assert q.code is not None
+    rows, cols = q.shape if q.dim() == 2 else (1, q.numel())
+    return Parts(
+        q.packed, q.absmax, q.code, q.nested_absmax, q.nested_code, q.nested_offset, rows, cols, q.block_size
+    )  # fmt: skip
+
+
+def dequantize_ref(w: Parts, dtype: torch.dtype) -> Tensor:
+    """The definition, in plain PyTorch; float64 holds the float32 values."""
+    nibbles = torch.stack((w.packed >> 4, w.packed & 15), 1).flatten()[: w.rows * w.cols].long()
+    scale = w.absmax
+    if w.nested_absmax is not None and w.nested_code is not None:
+        outer = w.nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(scale)]
+        scale = w.nested_code[scale.long()] * outer + w.offset
+    scale = scale.repeat_interleave(w.block_size)[: w.rows * w.cols]
+    return (w.code[nibbles] * scale).to(dtype).reshape(w.rows, w.cols)
+
+
+# ---------------------------------------------------------------------------- quantise, dequantise
+
+
+def _quantize_4bit_impl(w: Tensor, block_size: int, quant_type: int) -> tuple[Tensor, Tensor]:
+    count = w.numel()
+    packed = torch.empty(-(-count // 2), dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(-(-count // block_size), dtype=torch.float32, device=w.device)
+    kernels = backend("quantize_4bit", w)
+    if kernels is None:
+        return quantize_ref(w, block_size, quant_type)
+    w = w.contiguous()
+    kernels.quantize_4bit(
+        address(w), address(packed), address(absmax), count, block_size, DTYPE_CODES[w.dtype], quant_type, stream(w)
+    )
+    return packed, absmax
+
+
+def quantize_ref(w: Tensor, block_size: int, quant_type: int) -> tuple[Tensor, Tensor]:
+    """The definition, in plain PyTorch: packed nibbles and plain scales."""
+    flat = w.detach().float().flatten()
+    count = len(flat)
+    blocks = F.pad(flat, (0, -count % block_size)).view(-1, block_size)
+    absmax = torch.where(torch.isfinite(blocks).all(1), blocks.abs().amax(1), torch.nan)
+    floored = absmax.clamp(min=1e-38)
+    value = (blocks * (1 / floored)[:, None]).clamp(-1, 1)
+    if count % block_size:  # a short last block divides, and stores the floored scale
+        value[-1] = blocks[-1] / floored[-1]
+        absmax[-1] = floored[-1]
+    code = torch.tensor(native.code_book(quant_type), device=w.device)
+    ascending, order = code.sort(stable=True)
+    if quant_type == QUANT_TYPES["fp4"]:  # the two zeros: 0 below 8
+        order = torch.tensor([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], device=w.device)
+    index = order[torch.bucketize(value.flatten()[: count + count % 2], (ascending[:-1] + ascending[1:]) * 0.5)]
+    if count % 2 and count % block_size == 0:  # cannot be: blocks are even
+        raise AssertionError
+    pairs = index.to(torch.uint8)[: count + count % 2].view(-1, 2)
+    return (pairs[:, 0] << 4) | pairs[:, 1], absmax
+
+
+def _quantize_4bit_fake(w: Tensor, block_size: int, quant_type: int) -> tuple[Tensor, Tensor]:
+    count = w.numel()
+    return (
+        w.new_empty((count + 1) // 2, dtype=torch.uint8),
+        w.new_empty((count + block_size - 1) // block_size, dtype=torch.float32),
+    )
+
+
+def _dequantize_4bit_impl(*args: Any) -> Tensor:
+    w, dtype = Parts(*args[:-1]), _DTYPES[args[-1]]
+    out = torch.empty((w.rows, w.cols), dtype=dtype, device=w.packed.device)
+    kernels = backend("dequantize_4bit", out)
+    if kernels is None:
+        return dequantize_ref(w, dtype)
+    kernels.dequantize_4bit(w.native(), address(out), DTYPE_CODES[dtype], stream(out))
+    return out
+
+
+def _dequantize_4bit_fake(*args: Any) -> Tensor:
+    w, dtype = Parts(*args[:-1]), _DTYPES[args[-1]]
+    return w.packed.new_empty((w.rows, w.cols), dtype=dtype)
+
+
+# ---------------------------------------------------------------------------- linear_4bit
+
+
+def multiply(
+    x: Tensor, w: Parts, bias: Tensor | None = None, low: Tensor | None = None, lora: Tensor | None = None
+) -> Tensor:
+    """x [T, K] W^T + low lora^T + bias: low [T, R], lora [M, R]. The native product, or the reference."""
+    kernels = backend("linear_4bit", x)
+    if kernels is None:
+        y = F.linear(x, dequantize_ref(w, x.dtype), bias)
+        return y if low is None or lora is None else y.addmm_(low, lora.t())
+    return _run(kernels.linear_4bit, kernels, x, w, bias, low, lora, w.rows)
+
+
+def multiply_backward(g: Tensor, w: Parts, low: Tensor | None = None, lora: Tensor | None = None) -> Tensor:
+    """g [T, M] W + low lora: low [T, R], lora [R, K]."""
+    kernels = backend("linear_4bit", g)
+    if kernels is None:
+        y = g @ dequantize_ref(w, g.dtype)
+        return y if low is None or lora is None else y.addmm_(low, lora)
+    return _run(kernels.linear_4bit_backward, kernels, g, w, None, low, lora, w.cols)
+
+
+def _run(
+    kernel: Any,
+    kernels: Any,
+    x: Tensor,
+    w: Parts,
+    bias: Tensor | None,
+    low: Tensor | None,
+    lora: Tensor | None,
+    outputs: int,
+) -> Tensor:
+    tokens, rank = x.shape[0], 0 if low is None else low.shape[1]
+    y = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    x = x.contiguous()
+    low, lora = (None, None) if low is None or lora is None else (low.contiguous(), lora.contiguous())
+    view, dtype = w.native(), DTYPE_CODES[x.dtype]
+    size = kernels.linear_4bit_workspace(view, tokens, rank, dtype)
+    workspace = torch.empty(size + 64, dtype=torch.uint8, device=x.device)
+    kernel(
+        view, address(x), address(None if bias is None else bias.contiguous()), address(low), address(lora),
+        address(y), -(-address(workspace) // 64) * 64, tokens, rank, dtype, stream(x),
+    )  # fmt: skip
+    return y
+
+
+def _linear_4bit_impl(x: Tensor, *args: Any) -> Tensor:
+    return multiply(x, Parts(*args[:9]), args[9])
+
+
+def _linear_4bit_fake(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty((x.shape[0], args[6]))
+
+
+def _linear_4bit_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    w = Parts(*inputs[1:10])
+    ctx.save_for_backward(*w[:5])  # the packed bytes that are there anyway: nothing the size of x
+    ctx.rest, ctx.has_bias = w[5:], inputs[10] is not None
+
+
+def _linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple:
+    grad_x = _linear_4bit_grad(grad, *ctx.saved_tensors, *ctx.rest) if ctx.needs_input_grad[0] else None
+    grad_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[10] else None
+    return (grad_x, *[None] * 9, grad_bias)
+
+
+def _linear_4bit_grad_impl(grad: Tensor, *args: Any) -> Tensor:
+    return multiply_backward(grad, Parts(*args))
+
+
+def _linear_4bit_grad_fake(grad: Tensor, *args: Any) -> Tensor:
+    return grad.new_empty((grad.shape[0], args[7]))
+
+
+_quantize_4bit = define(
+    "quantize_4bit(Tensor w, int block_size, int quant_type) -> (Tensor, Tensor)",
+    _quantize_4bit_impl,
+    _quantize_4bit_fake,
+)
+_dequantize_4bit = define(
+    f"dequantize_4bit({SCHEMA}, int dtype) -> Tensor",
+    _dequantize_4bit_impl,
+    _dequantize_4bit_fake,
+)
+_linear_4bit_grad = define(
+    f"linear_4bit_backward(Tensor grad, {SCHEMA}) -> Tensor",
+    _linear_4bit_grad_impl,
+    _linear_4bit_grad_fake,
+)
+_linear_4bit = define(
+    f"linear_4bit(Tensor x, {SCHEMA}, Tensor? bias) -> Tensor",
+    _linear_4bit_impl,
+    _linear_4bit_fake,
+    setup_context=_linear_4bit_setup,
+    backward=_linear_4bit_backward,
+)
