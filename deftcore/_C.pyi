@@ -4,8 +4,18 @@ from types import ModuleType
 
 version: str
 max_sparse_tokens: int
+nested_block: int
 cpu: ModuleType
 cuda: ModuleType  # in a build with CUDA only
 
+class Quant4:
+    """A packed matrix: addresses and sizes."""
+
+    def __init__(
+        self, packed: int, code: int, absmax: int, nested_absmax: int, nested_code: int, nested_offset: float,
+        rows: int, cols: int, block_size: int,
+    ) -> None: ...  # fmt: skip
+
+def code_book(quant_type: int) -> list[float]: ...
 def isa_name() -> str: ...
 def isa_available() -> str: ...

@@ -152,7 +152,7 @@ def info() -> dict[str, Any]:
     from deftcore.ops._library import native
 
     built = hasattr(native, "cuda")
-    kernels = ("act_density", "density", "sparse_down", "sparse_mlp")
+    kernels = ("act_density", "density", "sparse_down", "sparse_mlp", "quantize_4bit", "dequantize_4bit", "linear_4bit")
     cuda = "not built"
     if built:
         cuda = "built, " + ("a GPU is there" if torch.cuda.is_available() else "no GPU in use")

@@ -141,3 +141,38 @@ def test_side_stream():
         y = ops.sparse_down(a.cuda(), w.cuda(), path="sparse")
     stream.synchronize()
     torch.testing.assert_close(y.cpu(), a @ w, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_4bit_format(quant_type, dtype):
+    """Nibbles and scales as on the CPU, except within rounding of a threshold; dequantised values bit for bit."""
+    for shape in ((1,), (65,), (5, 7), (70, 128), (64, 512)):
+        w = torch.randn(shape).to(dtype)
+        for block in (32, 64, 1024):
+            ours = ops.quantize_4bit(w.cuda(), quant_type=quant_type, block_size=block, double_quant=False)
+            cpu = ops.quantize_4bit(w, quant_type=quant_type, block_size=block, double_quant=False)
+            assert torch.equal(ours.absmax.cpu(), cpu.absmax)
+            assert torch.equal(ours.packed.cpu(), cpu.packed)
+            for nested in (False, True):
+                q = ops.quantize_4bit(w, quant_type=quant_type, block_size=block, double_quant=nested)
+                assert torch.equal(q.to("cuda").dequantize().cpu(), q.dequantize())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [(24, 128, 64), (40, 320, 32), (4, 96, 64), (5, 7, 64), (300, 1024, 64)], ids=str)
+def test_linear_4bit(case, dtype):
+    m, k, block = case
+    q = ops.quantize_4bit(torch.randn(m, k), block_size=block)
+    exact, on_gpu = q.dequantize(torch.float64), q.to("cuda")
+    for tokens in (1, 3, 4, 5, 16, 64, 130):
+        x, a, b = torch.randn(tokens, k), torch.randn(9, k) / k**0.5, torch.randn(m, 9)
+        x, a, b = (t.to(dtype) for t in (x, a, b))
+        g = torch.randn(tokens, m).to(dtype)
+        leaf = x.cuda().requires_grad_()
+        y = ops.lora_linear(leaf, on_gpu, a.cuda(), b.cuda(), scaling=0.5)
+        (grad,) = torch.autograd.grad(y, leaf, g.cuda())
+        low = 0.5 * b.double() @ a.double()
+        for found, ref in ((y, x.double() @ (exact + low).t()), (grad, g.double() @ (exact + low))):
+            error = (found.detach().cpu().double() - ref).norm() / ref.norm()
+            assert error < {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]

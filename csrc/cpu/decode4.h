@@ -1,9 +1,10 @@
 // Decoding 4-bit weights in registers, shared by the dense products and the sparse MLPs.
 //
-// A chunk is 8 * kWidth elements in kWidth 32-bit words. Shifting the words by 4 s and looking their lowest nibble up
-// gives element 8 l + (s ^ 1) of the chunk in lane l, since the even element is in the high nibble. So a chunk decodes
-// without a shuffle into "positions" s * kWidth + l, and products take the other operand in that order. A lane's eight
-// elements lie in one block (blocks are 32 or more), so that one vector holds a chunk's scales.
+// Dot products of few tokens (dot4.h) take a chunk of 8 * kWidth elements as kWidth 32-bit words. Shifting the words by
+// 4 s and looking their lowest nibble up gives element 8 l + (s ^ 1) of the chunk in lane l, since the even element is
+// in the high nibble. So a chunk decodes without a shuffle into "positions" s * kWidth + l, and x is put in that order
+// once per call. A lane's eight elements lie in one block (blocks are 32 or more), so that one vector holds a chunk's
+// scales. Everything else decodes in order.
 #pragma once
 
 #include "deftcore/quant4.h"
@@ -13,10 +14,6 @@ namespace deftcore::cpu {
 namespace {
 
 constexpr int64_t kChunk = 8 * kWidth;
-
-// The element of a chunk at position p, and back.
-inline int64_t element_at(int64_t p) { return 8 * (p % kWidth) + ((p / kWidth) ^ 1); }
-inline int64_t position_of(int64_t element) { return ((element % 8) ^ 1) * kWidth + element / 8; }
 
 inline int64_t chunks_of(int64_t cols) { return (cols + kChunk - 1) / kChunk; }
 
@@ -41,6 +38,9 @@ inline Words load_nibbles(const uint8_t* p) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   const __m512i wide = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, bytes));
   return _mm512_srlv_epi32(wide, _mm512_set_epi32(0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4));
+}
+inline Vec gather(const float* table, const uint8_t* index) {
+  return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index))), table, 4);
 }
 // A chunk's scales, one per lane: lane l takes scales[lane[l]].
 struct LaneScales {
@@ -82,6 +82,10 @@ inline Words load_nibbles(const uint8_t* p) {
   const __m256i wide = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, bytes));
   return _mm256_srlv_epi32(wide, _mm256_set_epi32(0, 4, 0, 4, 0, 4, 0, 4));
 }
+inline Vec gather(const float* table, const uint8_t* index) {
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(index)));
+  return _mm256_i32gather_ps(table, wide, 4);
+}
 struct LaneScales {
   __m256i lane;
   explicit LaneScales(int64_t block) {
@@ -109,25 +113,13 @@ struct CodeBook {
   explicit CodeBook(const float* book) : code(book) {}
   Vec operator()(Words w) const { return code[w & 15]; }
 };
+inline Vec gather(const float* table, const uint8_t* index) { return table[*index]; }
 struct LaneScales {
   explicit LaneScales(int64_t) {}
   Vec operator()(const float* scales) const { return *scales; }
 };
 
 #endif
-
-// Calls fn(integral_constant s, values of positions s * kWidth...) for the eight positions of a chunk.
-template <class Fn>
-inline void decode_chunk(Words w, const CodeBook& book, Fn&& fn) {
-  fn(std::integral_constant<int, 0>{}, book(w));
-  fn(std::integral_constant<int, 1>{}, book(shift<1>(w)));
-  fn(std::integral_constant<int, 2>{}, book(shift<2>(w)));
-  fn(std::integral_constant<int, 3>{}, book(shift<3>(w)));
-  fn(std::integral_constant<int, 4>{}, book(shift<4>(w)));
-  fn(std::integral_constant<int, 5>{}, book(shift<5>(w)));
-  fn(std::integral_constant<int, 6>{}, book(shift<6>(w)));
-  fn(std::integral_constant<int, 7>{}, book(shift<7>(w)));
-}
 
 // scales[first, first + count) as floats.
 inline void decode_scales(const Quant4& q, int64_t first, int64_t count, float* out) {
@@ -136,14 +128,13 @@ inline void decode_scales(const Quant4& q, int64_t first, int64_t count, float* 
     return;
   }
   const uint8_t* codes = static_cast<const uint8_t*>(q.absmax) + first;
-  for (int64_t i = 0; i < count; ++i) out[i] = q.nested_code[codes[i]];
   const Vec offset(q.nested_offset);
   for (int64_t i = 0; i < count;) {  // pieces with one nested scale
     const int64_t piece = (first + i) / kNestedBlock, end = (piece + 1) * kNestedBlock - first;
     const int64_t stop = end < count ? end : count;
     const Vec scale(q.nested_absmax[piece]);
-    for (; i + kWidth <= stop; i += kWidth) store(out + i, load(out + i) * scale + offset);
-    for (; i < stop; ++i) out[i] = out[i] * q.nested_absmax[piece] + q.nested_offset;
+    for (; i + kWidth <= stop; i += kWidth) store(out + i, gather(q.nested_code, codes + i) * scale + offset);
+    for (; i < stop; ++i) out[i] = q.nested_code[codes[i]] * q.nested_absmax[piece] + q.nested_offset;
   }
 }
 
@@ -161,39 +152,40 @@ inline const uint8_t* packed_row(const Quant4& q, int64_t row) { return q.packed
 // Floats that hold a row's scales, and zeros for the lanes beyond.
 inline int64_t row_scale_size(const Quant4& q) { return q.cols / q.block_size + 16; }
 
-// The scales of a regular row's chunks [first, first + chunks), then 16 zeros. out[0] belongs to the block that chunk
-// `first` starts in.
-inline void decode_row_scales(const Quant4& q, int64_t row, int64_t first, int64_t chunks, float* out) {
-  const int64_t per_row = q.cols / q.block_size, begin = first * kChunk / q.block_size;
-  const int64_t last = ((first + chunks) * kChunk + q.block_size - 1) / q.block_size;
-  const int64_t count = (last < per_row ? last : per_row) - begin;
-  decode_scales(q, row * per_row + begin, count, out);
-  for (int64_t i = count; i < count + 16; ++i) out[i] = 0.0f;
+// The scales of a regular row's columns [first, first + count), then 16 zeros; `first` starts a block.
+inline void decode_row_scales(const Quant4& q, int64_t row, int64_t first, int64_t count, float* out) {
+  const int64_t blocks = (count + q.block_size - 1) / q.block_size;
+  decode_scales(q, (row * q.cols + first) / q.block_size, blocks, out);
+  for (int64_t i = blocks; i < blocks + 16; ++i) out[i] = 0.0f;
 }
 
-// out[0, chunks * kChunk) = the row's values in position order from chunk `first` on; zero beyond the row's end.
-// `scales` is room for row_scale_size(q) floats.
-inline void decode_row(const Quant4& q, const CodeBook& book, const LaneScales& lanes, int64_t row, int64_t first,
-                       int64_t chunks, float* scales, float* out) {
+// One weight of any layout.
+inline float decode_one(const Quant4& q, int64_t row, int64_t col) {
+  const int64_t flat = row * q.cols + col;
+  return q.code[q.packed[flat / 2] >> (flat % 2 ? 0 : 4) & 15] * scale_of(q, flat / q.block_size);
+}
+
+// Values of columns [first, first + count) of a row in order; in a regular matrix both are multiples of 32. `scales` is
+// room for count / block_size + 2 floats.
+inline void decode_columns(const Quant4& q, const CodeBook& book, int64_t row, int64_t first, int64_t count,
+                           float* scales, float* out) {
+#if defined(__AVX2__) || defined(__AVX512F__)
   if (is_regular(q)) {
-    decode_row_scales(q, row, first, chunks, scales);
-    const int64_t begin = first * kChunk / q.block_size;
-    const uint8_t* bytes = packed_row(q, row);
-    for (int64_t c = first; c < first + chunks; ++c, out += kChunk) {
-      const int64_t left = (q.cols - c * kChunk) / 2;
-      const Words w =
-          left >= kChunk / 2 ? load_words(bytes + c * kChunk / 2) : load_words(bytes + c * kChunk / 2, left);
-      const Vec scale = lanes(scales + c * kChunk / q.block_size - begin);
-      decode_chunk(w, book, [&](auto s, Vec v) { store(out + s() * kWidth, v * scale); });
+    const uint8_t* bytes = packed_row(q, row) + first / 2;
+    const int64_t begin = row * q.cols + first, block = begin / q.block_size;
+    decode_scales(q, block, (begin + count - 1) / q.block_size - block + 1, scales);
+    for (int64_t j = 0; j < count; ++scales) {
+      const int64_t left = q.block_size - (begin + j) % q.block_size, end = left < count - j ? j + left : count;
+      const Vec scale(*scales);
+      for (; j < end; j += kWidth) store(out + j, book(load_nibbles(bytes + j / 2)) * scale);
     }
     return;
   }
-  for (int64_t p = 0; p < chunks * kChunk; ++p) {
-    const int64_t col = first * kChunk + p / kChunk * kChunk + element_at(p % kChunk);
-    const int64_t flat = row * q.cols + col;
-    out[p] =
-        col >= q.cols ? 0.0f : q.code[q.packed[flat / 2] >> (flat % 2 ? 0 : 4) & 15] * scale_of(q, flat / q.block_size);
-  }
+#else
+  (void)book;
+  (void)scales;
+#endif
+  for (int64_t j = 0; j < count; ++j) out[j] = decode_one(q, row, first + j);
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ struct FloatForm {
   CodeBook book;
   explicit FloatForm(const float* code) : book(code) {}
 
-  static int64_t element_at(int64_t p) { return cpu::element_at(p); }
+  static int64_t element_at(int64_t p) { return 8 * (p % kWidth) + ((p / kWidth) ^ 1); }
   template <int kStep>
   auto value(Words w) const {
     return book(shift<kStep>(w));
@@ -145,7 +145,7 @@ void dots4(const Quant4& q, RowOf&& row_of, Range range, const typename Form::X*
       const int64_t row = row_of(k + r < last ? k + r : last), ahead = k + r + kDot4Rows;
       rows[r] = packed_row(q, row);
       next[r] = packed_row(q, row_of(ahead < last ? ahead : last));
-      decode_row_scales(q, row, 0, chunks_of(q.cols), scales + r * scale_stride);
+      decode_row_scales(q, row, 0, q.cols, scales + r * scale_stride);
     }
     for (int64_t m0 = 0; m0 < tokens; m0 += kDot4Tokens) {
       float out[kDot4Rows][kDot4Tokens];

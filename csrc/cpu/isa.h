@@ -143,6 +143,7 @@ inline void store(BFloat16* p, Vec a) {  // subnormal results, below 1.2e-38, be
 #else
 inline void store(BFloat16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
 #endif
+inline void store_ieee(BFloat16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
 inline void store(Float16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -269,6 +270,12 @@ inline void compress(int32_t* out, uint32_t bits, int32_t base) {
 }
 
 #endif
+
+// `store` that keeps subnormal results at every level.
+template <class T>
+inline void store_ieee(T* p, Vec a) {
+  store(p, a);
+}
 
 // Tails: n < kWidth elements, zero beyond.
 template <class T>

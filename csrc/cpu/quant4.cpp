@@ -85,11 +85,12 @@ void dequantize(const Dequantize4bitArgs& args) {
       const int64_t first = b * q.block_size, end = count - first < q.block_size ? count : first + q.block_size;
       int64_t i = first;
 #if defined(__AVX2__) || defined(__AVX512F__)
-      for (; i + kWidth <= end; i += kWidth) store(out + i, book(load_nibbles(q.packed + i / 2)) * Vec(scale));
+      for (; i + kWidth <= end; i += kWidth) store_ieee(out + i, book(load_nibbles(q.packed + i / 2)) * Vec(scale));
 #endif
       for (; i < end; ++i) {
-        const Vec v(q.code[q.packed[i / 2] >> (i % 2 ? 0 : 4) & 15] * scale);
-        store_tail(out + i, v, 1);
+        T lanes[kWidth];
+        store_ieee(lanes, Vec(q.code[q.packed[i / 2] >> (i % 2 ? 0 : 4) & 15] * scale));
+        out[i] = lanes[0];
       }
     }
   }

@@ -19,31 +19,35 @@ constexpr int kMicroRows = 4;
 #endif
 constexpr int64_t kPanelTokens = kMaxVecs * kWidth;
 constexpr int64_t kBlockTokens = 10 * kPanelTokens;  // tokens per pass over W
-constexpr int64_t kTileDepth = 512;                  // reduction per tile, forward
-constexpr int64_t kTileOutputs = 64;                 // outputs per tile, forward
-constexpr int64_t kBackDepth = 128;                  // reduction per tile, backward
-constexpr int64_t kBackOutputs = 2 * kChunk > 128 ? 2 * kChunk : 128;
+constexpr int64_t kDepth = 512;                      // forward: inputs per tile
+constexpr int64_t kOutputs = 64;                     // forward: outputs per tile
+constexpr int64_t kBackDepth = 128;                  // backward: rows of W per tile
+constexpr int64_t kBackOutputs = 256;                // backward: columns of W per tile
+constexpr int64_t kMaxGroups = kDepth / 32;          // blocks of 32 in a tile's row
 
-// The word of A and B that one multiply-add takes. Float: one element of the reduction.
+// What one multiply-add takes of A and B. Float: one element of the reduction.
 struct FloatWord {
   using Type = float;
-  static constexpr int64_t kDepth = 1;
-  static float pack(const float* v, int64_t) { return v[0]; }
+  static constexpr int64_t kElements = 1;
   static Vec load_row(const float* p) { return load(p); }
   static Vec multiply(const float* a, Vec b, Vec sum) { return fma(Vec(*a), b, sum); }
+  template <class T>
+  static float from_tokens(const T* x, int64_t left) {
+    return left > 0 ? to_float(*x) : 0.0f;
+  }
 };
 
 #if defined(__AVX512BF16__)
 // Two bfloat16 that are neighbours along the reduction.
 struct PairWord {
   using Type = uint32_t;
-  static constexpr int64_t kDepth = 2;
-  static uint32_t pack(const float* v, int64_t stride) {
-    return to_bfloat16(v[0]).bits | static_cast<uint32_t>(to_bfloat16(v[stride]).bits) << 16;
-  }
+  static constexpr int64_t kElements = 2;
   static __m512bh load_row(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static Vec multiply(const uint32_t* a, __m512bh b, Vec sum) {
     return _mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(static_cast<int>(*a)), b);
+  }
+  static uint32_t from_tokens(const BFloat16* x, int64_t left) {
+    return (left > 0 ? x[0].bits : 0u) | (left > 1 ? static_cast<uint32_t>(x[1].bits) << 16 : 0u);
   }
 };
 #endif
@@ -59,30 +63,45 @@ struct WordOf<BFloat16> {
 };
 #endif
 
-// c[i, 0 .. kVecs * kWidth) += sum_r a[i * a_row + r * a_step] b[r, ...] for kMicroRows rows.
+// Where A's word for output i and reduction r lies, and how its sums are scaled: after every `group` words, by
+// scales[i * scale_row + number of the group].
+struct Tile {
+  int64_t row, step;  // strides of i and r, in words
+  int64_t group;
+  const float* scales;
+  int64_t scale_row;
+};
+
+// c[i, 0 .. kVecs * kWidth) += sum over groups of scale[i] * sum_r a[i, r] b[r, ...], for kMicroRows rows. Groups are
+// summed apart, for accuracy too.
 template <class Word, int kVecs>
-void micro_kernel(const typename Word::Type* a, int64_t a_row, int64_t a_step, const typename Word::Type* b,
+void micro_kernel(const typename Word::Type* a, const Tile& t, int64_t first_row, const typename Word::Type* b,
                   int64_t depth, float* c, int64_t c_stride) {
-  Vec sum[kMicroRows][kVecs];
-  for (int i = 0; i < kMicroRows; ++i) {
-    for (int v = 0; v < kVecs; ++v) sum[i][v] = Vec(0.0f);  // summed apart, tile by tile, for accuracy
-  }
-  for (int64_t r = 0; r < depth; ++r) {
-    decltype(Word::load_row(b)) row[kVecs];
-    for (int v = 0; v < kVecs; ++v) row[v] = Word::load_row(b + (r * kVecs + v) * kWidth);
-    for (int i = 0; i < kMicroRows; ++i) {
-      for (int v = 0; v < kVecs; ++v) sum[i][v] = Word::multiply(a + i * a_row + r * a_step, row[v], sum[i][v]);
+  const float* scales = t.scales + first_row * t.scale_row;
+  for (int64_t g = 0, r = 0; r < depth; ++g) {
+    const int64_t end = depth - r < t.group ? depth : r + t.group;
+    Vec sum[kMicroRows][kVecs];
+    for (auto& row : sum) {
+      for (Vec& v : row) v = Vec(0.0f);
     }
-  }
-  for (int i = 0; i < kMicroRows; ++i) {
-    for (int v = 0; v < kVecs; ++v) {
-      float* out = c + i * c_stride + v * kWidth;
-      store(out, load(out) + sum[i][v]);
+    for (; r < end; ++r) {
+      decltype(Word::load_row(b)) row[kVecs];
+      for (int v = 0; v < kVecs; ++v) row[v] = Word::load_row(b + (r * kVecs + v) * kWidth);
+      for (int i = 0; i < kMicroRows; ++i) {
+        for (int v = 0; v < kVecs; ++v) sum[i][v] = Word::multiply(a + i * t.row + r * t.step, row[v], sum[i][v]);
+      }
+    }
+    for (int i = 0; i < kMicroRows; ++i) {
+      const Vec scale(scales[i * t.scale_row + g]);
+      for (int v = 0; v < kVecs; ++v) {
+        float* out = c + i * c_stride + v * kWidth;
+        store(out, fma(sum[i][v], scale, load(out)));
+      }
     }
   }
 }
 
-// Tokens [first, first + count) as panels of at most kMaxVecs vectors.
+// Tokens as panels of at most kMaxVecs vectors.
 struct Panels {
   int64_t tokens;
   int64_t count() const { return (tokens + kPanelTokens - 1) / kPanelTokens; }
@@ -93,260 +112,307 @@ struct Panels {
   int64_t padded() const { return (tokens + kWidth - 1) / kWidth * kWidth; }
 };
 
-// Panel p of B starts at b + p * kPanelTokens * depth words, depth in words for the whole reduction; rows follow one
-// another. Packs rows [range) from x [tokens, width]; element_of(r) is the column of reduction index r, or -1 for zero.
-template <class Word, class T, class ElementOf>
-void pack_rows(const T* x, int64_t width, Panels panels, int64_t depth, Range range, ElementOf&& element_of,
-               typename Word::Type* b) {
-  constexpr int64_t kStep = 64;  // rows per pass over the tokens of a panel, so that x is read along its lines
+// B from x [tokens, width]: panel p starts at b + p * kPanelTokens * depth words, its rows r in `range` hold the
+// panel's tokens side by side.
+template <class Word, class T>
+void pack_tokens(const T* x, int64_t width, Panels panels, int64_t depth, Range range, typename Word::Type* b) {
+  constexpr int64_t kStep = 64;  // rows per pass over a panel's tokens: x is read and B written along their lines
   for (int64_t panel = 0; panel < panels.count(); ++panel) {
     const int64_t lanes = panels.vecs(panel) * kWidth, first = panel * kPanelTokens;
-    typename Word::Type* out = b + first * depth;
+    const int64_t tokens = panels.tokens - first < lanes ? panels.tokens - first : lanes;
+    auto* out = b + first * depth;
     for (int64_t r0 = range.begin; r0 < range.end; r0 += kStep) {
       const int64_t r1 = r0 + kStep < range.end ? r0 + kStep : range.end;
-      for (int64_t m = 0; m < lanes; ++m) {
+      for (int64_t m = 0; m < tokens; ++m) {
         const T* row = x + (first + m) * width;
         for (int64_t r = r0; r < r1; ++r) {
-          float v[2] = {};
-          for (int64_t d = 0; d < Word::kDepth && first + m < panels.tokens; ++d) {
-            const int64_t element = element_of(r * Word::kDepth + d);
-            if (element >= 0) v[d] = to_float(row[element]);
-          }
-          out[r * lanes + m] = Word::pack(v, 1);
+          const int64_t element = r * Word::kElements;
+          out[r * lanes + m] = Word::from_tokens(row + element, width - element);
         }
+      }
+      for (int64_t r = r0; r < r1; ++r) {
+        for (int64_t m = tokens; m < lanes; ++m) out[r * lanes + m] = 0;
       }
     }
   }
 }
 
-// C[i0 .., all tokens] += A B for `outputs` rows (a multiple of kMicroRows) and B's rows [first, first + depth).
+// C[0 .. outputs, all tokens] += A B over B's rows [first, first + depth); outputs is a multiple of kMicroRows.
 template <class Word>
-void multiply_tile(const typename Word::Type* a, int64_t a_row, int64_t a_step, int64_t outputs,
-                   const typename Word::Type* b, Panels panels, int64_t b_depth, int64_t first, int64_t depth, float* c,
-                   int64_t c_stride) {
+void multiply_tile(const typename Word::Type* a, const Tile& t, int64_t outputs, const typename Word::Type* b,
+                   Panels panels, int64_t b_depth, int64_t first, int64_t depth, float* c, int64_t c_stride) {
   for (int64_t panel = 0; panel < panels.count(); ++panel) {
     const int vecs = panels.vecs(panel);
     const auto* rows = b + panel * kPanelTokens * b_depth + first * vecs * kWidth;
     for (int64_t i = 0; i < outputs; i += kMicroRows) {
       float* out = c + i * c_stride + panel * kPanelTokens;
-      const auto* tile = a + i * a_row;
+      const auto* tile = a + i * t.row;
       switch (vecs) {
-        case 1: micro_kernel<Word, 1>(tile, a_row, a_step, rows, depth, out, c_stride); break;
-        case 2: micro_kernel<Word, 2>(tile, a_row, a_step, rows, depth, out, c_stride); break;
-        default: micro_kernel<Word, 3>(tile, a_row, a_step, rows, depth, out, c_stride); break;
+        case 1: micro_kernel<Word, 1>(tile, t, i, rows, depth, out, c_stride); break;
+        case 2: micro_kernel<Word, 2>(tile, t, i, rows, depth, out, c_stride); break;
+        default: micro_kernel<Word, 3>(tile, t, i, rows, depth, out, c_stride); break;
       }
     }
   }
 }
 
-// Forward tile: words[n][k]: values of one row in position order, packed along the row.
-template <class Word>
-void pack_along(const float* values, int64_t count, typename Word::Type* out) {
-  int64_t p = 0;
-#if defined(__AVX512BF16__)
-  if constexpr (Word::kDepth == 2) {
-    for (; p + 2 * kWidth <= count; p += 2 * kWidth) {
-      _mm512_storeu_si512(out + p / 2, (__m512i)_mm512_cvtne2ps_pbh(load(values + p + kWidth).v, load(values + p).v));
-    }
-  }
-#endif
-  for (; p < count; p += Word::kDepth) out[p / Word::kDepth] = Word::pack(values + p, 1);
+// Floats of a row as words along it, or (`stride` apart) of two rows as words across them.
+void to_words(const float* values, int64_t count, float* out) {
+  std::memcpy(out, values, static_cast<size_t>(count) * 4);
 }
+#if defined(__AVX512BF16__)
+void to_words(const float* values, int64_t count, uint32_t* out) {  // count is even
+  int64_t p = 0;
+  for (; p + 32 <= count; p += 32) {
+    _mm512_storeu_si512(out + p / 2, (__m512i)_mm512_cvtne2ps_pbh(load(values + p + 16).v, load(values + p).v));
+  }
+  for (; p < count; p += 2) {
+    out[p / 2] = to_bfloat16(values[p]).bits | static_cast<uint32_t>(to_bfloat16(values[p + 1]).bits) << 16;
+  }
+}
+#endif
 
-// Backward tile: words[n][k] of one row (float) or of a pair of rows (bfloat16), `stride` floats apart.
-template <class Word>
-void pack_across(const float* values, int64_t stride, int64_t count, typename Word::Type* out) {
-  int64_t p = 0;
+void to_words_across(const float* values, int64_t, int64_t count, float* out) { to_words(values, count, out); }
 #if defined(__AVX512BF16__)
-  if constexpr (Word::kDepth == 2) {
-    const auto words = [](const float* v) {
-      return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(v)));
-    };
-    for (; p + kWidth <= count; p += kWidth) {
-      const __m512i high = _mm512_slli_epi32(words(values + stride + p), 16);
-      _mm512_storeu_si512(out + p, _mm512_or_si512(words(values + p), high));
-    }
+void to_words_across(const float* values, int64_t stride, int64_t count, uint32_t* out) {
+  const auto words = [](const float* v) {
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(v)));
+  };
+  for (int64_t p = 0; p < count; p += kWidth) {  // kBackOutputs is a multiple of kWidth
+    const __m512i high = _mm512_slli_epi32(words(values + stride + p), 16);
+    _mm512_storeu_si512(out + p, _mm512_or_si512(words(values + p), high));
   }
-#endif
-  for (; p < count; ++p) out[p] = Word::pack(values + p, stride);
 }
+#endif
+
+// Unscaled codes of a regular row's columns as words along it.
+void codes_to_words(const Quant4& q, const CodeBook& book, int64_t row, int64_t first, int64_t count, float* out) {
+  const uint8_t* bytes = packed_row(q, row) + first / 2;
+#if defined(__AVX2__) || defined(__AVX512F__)
+  for (int64_t j = 0; j < count; j += kWidth) store(out + j, book(load_nibbles(bytes + j / 2)));
+#else
+  (void)book;
+  for (int64_t j = 0; j < count; ++j) out[j] = q.code[bytes[j / 2] >> (j % 2 ? 0 : 4) & 15];
+#endif
+}
+#if defined(__AVX512BF16__)
+void codes_to_words(const Quant4& q, const CodeBook& book, int64_t row, int64_t first, int64_t count, uint32_t* out) {
+  const uint8_t* bytes = packed_row(q, row) + first / 2;
+  const __m512i half = (__m512i)_mm512_cvtne2ps_pbh(book.table, book.table);  // the book twice, in bfloat16
+  for (int64_t j = 0; j < count; j += 32) {
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + j / 2)));
+    // Low word: the high nibble, which is the even element; the lookup ignores higher bits.
+    const __m512i index = _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
+    _mm512_storeu_si512(out + j / 2, _mm512_permutexvar_epi16(index, half));
+  }
+}
+#endif
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// Workspace of a call, in bytes: B for a block of tokens with the low-rank rows, then each thread's tile, C and scales.
+// The workspace in floats (a word is as large): B with the low-rank rows, then what each thread has of its own.
 struct Layout {
-  int64_t b_rows, b_low_rows, tile_words, row_floats, c_floats, scale_floats, threads;
+  int64_t b_rows, low_rows;               // words of B along the reduction
+  int64_t tile, row, c, scales, threads;  // per thread
+  int64_t tokens;                         // per pass
 
   template <class Word>
   static Layout of(const Linear4bitArgs& args, bool backward) {
-    const int64_t tokens = args.tokens < kBlockTokens ? args.tokens : kBlockTokens;
-    const int64_t reduction = backward ? args.w.rows : chunks_of(args.w.cols) * kChunk;
-    const int64_t padded = round_up(tokens, kWidth);
     Layout l{};
-    l.b_rows = round_up(reduction, Word::kDepth) / Word::kDepth;
-    l.b_low_rows = round_up(args.rank, Word::kDepth) / Word::kDepth;
-    const int64_t deepest = kTileDepth > args.rank ? kTileDepth : args.rank + 1;
-    const int64_t deepest_back = kBackDepth > args.rank ? kBackDepth : args.rank + 1;
-    l.tile_words = backward ? round_up(deepest_back, 2) * kBackOutputs : kTileOutputs * round_up(deepest, kChunk);
-    l.row_floats = backward ? 2 * kBackOutputs : round_up(deepest, kChunk);
-    l.c_floats = (backward ? kBackOutputs : kTileOutputs) * padded;
-    l.scale_floats = row_scale_size(args.w) + 64;
-    l.threads = omp_get_max_threads();
+    l.tokens = args.tokens < kBlockTokens ? args.tokens : kBlockTokens;
+    l.b_rows = (backward ? args.w.rows : args.w.cols) / Word::kElements + 1;
+    l.low_rows = (args.rank + Word::kElements - 1) / Word::kElements;
+    const int64_t rank = round_up(args.rank, 2), padded = round_up(l.tokens, kWidth);
+    l.tile =
+        backward ? (rank > kBackDepth ? rank : kBackDepth) * kBackOutputs : (rank > kDepth ? rank : kDepth) * kOutputs;
+    l.row = backward ? 2 * kBackOutputs : (rank > kDepth ? rank : kDepth);
+    l.c = (backward ? kBackOutputs : kOutputs) * padded;
+    l.scales = kBackOutputs > kOutputs * kMaxGroups + 16 ? kBackOutputs : kOutputs * kMaxGroups + 16;
+    l.threads = threads_for(args.w.rows * args.w.cols * args.tokens / 16);
     return l;
   }
-  int64_t b_words(int64_t tokens) const { return (b_rows + b_low_rows) * round_up(tokens, kWidth); }
+  int64_t b_floats() const { return round_up((b_rows + low_rows) * round_up(tokens, kWidth), 16); }
   int64_t thread_floats() const {
-    return round_up(tile_words, 16) + round_up(row_floats, 16) + round_up(c_floats, 16) + round_up(scale_floats, 16);
+    return round_up(tile, 16) + round_up(row, 16) + round_up(c, 16) + round_up(scales, 16);
   }
-  int64_t bytes(int64_t tokens) const {
-    const int64_t block = tokens < kBlockTokens ? tokens : kBlockTokens;
-    return 4 * (round_up(b_words(block), 16) + threads * thread_floats());
-  }
+  int64_t bytes() const { return 4 * (b_floats() + threads * thread_floats()); }
 };
+
+struct Scratch {
+  float *tile, *row, *c, *scales;
+  Scratch(float* base, const Layout& l)
+      : tile(base), row(tile + round_up(l.tile, 16)), c(row + round_up(l.row, 16)), scales(c + round_up(l.c, 16)) {}
+};
+
+// One thread's share of a pass over W, forward: outputs `mine` for the panel's tokens.
+template <class Word, class T>
+void forward_pass(const Linear4bitArgs& args, const Layout& layout, const Scratch& scratch, Range mine, Panels panels,
+                  const typename Word::Type* b, const typename Word::Type* b_low, T* y) {
+  using W = typename Word::Type;
+  const Quant4& q = args.w;
+  const T *lora = static_cast<const T*>(args.lora), *bias = static_cast<const T*>(args.bias);
+  const CodeBook book(q.code);
+  const int64_t c_stride = panels.padded(), rank = args.rank;
+  W* tile = reinterpret_cast<W*>(scratch.tile);
+  float one = 1.0f;
+  for (int64_t n0 = mine.begin; n0 < mine.end; n0 += kOutputs) {
+    const int64_t n_count = mine.end - n0 < kOutputs ? mine.end - n0 : kOutputs;
+    const int64_t padded = round_up(n_count, kMicroRows);  // the rows beyond are zero and dropped
+    std::memset(scratch.c, 0, static_cast<size_t>(padded * c_stride) * 4);
+    const auto clear_rest = [&](int64_t words) {
+      std::memset(tile + n_count * words, 0, static_cast<size_t>((padded - n_count) * words) * 4);
+    };
+    for (int64_t k0 = 0; k0 < q.cols; k0 += kDepth) {
+      const int64_t count = q.cols - k0 < kDepth ? q.cols - k0 : kDepth;
+      const int64_t words = (count + Word::kElements - 1) / Word::kElements;
+      Tile t{words, 1, words, &one, 0};
+      if (is_regular(q)) {
+        t.group = (q.block_size < kDepth ? q.block_size : kDepth) / Word::kElements;
+        t.scales = scratch.scales;
+        t.scale_row = kMaxGroups;
+        for (int64_t i = 0; i < padded; ++i) {
+          float* scales = scratch.scales + i * kMaxGroups;
+          if (i < n_count) {
+            // The next tile's bytes: too few lie together for the hardware to see them coming.
+            const bool last = k0 + kDepth >= q.cols;
+            const int64_t next = last ? n0 + i + kOutputs : n0 + i;
+            if (next < mine.end) {
+              const uint8_t* bytes = packed_row(q, next) + (last ? 0 : (k0 + kDepth) / 2);
+              for (int64_t line = 0; line < kDepth / 2; line += 64) __builtin_prefetch(bytes + line, 0, 2);
+            }
+            codes_to_words(q, book, n0 + i, k0, count, tile + i * words);
+            decode_scales(q, ((n0 + i) * q.cols + k0) / q.block_size, (count + q.block_size - 1) / q.block_size,
+                          scales);
+          } else {
+            std::memset(scales, 0, kMaxGroups * 4);
+          }
+        }
+      } else {
+        for (int64_t i = 0; i < n_count; ++i) {
+          scratch.row[words * Word::kElements - 1] = 0.0f;
+          decode_columns(q, book, n0 + i, k0, count, scratch.scales, scratch.row);
+          to_words(scratch.row, words * Word::kElements, tile + i * words);
+        }
+      }
+      clear_rest(words);
+      multiply_tile<Word>(tile, t, padded, b, panels, layout.b_rows, k0 / Word::kElements, words, scratch.c, c_stride);
+    }
+    if (rank > 0) {
+      const int64_t words = layout.low_rows;
+      for (int64_t i = 0; i < n_count; ++i) {
+        scratch.row[words * Word::kElements - 1] = 0.0f;
+        for (int64_t r = 0; r < rank; ++r) scratch.row[r] = to_float(lora[(n0 + i) * rank + r]);
+        to_words(scratch.row, words * Word::kElements, tile + i * words);
+      }
+      clear_rest(words);
+      const Tile t{words, 1, words, &one, 0};
+      multiply_tile<Word>(tile, t, padded, b_low, panels, words, 0, words, scratch.c, c_stride);
+    }
+    for (int64_t m = 0; m < panels.tokens; ++m) {
+      for (int64_t i = 0; i < n_count; i += kWidth) {
+        float lane[kWidth] = {};
+        const int64_t n = n_count - i < kWidth ? n_count - i : kWidth;
+        for (int64_t l = 0; l < n; ++l) lane[l] = scratch.c[(i + l) * c_stride + m];
+        Vec v = load(lane);
+        if (bias != nullptr) v = v + load_tail(bias + n0 + i, n);
+        store_tail(y + m * q.rows + n0 + i, v, n);
+      }
+    }
+  }
+}
+
+// One thread's share of a pass over W, backward: columns `mine` of W.
+template <class Word, class T>
+void backward_pass(const Linear4bitArgs& args, const Layout& layout, const Scratch& scratch, Range mine, Panels panels,
+                   const typename Word::Type* b, const typename Word::Type* b_low, T* y) {
+  using W = typename Word::Type;
+  const Quant4& q = args.w;
+  const T* lora = static_cast<const T*>(args.lora);
+  const CodeBook book(q.code);
+  const int64_t c_stride = panels.padded(), rank = args.rank;
+  W* tile = reinterpret_cast<W*>(scratch.tile);
+  float one = 1.0f;
+  for (int64_t k0 = mine.begin; k0 < mine.end; k0 += kBackOutputs) {
+    const int64_t count = mine.end - k0 < kBackOutputs ? mine.end - k0 : kBackOutputs;
+    const int64_t padded = round_up(count, kWidth > kMicroRows ? kWidth : kMicroRows);
+    const Tile t{1, padded, INT64_MAX, &one, 0};
+    std::memset(scratch.c, 0, static_cast<size_t>(padded * c_stride) * 4);
+    std::memset(scratch.row, 0, static_cast<size_t>(layout.row) * 4);
+    // words(n, values): fills the row buffers of a word's elements, then packs them as row n of the tile.
+    const auto fill_tile = [&](int64_t rows, auto values) {
+      for (int64_t n = 0; n < rows; n += Word::kElements) {
+        for (int64_t d = 0; d < Word::kElements; ++d) {
+          if (n + d < rows) {
+            values(n + d, scratch.row + d * kBackOutputs);
+          } else {
+            std::memset(scratch.row + d * kBackOutputs, 0, static_cast<size_t>(count) * 4);
+          }
+        }
+        to_words_across(scratch.row, kBackOutputs, padded, tile + n / Word::kElements * padded);
+      }
+    };
+    for (int64_t n0 = 0; n0 < q.rows; n0 += kBackDepth) {
+      const int64_t n_count = q.rows - n0 < kBackDepth ? q.rows - n0 : kBackDepth;
+      fill_tile(n_count, [&](int64_t n, float* row) {
+        if (n0 + n + kBackDepth < q.rows && is_regular(q)) {
+          const uint8_t* bytes = packed_row(q, n0 + n + kBackDepth) + k0 / 2;
+          for (int64_t line = 0; line < count / 2; line += 64) __builtin_prefetch(bytes + line, 0, 2);
+        }
+        decode_columns(q, book, n0 + n, k0, count, scratch.scales, row);
+      });
+      multiply_tile<Word>(tile, t, padded, b, panels, layout.b_rows, n0 / Word::kElements,
+                          (n_count + Word::kElements - 1) / Word::kElements, scratch.c, c_stride);
+    }
+    if (rank > 0) {
+      fill_tile(rank, [&](int64_t r, float* row) {
+        for (int64_t j = 0; j < count; ++j) row[j] = to_float(lora[r * q.cols + k0 + j]);
+      });
+      multiply_tile<Word>(tile, t, padded, b_low, panels, layout.low_rows, 0, layout.low_rows, scratch.c, c_stride);
+    }
+    for (int64_t m = 0; m < panels.tokens; ++m) {
+      for (int64_t j = 0; j < count; j += kWidth) {
+        float lane[kWidth];
+        for (int64_t l = 0; l < kWidth; ++l) lane[l] = scratch.c[(j + l) * c_stride + m];
+        store_tail(y + m * q.cols + k0 + j, load(lane), count - j < kWidth ? count - j : kWidth);
+      }
+    }
+  }
+}
 
 template <class T>
 void linear(const Linear4bitArgs& args, bool backward) {
   using Word = typename WordOf<T>::Type;
   using W = typename Word::Type;
-  constexpr int64_t kDepth = Word::kDepth;
-  const Quant4& q = args.w;
-  const int64_t inputs = backward ? q.rows : q.cols, outputs = backward ? q.cols : q.rows, rank = args.rank;
+  const int64_t inputs = backward ? args.w.rows : args.w.cols, outputs = backward ? args.w.cols : args.w.rows;
   const Layout layout = Layout::of<Word>(args, backward);
   const T *x = static_cast<const T*>(args.x), *low = static_cast<const T*>(args.low);
-  const T *lora = static_cast<const T*>(args.lora), *bias = static_cast<const T*>(args.bias);
   T* y = static_cast<T*>(args.y);
   W* b = static_cast<W*>(args.workspace);
-  W* b_low = nullptr;
-  const CodeBook book(q.code);
-  const LaneScales lanes(q.block_size);
-  float* const per_thread = static_cast<float*>(args.workspace) +
-                            round_up(layout.b_words(args.tokens < kBlockTokens ? args.tokens : kBlockTokens), 16);
+  float* own = static_cast<float*>(args.workspace) + layout.b_floats();
 
 #pragma omp parallel num_threads(static_cast<int>(layout.threads))
   {
     const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    float* scratch = per_thread + thread * layout.thread_floats();
-    W* tile = reinterpret_cast<W*>(scratch);
-    float* row = scratch + round_up(layout.tile_words, 16);
-    float* c = row + round_up(layout.row_floats, 16);
-    float* scales = c + round_up(layout.c_floats, 16);
-
-    for (int64_t m0 = 0; m0 < args.tokens; m0 += kBlockTokens) {
-      const Panels panels{args.tokens - m0 < kBlockTokens ? args.tokens - m0 : kBlockTokens};
-      const int64_t c_stride = panels.padded();
-#pragma omp barrier
-#pragma omp single
-      b_low = b + layout.b_rows * c_stride;
-      pack_rows<Word>(
-          x + m0 * inputs, inputs, panels, layout.b_rows, share(layout.b_rows, threads, thread),
-          [&](int64_t r) {
-            const int64_t element = backward ? r : r / kChunk * kChunk + element_at(r % kChunk);
-            return element < inputs ? element : -1;
-          },
-          b);
-      pack_rows<Word>(
-          low + m0 * rank, rank, panels, layout.b_low_rows, share(layout.b_low_rows, threads, thread),
-          [&](int64_t r) { return r < rank ? r : -1; }, b_low);
-#pragma omp barrier
-
-      if (!backward) {
-        const Range mine = share(outputs, threads, thread, kMicroRows);
-        const int64_t chunks = chunks_of(q.cols), per_tile = kTileDepth / kChunk;
-        for (int64_t n0 = mine.begin; n0 < mine.end; n0 += kTileOutputs) {
-          const int64_t n_count = mine.end - n0 < kTileOutputs ? mine.end - n0 : kTileOutputs;
-          const int64_t padded = round_up(n_count, kMicroRows);  // rows beyond n_count repeat old ones and are dropped
-          std::memset(c, 0, static_cast<size_t>(padded * c_stride) * 4);
-          for (int64_t c0 = 0; c0 < chunks; c0 += per_tile) {
-            const int64_t count = chunks - c0 < per_tile ? chunks - c0 : per_tile, depth = count * kChunk / kDepth;
-            for (int64_t i = 0; i < n_count; ++i) {
-              decode_row(q, book, lanes, n0 + i, c0, count, scales, row);
-              pack_along<Word>(row, count * kChunk, tile + i * depth);
-            }
-            std::memset(tile + n_count * depth, 0, static_cast<size_t>((padded - n_count) * depth) * 4);
-            multiply_tile<Word>(tile, depth, 1, padded, b, panels, layout.b_rows, c0 * kChunk / kDepth, depth, c,
-                                c_stride);
-          }
-          if (rank > 0) {
-            const int64_t depth = layout.b_low_rows;
-            for (int64_t i = 0; i < n_count; ++i) {
-              row[rank] = 0.0f;
-              for (int64_t r = 0; r < rank; ++r) row[r] = to_float(lora[(n0 + i) * rank + r]);
-              pack_along<Word>(row, depth * kDepth, tile + i * depth);
-            }
-            std::memset(tile + n_count * depth, 0, static_cast<size_t>((padded - n_count) * depth) * 4);
-            multiply_tile<Word>(tile, depth, 1, padded, b_low, panels, depth, 0, depth, c, c_stride);
-          }
-          for (int64_t m = 0; m < panels.tokens; ++m) {
-            for (int64_t i = 0; i < n_count; i += kWidth) {
-              float lane[kWidth];
-              const int64_t n = n_count - i < kWidth ? n_count - i : kWidth;
-              for (int64_t l = 0; l < n; ++l) lane[l] = c[(i + l) * c_stride + m];
-              for (int64_t l = n; l < kWidth; ++l) lane[l] = 0.0f;
-              Vec v = load(lane);
-              if (bias != nullptr) v = v + load_tail(bias + n0 + i, n);
-              store_tail(y + (m0 + m) * outputs + n0 + i, v, n);
-            }
-          }
-        }
-        continue;
+    const Scratch scratch(own + thread * layout.thread_floats(), layout);
+    // Backward columns are cut where rows' blocks may be: at multiples of 32 at least.
+    const Range mine = share(outputs, threads, thread, backward ? 64 : kMicroRows);
+    for (int64_t m0 = 0; m0 < args.tokens; m0 += layout.tokens) {
+      const Panels panels{args.tokens - m0 < layout.tokens ? args.tokens - m0 : layout.tokens};
+      W* b_low = b + layout.b_rows * panels.padded();
+      pack_tokens<Word>(x + m0 * inputs, inputs, panels, layout.b_rows, share(layout.b_rows, threads, thread), b);
+      if (args.rank > 0) {
+        pack_tokens<Word>(low + m0 * args.rank, args.rank, panels, layout.low_rows,
+                          share(layout.low_rows, threads, thread), b_low);
       }
-
-      const Range mine = share(chunks_of(q.cols), threads, thread);
-      const int64_t per_tile = kBackOutputs / kChunk;
-      for (int64_t c0 = mine.begin; c0 < mine.end; c0 += per_tile) {
-        const int64_t count = mine.end - c0 < per_tile ? mine.end - c0 : per_tile, columns = count * kChunk;
-        std::memset(c, 0, static_cast<size_t>(columns * c_stride) * 4);
-        for (int64_t n0 = 0; n0 < q.rows; n0 += kBackDepth) {
-          const int64_t n_count = q.rows - n0 < kBackDepth ? q.rows - n0 : kBackDepth;
-          for (int64_t i = 0; i < n_count; i += kDepth) {
-            for (int64_t d = 0; d < kDepth; ++d) {
-              if (i + d < n_count) {
-                decode_row(q, book, lanes, n0 + i + d, c0, count, scales, row + d * kBackOutputs);
-              } else {
-                std::memset(row + d * kBackOutputs, 0, static_cast<size_t>(columns) * 4);
-              }
-            }
-            pack_across<Word>(row, kBackOutputs, columns, tile + i / kDepth * columns);
-          }
-          multiply_tile<Word>(tile, 1, columns, columns, b, panels, layout.b_rows, n0 / kDepth,
-                              (n_count + kDepth - 1) / kDepth, c, c_stride);
-        }
-        if (rank > 0) {
-          for (int64_t r = 0; r < rank; r += kDepth) {
-            for (int64_t d = 0; d < kDepth; ++d) {
-              for (int64_t p = 0; p < columns; ++p) {
-                const int64_t col = (c0 + p / kChunk) * kChunk + element_at(p % kChunk);
-                row[d * kBackOutputs + p] =
-                    r + d < rank && col < q.cols ? to_float(lora[(r + d) * q.cols + col]) : 0.0f;
-              }
-            }
-            pack_across<Word>(row, kBackOutputs, columns, tile + r / kDepth * columns);
-          }
-          multiply_tile<Word>(tile, 1, columns, columns, b_low, panels, layout.b_low_rows, 0, layout.b_low_rows, c,
-                              c_stride);
-        }
-        for (int64_t m = 0; m < panels.tokens; ++m) {
-          for (int64_t j = 0; j < columns && c0 * kChunk + j < q.cols; j += kWidth) {
-            const int64_t col = c0 * kChunk + j, n = q.cols - col < kWidth ? q.cols - col : kWidth;
-            float lane[kWidth];
-            for (int64_t l = 0; l < kWidth; ++l) {
-              const int64_t p = (j + l) / kChunk * kChunk + position_of((j + l) % kChunk);
-              lane[l] = c[p * c_stride + m];
-            }
-            store_tail(y + (m0 + m) * q.cols + col, load(lane), n);
-          }
-        }
+#pragma omp barrier
+      if (backward) {
+        backward_pass<Word>(args, layout, scratch, mine, panels, b, b_low, y + m0 * outputs);
+      } else {
+        forward_pass<Word>(args, layout, scratch, mine, panels, b, b_low, y + m0 * outputs);
       }
+#pragma omp barrier  // the next pass packs B anew
     }
   }
-}
-
-template <class T>
-size_t workspace_bytes(const Linear4bitArgs& args) {
-  using Word = typename WordOf<T>::Type;
-  const int64_t forward = Layout::of<Word>(args, false).bytes(args.tokens);
-  const int64_t backward = Layout::of<Word>(args, true).bytes(args.tokens);
-  return static_cast<size_t>(forward > backward ? forward : backward) + 64;
 }
 
 }  // namespace
@@ -362,7 +428,11 @@ void DEFTCORE_KERNEL(linear_4bit_backward)(const Linear4bitArgs& args) {
 }
 
 void DEFTCORE_KERNEL(linear_4bit_many_workspace)(const Linear4bitArgs& args, size_t* bytes) {
-  dispatch_dtype(args.dtype, [&](auto t) { *bytes = workspace_bytes<decltype(t)>(args); });
+  dispatch_dtype(args.dtype, [&](auto t) {
+    using Word = typename WordOf<decltype(t)>::Type;
+    const int64_t forward = Layout::of<Word>(args, false).bytes(), backward = Layout::of<Word>(args, true).bytes();
+    *bytes = static_cast<size_t>(forward > backward ? forward : backward);
+  });
 }
 
 }  // namespace deftcore::cpu

@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deftcore.ops._library import check_float, check_like, check_number, check_shape, define, flatten_tokens
+from deftcore.ops.quant4 import SCHEMA, Parts, check_weight, linear_4bit_grad, multiply, parts
+from deftcore.ops.quantized import QuantizedTensor
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedTensor,
     lora_a: Tensor,
     lora_b: Tensor,
     *,
@@ -22,10 +24,12 @@ def lora_linear(
     """y = x W^T + bias + scaling (x A^T) B^T, with W and bias frozen (Hu et al., LoRA, arXiv 2106.09685, eq. 3).
 
     The low-rank term is accumulated into the base product (no [.., M] temporary), and the backward keeps x and
-    x A^T only. The products are the library's; a frozen W gets no gradient even if it asks for one.
+    x A^T only. Over a dense W the products are the library's; a 4-bit W stays packed, forward and backward, and the
+    low-rank terms are further columns of its native product. A frozen W gets no gradient even if it asks for one.
 
     Args:
-        x: [..., K]; weight: [M, K]; lora_a: [R, K]; lora_b: [M, R]; bias: [M] or None. One dtype, one device.
+        x: [..., K]; lora_a: [R, K]; lora_b: [M, R]; bias: [M] or None. One dtype, one device.
+        weight: [M, K], in x's dtype or 4-bit.
         scaling: lora_alpha / r.
         dropped_x: [..., K], the adapter's input where it differs from x (dropout); None is x.
 
@@ -42,14 +46,19 @@ def lora_linear(
     check_float("x", x)
     if torch.is_autocast_enabled(x.device.type):  # as nn.Linear would
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, lora_a, lora_b = x.to(dtype), weight.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
+        x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
+        weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
         bias = None if bias is None else bias.to(dtype)
         dropped_x = None if dropped_x is None else dropped_x.to(dtype)
-    for name, matrix in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+    packed = isinstance(weight, QuantizedTensor)
+    matrices = (("lora_a", lora_a), ("lora_b", lora_b))
+    for name, matrix in matrices if packed else (("weight", weight), *matrices):
         check_like(name, matrix, "x", x)
         if matrix.dim() != 2:
             raise ValueError(f"{name}: must be a matrix, got shape {tuple(matrix.shape)}")
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    if packed:
+        check_weight("weight", weight, x)
+    elif x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: last dimension must be {weight.shape[1]} (weight.shape[1]), got {tuple(x.shape)}")
     rank = lora_a.shape[0]
     check_shape("lora_a", lora_a, (rank, weight.shape[1]), "[R, K]")
@@ -61,6 +70,8 @@ def lora_linear(
         check_like("dropped_x", dropped_x, "x", x)
         check_shape("dropped_x", dropped_x, tuple(x.shape), "as x")
     check_number("scaling", abs(scaling), minimum=0.0)
+    if isinstance(weight, QuantizedTensor):
+        return _lora_linear_4bit(x, dropped_x, *parts(weight), lora_a, lora_b, bias, float(scaling))[0]
     return _lora_linear(x, dropped_x, weight, lora_a, lora_b, bias, float(scaling))[0]
 
 
@@ -117,6 +128,48 @@ def _lora_linear_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     return grad_x, grad_dropped, None, grad_a, grad_b, None, None
 
 
+# ---------------------------------------------------------------------------- 4-bit weights
+
+
+def _lora_linear_4bit_impl(x: Tensor, dropped_x: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    w, (lora_a, lora_b, bias, scaling) = Parts(*args[:9]), args[9:]
+    flat = flatten_tokens(x if dropped_x is None else dropped_x)
+    low = flat @ lora_a.t()
+    y = multiply(x.reshape(flat.shape), w, bias, low * scaling, lora_b)
+    return y.reshape(*x.shape[:-1], w.rows), low
+
+
+def _lora_linear_4bit_fake(x: Tensor, dropped_x: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    tokens = x.shape[:-1].numel()
+    return x.new_empty((*x.shape[:-1], args[6])), x.new_empty((tokens, args[9].shape[0]))
+
+
+def _lora_linear_4bit_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, dropped_x, *weight, lora_a, lora_b, _, scaling = inputs
+    # x only where A is trained; packed bytes and factors are there anyway.
+    kept = (x if dropped_x is None else dropped_x) if ctx.needs_input_grad[11] else None
+    ctx.save_for_backward(kept, lora_a, lora_b, output[1], *weight[:5])
+    ctx.rest, ctx.scaling, ctx.shared, ctx.shape = weight[5:], scaling, dropped_x is None, x.shape
+    ctx.mark_non_differentiable(output[1])
+
+
+def _lora_linear_4bit_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+    x, lora_a, lora_b, low, *tensors = ctx.saved_tensors
+    flat = flatten_tokens(grad)
+    grad_low = (flat @ lora_b).mul_(ctx.scaling)
+    need_x, need_dropped, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 1, 11, 12))
+    grad_x = grad_dropped = None
+    if need_x:
+        fused = (grad_low, lora_a) if ctx.shared else (None, None)
+        grad_x = linear_4bit_grad(flat, *tensors, *ctx.rest, *fused).reshape(ctx.shape)
+    if need_dropped:
+        grad_dropped = (grad_low @ lora_a).reshape(ctx.shape)
+    grad_a = grad_low.t() @ flatten_tokens(x) if need_a else None
+    grad_b = (flat.t() @ low) * ctx.scaling if need_b else None
+    grad_bias = flat.sum(0) if ctx.needs_input_grad[13] else None
+    return (grad_x, grad_dropped, *[None] * 9, grad_a, grad_b, grad_bias, None)
+
+
 def lora_linear_ref(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None
 ) -> Tensor:
@@ -131,4 +184,12 @@ _lora_linear = define(
     _lora_linear_fake,
     setup_context=_lora_linear_setup,
     backward=_lora_linear_backward,
+)
+_lora_linear_4bit = define(
+    f"lora_linear_4bit(Tensor x, Tensor? dropped_x, {SCHEMA}, Tensor lora_a, Tensor lora_b, Tensor? bias, "
+    "float scaling) -> (Tensor, Tensor)",
+    _lora_linear_4bit_impl,
+    _lora_linear_4bit_fake,
+    setup_context=_lora_linear_4bit_setup,
+    backward=_lora_linear_4bit_backward,
 )

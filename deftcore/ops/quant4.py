@@ -136,7 +136,7 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], q.shape[0])
 
 
-def check_weight(name: str, q: QuantizedTensor, x: Tensor) -> None:
+def check_weight(name: str, q: Any, x: Tensor) -> None:
     """Raises unless q is a matrix that x [..., K] can be multiplied by."""
     if not isinstance(q, QuantizedTensor):
         raise TypeError(f"{name}: must be a QuantizedTensor, got {type(q).__name__}")
@@ -229,9 +229,7 @@ def quantize_ref(w: Tensor, block_size: int, quant_type: int) -> tuple[Tensor, T
     if quant_type == QUANT_TYPES["fp4"]:  # the two zeros: 0 below 8
         order = torch.tensor([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], device=w.device)
     index = order[torch.bucketize(value.flatten()[: count + count % 2], (ascending[:-1] + ascending[1:]) * 0.5)]
-    if count % 2 and count % block_size == 0:  # cannot be: blocks are even
-        raise AssertionError
-    pairs = index.to(torch.uint8)[: count + count % 2].view(-1, 2)
+    pairs = index.to(torch.uint8).view(-1, 2)
     return (pairs[:, 0] << 4) | pairs[:, 1], absmax
 
 
@@ -322,13 +320,13 @@ def _linear_4bit_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple:
-    grad_x = _linear_4bit_grad(grad, *ctx.saved_tensors, *ctx.rest) if ctx.needs_input_grad[0] else None
+    grad_x = linear_4bit_grad(grad, *ctx.saved_tensors, *ctx.rest, None, None) if ctx.needs_input_grad[0] else None
     grad_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[10] else None
     return (grad_x, *[None] * 9, grad_bias)
 
 
 def _linear_4bit_grad_impl(grad: Tensor, *args: Any) -> Tensor:
-    return multiply_backward(grad, Parts(*args))
+    return multiply_backward(grad, Parts(*args[:9]), *args[9:])
 
 
 def _linear_4bit_grad_fake(grad: Tensor, *args: Any) -> Tensor:
@@ -345,8 +343,9 @@ _dequantize_4bit = define(
     _dequantize_4bit_impl,
     _dequantize_4bit_fake,
 )
-_linear_4bit_grad = define(
-    f"linear_4bit_backward(Tensor grad, {SCHEMA}) -> Tensor",
+# grad W + low lora
+linear_4bit_grad = define(
+    f"linear_4bit_backward(Tensor grad, {SCHEMA}, Tensor? low, Tensor? lora) -> Tensor",
     _linear_4bit_grad_impl,
     _linear_4bit_grad_fake,
 )

@@ -1,0 +1,90 @@
+// quantise, decode and the products against plain loops in double, on exactly sized buffers.
+#include "check.h"
+#include "deftcore/quant4.h"
+
+using namespace deftcore;
+
+namespace {
+
+struct Matrix {
+  std::vector<uint8_t> packed;
+  std::vector<float> absmax;
+  Quant4 view;
+
+  Matrix(int64_t rows, int64_t cols, int64_t block) {
+    const int64_t count = rows * cols;
+    const std::vector<float> w = random_floats(static_cast<size_t>(count), 1);
+    packed.resize(static_cast<size_t>((count + 1) / 2));
+    absmax.resize(static_cast<size_t>((count + block - 1) / block));
+    cpu::quantize_4bit({w.data(), packed.data(), absmax.data(), count, block, DType::kFloat32, QuantType::kNf4},
+                       nullptr);
+    view = {packed.data(), kNf4Code, absmax.data(), nullptr, nullptr, 0.0f, rows, cols, block};
+  }
+
+  double at(int64_t row, int64_t col) const {
+    const int64_t flat = row * view.cols + col;
+    const int nibble = packed[static_cast<size_t>(flat / 2)] >> (flat % 2 ? 0 : 4) & 15;
+    return static_cast<double>(kNf4Code[nibble] * absmax[static_cast<size_t>(flat / view.block_size)]);
+  }
+};
+
+void test_dequantize(const Matrix& w) {
+  std::vector<float> out(static_cast<size_t>(w.view.rows * w.view.cols), NAN);
+  cpu::dequantize_4bit({w.view, out.data(), DType::kFloat32}, nullptr);
+  for (int64_t i = 0; i < w.view.rows; ++i) {
+    for (int64_t j = 0; j < w.view.cols; ++j) {
+      CHECK(static_cast<double>(out[static_cast<size_t>(i * w.view.cols + j)]) == w.at(i, j));
+    }
+  }
+}
+
+// Both directions, with the low-rank term.
+void test_linear(const Matrix& w, int64_t tokens, int64_t rank) {
+  const int64_t rows = w.view.rows, cols = w.view.cols;
+  for (bool backward : {false, true}) {
+    const int64_t inputs = backward ? rows : cols, outputs = backward ? cols : rows;
+    const std::vector<float> x = random_floats(static_cast<size_t>(tokens * inputs), 2);
+    const std::vector<float> low = random_floats(static_cast<size_t>(tokens * rank), 3);
+    const std::vector<float> lora = random_floats(static_cast<size_t>(outputs * rank), 4);
+    std::vector<float> y(static_cast<size_t>(tokens * outputs), NAN);
+    Linear4bitArgs args{w.view,   x.data(), nullptr, low.data(), lora.data(),
+                        y.data(), nullptr,  tokens,  rank,       DType::kFloat32};
+    std::vector<char> workspace(cpu::linear_4bit_workspace(args) + 64);
+    args.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) & ~uintptr_t{63});
+    (backward ? cpu::linear_4bit_backward : cpu::linear_4bit)(args, nullptr);
+    for (int64_t m = 0; m < tokens; ++m) {
+      for (int64_t o = 0; o < outputs; ++o) {
+        double ref = 0;
+        for (int64_t i = 0; i < inputs; ++i) {
+          ref += static_cast<double>(x[static_cast<size_t>(m * inputs + i)]) * (backward ? w.at(i, o) : w.at(o, i));
+        }
+        for (int64_t r = 0; r < rank; ++r) {
+          ref += static_cast<double>(low[static_cast<size_t>(m * rank + r)]) *
+                 static_cast<double>(lora[static_cast<size_t>(backward ? r * outputs + o : o * rank + r)]);
+        }
+        CHECK(close(static_cast<double>(y[static_cast<size_t>(m * outputs + o)]), ref, 1e-3));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  return run_tests([] {
+    const int64_t shapes[][3] = {{5, 7, 32},    {3, 33, 64},   {8, 32, 64},    {4, 96, 64},
+                                 {70, 128, 64}, {20, 544, 32}, {9, 1024, 1024}};
+    for (const auto& s : shapes) {
+      const Matrix w(s[0], s[1], s[2]);
+      test_dequantize(w);
+      for (int64_t tokens : {1, 3, 8, 17, 70}) test_linear(w, tokens, tokens % 2 ? 0 : 5);
+    }
+    bool thrown = false;
+    try {
+      cpu::quantize_4bit({nullptr, nullptr, nullptr, 0, 48, DType::kFloat32, QuantType::kNf4}, nullptr);
+    } catch (const std::invalid_argument&) {
+      thrown = true;
+    }
+    CHECK(thrown);
+  });
+}
