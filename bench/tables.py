@@ -1,0 +1,48 @@
+"""The README's speed tables from a result file: `python -m bench.tables [bench/results/cpu.json]` prints Markdown."""
+
+import json
+import sys
+from pathlib import Path
+
+
+def pivot(rows, corner, label, column, value, columns):
+    """A Markdown table: one line per label(row), one column per row[column] in `columns`."""
+    lines = [f"| {corner} | " + " | ".join(f"{c:g}" for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in dict.fromkeys(label(row) for row in rows):
+        cells = {row[column]: value(row) for row in rows if label(row) == name}
+        lines.append(f"| {name} | " + " | ".join(cells.get(c, "") for c in columns) + " |")
+    return "\n".join(lines)
+
+
+def dtype_and_tokens(row):
+    return f"{row['dtype']}, {row['tokens']} token{'s' if row['tokens'] > 1 else ''}"
+
+
+def main():
+    results = json.loads(Path(sys.argv[1] if len(sys.argv) > 1 else "bench/results/cpu.json").read_text())
+    print(f"{results['machine']}; Python {results['python']}; {results['streaming_gb_per_s']:.0f} GB/s")
+    print(f"{results['command']}\n")
+    densities = [0.05, 0.1, 0.2, 0.5, 1.0]
+    large = [r for r in results.get("sparse_down", []) if r["shape"] == "4096x11008"]
+    print(pivot(large, "`sparse_down` 4096x11008, `auto`; density", dtype_and_tokens, "density",
+                lambda r: f"{r['auto_ratio']:.2f}x", densities), "\n")  # fmt: skip
+    single = [r for r in large if r["tokens"] == 1]
+    print(pivot(single, "share of 1 / density, `sparse`, 1 token", lambda r: r["dtype"], "density",
+                lambda r: f"{r['share_of_ideal']:.2f}", densities), "\n")  # fmt: skip
+    behind = [r for r in results.get("sparse_down", []) if r["auto_ratio"] < 0.97]
+    print("auto behind:", "; ".join(
+        f"{r['shape']} {dtype_and_tokens(r)} at density {r['density']:g} ({r['auto_ratio']:.2f}x)" for r in behind
+    ), "\n")  # fmt: skip
+    print(pivot(results.get("gated", []), "`sparse_gated_mlp` 4096x11008; density", dtype_and_tokens, "density",
+                lambda r: f"{r['ratio']:.2f}x", densities), "\n")  # fmt: skip
+    print("| `act_density` forward + backward, 8x128x11008 | time over plain | over the composed expression |")
+    print("|---|---|---|")
+    for r in results.get("act_density", []):
+        composed = 1 / r["times_faster_than_composed"]
+        print(f"| {r['activation']}, {r['dtype']} | {r['time_over_plain']:.2f}x | {composed:.2f}x |")
+    print("\n" + ", ".join(f"`{r['op']}` {r['microseconds']:.0f} us" for r in results.get("overhead", [])))
+    print(", ".join(f"{r['side']} {r['ms']:.0f} ms, {r['peak_mb']:.0f} MB" for r in results.get("train_step", [])))
+
+
+if __name__ == "__main__":
+    main()
