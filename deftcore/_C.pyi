@@ -13,7 +13,7 @@ class Quant4:
 
     def __init__(
         self, packed: int, code: int, absmax: int, nested_absmax: int, nested_code: int, nested_offset: float,
-        rows: int, cols: int, block_size: int,
+        rows: int, cols: int, block_size: int, column_blocks: bool,
     ) -> None: ...  # fmt: skip
 
 def code_book(quant_type: int) -> list[float]: ...

@@ -98,7 +98,7 @@ def test_kernels_on_every_isa(isa):
     """The kernel tests again, in a process held to one instruction set."""
     if isa == native.isa_name():
         pytest.skip("this process runs it")
-    files = [str(TESTS / f"test_{name}.py") for name in ("density", "sparse_mlp", "quant4")]
+    files = [str(TESTS / f"test_{name}.py") for name in ("density", "sparse_mlp", "quant4", "sparse_mlp4")]
     chosen = "not fuzz and not compile and not opcheck"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],

@@ -168,14 +168,14 @@ def test_overflow_falls_back_to_dense(monkeypatch):
 def test_auto_measures_once_per_machine(monkeypatch):
     calls = []
     measure = _dispatch._measure
-    monkeypatch.setattr(_dispatch, "_measure", lambda *args: calls.append(args[1:4]) or measure(*args))
+    monkeypatch.setattr(_dispatch, "_measure", lambda *args: calls.append(args[1:3]) or measure(*args))
     monkeypatch.setattr(_dispatch, "_known", {})
     a, w = activations(3, 96, 0.1), torch.randn(96, 32)
     for _ in range(3):
         torch.testing.assert_close(ops.sparse_down(a, w), a @ w, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(_dispatch, "_known", {})  # a new process reads the file
     ops.sparse_down(a, w)
-    assert calls == [(4, 96, 32)]
+    assert calls == [(4, 96)]
     (_dispatch.cache_folder() / "cost_model.json").write_text("{damaged")
     monkeypatch.setattr(_dispatch, "_known", {})
     ops.sparse_down(a, w)

@@ -31,6 +31,8 @@ struct Backend {
   void (*sparse_down)(const SparseDownArgs&, Stream);
   size_t (*sparse_mlp_workspace)(const SparseMlpArgs&);
   void (*sparse_mlp)(const SparseMlpArgs&, Stream);
+  size_t (*sparse_mlp_4bit_workspace)(const SparseMlp4bitArgs&);
+  void (*sparse_mlp_4bit)(const SparseMlp4bitArgs&, Stream);
   void (*quantize_4bit)(const Quantize4bitArgs&, Stream);
   void (*dequantize_4bit)(const Dequantize4bitArgs&, Stream);
   size_t (*linear_4bit_workspace)(const Linear4bitArgs&);
@@ -127,6 +129,46 @@ void bind(py::module_ m, Backend backend) {
       },
       release);
 
+  m.def("sparse_mlp_4bit_workspace", [backend](int64_t tokens, int64_t neurons, int64_t width, int64_t down_rank) {
+    SparseMlp4bitArgs args{};
+    args.tokens = tokens;
+    args.neurons = neurons;
+    args.width = width;
+    args.down_rank = down_rank;
+    return backend.sparse_mlp_4bit_workspace(args);
+  });
+  m.def(
+      "sparse_mlp_4bit",
+      [backend](uintptr_t x, uintptr_t z, const Quant4* w_up, const Quant4& w_down_t, uintptr_t up_low,
+                uintptr_t up_lora, uintptr_t down_lora, uintptr_t down_low, uintptr_t b_down, uintptr_t y,
+                uintptr_t workspace, uintptr_t rows_read, int64_t tokens, int64_t up_rank, int64_t down_rank,
+                int64_t capacity, int dtype, int activation, float tau, uintptr_t stream) {
+        backend.sparse_mlp_4bit({pointer<const void>(x),
+                                 pointer<const void>(z),
+                                 w_up == nullptr ? Quant4{} : *w_up,
+                                 w_down_t,
+                                 pointer<const void>(up_low),
+                                 pointer<const void>(up_lora),
+                                 pointer<const void>(down_lora),
+                                 pointer<void>(down_low),
+                                 pointer<const void>(b_down),
+                                 pointer<void>(y),
+                                 pointer<void>(workspace),
+                                 pointer<int64_t>(rows_read),
+                                 tokens,
+                                 w_down_t.rows,
+                                 w_down_t.cols,
+                                 up_rank,
+                                 down_rank,
+                                 capacity,
+                                 static_cast<DType>(dtype),
+                                 static_cast<Activation>(activation < 0 ? 0 : activation),
+                                 activation < 0,
+                                 tau},
+                                pointer<void>(stream));
+      },
+      release);
+
   m.def(
       "quantize_4bit",
       [backend](uintptr_t w, uintptr_t packed, uintptr_t absmax, int64_t count, int64_t block_size, int dtype, int type,
@@ -175,7 +217,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_available", &cpu::isa_available);
   py::class_<Quant4>(m, "Quant4")
       .def(py::init([](uintptr_t packed, uintptr_t code, uintptr_t absmax, uintptr_t nested_absmax,
-                       uintptr_t nested_code, float nested_offset, int64_t rows, int64_t cols, int64_t block_size) {
+                       uintptr_t nested_code, float nested_offset, int64_t rows, int64_t cols, int64_t block_size,
+                       bool column_blocks) {
         return Quant4{pointer<const uint8_t>(packed),
                       pointer<const float>(code),
                       pointer<const void>(absmax),
@@ -184,7 +227,8 @@ PYBIND11_MODULE(_C, m) {
                       nested_offset,
                       rows,
                       cols,
-                      block_size};
+                      block_size,
+                      column_blocks};
       }));
   m.def("code_book", [](int type) {
     const float* book = code_book(static_cast<QuantType>(type));
@@ -193,12 +237,14 @@ PYBIND11_MODULE(_C, m) {
   m.attr("nested_block") = kNestedBlock;
   bind(m.def_submodule("cpu"),
        {cpu::act_density, cpu::act_density_backward, cpu::density, cpu::sparse_down_workspace, cpu::sparse_down,
-        cpu::sparse_mlp_workspace, cpu::sparse_mlp, cpu::quantize_4bit, cpu::dequantize_4bit,
-        cpu::linear_4bit_workspace, cpu::linear_4bit, cpu::linear_4bit_backward});
+        cpu::sparse_mlp_workspace, cpu::sparse_mlp, cpu::sparse_mlp_4bit_workspace, cpu::sparse_mlp_4bit,
+        cpu::quantize_4bit, cpu::dequantize_4bit, cpu::linear_4bit_workspace, cpu::linear_4bit,
+        cpu::linear_4bit_backward});
 #if defined(DEFTCORE_WITH_CUDA)
   bind(m.def_submodule("cuda"),
        {cuda::act_density, cuda::act_density_backward, cuda::density, cuda::sparse_down_workspace, cuda::sparse_down,
-        cuda::sparse_mlp_workspace, cuda::sparse_mlp, cuda::quantize_4bit, cuda::dequantize_4bit,
-        cuda::linear_4bit_workspace, cuda::linear_4bit, cuda::linear_4bit_backward});
+        cuda::sparse_mlp_workspace, cuda::sparse_mlp, cuda::sparse_mlp_4bit_workspace, cuda::sparse_mlp_4bit,
+        cuda::quantize_4bit, cuda::dequantize_4bit, cuda::linear_4bit_workspace, cuda::linear_4bit,
+        cuda::linear_4bit_backward});
 #endif
 }

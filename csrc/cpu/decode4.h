@@ -7,7 +7,7 @@
 // scales. Everything else decodes in order.
 #pragma once
 
-#include "deftcore/quant4.h"
+#include "deftcore/format4.h"
 #include "isa.h"
 
 namespace deftcore::cpu {
@@ -33,6 +33,16 @@ struct CodeBook {  // the lookup uses four bits of each word and ignores the res
   explicit CodeBook(const float* code) : table(_mm512_loadu_ps(code)) {}
   Vec operator()(Words w) const { return _mm512_permutexvar_ps(w, table); }
 };
+// kWidth bytes, one per word: the lowest nibbles are odd elements, the next ones even.
+inline Words load_bytes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// Even and odd elements into order.
+inline void interleave(Vec even, Vec odd, Vec& first, Vec& second) {
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  first = _mm512_permutex2var_ps(even.v, low, odd.v);
+  second = _mm512_permutex2var_ps(even.v, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd.v);
+}
 // kWidth elements in order, from kWidth / 2 bytes.
 inline Words load_nibbles(const uint8_t* p) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
@@ -75,6 +85,14 @@ struct CodeBook {  // two lookups of three bits each, chosen by the fourth
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, w), _mm256_permutevar8x32_ps(high, w), bit3);
   }
 };
+inline Words load_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline void interleave(Vec even, Vec odd, Vec& first, Vec& second) {
+  const __m256 low = _mm256_unpacklo_ps(even.v, odd.v), high = _mm256_unpackhi_ps(even.v, odd.v);
+  first = _mm256_permute2f128_ps(low, high, 0x20);
+  second = _mm256_permute2f128_ps(low, high, 0x31);
+}
 inline Words load_nibbles(const uint8_t* p) {
   int32_t word;
   std::memcpy(&word, p, 4);
@@ -113,6 +131,11 @@ struct CodeBook {
   explicit CodeBook(const float* book) : code(book) {}
   Vec operator()(Words w) const { return code[w & 15]; }
 };
+inline Words load_bytes(const uint8_t* p) { return *p; }
+inline void interleave(Vec even, Vec odd, Vec& first, Vec& second) {
+  first = even;
+  second = odd;
+}
 inline Vec gather(const float* table, const uint8_t* index) { return table[*index]; }
 struct LaneScales {
   explicit LaneScales(int64_t) {}
@@ -145,7 +168,12 @@ inline float scale_of(const Quant4& q, int64_t block) {
 }
 
 // Rows that start on a block: the fast layout. Any other shape is decoded element by element.
-inline bool is_regular(const Quant4& q) { return q.cols % q.block_size == 0; }
+inline bool is_regular(const Quant4& q) { return !q.column_blocks && q.cols % q.block_size == 0; }
+
+// The scales of columns [col, ...) of a row of a matrix with column blocks.
+inline const float* column_scales(const Quant4& q, int64_t row, int64_t col) {
+  return static_cast<const float*>(q.absmax) + row / q.block_size * q.cols + col;
+}
 
 inline const uint8_t* packed_row(const Quant4& q, int64_t row) { return q.packed + row * (q.cols / 2); }
 
@@ -162,13 +190,33 @@ inline void decode_row_scales(const Quant4& q, int64_t row, int64_t first, int64
 // One weight of any layout.
 inline float decode_one(const Quant4& q, int64_t row, int64_t col) {
   const int64_t flat = row * q.cols + col;
-  return q.code[q.packed[flat / 2] >> (flat % 2 ? 0 : 4) & 15] * scale_of(q, flat / q.block_size);
+  const float scale = q.column_blocks ? *column_scales(q, row, col) : scale_of(q, flat / q.block_size);
+  return q.code[q.packed[flat / 2] >> (flat % 2 ? 0 : 4) & 15] * scale;
 }
 
-// Values of columns [first, first + count) of a row in order; in a regular matrix both are multiples of 32. `scales` is
-// room for count / block_size + 2 floats.
+// Values of columns [first, first + count) of a row of a matrix with column blocks, in order; `first` is even.
+inline void decode_column_blocks(const Quant4& q, const CodeBook& book, int64_t row, int64_t first, int64_t count,
+                                 float* out) {
+  int64_t j = 0;
+  if (q.cols % 2 == 0) {
+    const uint8_t* bytes = packed_row(q, row) + first / 2;
+    const float* scale = column_scales(q, row, first);
+    for (; j + 2 * kWidth <= count; j += 2 * kWidth) {
+      const Words w = load_bytes(bytes + j / 2);
+      Vec low, high;
+      interleave(book(shift<1>(w)), book(w), low, high);
+      store(out + j, low * load(scale + j));
+      store(out + j + kWidth, high * load(scale + j + kWidth));
+    }
+  }
+  for (; j < count; ++j) out[j] = decode_one(q, row, first + j);
+}
+
+// The same of any layout; in a regular matrix first and count are multiples of 32. `scales` is room for
+// count / block_size + 2 floats.
 inline void decode_columns(const Quant4& q, const CodeBook& book, int64_t row, int64_t first, int64_t count,
                            float* scales, float* out) {
+  if (q.column_blocks) return decode_column_blocks(q, book, row, first, count, out);
 #if defined(__AVX2__) || defined(__AVX512F__)
   if (is_regular(q)) {
     const uint8_t* bytes = packed_row(q, row) + first / 2;
@@ -182,7 +230,6 @@ inline void decode_columns(const Quant4& q, const CodeBook& book, int64_t row, i
     return;
   }
 #else
-  (void)book;
   (void)scales;
 #endif
   for (int64_t j = 0; j < count; ++j) out[j] = decode_one(q, row, first + j);

@@ -116,6 +116,19 @@ void sparse_mlp(const SparseMlpArgs& args, Stream) {
   kernels().sparse_mlp(args);
 }
 
+void sparse_mlp_4bit(const SparseMlp4bitArgs& args, Stream) {
+  check_sparse(args, "sparse_mlp_4bit");
+  const auto check_rows = [&](const Quant4& q, bool columns) {
+    check_quant(q, "sparse_mlp_4bit");
+    require(q.rows == args.neurons && q.cols == args.width, "sparse_mlp_4bit", "weights must be [neurons, width]");
+    require(q.column_blocks ? columns && q.cols % 2 == 0 && q.rows % q.block_size == 0 : q.cols % q.block_size == 0,
+            "sparse_mlp_4bit", "rows must be whole blocks");
+  };
+  if (args.w_up.packed != nullptr) check_rows(args.w_up, false);
+  check_rows(args.w_down_t, true);
+  kernels().sparse_mlp_4bit(args);
+}
+
 void quantize_4bit(const Quantize4bitArgs& args, Stream) {
   require(args.block_size >= 32 && args.block_size <= 4096 && (args.block_size & (args.block_size - 1)) == 0,
           "quantize_4bit", "block_size must be a power of two in 32..4096");
@@ -160,6 +173,18 @@ size_t sparse_mlp_workspace(const SparseMlpArgs& args) {
   const size_t tokens = static_cast<size_t>(args.tokens);
   return sparse_down_workspace(down) + align64(tokens * static_cast<size_t>(args.neurons) * 4) +
          align64(tokens * (static_cast<size_t>(args.width) + 80) * 4);
+}
+
+// Further: inputs in the order of the dots, the low-rank output and, per thread, scales of a panel's and a group's
+// rows.
+size_t sparse_mlp_4bit_workspace(const SparseMlp4bitArgs& args) {
+  SparseMlpArgs plain{};
+  plain.tokens = args.tokens;
+  plain.neurons = args.neurons;
+  plain.width = args.width;
+  const size_t tokens = static_cast<size_t>(args.tokens), width = static_cast<size_t>(args.width),
+               rank = static_cast<size_t>(args.down_rank), threads = static_cast<size_t>(omp_get_max_threads());
+  return sparse_mlp_workspace(plain) + 4 * (tokens * (width + 128 + rank + 80) + threads * 132 * (width / 32 + 16));
 }
 
 }  // namespace deftcore::cpu

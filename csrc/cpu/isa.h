@@ -31,6 +31,7 @@ namespace deftcore::cpu {
   X(density, DensityArgs, isa)                         \
   X(sparse_down, SparseDownArgs, isa)                  \
   X(sparse_mlp, SparseMlpArgs, isa)                    \
+  X(sparse_mlp_4bit, SparseMlp4bitArgs, isa)           \
   X(quantize_4bit, Quantize4bitArgs, isa)              \
   X(dequantize_4bit, Dequantize4bitArgs, isa)          \
   X(linear_4bit, Linear4bitArgs, isa)                  \

@@ -78,7 +78,23 @@ void dequantize(const Dequantize4bitArgs& args) {
   T* out = static_cast<T*>(args.out);
   const int64_t count = q.rows * q.cols, blocks = (count + q.block_size - 1) / q.block_size;
 #pragma omp parallel num_threads(threads_for(count * 2))
-  {
+  if (q.column_blocks) {
+    const Range mine = share(q.rows, omp_get_num_threads(), omp_get_thread_num());
+    constexpr int64_t kPiece = 256;
+    float values[kPiece];
+    for (int64_t r = mine.begin; r < mine.end; ++r) {
+      for (int64_t c = 0; c < q.cols; c += kPiece) {
+        const int64_t n = q.cols - c < kPiece ? q.cols - c : kPiece;
+        decode_column_blocks(q, book, r, c, n, values);
+        for (int64_t j = 0; j < n; j += kWidth) {
+          T lanes[kWidth];
+          const int64_t left = n - j < kWidth ? n - j : kWidth;
+          store_ieee(lanes, load_tail(values + j, left));
+          std::memcpy(out + r * q.cols + c + j, lanes, static_cast<size_t>(left) * sizeof(T));
+        }
+      }
+    }
+  } else {
     const Range mine = share(blocks, omp_get_num_threads(), omp_get_thread_num());
     for (int64_t b = mine.begin; b < mine.end; ++b) {
       const float scale = scale_of(q, b);

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,23 +38,30 @@ def break_even_density(
     tokens: int,
     neurons: int,
     width: int,
-    sparse: Callable[[Tensor, Tensor], Tensor],
-    dense: Callable[[Tensor, Tensor], Tensor],
+    sparse: Callable[[Tensor, Any], Tensor],
+    dense: Callable[[Tensor, Any], Tensor],
+    kind: str = "",
+    make_weight: Callable[[], Any] | None = None,
 ) -> float:
     """Union density below which `sparse(a, w_down_t)` is faster than `dense`; 1 if it always is, 0 if never.
 
     Args:
         like: a tensor with the device and dtype in question.
         tokens, neurons, width: the product's sizes; tokens are rounded up to a power of two.
+        kind, make_weight: a name for weights other than [neurons, width] of like's dtype, and how to make one.
     """
     bucket = 1 << max(tokens - 1, 0).bit_length()
     where = like.device.index if like.device.type == "cuda" else torch.get_num_threads()
-    quick = (like.device.type, where, like.dtype, bucket, neurons, width)
+    quick = (like.device.type, where, like.dtype, bucket, neurons, width, kind)
     if quick not in _known:
         table = _load()
-        key = f"{_machine(like)} {neurons}x{width} {str(like.dtype)[6:]} tokens={bucket}"
+        key = f"{_machine(like)} {neurons}x{width} {str(like.dtype)[6:]}{kind and ' ' + kind} tokens={bucket}"
         if key not in table:
-            table[key] = _measure(like, bucket, neurons, width, sparse, dense)
+
+            def plain_weight() -> Tensor:
+                return torch.full((neurons, width), 0.01, dtype=like.dtype, device=like.device)
+
+            table[key] = _measure(like, bucket, neurons, sparse, dense, make_weight or plain_weight)
             logger.info("cost model: %s: sparse below density %.2f", key, table[key])
             _save(table)
         _known[quick] = table[key]
@@ -78,17 +86,17 @@ def _measure(
     like: Tensor,
     tokens: int,
     neurons: int,
-    width: int,
-    sparse: Callable[[Tensor, Tensor], Tensor],
-    dense: Callable[[Tensor, Tensor], Tensor],
+    sparse: Callable[[Tensor, Any], Tensor],
+    dense: Callable[[Tensor, Any], Tensor],
+    make_weight: Callable[[], Any],
 ) -> float:
-    bytes_each = max(neurons * width * like.element_size(), 1)
-    copies = min(max(_COLD_BYTES // bytes_each, 1), 64)
-    weights = [torch.full((neurons, width), 0.01, dtype=like.dtype, device=like.device) for _ in range(copies)]
+    weights = [make_weight()]
+    copies = min(max(_COLD_BYTES // max(weights[0].nbytes, 1), 1), 64)
+    weights += [make_weight() for _ in range(copies - 1)]
     full = torch.ones((tokens, neurons), dtype=like.dtype, device=like.device)
     quarter = torch.zeros_like(full)
     quarter[:, ::4] = 1
-    cases: list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = [(dense, full), (sparse, full), (sparse, quarter)]
+    cases: list[tuple[Callable[[Tensor, Any], Tensor], Tensor]] = [(dense, full), (sparse, full), (sparse, quarter)]
     times: list[list[float]] = [[] for _ in cases]
     for repeat in range(_REPEATS + 1):
         for case, (run, a) in enumerate(cases):

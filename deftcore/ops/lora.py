@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deftcore.ops._library import check_float, check_like, check_number, check_shape, define, flatten_tokens
-from deftcore.ops.quant4 import SCHEMA, Parts, check_weight, linear_4bit_grad, multiply, parts
+from deftcore.ops.quant4 import PARTS, SCHEMA, Parts, check_weight, linear_4bit_grad, multiply, parts
 from deftcore.ops.quantized import QuantizedTensor
 
 
@@ -132,7 +132,7 @@ def _lora_linear_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
 
 
 def _lora_linear_4bit_impl(x: Tensor, dropped_x: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    w, (lora_a, lora_b, bias, scaling) = Parts(*args[:9]), args[9:]
+    w, (lora_a, lora_b, bias, scaling) = Parts(*args[:PARTS]), args[PARTS:]
     flat = flatten_tokens(x if dropped_x is None else dropped_x)
     low = flat @ lora_a.t()
     y = multiply(x.reshape(flat.shape), w, bias, low * scaling, lora_b)
@@ -141,13 +141,13 @@ def _lora_linear_4bit_impl(x: Tensor, dropped_x: Tensor | None, *args: Any) -> t
 
 def _lora_linear_4bit_fake(x: Tensor, dropped_x: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     tokens = x.shape[:-1].numel()
-    return x.new_empty((*x.shape[:-1], args[6])), x.new_empty((tokens, args[9].shape[0]))
+    return x.new_empty((*x.shape[:-1], args[6])), x.new_empty((tokens, args[PARTS].shape[0]))
 
 
 def _lora_linear_4bit_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, dropped_x, *weight, lora_a, lora_b, _, scaling = inputs
     # x only where A is trained; packed bytes and factors are there anyway.
-    kept = (x if dropped_x is None else dropped_x) if ctx.needs_input_grad[11] else None
+    kept = (x if dropped_x is None else dropped_x) if ctx.needs_input_grad[2 + PARTS] else None
     ctx.save_for_backward(kept, lora_a, lora_b, output[1], *weight[:5])
     ctx.rest, ctx.scaling, ctx.shared, ctx.shape = weight[5:], scaling, dropped_x is None, x.shape
     ctx.mark_non_differentiable(output[1])
@@ -157,7 +157,7 @@ def _lora_linear_4bit_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     x, lora_a, lora_b, low, *tensors = ctx.saved_tensors
     flat = flatten_tokens(grad)
     grad_low = (flat @ lora_b).mul_(ctx.scaling)
-    need_x, need_dropped, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 1, 11, 12))
+    need_x, need_dropped, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 1, 2 + PARTS, 3 + PARTS))
     grad_x = grad_dropped = None
     if need_x:
         fused = (grad_low, lora_a) if ctx.shared else (None, None)
@@ -166,8 +166,8 @@ def _lora_linear_4bit_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
         grad_dropped = (grad_low @ lora_a).reshape(ctx.shape)
     grad_a = grad_low.t() @ flatten_tokens(x) if need_a else None
     grad_b = (flat.t() @ low) * ctx.scaling if need_b else None
-    grad_bias = flat.sum(0) if ctx.needs_input_grad[13] else None
-    return (grad_x, grad_dropped, *[None] * 9, grad_a, grad_b, grad_bias, None)
+    grad_bias = flat.sum(0) if ctx.needs_input_grad[4 + PARTS] else None
+    return (grad_x, grad_dropped, *[None] * PARTS, grad_a, grad_b, grad_bias, None)
 
 
 def lora_linear_ref(

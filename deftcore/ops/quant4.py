@@ -132,7 +132,7 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
     if bias is not None:
         check_like("bias", bias, "x", x)
         check_shape("bias", bias, (q.shape[0],), "one per output")
-    y = _linear_4bit(flatten_tokens(x), *parts(q), bias)
+    y = linear_4bit_op(flatten_tokens(x), *parts(q), bias)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], q.shape[0])
 
 
@@ -163,25 +163,30 @@ class Parts(NamedTuple):
     rows: int
     cols: int
     block_size: int
+    column_blocks: bool
 
     def native(self) -> Any:
         return native.Quant4(
             address(self.packed), address(self.code), address(self.absmax), address(self.nested_absmax),
-            address(self.nested_code), self.offset, self.rows, self.cols, self.block_size,
+            address(self.nested_code), self.offset, self.rows, self.cols, self.block_size, self.column_blocks,
         )  # fmt: skip
 
 
 SCHEMA = (
     "Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, Tensor? nested_code, float offset, "
-    "SymInt rows, SymInt cols, int block_size"
+    "SymInt rows, SymInt cols, int block_size, bool column_blocks"
 )
+
+
+PARTS = len(Parts._fields)
 
 
 def parts(q: QuantizedTensor) -> Parts:
     assert q.code is not None
     rows, cols = q.shape if q.dim() == 2 else (1, q.numel())
     return Parts(
-        q.packed, q.absmax, q.code, q.nested_absmax, q.nested_code, q.nested_offset, rows, cols, q.block_size
+        q.packed, q.absmax, q.code, q.nested_absmax, q.nested_code, q.nested_offset, rows, cols, q.block_size,
+        q.column_blocks,
     )  # fmt: skip
 
 
@@ -192,7 +197,10 @@ def dequantize_ref(w: Parts, dtype: torch.dtype) -> Tensor:
     if w.nested_absmax is not None and w.nested_code is not None:
         outer = w.nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(scale)]
         scale = w.nested_code[scale.long()] * outer + w.offset
-    scale = scale.repeat_interleave(w.block_size)[: w.rows * w.cols]
+    if w.column_blocks:
+        scale = scale.view(-1, w.cols).repeat_interleave(w.block_size, 0).flatten()
+    else:
+        scale = scale.repeat_interleave(w.block_size)[: w.rows * w.cols]
     return (w.code[nibbles] * scale).to(dtype).reshape(w.rows, w.cols)
 
 
@@ -306,7 +314,7 @@ def _run(
 
 
 def _linear_4bit_impl(x: Tensor, *args: Any) -> Tensor:
-    return multiply(x, Parts(*args[:9]), args[9])
+    return multiply(x, Parts(*args[:PARTS]), args[PARTS])
 
 
 def _linear_4bit_fake(x: Tensor, *args: Any) -> Tensor:
@@ -314,19 +322,19 @@ def _linear_4bit_fake(x: Tensor, *args: Any) -> Tensor:
 
 
 def _linear_4bit_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    w = Parts(*inputs[1:10])
+    w = Parts(*inputs[1 : 1 + PARTS])
     ctx.save_for_backward(*w[:5])  # the packed bytes that are there anyway: nothing the size of x
-    ctx.rest, ctx.has_bias = w[5:], inputs[10] is not None
+    ctx.rest, ctx.has_bias = w[5:], inputs[-1] is not None
 
 
 def _linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple:
     grad_x = linear_4bit_grad(grad, *ctx.saved_tensors, *ctx.rest, None, None) if ctx.needs_input_grad[0] else None
-    grad_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[10] else None
-    return (grad_x, *[None] * 9, grad_bias)
+    grad_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[-1] else None
+    return (grad_x, *[None] * PARTS, grad_bias)
 
 
 def _linear_4bit_grad_impl(grad: Tensor, *args: Any) -> Tensor:
-    return multiply_backward(grad, Parts(*args[:9]), *args[9:])
+    return multiply_backward(grad, Parts(*args[:PARTS]), *args[PARTS:])
 
 
 def _linear_4bit_grad_fake(grad: Tensor, *args: Any) -> Tensor:
@@ -349,7 +357,7 @@ linear_4bit_grad = define(
     _linear_4bit_grad_impl,
     _linear_4bit_grad_fake,
 )
-_linear_4bit = define(
+linear_4bit_op = define(
     f"linear_4bit(Tensor x, {SCHEMA}, Tensor? bias) -> Tensor",
     _linear_4bit_impl,
     _linear_4bit_fake,

@@ -23,6 +23,8 @@ from deftcore.ops._library import (
     stream,
 )
 from deftcore.ops.density import ACTIVATIONS, _activate, activation_name, default_tau
+from deftcore.ops.quantized import QuantizedTensor
+from deftcore.ops.sparse_mlp4 import IDENTITY, check_weights, mlp_4bit
 
 PATHS = {"auto": 0, "sparse": 1, "dense": 2}
 MAX_TOKENS: int = native.max_sparse_tokens
@@ -30,7 +32,7 @@ MAX_TOKENS: int = native.max_sparse_tokens
 
 def sparse_down(
     a: Tensor,
-    w_down_t: Tensor,
+    w_down_t: Tensor | QuantizedTensor,
     bias: Tensor | None = None,
     *,
     tau: float = 0.0,
@@ -44,7 +46,8 @@ def sparse_down(
 
     Args:
         a: [..., F] activations; float32, bfloat16 or float16 (float64 on the reference).
-        w_down_t: [F, D] neuron-major down projection, that is `down_proj.weight.t()`; a row stride above D is fine.
+        w_down_t: [F, D] neuron-major down projection, that is `down_proj.weight.t()`; a row stride above D is fine. Or
+            4-bit: `quantize_4bit(down_proj.weight.t())`, or `.t()` of a quantised down projection, which is exact.
         bias: [D] or None.
         tau: threshold, at least 0; see `default_tau` for the error bound of smooth activations.
         path: "auto" measures once per machine and shape and takes the faster; "sparse" and "dense" force one.
@@ -63,7 +66,10 @@ def sparse_down(
     check_float("a", a)
     if a.dim() == 0:
         raise ValueError("a: must have at least one dimension, got a scalar")
-    _check_weight("w_down_t", w_down_t, "a", a)
+    if isinstance(w_down_t, QuantizedTensor):
+        check_weights(a, {"w_down_t": w_down_t}, None)
+    else:
+        _check_weight("w_down_t", w_down_t, "a", a)
     if w_down_t.shape[0] != a.shape[-1]:
         raise ValueError(f"w_down_t: first dimension must be {a.shape[-1]} (neurons of a), got {w_down_t.shape[0]}")
     _check_bias("bias", bias, w_down_t.shape[1], "a", a)
@@ -71,14 +77,17 @@ def sparse_down(
     check_choice("path", path, PATHS)
     if not isinstance(deterministic, bool):
         raise TypeError(f"deterministic: must be a bool, got {type(deterministic).__name__}")
-    y = _sparse_down(flatten_tokens(a), w_down_t, bias, tau, PATHS[path])
+    if isinstance(w_down_t, QuantizedTensor):
+        y = mlp_4bit(flatten_tokens(a), [w_down_t], None, bias, IDENTITY, tau, PATHS[path])
+    else:
+        y = _sparse_down(flatten_tokens(a), w_down_t, bias, tau, PATHS[path])
     return y if a.dim() == 2 else y.reshape(*a.shape[:-1], w_down_t.shape[1])
 
 
 def sparse_mlp(
     x: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
+    w_up: Tensor | QuantizedTensor,
+    w_down_t: Tensor | QuantizedTensor,
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
     *,
@@ -90,7 +99,7 @@ def sparse_mlp(
 
     Args:
         x: [..., D].
-        w_up: [F, D]; w_down_t: [F, D] neuron-major; b_up: [F] or None; b_down: [D] or None.
+        w_up: [F, D]; w_down_t: [F, D] neuron-major; both 4-bit or neither. b_up: [F] or None; b_down: [D] or None.
         activation: as in `act_density`.
         tau: None is 0 for ReLU types and sqrt(1e-7) for smooth activations, where the result is then approximate:
             ||dY|| <= sum over skipped neurons of |a_i| ||w_down_t[i]||.
@@ -110,9 +119,9 @@ def sparse_mlp(
 
 def sparse_gated_mlp(
     x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
+    w_gate: Tensor | QuantizedTensor,
+    w_up: Tensor | QuantizedTensor,
+    w_down_t: Tensor | QuantizedTensor,
     *,
     activation: str = "silu",
     tau: float | None = None,
@@ -125,7 +134,8 @@ def sparse_gated_mlp(
 
     Args:
         x: [..., D].
-        w_gate, w_up, w_down_t: [F, D] each, rows are neurons; row strides are free.
+        w_gate, w_up, w_down_t: [F, D] each, rows are neurons; row strides are free. All 4-bit or none; a 4-bit block
+            with more than 64 tokens, or whose rows are not whole blocks, goes to the dense 4-bit products.
         activation, tau, path: as in `sparse_mlp`.
 
     Returns:
@@ -151,9 +161,9 @@ def bundle_rows(w_up: Tensor, w_down_t: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mlp(
     x: Tensor,
-    w_gate: Tensor | None,
-    w_up: Tensor,
-    w_down_t: Tensor,
+    w_gate: Tensor | QuantizedTensor | None,
+    w_up: Tensor | QuantizedTensor,
+    w_down_t: Tensor | QuantizedTensor,
     b_up: Tensor | None,
     b_down: Tensor | None,
     activation: str,
@@ -163,24 +173,32 @@ def _mlp(
     check_float("x", x)
     if x.dim() == 0:
         raise ValueError("x: must have at least one dimension, got a scalar")
-    _check_weight("w_up", w_up, "x", x)
-    if w_up.shape[1] != x.shape[-1]:
-        raise ValueError(f"w_up: last dimension must be {x.shape[-1]} (width of x), got {w_up.shape[1]}")
-    _check_weight("w_down_t", w_down_t, "x", x)
-    check_shape("w_down_t", w_down_t, tuple(w_up.shape), "neuron-major, as w_up")
-    if w_gate is not None:
-        _check_weight("w_gate", w_gate, "x", x)
-        check_shape("w_gate", w_gate, tuple(w_up.shape), "as w_up")
-    _check_bias("b_up", b_up, w_up.shape[0], "x", x)
-    _check_bias("b_down", b_down, x.shape[-1], "x", x)
     f = activation_name(activation)
     tau = default_tau(f) if tau is None else check_number("tau", tau, minimum=0.0)
     check_choice("path", path, PATHS)
-    y = _sparse_mlp(flatten_tokens(x), w_gate, w_up, w_down_t, b_up, b_down, ACTIVATIONS[f], tau, PATHS[path])
+    named = {"w_gate": w_gate, "w_up": w_up, "w_down_t": w_down_t}
+    weights: dict[str, Any] = {name: w for name, w in named.items() if w is not None or name != "w_gate"}
+    packed = any(isinstance(w, QuantizedTensor) for w in weights.values())
+    if packed:
+        check_weights(x, weights, x.shape[-1])
+    else:
+        for name, w in weights.items():
+            _check_weight(name, w, "x", x)
+        if w_up.shape[1] != x.shape[-1]:
+            raise ValueError(f"w_up: last dimension must be {x.shape[-1]} (width of x), got {w_up.shape[1]}")
+        for name, w in weights.items():
+            check_shape(name, w, tuple(w_up.shape), "neuron-major, as w_up")
+    _check_bias("b_up", b_up, w_up.shape[0], "x", x)
+    _check_bias("b_down", b_down, x.shape[-1], "x", x)
+    flat, code = flatten_tokens(x), PATHS[path]
+    if packed:
+        y = mlp_4bit(flat, list(weights.values()), b_up, b_down, ACTIVATIONS[f], tau, code)
+    else:
+        y = _sparse_mlp(flat, w_gate, w_up, w_down_t, b_up, b_down, ACTIVATIONS[f], tau, code)
     return y if x.dim() == 2 else y.reshape(x.shape)
 
 
-def _check_weight(name: str, w: Tensor, like_name: str, like: Tensor) -> None:
+def _check_weight(name: str, w: Any, like_name: str, like: Tensor) -> None:
     check_like(name, w, like_name, like)
     if w.dim() != 2:
         raise ValueError(f"{name}: must be a matrix [F, D], got shape {tuple(w.shape)}")

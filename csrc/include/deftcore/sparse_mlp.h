@@ -1,7 +1,7 @@
 // Sparsity-aware MLP products: only the weight rows of active neurons are read.
 #pragma once
 
-#include "deftcore/common.h"
+#include "deftcore/format4.h"
 
 namespace deftcore {
 
@@ -44,7 +44,33 @@ struct SparseMlpArgs {
   float tau;
 };
 
+// The MLP from its pre-activation on, over 4-bit weights; the caller computes z = x W^T of the first projection.
+//   y = h W_down^T + b_down,  h = f(z), times (x W_up^T + up_low up_lora^T) when W_up is there
+// Only rows of W_up, up_lora, W_down and down_lora with |f(z)| > tau are read. Low-rank terms are optional.
+struct SparseMlp4bitArgs {
+  const void* x;          // [tokens, width], contiguous; gated MLP only
+  const void* z;          // [tokens, neurons], contiguous
+  Quant4 w_up;            // [neurons, width], rows of whole blocks; packed is null for a plain MLP
+  Quant4 w_down_t;        // [neurons, width] neuron-major, rows of whole blocks or column blocks of even width
+  const void* up_low;     // [tokens, up_rank], contiguous, or null
+  const void* up_lora;    // [neurons, up_rank], contiguous, or null
+  const void* down_lora;  // [neurons, down_rank], contiguous, or null
+  void* down_low;         // [tokens, down_rank], out: h down_lora
+  const void* b_down;     // [width] or null
+  void* y;                // [tokens, width], contiguous, out
+  void* workspace;        // sparse_mlp_4bit_workspace(args) bytes, 64-byte aligned
+  int64_t* rows_read;     // [1], out: size of the active set; above `capacity` y was not written
+  int64_t tokens, neurons, width, up_rank, down_rank;
+  int64_t capacity;  // as in SparseDownArgs
+  DType dtype;
+  Activation activation;
+  bool activated;  // z is f(z) already
+  float tau;
+};
+
 namespace cpu {
+size_t sparse_mlp_4bit_workspace(const SparseMlp4bitArgs& args);
+void sparse_mlp_4bit(const SparseMlp4bitArgs& args, Stream stream);
 size_t sparse_down_workspace(const SparseDownArgs& args);
 size_t sparse_mlp_workspace(const SparseMlpArgs& args);
 void sparse_down(const SparseDownArgs& args, Stream stream);

@@ -1,0 +1,215 @@
+// Sparse MLPs over 4-bit weights: packed rows of inactive neurons are not read, and active ones are decoded in
+// registers (one token) or once per panel (several). The stages are those of sparse_down.h; the caller has computed the
+// first product. Bound by decoding, about three vector operations per kWidth weights, more than by the packed bytes.
+#include "dot4.h"
+#include "sparse_down.h"
+
+namespace deftcore::cpu {
+namespace {
+
+constexpr int64_t kPair = 2 * kWidth;  // columns of one vector of even and one of odd elements
+constexpr int kPairs = 4;              // pairs per register tile
+
+// Rows of the active list that one pass over the columns takes, and what each is multiplied by.
+struct Piece {
+  const uint8_t *rows[kStreamRows], *next[kStreamRows];  // packed; `next` is prefetched alongside
+  int64_t count;
+  const float* factors;  // [count, factor_stride]: by the number of the block, from that of column 0
+  int64_t factor_stride;
+  int block_shift;      // log2 of the block size; 63 for one factor per row
+  const float* scales;  // of column 0 onwards, or null: what the piece's sum is multiplied by
+};
+
+// acc[j ...] += sum_r factor * code[row r, j ...] for kCount pairs of vectors.
+template <int kCount>
+void down_tile4(const CodeBook& book, const Piece& p, int64_t j, float* acc) {
+  Vec even[kCount], odd[kCount];
+  for (int i = 0; i < kCount; ++i) even[i] = odd[i] = Vec(0.0f);
+  for (int64_t r = 0; r < p.count; ++r) {
+    const uint8_t* bytes = p.rows[r] + j / 2;
+    const float* factors = p.factors + r * p.factor_stride;
+    __builtin_prefetch(p.next[r] + j / 2, 0, 2);
+    for (int i = 0; i < kCount; ++i) {
+      const Words w = load_bytes(bytes + i * kWidth);
+      const Vec factor(factors[(j + i * kPair) >> p.block_shift]);
+      odd[i] = fma(book(w), factor, odd[i]);
+      even[i] = fma(book(shift<1>(w)), factor, even[i]);
+    }
+  }
+  for (int i = 0; i < kCount; ++i) {
+    float* out = acc + j + i * kPair;
+    Vec first, second;
+    interleave(even[i], odd[i], first, second);
+    if (p.scales != nullptr) {
+      first = first * load(p.scales + j + i * kPair);
+      second = second * load(p.scales + j + i * kPair + kWidth);
+    }
+    store(out, load(out) + first);
+    store(out + kWidth, load(out + kWidth) + second);
+  }
+}
+
+// acc[j] += sum_k h[k] w[list[k], j] for j in columns, which start at a multiple of kColumnUnit. `factors` is room for
+// kStreamRows rows of scales.
+void down_one_token4(const Quant4& q, const int32_t* list, int64_t active, const float* h, Range columns,
+                     float* factors, float* acc) {
+  const CodeBook book(q.code);
+  Piece p{};
+  p.factors = factors;
+  p.factor_stride = q.column_blocks ? 1 : row_scale_size(q);
+  p.block_shift = q.column_blocks ? 63 : __builtin_ctzll(static_cast<unsigned long long>(q.block_size));
+  for (int64_t k0 = 0; k0 < active; k0 += p.count) {
+    const int64_t group = list[k0] / q.block_size;
+    p.count = 0;
+    while (p.count < kStreamRows && k0 + p.count < active) {
+      const int64_t k = k0 + p.count, row = list[k], ahead = k + kStreamRows;
+      if (q.column_blocks && row / q.block_size != group) break;  // rows of one group share their scales
+      p.rows[p.count] = packed_row(q, row);
+      p.next[p.count] = packed_row(q, list[ahead < active ? ahead : active - 1]);
+      float* mine = factors + p.count * p.factor_stride;
+      if (q.column_blocks) {
+        *mine = h[k];
+      } else {
+        const int64_t first = columns.begin / q.block_size, blocks = (columns.end - 1) / q.block_size - first + 1;
+        decode_scales(q, row * q.cols / q.block_size + first, blocks, mine + first);
+        for (int64_t b = first; b < first + blocks; ++b) mine[b] *= h[k];
+      }
+      ++p.count;
+    }
+    p.scales = q.column_blocks ? column_scales(q, list[k0], 0) : nullptr;
+    int64_t j = columns.begin;
+    for (; j + kPairs * kPair <= columns.end; j += kPairs * kPair) down_tile4<kPairs>(book, p, j, acc);
+    for (; j + kPair <= columns.end; j += kPair) down_tile4<1>(book, p, j, acc);
+    for (; j < columns.end; ++j) {  // a ragged width, with column blocks only
+      for (int64_t r = 0; r < p.count; ++r) acc[j] += h[k0 + r] * decode_one(q, list[k0 + r], j);
+    }
+  }
+}
+
+// Panels of decoded rows. `scales` is room for Panel::kRows rows of scales, decoded when a new set of rows begins.
+template <class Panel>
+auto fill_from4(const Quant4& q, const CodeBook& book, const int32_t* list, Range columns, float* scales) {
+  return [&q, &book, list, columns, scales](Panel& panel, int64_t k0, int64_t count, int64_t j) {
+    constexpr int64_t kTile = kTileVecs * kWidth;
+    const int64_t stride = row_scale_size(q);
+    if (j == columns.begin && !q.column_blocks) {
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t first = j / q.block_size, row = list[k0 + r];
+        decode_scales(q, row * q.cols / q.block_size + first, (columns.end - 1) / q.block_size - first + 1,
+                      scales + r * stride + first);
+      }
+    }
+    const int shift = __builtin_ctzll(static_cast<unsigned long long>(q.block_size));
+    panel.fill_values(count, [&](int64_t r, int v) {
+      const int64_t row = list[k0 + r], col = j + v * kWidth, left = columns.end - col;
+      if (v == 0) __builtin_prefetch(packed_row(q, row) + (j + kTile) / 2 + 32, 0, 2);
+      if (left < kWidth || (kWidth == 1 && q.column_blocks)) {
+        float lanes[kWidth] = {};
+        for (int64_t l = 0; l < left && l < kWidth; ++l) lanes[l] = decode_one(q, row, col + l);
+        return load(lanes);
+      }
+#if defined(__AVX2__) || defined(__AVX512F__)
+      const Vec value = book(load_nibbles(packed_row(q, row) + col / 2));
+#else
+      const Vec value = book(static_cast<Words>(packed_row(q, row)[col / 2] >> (col % 2 ? 0 : 4)));
+#endif
+      return value * (q.column_blocks ? load(column_scales(q, row, col)) : Vec(scales[r * stride + (col >> shift)]));
+    });
+  };
+}
+
+// The workspace beyond that of a sparse MLP; isa.cpp computes its size.
+struct Extra {
+  char* x;        // [tokens, x_stride] in the dot form's order
+  float* low;     // [tokens, low_stride]
+  float* scales;  // per thread
+  int64_t low_stride, scale_stride;
+};
+
+template <class T>
+void sparse_mlp_4bit(const SparseMlp4bitArgs& args) {
+  using Form = DotForm<T>;
+  using X = typename Form::X;
+  const bool gated = args.w_up.packed != nullptr;
+  const Quant4 &w_up = args.w_up, &w_down = args.w_down_t;
+  const T *x = static_cast<const T*>(args.x), *z = static_cast<const T*>(args.z);
+  const T *up_low = static_cast<const T*>(args.up_low), *up_lora = static_cast<const T*>(args.up_lora);
+  const int64_t tokens = args.tokens, neurons = args.neurons, width = args.width;
+  const int threads = threads_for(neurons * (width / 8 + tokens) * 2);
+  const Buffers b = carve(args.workspace, threads, tokens, neurons, width);
+  const int64_t x_stride = gated ? chunks_of(width) * kChunk : 0;
+  Extra extra{};
+  extra.low_stride = (args.down_rank + 63) / 64 * 64 + 16;
+  extra.scale_stride = 128 * row_scale_size(w_down) + (gated ? kDot4Rows * row_scale_size(w_up) : 0);
+  extra.x = reinterpret_cast<char*>(b.x_wide);
+  extra.low = b.x_wide + tokens * x_stride;
+  extra.scales = extra.low + tokens * extra.low_stride;
+  X* x_form = reinterpret_cast<X*>(extra.x);
+  static_assert(PanelOf<T>::kRows <= 128 && kStreamRows <= 128);
+
+  int64_t active = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    const int team = omp_get_num_threads(), thread = omp_get_thread_num();
+    float* scales = extra.scales + thread * extra.scale_stride;
+    const Range mine = share(neurons, team, thread, 16);
+    for (int64_t m = 0; m < tokens; ++m) {
+      float* act = b.act + m * neurons + mine.begin;
+      widen(z + m * neurons + mine.begin, mine.end - mine.begin, act);
+      if (!args.activated) activate_row(args.activation, act, mine.end - mine.begin);
+    }
+    if (gated) {
+      const Range turn = share(tokens, team, thread);
+      for (int64_t m = turn.begin; m < turn.end; ++m) to_positions<Form>(x + m * width, width, x_form + m * x_stride);
+    }
+    compact(b.act, tokens, neurons, args.tau, b.list, b.counts);
+#pragma omp barrier
+#pragma omp single
+    active = join_shares(neurons, team, b.list, b.counts);
+    if (active <= args.capacity) {
+      const auto fill = [&](Range rows) {
+        gather_active(b.act, tokens, neurons, args.tau, b.list, rows, b.h);
+        if (!gated) return;
+        dots4<Form>(
+            w_up, [&](int64_t k) { return b.list[k]; }, rows, x_form, x_stride, tokens, scales,
+            [&](int64_t k, int64_t m, float dot) {
+              for (int64_t r = 0; r < args.up_rank; ++r) {
+                dot += to_float(up_low[m * args.up_rank + r]) * to_float(up_lora[b.list[k] * args.up_rank + r]);
+              }
+              b.h[k * tokens + m] *= dot;
+            });
+      };
+      const auto product = [&](Range columns) {
+        if (columns.begin == columns.end) return;
+        using Panel = PanelOf<T>;
+        if (tokens == 1) {
+          down_one_token4(w_down, b.list, active, b.h, columns, scales, b.acc);
+        } else {
+          const CodeBook book(w_down.code);
+          down_tokens<Panel>(active, panel_operand<Panel>(b), tokens, columns, b.acc, b.acc_stride,
+                             fill_from4<Panel>(w_down, book, b.list, columns, scales));
+        }
+      };
+      down_stage(static_cast<const T*>(args.b_down), active, tokens, width, b, static_cast<T*>(args.y), fill, product);
+      if (thread == 0 && args.down_rank > 0) {
+        const Range columns{0, args.down_rank};
+        for (int64_t i = 0; i < tokens * extra.low_stride; ++i) extra.low[i] = 0.0f;
+        const Matrix<T> lora{static_cast<const T*>(args.down_lora), args.down_rank};
+        down_product(lora, active, tokens, columns, b, extra.low, extra.low_stride);
+        write_output<T>(extra.low, extra.low_stride, nullptr, tokens, args.down_rank, columns,
+                        static_cast<T*>(args.down_low));
+      }
+    }
+  }
+  *args.rows_read = active;
+}
+
+}  // namespace
+
+// ----------------------------------------------------------------------------
+
+void DEFTCORE_KERNEL(sparse_mlp_4bit)(const SparseMlp4bitArgs& args) {
+  dispatch_dtype(args.dtype, [&](auto t) { sparse_mlp_4bit<decltype(t)>(args); });
+}
+
+}  // namespace deftcore::cpu
