@@ -176,3 +176,23 @@ def test_linear_4bit(case, dtype):
         for found, ref in ((y, x.double() @ (exact + low).t()), (grad, g.double() @ (exact + low))):
             error = (found.detach().cpu().double() - ref).norm() / ref.norm()
             assert error < {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [False, True])
+def test_sparse_mlp_4bit(columns, dtype):
+    for neurons, width in ((64, 64), (160, 96), (1024, 256)):
+        gate, up, down = (ops.quantize_4bit(torch.randn(neurons, width) / width**0.5, block_size=32) for _ in range(3))
+        down = ops.quantize_4bit(torch.randn(width, neurons), block_size=32).t() if columns else down
+        g64, u64, d64 = (w.dequantize(torch.float64) for w in (gate, up, down))
+        on_gpu = [w.to("cuda") for w in (gate, up, down)]
+        for tokens in (1, 3, 4, 5, 64):
+            x = torch.randn(tokens, width).to(dtype)
+            y = ops.sparse_gated_mlp(x.cuda(), *on_gpu, activation="relu")
+            expected = (F.relu(x.double() @ g64.t()) * (x.double() @ u64.t())) @ d64
+            error = (y.cpu().double() - expected).norm() / expected.norm()
+            assert error < {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+            a = F.relu(torch.randn(tokens, neurons) - 1).to(dtype)
+            y, expected = ops.sparse_down(a.cuda(), on_gpu[-1]), a.double() @ d64
+            error = (y.cpu().double() - expected).norm() / expected.norm().clamp(min=1e-9)
+            assert error < {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]

@@ -144,6 +144,12 @@ struct LaneScales {
 
 #endif
 
+inline float scale_of(const Quant4& q, int64_t block) {
+  if (q.nested_absmax == nullptr) return static_cast<const float*>(q.absmax)[block];
+  return q.nested_code[static_cast<const uint8_t*>(q.absmax)[block]] * q.nested_absmax[block / kNestedBlock] +
+         q.nested_offset;
+}
+
 // scales[first, first + count) as floats.
 inline void decode_scales(const Quant4& q, int64_t first, int64_t count, float* out) {
   if (q.nested_absmax == nullptr) {
@@ -157,14 +163,8 @@ inline void decode_scales(const Quant4& q, int64_t first, int64_t count, float* 
     const int64_t stop = end < count ? end : count;
     const Vec scale(q.nested_absmax[piece]);
     for (; i + kWidth <= stop; i += kWidth) store(out + i, gather(q.nested_code, codes + i) * scale + offset);
-    for (; i < stop; ++i) out[i] = q.nested_code[codes[i]] * q.nested_absmax[piece] + q.nested_offset;
+    for (; i < stop; ++i) out[i] = scale_of(q, first + i);
   }
-}
-
-inline float scale_of(const Quant4& q, int64_t block) {
-  float scale;
-  decode_scales(q, block, 1, &scale);
-  return scale;
 }
 
 // Rows that start on a block: the fast layout. Any other shape is decoded element by element.

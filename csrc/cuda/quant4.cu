@@ -5,8 +5,8 @@
 // Rows that do not start on a block are decoded element by element.
 #include <mma.h>
 
+#include "decode4.cuh"
 #include "deftcore/quant4.h"
-#include "launch.cuh"
 
 namespace deftcore::cuda {
 namespace {
@@ -14,19 +14,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kGemvTokens = 4;
 constexpr int kTokens = 64, kOutputs = 64, kDepth = 32, kSkew = 8;
-
-__device__ inline float scale_at(const Quant4& q, int64_t block) {
-  if (q.nested_absmax == nullptr) return static_cast<const float*>(q.absmax)[block];
-  const float code = q.nested_code[static_cast<const uint8_t*>(q.absmax)[block]];
-  return __fadd_rn(__fmul_rn(code, q.nested_absmax[block / kNestedBlock]), q.nested_offset);
-}
-
-__device__ inline float weight_at(const Quant4& q, const float* code, int64_t flat) {
-  const int nibble = q.packed[flat / 2] >> (flat % 2 ? 0 : 4) & 15;
-  return __fmul_rn(code[nibble], scale_at(q, flat / q.block_size));
-}
-
-__device__ inline bool is_regular(const Quant4& q) { return q.cols % q.block_size == 0; }
 
 // ---------------------------------------------------------------------------- quantise, dequantise
 
@@ -74,8 +61,12 @@ __global__ void dequantize_kernel(Quant4 q, T* out) {
   const int64_t count = q.rows * q.cols;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 32;
   if (first >= count) return;
-  const float scale = scale_at(q, first / q.block_size);
   const int64_t end = count - first < 32 ? count : first + 32;
+  if (q.column_blocks) {
+    for (int64_t i = first; i < end; ++i) out[i] = from_float<T>(weight_at(q, q.code, i));
+    return;
+  }
+  const float scale = scale_at(q, first / q.block_size);
   for (int64_t i = first; i < end; ++i) {
     const int nibble = q.packed[i / 2] >> (i % 2 ? 0 : 4) & 15;
     out[i] = from_float<T>(__fmul_rn(q.code[nibble], scale));
@@ -94,26 +85,10 @@ __global__ void gemv_kernel(Linear4bitArgs args) {
   const int lane = threadIdx.x % 32;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (row >= q.rows) return;
-  const T* x = static_cast<const T*>(args.x);
-  const uint8_t* bytes = q.packed + row * (q.cols / 2);
-  float sum[kCount] = {};
-  for (int64_t k = lane * 32; k < q.cols; k += 32 * 32) {
-    const float scale = scale_at(q, (row * q.cols + k) / q.block_size);
-    const uint4 words = *reinterpret_cast<const uint4*>(bytes + k / 2);
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-    float part[kCount] = {};
-    for (int b = 0; b < 16; ++b) {
-      const uint32_t byte = word[b / 4] >> (8 * (b % 4));
-      const float even = code[byte >> 4 & 15], odd = code[byte & 15];
-      for (int m = 0; m < kCount; ++m) {
-        const T* xm = x + m * q.cols + k + 2 * b;
-        part[m] += even * to_float(xm[0]) + odd * to_float(xm[1]);
-      }
-    }
-    for (int m = 0; m < kCount; ++m) sum[m] += part[m] * scale;
-  }
+  float sum[kCount];
+  row_dots4<true>(q, code, row, static_cast<const T*>(args.x), kCount, sum);
   for (int m = 0; m < kCount; ++m) {
-    float total = warp_sum(sum[m]);
+    float total = sum[m];
     if (lane != 0) continue;
     const T *low = static_cast<const T*>(args.low), *lora = static_cast<const T*>(args.lora);
     if (args.bias != nullptr) total += to_float(static_cast<const T*>(args.bias)[row]);
@@ -269,7 +244,7 @@ unsigned blocks_for(int64_t items, int64_t per_block) {
 }
 
 bool supports_gemv(const Linear4bitArgs& args) {
-  return args.tokens <= kGemvTokens && args.w.cols % args.w.block_size == 0 && aligned16(args.w.packed);
+  return args.tokens <= kGemvTokens && is_regular(args.w) && aligned16(args.w.packed);
 }
 
 template <class T>

@@ -1,5 +1,6 @@
 // sparse_down and sparse_mlp against plain loops in double, on exactly sized buffers.
 #include "check.h"
+#include "deftcore/quant4.h"
 #include "deftcore/sparse_mlp.h"
 
 using namespace deftcore;
@@ -84,6 +85,64 @@ void test_gated(int64_t tokens, int64_t neurons, int64_t width) {
   }
 }
 
+// 4-bit weights, rows or columns of blocks, with low-rank terms.
+void test_gated4(int64_t tokens, int64_t neurons, int64_t width, int64_t block, bool columns) {
+  const size_t count = static_cast<size_t>(neurons * width);
+  const int64_t rank = 3;
+  std::vector<uint8_t> packed[2];
+  std::vector<float> absmax[2];
+  for (int i = 0; i < 2; ++i) {
+    const std::vector<float> w = random_floats(count, 10 + static_cast<unsigned>(i));
+    packed[i].resize(count / 2);
+    absmax[i].resize(count / static_cast<size_t>(block));
+    cpu::quantize_4bit(
+        {w.data(), packed[i].data(), absmax[i].data(), neurons * width, block, DType::kFloat32, QuantType::kNf4},
+        nullptr);
+  }
+  const Quant4 up{packed[0].data(), kNf4Code, absmax[0].data(), nullptr, nullptr, 0.0f, neurons, width, block, false};
+  Quant4 down = up;
+  down.packed = packed[1].data();
+  down.absmax = absmax[1].data();
+  down.column_blocks = columns;
+  const auto at = [&](const Quant4& q, int64_t row, int64_t col) {
+    const int64_t flat = row * width + col;
+    const int64_t scale = q.column_blocks ? row / block * width + col : flat / block;
+    return static_cast<double>(kNf4Code[q.packed[flat / 2] >> (flat % 2 ? 0 : 4) & 15]) *
+           static_cast<double>(static_cast<const float*>(q.absmax)[scale]);
+  };
+  const auto floats = [](int64_t n, unsigned seed) { return random_floats(static_cast<size_t>(n), seed); };
+  const std::vector<float> x = floats(tokens * width, 1), z = floats(tokens * neurons, 2),
+                           up_low = floats(tokens * rank, 3), up_lora = floats(neurons * rank, 4),
+                           down_lora = floats(neurons * rank, 5), bias = floats(width, 6);
+  std::vector<float> y(x.size(), NAN), down_low(static_cast<size_t>(tokens * rank), NAN);
+  int64_t rows_read = -1;
+  SparseMlp4bitArgs args{x.data(),         z.data(),          up,          down,     up_low.data(), up_lora.data(),
+                         down_lora.data(), down_low.data(),   bias.data(), y.data(), nullptr,       &rows_read,
+                         tokens,           neurons,           width,       rank,     rank,          neurons,
+                         DType::kFloat32,  Activation::kRelu, false,       0.0f};
+  std::vector<char> workspace = workspace_of(cpu::sparse_mlp_4bit_workspace(args));
+  args.workspace = aligned(workspace);
+  cpu::sparse_mlp_4bit(args, nullptr);
+  const auto value = [](const std::vector<float>& v, int64_t i) {
+    return static_cast<double>(v[static_cast<size_t>(i)]);
+  };
+  for (int64_t m = 0; m < tokens; ++m) {
+    std::vector<double> ref(bias.begin(), bias.end()), low(static_cast<size_t>(rank));
+    for (int64_t i = 0; i < neurons; ++i) {
+      double h = value(z, m * neurons + i);
+      if (h <= 0) continue;
+      double dot = 0;
+      for (int64_t j = 0; j < width; ++j) dot += value(x, m * width + j) * at(up, i, j);
+      for (int64_t r = 0; r < rank; ++r) dot += value(up_low, m * rank + r) * value(up_lora, i * rank + r);
+      h *= dot;
+      for (int64_t j = 0; j < width; ++j) ref[static_cast<size_t>(j)] += h * at(down, i, j);
+      for (int64_t r = 0; r < rank; ++r) low[static_cast<size_t>(r)] += h * value(down_lora, i * rank + r);
+    }
+    for (int64_t j = 0; j < width; ++j) CHECK(close(value(y, m * width + j), ref[static_cast<size_t>(j)], 1e-3));
+    for (int64_t r = 0; r < rank; ++r) CHECK(close(value(down_low, m * rank + r), low[static_cast<size_t>(r)], 1e-3));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -95,6 +154,13 @@ int main() {
     for (int64_t tokens : {1, 5, 13}) {
       test_gated(tokens, 50, 33);
       test_gated(tokens, 128, 64);
+    }
+    for (int64_t tokens : {1, 2, 9, 64}) {
+      for (bool columns : {false, true}) {
+        test_gated4(tokens, 64, 64, 32, columns);
+        test_gated4(tokens, 128, 192, 64, columns);
+        test_gated4(tokens, 256, 384, 128, columns);
+      }
     }
     SparseDownArgs bad{};
     bad.tokens = 65;

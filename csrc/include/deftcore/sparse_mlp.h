@@ -78,6 +78,8 @@ void sparse_mlp(const SparseMlpArgs& args, Stream stream);
 }  // namespace cpu
 
 namespace cuda {
+size_t sparse_mlp_4bit_workspace(const SparseMlp4bitArgs& args);
+void sparse_mlp_4bit(const SparseMlp4bitArgs& args, Stream stream);
 size_t sparse_down_workspace(const SparseDownArgs& args);
 size_t sparse_mlp_workspace(const SparseMlpArgs& args);
 void sparse_down(const SparseDownArgs& args, Stream stream);
