@@ -10,21 +10,29 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from deftcore.integrations.peft import patch, unpatch
-    from deftcore.integrations.transformers import load_sparse, save_sparse
+    from deftcore.integrations.peft import merge, patch, unpatch
+    from deftcore.integrations.transformers import load_quantized, load_sparse, save_sparse
+    from deftcore.nn.linear import prepare_for_training, quantize
     from deftcore.nn.mlp import sparsify
     from deftcore.objectives import DensityLoss
 
 _HOMES = {
     "DensityLoss": "deftcore.objectives",
+    "load_quantized": "deftcore.integrations.transformers",
     "load_sparse": "deftcore.integrations.transformers",
+    "merge": "deftcore.integrations.peft",
     "patch": "deftcore.integrations.peft",
+    "prepare_for_training": "deftcore.nn.linear",
+    "quantize": "deftcore.nn.linear",
     "save_sparse": "deftcore.integrations.transformers",
     "sparsify": "deftcore.nn.mlp",
     "unpatch": "deftcore.integrations.peft",
 }
 
-__all__ = ["DensityLoss", "load_sparse", "patch", "save_sparse", "sparsify", "unpatch"]
+__all__ = [
+    "DensityLoss", "load_quantized", "load_sparse", "merge", "patch", "prepare_for_training", "quantize", "save_sparse",
+    "sparsify", "unpatch",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

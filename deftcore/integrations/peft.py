@@ -1,72 +1,220 @@
-"""PEFT's LoRA layers on deftcore's fused op, in place and back."""
+"""PEFT's LoRA layers and bitsandbytes' 4-bit layers on deftcore's ops, in place and back; merging over 4-bit bases."""
 
 import logging
+import sys
+import warnings
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from deftcore.nn.linear import Linear4bit, MergeReport, merged_4bit, merged_16bit
 from deftcore.ops.lora import lora_linear
+from deftcore.ops.quantized import QuantizedTensor
 
 logger = logging.getLogger("deftcore")
 
 
-class FusedLoraLinear(LoraLinear):
-    """PEFT's LoRA layer with its plain forward fused; parameters, names, merging and checkpoints are PEFT's.
+def fused_lora(
+    layer: Any, weight: Tensor | QuantizedTensor, x: Tensor, args: tuple, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """A LoRA layer's forward as one op, or None where the op does not cover it and PEFT's own has to serve."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    plain = not (args or kwargs or layer.disable_adapters or layer.merged or len(active) != 1)
+    if not plain or active[0] in layer.lora_variant:
+        return None
+    name, bias = active[0], layer.base_layer.bias
+    a, b, dropout = layer.lora_A[name].weight, layer.lora_B[name], layer.lora_dropout[name]
+    if b.bias is not None:
+        return None
+    b = b.weight
+    if isinstance(weight, QuantizedTensor):  # float32 master factors are cast per call, their gradients come back
+        if x.dtype == torch.float16 and layer.base_layer.compute_dtype not in (None, torch.float16):
+            return None
+        a, b, bias = a.to(x.dtype), b.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    elif weight.requires_grad or not (x.dtype == weight.dtype == a.dtype):
+        return None  # PEFT casts between the base's and the adapter's dtype
+    dropped = dropout(x) if layer.training and not isinstance(dropout, nn.Identity) else None
+    return lora_linear(x, weight, a, b, scaling=layer.scaling[name], bias=bias, dropped_x=dropped)
 
-    `patch` changes a layer's class to this one and `unpatch` changes it back, so nothing else can differ.
+
+class FusedLoraLinear(LoraLinear):
+    """PEFT's LoRA layer with its plain forward fused; parameters, names and checkpoints are PEFT's.
+
+    `patch` changes a layer's class to this one and `unpatch` changes it back, so nothing else can differ. Over a
+    `Linear4bit` base, merging requantises and unmerging restores the saved bytes.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        base = self.base_layer
-        plain = not (args or kwargs or self.disable_adapters or self.merged or len(active) != 1)
-        if not plain or base.weight.requires_grad or active[0] in self.lora_variant:
-            return super().forward(x, *args, **kwargs)
-        name = active[0]
-        a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
-        if b.bias is not None or not (x.dtype == base.weight.dtype == a.weight.dtype):
-            return super().forward(x)  # PEFT casts between the base's and the adapter's dtype
-        dropped = dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
-        return lora_linear(
-            x, base.weight, a.weight, b.weight, scaling=self.scaling[name], bias=base.bias, dropped_x=dropped
-        )
+        base: Any = self.base_layer
+        weight = base.quantized if isinstance(base, Linear4bit) else base.weight
+        y = fused_lora(self, weight, x, args, kwargs)
+        return super().forward(x, *args, **kwargs) if y is None else y
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        base = self.get_base_layer()
+        if not isinstance(base, Linear4bit):
+            return super().merge(safe_merge, adapter_names)
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lora_A:
+                continue
+            if name in self.lora_variant or self.lora_bias[name]:
+                raise ValueError(f"{name}: only plain LoRA without a bias can be merged into 4 bits")
+            merged, report = merged_4bit(base.quantized, self.get_delta_weight(name))
+            if safe_merge and not bool(torch.isfinite(merged.scales()).all()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            if not self.merged_adapters:
+                self._unmerged = base.quantized
+            base._adopt(merged)
+            self.merged_adapters.append(name)
+            warnings.warn(f"merged into 4 bits: {report}", stacklevel=2)
+        return None
+
+    def unmerge(self) -> None:
+        base = self.get_base_layer()
+        if not isinstance(base, Linear4bit) or not self.merged:
+            return super().unmerge()
+        base._adopt(self._unmerged)
+        del self._unmerged
+        self.merged_adapters.clear()
+        return None
 
 
 def patch(model: nn.Module) -> nn.Module:
-    """Runs the LoRA layers of a PEFT model on the fused op, in place; returns the model.
+    """Runs PEFT's LoRA layers and bitsandbytes' 4-bit layers on native ops, in place; returns the model.
 
-    Layers it leaves alone are logged with the reason: bases that are not `torch.nn.Linear`, DoRA and other variants.
-    Calls that the op does not cover (several active adapters, mixed batches, mixed dtypes) go to PEFT's own forward.
+    Bases may be `torch.nn.Linear`, deftcore's `Linear4bit` or bitsandbytes'. Layers it leaves alone are logged with the
+    reason: other bases, DoRA and other variants, weights that bitsandbytes has repacked. Calls that the op does not
+    cover (several active adapters, mixed batches, mixed dtypes over dense bases) go to PEFT's own forward.
 
     Raises:
-        ValueError: when the model has no LoRA layer at all.
+        ValueError: when the model has no such layer at all.
     """
-    patched, left = [], []
+    patched: list[str] = []
+    left: list[str] = []
     for name, module in model.named_modules():
-        if type(module) is FusedLoraLinear:
+        kind = type(module)
+        if kind is FusedLoraLinear:
             patched.append(name)
         elif isinstance(module, LoraLinear):
-            if type(module) is not LoraLinear:
-                left.append(f"{name} ({type(module).__name__})")
-            elif type(module.get_base_layer()) is not nn.Linear:
-                left.append(f"{name} (base {type(module.get_base_layer()).__name__})")
+            base = type(module.get_base_layer())
+            if kind is not LoraLinear:
+                left.append(f"{name} ({kind.__name__})")
+            elif base not in (nn.Linear, Linear4bit):
+                left.append(f"{name} (base {base.__name__})")
             elif module.lora_variant:
                 left.append(f"{name} (variant {', '.join(module.lora_variant)})")
             else:
                 module.__class__ = FusedLoraLinear
                 patched.append(name)
+        elif "bitsandbytes" in sys.modules:
+            from deftcore.integrations.bitsandbytes import patch_module
+
+            done, reason = patch_module(module)
+            if done:
+                patched.append(name)
+            elif reason:
+                left.append(f"{name} ({reason})")
     if not patched and not left:
-        raise ValueError(f"model: {type(model).__name__} has no PEFT LoRA layer; call get_peft_model first")
-    logger.info("patch: %d LoRA layers fused", len(patched))
+        if any(isinstance(module, Linear4bit) for module in model.modules()):
+            return model  # native already
+        raise ValueError(
+            f"model: {type(model).__name__} has no PEFT LoRA and no bitsandbytes 4-bit layer; call get_peft_model first"
+        )
+    logger.info("patch: %d layers on native ops", len(patched))
     if left:
         logger.warning("patch: left alone: %s", "; ".join(left))
     return model
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Gives the LoRA layers PEFT's own class back, in place; returns the model."""
+    """Gives the layers their own classes back, in place; returns the model."""
     for module in model.modules():
         if type(module) is FusedLoraLinear:
             module.__class__ = LoraLinear  # type: ignore[assignment]
+        elif "bitsandbytes" in sys.modules:
+            from deftcore.integrations.bitsandbytes import unpatch_module
+
+            unpatch_module(module)
     return model
+
+
+def merge(model: Any, *, to: str = "16bit", dtype: torch.dtype | None = None) -> Any:
+    """Merges the active LoRA adapters of a model over 4-bit bases, and unloads PEFT.
+
+    Weights of a quantised model sit on code points, so that a small update is rounded away by a merge into 4 bits; the
+    report says how much of it is left. The update was trained on the decoded weights: merging it into the original
+    16-bit ones adds an error it has never seen.
+
+    Args:
+        model: a PEFT model over `Linear4bit` or (patched) bitsandbytes layers.
+        to: "16bit" decodes every 4-bit layer and adds the update with one rounding; "4bit" requantises.
+        dtype: of the 16-bit weights; None is the dtype that was quantised.
+
+    Returns:
+        The base model, with `deftcore_merge`: a `MergeReport` per merged layer, by name.
+
+    Raises:
+        ValueError: naming the argument, or the layer that cannot be merged.
+    """
+    if to not in ("16bit", "4bit"):
+        raise ValueError(f"to: must be '16bit' or '4bit', got {to!r}")
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError(f"model: must be a PEFT model, got {type(model).__name__}")
+    reports: dict[str, MergeReport] = {}
+    replaced: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        lora = module if isinstance(module, LoraLayer) else None
+        base = module.get_base_layer() if lora is not None else module
+        q = getattr(base, "quantized", None)
+        if not isinstance(q, QuantizedTensor) or any(name.startswith(f"{done}.") for done in replaced):
+            continue
+        delta = None if lora is None else _delta(name, lora, q)
+        if to == "4bit":
+            if delta is None:
+                continue
+            merged, reports[name] = merged_4bit(q, delta)
+            bias = None if base.bias is None else base.bias.detach()
+            replaced[name] = Linear4bit(merged, bias, compute_dtype=base.compute_dtype)
+            continue
+        weight, report = merged_16bit(q, delta, dtype or q.dtype)
+        if report is not None:
+            reports[name] = report
+        dense = nn.Linear(q.shape[1], q.shape[0], bias=base.bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        if base.bias is not None:
+            dense.bias = nn.Parameter(base.bias.detach().to(weight.dtype), requires_grad=False)
+        replaced[name] = dense
+    for name, new in replaced.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, new)
+    result = model.merge_and_unload()  # what is left: adapters over dense bases, modules_to_save
+    if to == "16bit" and hasattr(getattr(result, "config", None), "quantization_config"):
+        del result.config.quantization_config
+        for attribute in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_quantized"):
+            if hasattr(result, attribute):
+                delattr(result, attribute)
+    result.deftcore_merge = {name.removeprefix("base_model.model."): report for name, report in reports.items()}
+    if reports:
+        worst = max(reports.values(), key=lambda r: r.error)
+        logger.warning("merge: %d layers into %s; worst: %s", len(reports), to, worst)
+    return result
+
+
+def _delta(name: str, layer: Any, q: QuantizedTensor) -> Tensor | None:
+    """The update of a layer's active adapters, float32 [M, K]; None where there is none."""
+    if layer.merged:
+        raise ValueError(f"{name}: is merged already; unmerge first")
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    if layer.disable_adapters or not active:
+        return None
+    total = torch.zeros(q.shape, device=q.device)
+    for adapter in active:
+        if adapter in layer.lora_variant or layer.lora_bias[adapter]:
+            raise ValueError(f"{name}: only plain LoRA without a bias can be merged")
+        a, b = (getattr(layer, part)[adapter].weight.detach().float() for part in ("lora_A", "lora_B"))
+        total += layer.scaling[adapter] * (b @ a)
+    return total

@@ -10,11 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from deftcore.nn.blocks import find_mlp_blocks
+from deftcore.nn.linear import Linear4bit, is_named, linears_to_quantize, set_quantization_config
 from deftcore.nn.mlp import sparsify
 from deftcore.objectives import DensityLoss
+from deftcore.ops.quant4 import quantize_4bit
+from deftcore.ops.quantized import QuantizedTensor
 
 SPARSE_FILE = "deftcore_sparse.json"
 
@@ -75,6 +85,137 @@ def load_model(path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return kind.from_pretrained(path, **kwargs)
+
+
+def load_quantized(
+    path: str | os.PathLike,
+    *,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    skip: Collection[str] = ("lm_head",),
+    compute_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """A language model straight into 4 bits: one tensor after another from its safetensors files, each quantised as it
+    comes, so that the dense model is never in memory. A checkpoint that is 4-bit already (ours, or Transformers' with
+    bitsandbytes) keeps its bytes, and the options of quantisation are its own.
+
+    Args:
+        path: a local Transformers folder or a hub id, with safetensors files.
+        quant_type, block_size, double_quant, skip, compute_dtype: as in `deftcore.quantize`.
+        dtype: of the weights that stay dense, and before quantising; None is the checkpoint's.
+
+    Returns:
+        The model on the CPU, in evaluation mode.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the folder, file or weights that are missing, unexpected or damaged.
+    """
+    from accelerate import init_empty_weights
+    from accelerate.utils import set_module_tensor_to_device
+    from rich.console import Console
+    from rich.progress import track
+
+    folder = _snapshot(path)
+    files = _weight_files(folder)
+    config = AutoConfig.from_pretrained(folder)
+    stored: Any = getattr(config, "quantization_config", None)
+    if stored is not None:
+        del config.quantization_config
+        stored = stored if isinstance(stored, dict) else stored.to_dict()
+        if not stored.get("load_in_4bit") or stored.get("quant_method") != "bitsandbytes":
+            raise ValueError(f"path: {folder} is quantised in another way: {stored.get('quant_method')}")
+        skip = stored.get("llm_int8_skip_modules") or ("lm_head",)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with init_empty_weights(include_buffers=False):
+        model = kind.from_config(config, dtype=dtype)
+    model.tie_weights()
+    expected = set(model.state_dict())
+    packed = {f"{name}.weight" for name in linears_to_quantize(model, skip)}
+    grouped = {key: [k for k in files if k.startswith(f"{key}.")] for key in packed}
+    missing = sorted(key for key in expected - files.keys() if not _is_tied(model, key, files))
+    unexpected = sorted(files.keys() - expected - {k for keys in grouped.values() for k in keys})
+    if missing or unexpected:
+        raise ValueError(f"path: {folder} is of another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
+
+    def read(name: str) -> Tensor:
+        # The file is only mapped: a model that kept the mapping would crash once the file is written again.
+        return files[name].get_tensor(name).clone()
+
+    options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
+    keys = sorted(expected & files.keys())
+    for key in track(keys, "loading into 4 bits", console=Console(stderr=True), transient=True):
+        if key not in packed:
+            value = read(key)
+            wide = dtype == torch.float16 and is_named(key, getattr(model, "_keep_in_fp32_modules", None) or ())
+            kept = torch.float32 if wide else dtype
+            set_module_tensor_to_device(model, key, "cpu", value.to(kept) if value.is_floating_point() else value)
+            continue
+        name = key.removesuffix(".weight")
+        holder, _, attribute = name.rpartition(".")
+        try:
+            if grouped[key]:
+                q = QuantizedTensor.from_state_dict({k: read(k) for k in (key, *grouped[key])}, key)
+            else:
+                q = quantize_4bit(files[key].get_tensor(key).to(dtype), **options)  # straight from the mapped file
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        linear = model.get_submodule(name)
+        if q.shape != (linear.out_features, linear.in_features):
+            raise ValueError(f"{key}: shape must be {(linear.out_features, linear.in_features)}, got {tuple(q.shape)}")
+        layer = Linear4bit(q, compute_dtype=compute_dtype)
+        layer.bias = linear.bias  # on the meta device until its own turn
+        setattr(model.get_submodule(holder), attribute, layer)
+    model.tie_weights()
+    if stored is None:
+        set_quantization_config(model, skip, compute_dtype=compute_dtype, **options)
+    else:
+        model.config.quantization_config = stored
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _snapshot(path: str | os.PathLike) -> Path:
+    path = _checked(path)
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _weight_files(folder: Path) -> dict[str, Any]:
+    """The open safetensors file of each weight."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"path: {index} is damaged: {error}") from error
+    found = {}
+    for name in names:
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"path: no such file: {folder / name}")
+        try:
+            file = safe_open(folder / name, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"path: {folder / name} is damaged: {error}") from error
+        found.update(dict.fromkeys(file.keys(), file))
+    return found
+
+
+def _is_tied(model: nn.Module, key: str, files: dict[str, Any]) -> bool:
+    """Whether the parameter is another one's, which the files hold."""
+    wanted = model.get_parameter(key) if key in dict(model.named_parameters(remove_duplicate=False)) else None
+    return wanted is not None and any(
+        other is wanted and name in files for name, other in model.named_parameters(remove_duplicate=False)
+    )
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:

@@ -1,6 +1,10 @@
 """Modules over `deftcore.ops`. Needs PyTorch alone."""
 
 from deftcore.nn.blocks import MlpBlock, find_mlp_blocks
+from deftcore.nn.linear import Linear4bit, prepare_for_training, quantize
 from deftcore.nn.mlp import SkippedMLP, SparseBlock, SparseMLP, sparsify
 
-__all__ = ["MlpBlock", "SkippedMLP", "SparseBlock", "SparseMLP", "find_mlp_blocks", "sparsify"]
+__all__ = [
+    "Linear4bit", "MlpBlock", "SkippedMLP", "SparseBlock", "SparseMLP", "find_mlp_blocks", "prepare_for_training",
+    "quantize", "sparsify",
+]  # fmt: skip

@@ -1,0 +1,116 @@
+"""bitsandbytes' 4-bit layers, plain or under PEFT's LoRA, on deftcore's ops: in place and back. See `peft.patch`."""
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft.tuners.lora.bnb import Linear4bit as LoraBnbLinear
+from torch import Tensor, nn
+
+from deftcore.integrations.peft import fused_lora
+from deftcore.nn.linear import linear_packed
+from deftcore.ops.quantized import QuantizedTensor
+
+_REPACKED = (
+    "bitsandbytes has repacked its weights for inference; load the model again and patch it before its first use"
+)
+
+
+def quantized_of(module: Any) -> QuantizedTensor:
+    """The layer's weight; shares its bytes, and is made anew when they moved."""
+    weight = module.weight
+    key = (weight.data_ptr(), weight.device)
+    kept = module.__dict__.get("_deftcore_quantized")
+    if kept is None or kept[0] != key:
+        state = weight.quant_state
+        nested = state.state2 if state.nested else None
+        q = QuantizedTensor(
+            packed=weight.data.contiguous().view(torch.uint8).reshape(-1),
+            absmax=state.absmax.detach(),
+            shape=torch.Size(state.shape),
+            dtype=state.dtype,
+            quant_type=state.quant_type,
+            block_size=state.blocksize,
+            nested_absmax=None if nested is None else nested.absmax,
+            nested_offset=0.0 if nested is None else float(state.offset),
+            code=state.code,
+            nested_code=None if nested is None else nested.code,
+            storage=weight.dtype,
+        )
+        kept = module.__dict__["_deftcore_quantized"] = (key, q)
+    return kept[1]
+
+
+class FusedBnbLinear(bnb.nn.Linear4bit):
+    """bitsandbytes' layer with a native forward, which never repacks the weights."""
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        return quantized_of(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_packed(x, quantized_of(self), self.bias, self.compute_dtype)
+
+
+class FusedBnbLora(LoraBnbLinear):
+    """PEFT's LoRA layer over a 4-bit layer with its plain forward fused; unmerging restores the saved weight."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = fused_lora(self, quantized_of(self.get_base_layer()), x, args, kwargs)
+        return super().forward(x, *args, **kwargs) if y is None else y
+
+    _unmerged: Any
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        before, merged = self.get_base_layer().weight, self.merged
+        super().merge(safe_merge, adapter_names)
+        if self.merged and not merged:
+            self._unmerged = before
+
+    def unmerge(self) -> None:
+        if not self.merged or any(self.lora_bias.values()):
+            return super().unmerge()
+        self._unmerged.bnb_quantized = True  # merging cleared it
+        self.get_base_layer().weight = self._unmerged
+        del self._unmerged
+        self.merged_adapters.clear()
+        return None
+
+
+def patch_module(module: Any) -> tuple[bool, str]:
+    """Whether the module runs on native ops now, and otherwise why not ("" for a module of no concern)."""
+    kind = type(module)
+    if kind in (FusedBnbLinear, FusedBnbLora):
+        return True, ""
+    if kind is LoraBnbLinear:
+        base = module.get_base_layer()
+        if module.lora_variant:
+            return False, f"variant {', '.join(module.lora_variant)}"
+        if not isinstance(base, bnb.nn.Linear4bit):
+            return False, f"base {type(base).__name__}"
+        reason = _unusable(base)
+        if not reason:
+            module.__class__ = FusedBnbLora
+        return not reason, reason
+    if kind is bnb.nn.Linear4bit:
+        reason = _unusable(module)
+        if not reason:
+            module.__class__ = FusedBnbLinear
+        return not reason, reason
+    if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, LoraBnbLinear)):
+        return False, kind.__name__
+    return False, ""
+
+
+def unpatch_module(module: nn.Module) -> None:
+    kinds: dict[type, type] = {FusedBnbLinear: bnb.nn.Linear4bit, FusedBnbLora: LoraBnbLinear}
+    if type(module) in kinds:
+        module.__class__ = kinds[type(module)]
+        module.__dict__.pop("_deftcore_quantized", None)
+
+
+def _unusable(module: Any) -> str:
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        return "not quantised yet"
+    return _REPACKED if getattr(state, "packing_format_for_cpu", False) else ""
