@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deftcore import ops
 from deftcore.nn.blocks import MlpBlock, Slot, activation_of, find_mlp_blocks
+from deftcore.nn.linear import PackedModule
 from deftcore.ops._library import check_choice, check_number
 from deftcore.ops.density import DEFAULT_EPS, SURROGATES, active_count, default_tau
 
@@ -384,8 +385,15 @@ class DensityLoss(nn.Module):
         """Multiplies each gate into its block's down projection (weight, bias and LoRA B), and removes the gates."""
         for block, w in zip(self._blocks, self.gate_values().values(), strict=False):
             down = block.down.get()
-            base = getattr(down, "base_layer", down)
-            for tensor in (base.weight, base.bias, *(b.weight for b in getattr(down, "lora_B", {}).values())):
+            base: Any = getattr(down, "base_layer", down)
+            weight = None
+            if isinstance(base, PackedModule):
+                base.set_quantized(base.quantized.scaled(float(w)))
+            elif base.weight.is_floating_point():
+                weight = base.weight
+            else:
+                raise ValueError(f"{block.name}: gates fold into plain and deftcore's 4-bit layers, not {type(base)}")
+            for tensor in (weight, base.bias, *(b.weight for b in getattr(down, "lora_B", {}).values())):
                 if tensor is not None:
                     tensor.mul_(w)
         if self.adaptive == "gate":

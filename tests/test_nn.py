@@ -6,11 +6,12 @@ import pickle
 import peft
 import pytest
 import torch
+import transformers
 from conftest import FAMILIES, tiny_batch, tiny_model
 from torch import nn
 
 import deftcore
-from deftcore.nn import SparseMLP, find_mlp_blocks
+from deftcore.nn import SparseMLP, SparseMLP4bit, find_mlp_blocks
 
 
 @pytest.mark.parametrize("path", ["sparse", "dense"])
@@ -85,7 +86,7 @@ def test_module_survives_copies():
 def test_refusals_name_the_layer_and_change_nothing():
     model = tiny_model("llama")
     model.model.layers[1].mlp.down_proj = nn.Sequential(nn.Linear(72, 32))
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: must be torch\.nn\.Linear"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: must be torch\.nn\.Linear, Linear4bit"):
         deftcore.sparsify(model)
     assert type(model.model.layers[0].mlp).__name__ == "LlamaMLP"
     with pytest.raises(ValueError, match="skip: no MLP block named nope"):
@@ -94,3 +95,89 @@ def test_refusals_name_the_layer_and_change_nothing():
         deftcore.sparsify(tiny_model("llama"), path="fast")
     with pytest.raises(ValueError, match="Conv1d has no MLP block"):
         deftcore.sparsify(nn.Conv1d(1, 1, 1))
+
+
+def whole_blocks(family):
+    """A tiny model whose down projections are whole blocks of 32."""
+    model = tiny_model(family)
+    config = copy.deepcopy(model.config)
+    name = {"opt": "ffn_dim", "t5": "d_ff"}.get(family, "intermediate_size")
+    setattr(config, name, 96)
+    torch.manual_seed(0)
+    return type(model)(config).eval()
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense", "auto"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_4bit_same_function(family, path, caplog):
+    """The quantised model and its sparse form, plain and with unmerged LoRA on every projection."""
+    model = deftcore.quantize(whole_blocks(family), block_size=32)
+    config = peft.LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", init_lora_weights=False)
+    batch = tiny_batch(family)
+    for adapted in (model, deftcore.patch(peft.get_peft_model(copy.deepcopy(model), config).eval())):
+        with torch.no_grad():
+            ref = adapted(**batch).logits
+            sparse = deftcore.sparsify(copy.deepcopy(adapted), path=path)
+            torch.testing.assert_close(sparse(**batch).logits, ref, rtol=1e-3, atol=1e-4)
+        kinds = [type(m) for m in sparse.modules() if isinstance(m, (SparseMLP, SparseMLP4bit))]
+        assert set(kinds) == {SparseMLP if family == "t5" else SparseMLP4bit}
+        assert len(kinds) == len(find_mlp_blocks(model))
+    if family == "t5":  # Transformers keeps wo in float32
+        assert "is 4-bit in part; its packed projections were decoded" in caplog.text
+
+
+def test_4bit_bitsandbytes(tmp_path):
+    """A model that Transformers quantised with bitsandbytes, patched, then sparse."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        hidden_act="relu",
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    options = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=options)
+    with pytest.raises(ValueError, match=r"mlp\.up_proj: must be .*, a patched bitsandbytes layer"):
+        deftcore.sparsify(model)
+    deftcore.patch(model)
+    batch = tiny_batch("llama")
+    with torch.no_grad():
+        ref = model(**batch).logits
+        sparse = deftcore.sparsify(model)
+        assert isinstance(sparse.model.layers[0].mlp, SparseMLP4bit)
+        torch.testing.assert_close(sparse(**batch).logits, ref, rtol=1e-3, atol=1e-4)
+
+
+def test_4bit_module_survives_copies():
+    model = deftcore.quantize(whole_blocks("llama"), block_size=32)
+    config = peft.LoraConfig(r=2, target_modules=["gate_proj", "down_proj"], init_lora_weights=False)
+    mlp = deftcore.sparsify(peft.get_peft_model(model, config)).base_model.model.model.layers[0].mlp
+    x = torch.randn(3, 32)
+    other = copy.deepcopy(mlp)
+    for parameter in other.lora.values():
+        parameter.data.zero_()
+    assert not torch.equal(other(x), mlp(x))
+    other.load_state_dict(mlp.state_dict())
+    for copied in (pickle.loads(pickle.dumps(mlp)), other, copy.deepcopy(mlp)):
+        assert torch.equal(copied(x), mlp(x))
+    half = copy.deepcopy(mlp).to(torch.bfloat16)
+    assert half.down.absmax.dtype == torch.float32
+    error = (half(x.bfloat16()).float() - mlp(x)).norm() / mlp(x).norm()
+    assert error < 0.05
+    assert "neurons=96, gated" in repr(mlp)
+    ragged = deftcore.quantize(tiny_model("llama"), block_size=64)  # 72 neurons: rows of down are not whole blocks
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp\.down_proj: t: needs a matrix whose rows are whole blocks of 64"
+    ):
+        deftcore.sparsify(ragged)
+
+
+def test_gates_fold_into_4bit():
+    from deftcore import DensityLoss
+
+    model = deftcore.quantize(whole_blocks("llama"), block_size=32)
+    objective = DensityLoss(model, adaptive="gate")
+    with torch.no_grad():
+        objective.theta.copy_(torch.tensor([0.3, -1.2]))
+        expected = model(**tiny_batch("llama")).logits
+        objective.fold_gates()
+        torch.testing.assert_close(model(**tiny_batch("llama")).logits, expected, rtol=1e-4, atol=1e-5)

@@ -68,7 +68,7 @@ class FusedLoraLinear(LoraLinear):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             if not self.merged_adapters:
                 self._unmerged = base.quantized
-            base._adopt(merged)
+            base.set_quantized(merged)
             self.merged_adapters.append(name)
             warnings.warn(f"merged into 4 bits: {report}", stacklevel=2)
         return None
@@ -77,7 +77,7 @@ class FusedLoraLinear(LoraLinear):
         base = self.get_base_layer()
         if not isinstance(base, Linear4bit) or not self.merged:
             return super().unmerge()
-        base._adopt(self._unmerged)
+        base.set_quantized(self._unmerged)
         del self._unmerged
         self.merged_adapters.clear()
         return None

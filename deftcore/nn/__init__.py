@@ -2,9 +2,9 @@
 
 from deftcore.nn.blocks import MlpBlock, find_mlp_blocks
 from deftcore.nn.linear import Linear4bit, prepare_for_training, quantize
-from deftcore.nn.mlp import SkippedMLP, SparseBlock, SparseMLP, sparsify
+from deftcore.nn.mlp import SkippedMLP, SparseBlock, SparseMLP, SparseMLP4bit, sparsify
 
 __all__ = [
-    "Linear4bit", "MlpBlock", "SkippedMLP", "SparseBlock", "SparseMLP", "find_mlp_blocks", "prepare_for_training",
-    "quantize", "sparsify",
+    "Linear4bit", "MlpBlock", "SkippedMLP", "SparseBlock", "SparseMLP", "SparseMLP4bit", "find_mlp_blocks",
+    "prepare_for_training", "quantize", "sparsify",
 ]  # fmt: skip

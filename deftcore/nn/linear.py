@@ -29,9 +29,10 @@ class PackedModule(nn.Module):
 
     def __init__(self, weight: QuantizedTensor) -> None:
         nn.Module.__init__(self)
-        self._adopt(weight)
+        self.set_quantized(weight)
 
-    def _adopt(self, q: QuantizedTensor) -> None:
+    def set_quantized(self, q: QuantizedTensor) -> None:
+        """Replaces the weight."""
         self._fields = {name: getattr(q, name) for name in (
             "shape", "dtype", "quant_type", "block_size", "nested_offset", "storage", "column_blocks")}  # fmt: skip
         for name in _TENSORS:
@@ -103,7 +104,7 @@ class PackedModule(nn.Module):
         if q.shape != self._fields["shape"]:
             error_msgs.append(f"{name}: shape must be {tuple(self._fields['shape'])}, got {tuple(q.shape)}")
         else:
-            self._adopt(q if self.weight.device.type == "meta" else q.to(self.weight.device))
+            self.set_quantized(q if self.weight.device.type == "meta" else q.to(self.weight.device))
 
 
 class Linear4bit(PackedModule, nn.Linear):

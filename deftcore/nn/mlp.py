@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from deftcore.nn.blocks import MlpBlock, activation_of, find_mlp_blocks
+from deftcore.nn.linear import PackedModule
 from deftcore.ops.density import ACTIVATIONS, default_tau
+from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.sparse_mlp import PATHS, _sparse_mlp
+from deftcore.ops.sparse_mlp4 import NO_LOW_RANK, LowRank4, mlp_4bit
 
 logger = logging.getLogger("deftcore")
 
@@ -103,6 +106,64 @@ class SparseMLP(nn.Module):
         return f"{width}, neurons={neurons}, {kind}, activation={self.activation}, tau={self.tau:.3g}, path={self.path}"
 
 
+class SparseMLP4bit(nn.Module):
+    """An MLP block over 4-bit weights on the sparse kernels; inference only, one op call per forward.
+
+    Gate and up keep their bytes. The down projection is turned neuron-major, exactly, when its rows are whole blocks;
+    its scales become float32 then. Unmerged LoRA factors stay apart.
+
+    Shapes: x [..., D] -> [..., D].
+    """
+
+    def __init__(
+        self,
+        gate: QuantizedTensor | None,
+        up: QuantizedTensor,
+        down: QuantizedTensor,
+        b_up: Tensor | None = None,
+        b_down: Tensor | None = None,
+        *,
+        activation: str,
+        tau: float | None = None,
+        path: str = "auto",
+        lora_gate: LowRank | None = None,
+        lora_up: LowRank | None = None,
+        lora_down: LowRank | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation, self.path = activation, path
+        self.tau = default_tau(activation) if tau is None else tau
+        self.gate = None if gate is None else PackedModule(gate)
+        self.up, self.down = PackedModule(up), PackedModule(down.t())
+        self.b_up = None if b_up is None else _frozen(b_up.clone())
+        self.b_down = None if b_down is None else _frozen(b_down.clone())
+        factors = {
+            **_factors("gate_a", "gate_b", lora_gate),
+            **_factors("up_a", "up_b", lora_up),
+            **_factors("down_a_t", "down_b", lora_down),
+        }
+        if lora_down is not None:
+            factors["down_a_t"] = factors["down_a_t"].t()
+        self.lora = nn.ParameterDict({name: _frozen(value) for name, value in factors.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = [m.quantized for m in (self.gate, self.up, self.down) if m is not None]
+        low = LowRank4(**{name: value.to(x.dtype) for name, value in self.lora.items()}) if self.lora else NO_LOW_RANK
+        b_up, b_down = (None if b is None else b.to(x.dtype) for b in (self.b_up, self.b_down))
+        flat = x.reshape(-1, x.shape[-1])
+        y = mlp_4bit(flat, weights, b_up, b_down, ACTIVATIONS[self.activation], self.tau, PATHS[self.path], low)
+        return y.reshape(x.shape)
+
+    def extra_repr(self) -> str:
+        neurons, width = self.up.quantized.shape
+        kind = "plain" if self.gate is None else "gated"
+        return f"{width}, neurons={neurons}, {kind}, activation={self.activation}, tau={self.tau:.3g}, path={self.path}"
+
+
+def _factors(a: str, b: str, low: LowRank | None) -> dict[str, Tensor]:
+    return {} if low is None else {a: low.a.detach(), b: low.scaling * low.b.detach()}
+
+
 class SkippedMLP(nn.Module):
     """A block left out by its adaptive gate: the residual stream gets exactly zero."""
 
@@ -126,9 +187,9 @@ def sparsify(
     tau: float | dict[str, float] | None = None,
     path: str = "auto",
     skip: Collection[str] = (),
-    merge: bool = True,
+    merge: bool | None = None,
 ) -> Any:
-    """Replaces the MLP blocks of a trained model by `SparseMLP`, in place; for inference.
+    """Replaces the MLP blocks of a trained model by `SparseMLP` or `SparseMLP4bit`, in place; for inference.
 
     Args:
         model: a Transformers model of a family that `find_mlp_blocks` knows, or its PEFT LoRA model.
@@ -137,6 +198,7 @@ def sparsify(
         path: "auto", "sparse" or "dense".
         skip: names of blocks to leave out altogether (see `DensityLoss.skippable`); their weights are dropped.
         merge: merge LoRA into the weights first. False keeps the low-rank terms apart, exact to the unmerged model.
+            None merges dense models and leaves 4-bit ones apart, where merging would round most of the update away.
 
     Returns:
         The model (the base model when PEFT was merged), in eval mode, with `deftcore_blocks`: one `SparseBlock` each.
@@ -146,6 +208,8 @@ def sparsify(
     """
     if path not in PATHS:
         raise ValueError(f"path: must be one of {', '.join(PATHS)}, got {path!r}")
+    if merge is None:
+        merge = not any(hasattr(module, "quantized") for module in model.modules())
     if hasattr(model, "merge_and_unload") and merge:
         model = model.merge_and_unload()
     blocks = find_mlp_blocks(model)
@@ -163,7 +227,7 @@ def sparsify(
             continue
         block_tau = tau.get(block.name) if isinstance(tau, dict) else tau
         sparse = _convert(block, block_tau, path)
-        kind = "plain" if sparse.w_gate is None else "gated"
+        kind = "plain" if block.gate is None else "gated"
         planned.append((block, sparse, SparseBlock(block.name, kind, neurons, sparse.tau)))
     for block, module, _ in planned:
         if block.container is not None:
@@ -178,7 +242,7 @@ def sparsify(
     return model
 
 
-def _convert(block: MlpBlock, tau: float | None, path: str) -> SparseMLP:
+def _convert(block: MlpBlock, tau: float | None, path: str) -> SparseMLP | SparseMLP4bit:
     w_up, b_up, lora_up = _weight(block, "up")
     w_down, b_down, lora_down = _weight(block, "down")
     w_gate = lora_gate = None
@@ -186,15 +250,25 @@ def _convert(block: MlpBlock, tau: float | None, path: str) -> SparseMLP:
         w_gate, b_gate, lora_gate = _weight(block, "gate")
         if any(b is not None for b in (b_gate, b_up, b_down)):
             raise ValueError(f"{block.name}: a gated MLP with biases has no sparse form")
-    return SparseMLP(
-        w_gate, w_up, w_down, b_up, b_down,
-        activation=activation_of(block.activation.get()), tau=tau, path=path,
-        lora_gate=lora_gate, lora_up=lora_up, lora_down=lora_down,
-    )  # fmt: skip
+    low = {"lora_gate": lora_gate, "lora_up": lora_up, "lora_down": lora_down}
+    options: dict[str, Any] = {"activation": activation_of(block.activation.get()), "tau": tau, "path": path, **low}
+    weights = [w_gate, w_up, w_down]
+    dense = [w for w in weights if isinstance(w, Tensor)]
+    if dense:
+        if len(dense) < len([w for w in weights if w is not None]):
+            logger.warning("sparsify: %s is 4-bit in part; its packed projections were decoded", block.name)
+        w_gate, w_up, w_down = (
+            w.dequantize(dense[0].dtype) if isinstance(w, QuantizedTensor) else w for w in weights
+        )  # fmt: skip
+        return SparseMLP(w_gate, w_up, w_down, b_up, b_down, **options)
+    try:
+        return SparseMLP4bit(w_gate, w_up, w_down, b_up, b_down, **options)
+    except ValueError as error:
+        raise ValueError(f"{block.name}.{block.down.attribute}: {error}") from error
 
 
-def _weight(block: MlpBlock, role: str) -> tuple[Tensor, Tensor | None, LowRank | None]:
-    """Weight, bias and unmerged LoRA of one projection, or ValueError naming the layer."""
+def _weight(block: MlpBlock, role: str) -> tuple[Any, Tensor | None, LowRank | None]:
+    """Weight (dense or 4-bit), bias and unmerged LoRA of one projection, or ValueError naming the layer."""
     slot = getattr(block, role)
     module, low = slot.get(), None
     where = f"{block.name}.{slot.attribute}"
@@ -208,8 +282,13 @@ def _weight(block: MlpBlock, role: str) -> tuple[Tensor, Tensor | None, LowRank 
             name = active[0]
             low = LowRank(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
         module = module.base_layer
+    if isinstance(getattr(module, "quantized", None), QuantizedTensor):
+        return module.quantized, module.bias, low
     if type(module) is not nn.Linear:
-        raise ValueError(f"{where}: must be torch.nn.Linear (or PEFT LoRA over it), got {type(module).__name__}")
+        raise ValueError(
+            f"{where}: must be torch.nn.Linear, Linear4bit, a patched bitsandbytes layer or PEFT LoRA over one, "
+            f"got {type(module).__name__}"
+        )
     return module.weight, module.bias, low
 
 

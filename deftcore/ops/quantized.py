@@ -126,6 +126,12 @@ class QuantizedTensor:
         outer = self.nested_absmax.repeat_interleave(NESTED_BLOCK)[: self.blocks]
         return self.nested_code[self.absmax.long()] * outer + self.nested_offset
 
+    def scaled(self, factor: float) -> "QuantizedTensor":
+        """This tensor times a number, through the scales: nibbles and 8-bit codes stay."""
+        if self.nested_absmax is None:
+            return replace(self, absmax=self.absmax * factor)
+        return replace(self, nested_absmax=self.nested_absmax * factor, nested_offset=self.nested_offset * factor)
+
     def t(self) -> "QuantizedTensor":
         """The transposed matrix with exactly the same values: blocks of rows become blocks of columns, and back.
 
