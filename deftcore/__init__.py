@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from deftcore.integrations.checkpoints import load_quantized, load_sparse, save_sparse
     from deftcore.integrations.peft import merge, patch, unpatch
-    from deftcore.integrations.transformers import load_quantized, load_sparse, save_sparse
     from deftcore.nn.linear import prepare_for_training, quantize
     from deftcore.nn.mlp import sparsify
     from deftcore.objectives import DensityLoss
 
 _HOMES = {
     "DensityLoss": "deftcore.objectives",
-    "load_quantized": "deftcore.integrations.transformers",
-    "load_sparse": "deftcore.integrations.transformers",
+    "load_quantized": "deftcore.integrations.checkpoints",
+    "load_sparse": "deftcore.integrations.checkpoints",
     "merge": "deftcore.integrations.peft",
     "patch": "deftcore.integrations.peft",
     "prepare_for_training": "deftcore.nn.linear",
     "quantize": "deftcore.nn.linear",
-    "save_sparse": "deftcore.integrations.transformers",
+    "save_sparse": "deftcore.integrations.checkpoints",
     "sparsify": "deftcore.nn.mlp",
     "unpatch": "deftcore.integrations.peft",
 }

@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("quickstart", _quickstart, "Fine-tune a small Llama to sparsity and decode it faster; no downloads.")
     sub.add_argument("--output", default="quickstart", help="folder for report, adapter and picture")
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--quantize", choices=["nf4", "fp4"], help="also train on a 4-bit base and decode from 4 bits")
 
     sub = command("train", _train, "Train from a recipe.")
     sub.add_argument("recipe", help="a YAML file")
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="a Transformers folder or hub id")
     sub.add_argument("data", help="a .jsonl, .csv or .txt file")
     sub.add_argument("--adapter", default="", help="folder of a PEFT adapter")
+    sub.add_argument("--quantize", choices=["nf4", "fp4"], help="load the base into 4 bits, as QLoRA trained on it")
     sub.add_argument("--max-length", type=int, default=512)
     sub.add_argument("--batch-size", type=int, default=4)
 
@@ -61,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("output", help="a new folder")
     sub.add_argument("--adapter", default="", help="folder of a PEFT adapter")
     sub.add_argument("--skip", nargs="*", default=[], metavar="BLOCK", help="MLP blocks to leave out")
+    sub.add_argument("--quantize", choices=["nf4", "fp4"], help="write 4-bit weights; the adapter stays unmerged")
+    sub.add_argument("--merge", choices=["16bit", "4bit"], default="", help="merge an adapter over a 4-bit base")
 
     sub = command("bench", _bench, "Measure where the sparse path pays on this machine.")
     sub.add_argument("--shape", default="4096x11008", help="width x neurons")
@@ -87,7 +91,7 @@ def _quickstart(args: argparse.Namespace) -> None:
     from deftcore import quickstart
 
     _quiet_transformers(args)
-    report = quickstart.run(args.output, seed=args.seed)
+    report = quickstart.run(args.output, seed=args.seed, quantize=args.quantize or "")
     if args.json:
         print(json.dumps(report, indent=1))
         return
@@ -113,7 +117,7 @@ def _density(args: argparse.Namespace) -> None:
 
     _quiet_transformers(args)
     sizes = {"max_length": args.max_length, "batch_size": args.batch_size}
-    report = measure_density(args.model, args.data, adapter=args.adapter, **sizes)
+    report = measure_density(args.model, args.data, adapter=args.adapter, quantize=_quantize_options(args), **sizes)
     lines = [f"{name}: {value:.4f}" for name, value in report["blocks"].items()]
     lines += [f"{key}: {value}" for key, value in report.items() if key != "blocks"]
     _print(args, report, lines)
@@ -123,8 +127,16 @@ def _export(args: argparse.Namespace) -> None:
     from deftcore.pipeline import export
 
     _quiet_transformers(args)
-    result = export(args.model, args.output, adapter=args.adapter, skip=tuple(args.skip))
-    _print(args, result, [f"{args.output}: {len(result['blocks'])} blocks, {len(result['skipped'])} skipped"])
+    result = export(
+        args.model, args.output, adapter=args.adapter, skip=tuple(args.skip), quantize=_quantize_options(args),
+        merge=args.merge,
+    )  # fmt: skip
+    kept = ", adapter unmerged" if result["unmerged_adapter"] else ""
+    _print(args, result, [f"{args.output}: {len(result['blocks'])} blocks, {len(result['skipped'])} skipped{kept}"])
+
+
+def _quantize_options(args: argparse.Namespace) -> dict[str, Any] | None:
+    return {"quant_type": args.quantize} if args.quantize else None
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -152,7 +164,10 @@ def info() -> dict[str, Any]:
     from deftcore.ops._library import native
 
     built = hasattr(native, "cuda")
-    kernels = ("act_density", "density", "sparse_down", "sparse_mlp", "quantize_4bit", "dequantize_4bit", "linear_4bit")
+    kernels = (
+        "act_density", "density", "sparse_down", "sparse_mlp", "sparse_mlp_4bit", "quantize_4bit", "dequantize_4bit",
+        "linear_4bit",
+    )  # fmt: skip
     cuda = "not built"
     if built:
         cuda = "built, " + ("a GPU is there" if torch.cuda.is_available() else "no GPU in use")

@@ -2,7 +2,9 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
+from deftcore.integrations.checkpoints import load_adapter, load_model, load_sparse, load_tokenizer, save_sparse
+from deftcore.integrations.peft import merge as merge_adapters
 from deftcore.integrations.peft import patch
-from deftcore.integrations.transformers import load_adapter, load_model, load_tokenizer, save_sparse
+from deftcore.nn.linear import Linear4bit
 from deftcore.objectives import DensityLoss
 from deftcore.training.data import Batches, Example, encode, read_records
 from deftcore.training.loop import TrainResult, train
@@ -35,6 +39,7 @@ def add_adapter(model: Any, method: str, options: dict[str, Any]) -> Any:
         return model
     kinds: dict[str, Callable[..., peft.PeftConfig]] = {
         "lora": peft.LoraConfig,
+        "qlora": peft.LoraConfig,
         "bottleneck": BottleneckConfig,
         "prompt": peft.PromptTuningConfig,
         "prefix": peft.PrefixTuningConfig,
@@ -44,7 +49,7 @@ def add_adapter(model: Any, method: str, options: dict[str, Any]) -> Any:
     except TypeError as error:
         raise ValueError(f"adapter: {error}") from error
     adapted = peft.get_peft_model(model, config)
-    return patch(adapted) if method == "lora" else adapted
+    return patch(adapted) if method in ("lora", "qlora") else adapted
 
 
 def make_objective(model: nn.Module, config: DeftConfig) -> DensityLoss:
@@ -68,7 +73,8 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
 
     tokenizer = load_tokenizer(recipe.model)
     torch.manual_seed(recipe.training.seed)  # adapters start from the recipe's seed
-    model = add_adapter(load_model(recipe.model), recipe.method, recipe.adapter)
+    quantize = asdict(recipe.quantize) if recipe.method == "qlora" else None
+    model = add_adapter(load_model(recipe.model, quantize=quantize), recipe.method, recipe.adapter)
     pair = model.config.is_encoder_decoder
     examples = load_examples(recipe.data.train, tokenizer, recipe.data, pair)
     validation = load_examples(recipe.data.validation, tokenizer, recipe.data, pair) if recipe.data.validation else None
@@ -105,38 +111,72 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
         raise RuntimeError(f"{folder}: nothing was saved")
 
 
-def export(model: str, output: str, *, adapter: str = "", skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Merges an adapter into its base and writes a folder for `load_sparse`; the model must be one `sparsify` knows.
+def export(
+    model: str,
+    output: str,
+    *,
+    adapter: str = "",
+    skip: tuple[str, ...] = (),
+    quantize: dict[str, Any] | None = None,
+    merge: str = "",
+) -> dict[str, Any]:
+    """Writes a folder for `load_sparse`; the model must be one that `sparsify` knows.
 
-    Adaptive gates beside the adapter (density_gates.safetensors) are folded into the weights.
+    An adapter is merged into a dense base. Over a 4-bit base (`quantize`, or a checkpoint that is 4-bit) it stays
+    beside it unmerged, unless `merge` says "16bit" or "4bit". Adaptive gates beside the adapter
+    (density_gates.safetensors) are folded into the weights.
     """
     from safetensors.torch import load_file
 
     from deftcore.nn import find_mlp_blocks, sparsify
 
-    base: Any = load_model(model)
-    if adapter:
-        adapted = load_adapter(base, adapter)
-        gates = Path(adapter) / "density_gates.safetensors"
-        if gates.exists():
-            objective = DensityLoss(adapted, adaptive="gate")
-            with torch.no_grad():
-                objective.theta.copy_(load_file(gates)["theta"])
-            objective.fold_gates()
-            objective.detach()
-        base = adapted.merge_and_unload()
-    tokenizer = load_tokenizer(model)
-    save_sparse(base, output, skip=skip)
+    base: Any = load_model(model, quantize=quantize)
+    packed = any(isinstance(module, Linear4bit) for module in base.modules())
+    if merge and not (packed and adapter):
+        raise ValueError(f"merge: is for an adapter over a 4-bit base, got {merge!r}")
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = None
+        if adapter:
+            adapted: Any = load_adapter(base, adapter)
+            adapted = patch(adapted) if packed else adapted
+            gates = Path(adapter) / "density_gates.safetensors"
+            if gates.exists():
+                objective = DensityLoss(adapted, adaptive="gate")
+                with torch.no_grad():
+                    objective.theta.copy_(load_file(gates)["theta"])
+                objective.fold_gates()
+                objective.detach()
+            if not packed:
+                base = adapted.merge_and_unload()
+            elif merge:
+                base = merge_adapters(adapted, to=merge)
+            else:
+                kept = Path(temporary) / "adapter"
+                adapted.save_pretrained(kept)
+                base = adapted.unload()
+        tokenizer = load_tokenizer(model)
+        save_sparse(base, output, skip=skip, adapter=kept)
     tokenizer.save_pretrained(output)
     blocks = [block.name for block in find_mlp_blocks(base)]
-    sparsify(base, skip=skip)  # refuses now, not at load time
-    return {"output": output, "blocks": blocks, "skipped": sorted(skip)}
+    if kept is None:
+        sparsify(base, skip=skip)  # refuses now, not at load time
+    else:
+        load_sparse(output)
+    return {"output": output, "blocks": blocks, "skipped": sorted(skip), "unmerged_adapter": kept is not None}
 
 
-def measure_density(model: str, data: str, *, adapter: str = "", max_length: int = 512, batch_size: int = 4) -> dict:
+def measure_density(
+    model: str,
+    data: str,
+    *,
+    adapter: str = "",
+    max_length: int = 512,
+    batch_size: int = 4,
+    quantize: dict[str, Any] | None = None,
+) -> dict:
     """Density per block, and loss, of a model (with an adapter, or exported) over a file of records."""
     tokenizer = load_tokenizer(model)
-    loaded: Any = load_model(model)
+    loaded: Any = load_model(model, quantize=quantize)
     if adapter:
         loaded = load_adapter(loaded, adapter)
     objective = DensityLoss(loaded, alpha=0.0)

@@ -12,6 +12,8 @@ import logging
 import pkgutil
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -23,7 +25,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from deftcore.integrations.checkpoints import save_sparse
+from deftcore.integrations.peft import merge
 from deftcore.integrations.transformers import greedy_decode
+from deftcore.nn.linear import quantize as quantize_model
 from deftcore.nn.mlp import sparsify
 from deftcore.objectives import DensityLoss
 from deftcore.ops._dispatch import cache_folder
@@ -82,8 +87,11 @@ def reference_text() -> tuple[str, str]:
     return "\n".join(topics[n] for n in names if n not in held_out), "\n".join(topics[n] for n in sorted(held_out))
 
 
-def run(output: str | Path, settings: Settings | None = None, *, seed: int = 0) -> dict[str, Any]:
-    """Trains, compares and reports; returns the report that is also written to `output`/report.json."""
+def run(output: str | Path, settings: Settings | None = None, *, seed: int = 0, quantize: str = "") -> dict[str, Any]:
+    """Trains, compares and reports; returns the report that is also written to `output`/report.json.
+
+    With `quantize`, a 4-bit type, DEFT also trains on a 4-bit base and is decoded from 4 bits, dense and sparse.
+    """
     settings = settings or Settings()
     start = time.perf_counter()
     console = Console(stderr=True)
@@ -102,7 +110,7 @@ def run(output: str | Path, settings: Settings | None = None, *, seed: int = 0) 
     runs["base"] = before
     for name, alpha in (("LoRA", 0.0), ("LoRA + DEFT", settings.alpha)):
         console.print(f"[bold]Fine-tuning: {name}[/bold]")
-        result, model = _tune(base, tokenizer, examples, settings, alpha, seed, output, name)
+        result, model = _tune(deepcopy(base), "lora", tokenizer, examples, settings, alpha, seed, output, name)
         runs[name] = {**_evaluate(model, validation, settings), "seconds": result.seconds}
         models[name] = model.merge_and_unload()
 
@@ -110,6 +118,17 @@ def run(output: str | Path, settings: Settings | None = None, *, seed: int = 0) 
     prompts = [torch.tensor([e["input_ids"][:32]]) for e in validation[: settings.prompts]]
     for name, model in models.items():
         runs[name] |= _decode_side_by_side(model, prompts, settings)
+    four_bit = {}
+    if quantize:
+        name = "QLoRA + DEFT"
+        console.print(f"[bold]Fine-tuning: {name}, base in {quantize}[/bold]")
+        packed = quantize_model(deepcopy(base), quant_type=quantize)
+        result, model = _tune(
+            packed, "qlora", tokenizer, examples, settings, settings.alpha, seed, output, name
+        )  # fmt: skip
+        runs[name] = {**_evaluate(model, validation, settings), "seconds": result.seconds}
+        console.print("[bold]Decoding from 4 bits[/bold]")
+        four_bit = _compare_4bit(model, prompts, settings, output / "qlora-deft")
     report = {
         "settings": asdict(settings),
         "machine": _machine(),
@@ -117,6 +136,7 @@ def run(output: str | Path, settings: Settings | None = None, *, seed: int = 0) 
         "runs": runs,
         "density_ratio": runs["LoRA + DEFT"]["density"] / runs["LoRA"]["density"],
         "loss_ratio": runs["LoRA + DEFT"]["loss"] / runs["LoRA"]["loss"],
+        "four_bit": four_bit,
         "seconds": time.perf_counter() - start,
     }
     write_json(output / "report.json", report)
@@ -139,6 +159,16 @@ def print_report(report: dict[str, Any], console: Console) -> None:
             ("yes" if r["same_tokens"] else "NO") if decoded else "",
         )  # fmt: skip
     console.print(table)
+    if report["four_bit"]:
+        table = Table(title="QLoRA + DEFT, the same weights three ways")
+        for column in ("decoded from", "on disk, MB", "peak memory, MB", "tok/s"):
+            table.add_column(column, justify="left" if column == "decoded from" else "right")
+        for name, row in report["four_bit"]["rows"].items():
+            table.add_row(name, f"{row['disk_mb']:.0f}", f"{row['peak_mb']:.0f}", f"{row['tokens_per_s']:.0f}")
+        console.print(table)
+        same = "the same tokens" if report["four_bit"]["same_tokens"] else "DIFFERENT tokens"
+        idle = report["four_bit"]["idle_mb"]
+        console.print(f"4-bit sparse gives {same} as 4-bit dense. An idle process takes {idle:.0f} MB.")
     deft, lora = report["runs"]["LoRA + DEFT"], report["runs"]["LoRA"]
     console.print(
         f"DEFT cuts the density to {100 * report['density_ratio']:.0f} % of plain LoRA's "
@@ -210,6 +240,7 @@ def _precision() -> str:
 
 def _tune(
     base: nn.Module,
+    method: str,
     tokenizer: Any,
     examples: list[Example],
     settings: Settings,
@@ -221,7 +252,7 @@ def _tune(
     torch.manual_seed(seed)
     targets = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
     options = {"r": settings.lora_r, "lora_alpha": 2 * settings.lora_r, "target_modules": targets}
-    model = add_adapter(deepcopy(base), "lora", options)
+    model = add_adapter(base, method, options)
     objective = DensityLoss(model, alpha=alpha, surrogate=settings.surrogate, beta=settings.beta)
     training = TrainingConfig(
         max_steps=settings.tune_steps, batch_size=settings.batch_size, learning_rate=settings.tune_learning_rate,
@@ -253,30 +284,87 @@ def _evaluate(model: nn.Module, validation: list[Example], settings: Settings) -
 
 
 def _decode_side_by_side(model: nn.Module, prompts: list[torch.Tensor], settings: Settings) -> dict[str, Any]:
-    """Greedy decoding, dense PyTorch against sparse kernels, alternating on the same prompts; medians."""
+    """Greedy decoding, dense PyTorch against sparse kernels."""
     model.eval()
-    sparse = sparsify(deepcopy(model))
-    for side in (model, sparse):  # warms up; the cost model measures its shapes here
-        greedy_decode(side, prompts[0], 4)
-    times: dict[str, list[float]] = {"dense": [], "sparse": []}
-    same, error = True, 0.0
-    for _ in range(settings.rounds):
-        for prompt in prompts:
-            tokens = {}
-            for name, side in (("dense", model), ("sparse", sparse)):
-                start = time.perf_counter()
-                tokens[name] = greedy_decode(side, prompt, settings.new_tokens)
-                times[name].append(time.perf_counter() - start)
-            same = same and torch.equal(tokens["dense"][0], tokens["sparse"][0])
-            if same:
-                error = max(error, float((tokens["dense"][1] - tokens["sparse"][1]).abs().max()))
-    rate = {name: settings.new_tokens / statistics.median(t) for name, t in times.items()}
+    rate, same, error = _decode({"dense": model, "sparse": sparsify(deepcopy(model))}, prompts, settings)
     return {
         "dense_tokens_per_s": rate["dense"],
         "sparse_tokens_per_s": rate["sparse"],
         "speed_up": rate["sparse"] / rate["dense"],
-        "same_tokens": same,
-        "largest_logit_difference": error,
+        "same_tokens": same["sparse"],
+        "largest_logit_difference": error["sparse"],
+    }
+
+
+def _decode(
+    sides: dict[str, nn.Module], prompts: list[torch.Tensor], settings: Settings
+) -> tuple[dict[str, float], dict[str, bool], dict[str, float]]:
+    """Tokens per second of each side, alternating on the same prompts, medians; and whether a side's tokens are those
+    of the first, and how far its logits are off."""
+    for side in sides.values():  # warms up; the cost model measures its shapes here
+        greedy_decode(side, prompts[0], 4)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    same, error = dict.fromkeys(sides, True), dict.fromkeys(sides, 0.0)
+    first = next(iter(sides))
+    for _ in range(settings.rounds):
+        for prompt in prompts:
+            found = {}
+            for name, side in sides.items():
+                start = time.perf_counter()
+                found[name] = greedy_decode(side, prompt, settings.new_tokens)
+                times[name].append(time.perf_counter() - start)
+            for name, (tokens, logits) in found.items():
+                same[name] &= bool(torch.equal(tokens, found[first][0]))
+                error[name] = max(error[name], float((logits - found[first][1]).abs().max()))
+    return {name: settings.new_tokens / statistics.median(t) for name, t in times.items()}, same, error
+
+
+PEAK_MEMORY = """
+import sys, torch
+from deftcore.integrations.checkpoints import load_adapter, load_model, load_sparse
+from deftcore.integrations.peft import patch
+from deftcore.integrations.transformers import greedy_decode
+kind, folder, *ids = sys.argv[1:]
+model = {
+    "idle": lambda: None,
+    "float32": lambda: load_model(folder),
+    "4-bit dense": lambda: patch(load_adapter(load_model(folder), folder + "/adapter")),
+    "4-bit sparse": lambda: load_sparse(folder),
+}[kind]()
+if model is not None:
+    greedy_decode(model, torch.tensor([[int(i) for i in ids]]), 8)
+with open("/proc/self/status") as status:  # ru_maxrss would count the parent that forked this process
+    print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024)
+"""
+
+
+def _compare_4bit(model: Any, prompts: list[torch.Tensor], settings: Settings, folder: Path) -> dict[str, Any]:
+    """Size on disk, peak memory of a fresh process and speed of one fine-tuned model: float32, 4-bit, 4-bit sparse."""
+    model.eval()
+    folders = {"float32": folder / "float32", "4-bit dense": folder / "4-bit", "4-bit sparse": folder / "4-bit"}
+    for path in set(folders.values()):
+        shutil.rmtree(path, ignore_errors=True)
+    dense = merge(deepcopy(model), to="16bit", dtype=torch.float32)
+    dense.save_pretrained(folders["float32"])
+    model.save_pretrained(folder / "adapter")
+    save_sparse(deepcopy(model).unload(), folders["4-bit dense"], adapter=folder / "adapter")
+    sides = {"4-bit dense": model, "4-bit sparse": sparsify(deepcopy(model)), "float32": dense}
+    rate, same, error = _decode(sides, prompts, settings)
+    ids = [str(i) for i in prompts[0][0].tolist()]
+    peak = {}
+    for kind in ("idle", *folders):
+        command = [sys.executable, "-c", PEAK_MEMORY, kind, str(folders.get(kind, folder)), *ids]
+        peak[kind] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    rows = {}
+    for kind, path in folders.items():
+        size = sum(file.stat().st_size for file in path.rglob("*.safetensors")) / 1e6
+        rows[kind] = {"disk_mb": size, "peak_mb": peak[kind], "tokens_per_s": rate[kind]}
+    return {
+        "rows": rows,
+        "idle_mb": peak["idle"],
+        "same_tokens": same["4-bit sparse"],
+        "same_tokens_as_float32": same["float32"],
+        "largest_logit_difference": error["4-bit sparse"],
     }
 
 
@@ -294,10 +382,14 @@ def _picture(report: dict[str, Any], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     runs = report["runs"]
-    colors = ["#9aa5b1", "#4c78a8", "#e4572e"]
+    colors = ["#9aa5b1", "#4c78a8", "#e4572e", "#72b7b2"]
     for i, (name, r) in enumerate(runs.items()):
         blocks = range(len(r["density_blocks"]))
-        left.bar([b + 0.27 * (i - 1) for b in blocks], r["density_blocks"], 0.25, label=name, color=colors[i])
+        width = 0.8 / len(runs)
+        left.bar(
+            [b + width * (i - (len(runs) - 1) / 2) for b in blocks], r["density_blocks"], 0.93 * width, label=name,
+            color=colors[i],
+        )  # fmt: skip
     left.set(title="Active neurons per MLP block", xlabel="block", ylabel="density", xticks=list(blocks))
     left.legend(frameon=False)
     names = [n for n in runs if "speed_up" in runs[n]]

@@ -168,7 +168,7 @@ def test_bench(capsys):
     assert set(table) == {"1", "2", "4", "8", "16", "32", "64"}
 
 
-def save_base(folder):
+def save_base(folder, **sizes):
     from conftest import tiny_model
 
     from deftcore.quickstart import _tokenizer
@@ -176,6 +176,9 @@ def save_base(folder):
     text = "the quick brown fox jumps over the lazy dog. " * 40
     tokenizer = _tokenizer(text, 300)
     model = tiny_model("llama")
+    if sizes:
+        model.config.update(sizes)
+        model = type(model)(model.config)
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -207,6 +210,38 @@ def test_train_export_density(tmp_path, capsys):
     assert not (tmp_path / "out2").exists()
 
 
+def test_train_export_density_4bit(tmp_path, capsys):
+    """The same with QLoRA: the 4-bit model and its adapter go out unmerged, or merged into 16 bits."""
+    base = tmp_path / "base"
+    base.mkdir()
+    save_base(base, intermediate_size=128)
+    capsys.readouterr()
+    recipe = Path(__file__).parents[1] / "recipes" / "deft-qlora.yaml"
+    overrides = [f"model={base}", f"data.train={base / 'data.txt'}", f"data.validation={base / 'data.txt'}",
+                 f"output={tmp_path / 'run'}", "training.max_steps=4", "data.max_length=16"]  # fmt: skip
+    assert main(["train", str(recipe), *overrides, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    final, data = str(tmp_path / "run" / "final"), str(base / "data.txt")
+    arguments = ["--adapter", final, "--quantize", "nf4", "--json"]
+    assert main(["density", str(base), data, "--max-length", "16", *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["loss"] == pytest.approx(result["eval_loss"], rel=0.02)
+    assert main(["export", str(base), str(tmp_path / "out"), "--skip", "model.layers.1.mlp", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["unmerged_adapter"]
+    assert main(["export", str(base), str(tmp_path / "unmerged"), *arguments]) == 0
+    assert main(["export", str(base), str(tmp_path / "merged"), "--merge", "16bit", *arguments]) == 0
+    ids = torch.tensor([[1, 2, 3]])
+    unmerged, merged = (deftcore.load_sparse(tmp_path / name) for name in ("unmerged", "merged"))
+    kinds = [type(m).__name__ for m in unmerged.modules()]
+    assert kinds.count("SparseMLP4bit") == 2
+    assert kinds.count("FusedLoraLinear") == 8  # q, k, v, o
+    torch.testing.assert_close(unmerged(ids).logits, merged(ids).logits, rtol=1e-3, atol=1e-4)
+    skipped = deftcore.load_sparse(tmp_path / "out")
+    assert [block.kind for block in skipped.deftcore_blocks] == ["gated", "skipped"]
+    assert skipped(ids).logits.isfinite().all()
+    assert main(["export", str(base), str(tmp_path / "x"), "--merge", "4bit"]) == 2
+
+
 def test_quickstart_small(tmp_path):
     """The whole quickstart at a size for tests."""
     from deftcore.quickstart import Settings, run
@@ -220,4 +255,9 @@ def test_quickstart_small(tmp_path):
     assert (tmp_path / "quickstart.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "report.json").read_text())["density_ratio"] == report["density_ratio"]
     assert (tmp_path / "lora-deft" / "final" / "adapter_model.safetensors").exists()
-    assert run(tmp_path, settings)["base_cached"]
+    again = run(tmp_path, settings, quantize="nf4")
+    assert again["base_cached"]
+    assert {"float32", "4-bit dense", "4-bit sparse"} == again["four_bit"]["rows"].keys()
+    rows = again["four_bit"]["rows"]
+    assert rows["4-bit sparse"]["disk_mb"] < rows["float32"]["disk_mb"]
+    assert again["four_bit"]["same_tokens"]

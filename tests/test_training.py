@@ -177,6 +177,41 @@ def test_other_families_and_options(family, tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_the_model_computes_in_its_own_dtype_afterwards(tmp_path):
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM"))
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = model(ids).logits
+    train(model, examples(8), TrainingConfig(max_steps=1, mixed_precision="bf16", learning_rate=1e-12), tmp_path)
+    assert "autocast" not in repr(model.forward)
+    with torch.no_grad():
+        logits = model.eval()(ids).logits
+        exact = model.double()(ids).logits
+    assert (logits - exact).abs().max() < 0.1 * (lowered - exact).abs().max()
+
+
+def test_qlora_with_deft_reaches_lora_on_the_decoded_base(tmp_path):
+    """Same seeds, same data: losses within 1 %, densities close, on 4-bit and on decoded weights."""
+    from test_quantize import dequantised
+
+    import deftcore
+
+    config = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    packed = deftcore.quantize(tiny_model("llama"), block_size=32)
+    found = {}
+    for name, base in (("decoded", dequantised(packed)), ("packed", packed)):
+        torch.manual_seed(0)
+        model = deftcore.patch(peft.get_peft_model(base, config))
+        found[name] = train(
+            model, examples(), TrainingConfig(max_steps=40, batch_size=8, learning_rate=2e-2), tmp_path / name,
+            validation=examples(9), objective=DensityLoss(model, surrogate="tanh", alpha=1.0),
+        )  # fmt: skip
+    assert found["packed"].eval_loss == pytest.approx(found["decoded"].eval_loss, rel=0.01)
+    assert found["packed"].train_loss == pytest.approx(found["decoded"].train_loss, rel=0.01)
+    assert found["packed"].density == pytest.approx(found["decoded"].density, abs=0.02)
+    assert found["packed"].density < 0.4  # DEFT did its part: a random ReLU block is half active
+
+
 def test_wrong_checkpoint_is_refused(tmp_path):
     run(tmp_path, save_every=2)
     other = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["k_proj"], task_type="CAUSAL_LM"))

@@ -108,7 +108,11 @@ def train(
     run = _Run(model, examples, config, output, validation, objective, pad_token_id, label, save_model, accelerator)
     if resume:
         run.restore()
-    return run.train()
+    try:
+        return run.train()
+    finally:
+        # Accelerate leaves its autocast around `forward`; afterwards the model computes in its own dtypes again.
+        accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
 
 
 class _Run:

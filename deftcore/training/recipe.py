@@ -9,7 +9,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-METHODS = ("lora", "bottleneck", "prompt", "prefix", "full")
+from deftcore.ops.quantized import BLOCK_SIZES, QUANT_TYPES
+
+METHODS = ("lora", "qlora", "bottleneck", "prompt", "prefix", "full")
 
 
 @dataclass
@@ -102,6 +104,26 @@ class DeftConfig:
 
 
 @dataclass
+class QuantizeConfig:
+    """The frozen base of `method: qlora`; fields as in `deftcore.quantize`."""
+
+    quant_type: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    skip: list[str] = field(default_factory=lambda: ["lm_head"])
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.quant_type not in QUANT_TYPES:
+            found.append(f"quantize.quant_type: must be one of {', '.join(QUANT_TYPES)}, got {self.quant_type!r}")
+        if self.block_size not in BLOCK_SIZES:
+            found.append(
+                f"quantize.block_size: must be one of {', '.join(map(str, BLOCK_SIZES))}, got {self.block_size}"
+            )
+        return found
+
+
+@dataclass
 class Recipe:
     """One training run."""
 
@@ -109,6 +131,7 @@ class Recipe:
     output: str = ""  # the run's folder
     method: str = "lora"
     adapter: dict[str, Any] = field(default_factory=dict)  # fields of the method's PEFT config
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)  # qlora only
     data: DataConfig = field(default_factory=DataConfig)
     deft: DeftConfig = field(default_factory=DeftConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -117,7 +140,9 @@ class Recipe:
         found = [f"{name}: is needed" for name in ("model", "output") if not getattr(self, name)]
         if self.method not in METHODS:
             found.append(f"method: must be one of {', '.join(METHODS)}, got {self.method!r}")
-        return found + self.data.problems() + self.deft.problems() + self.training.problems()
+        if self.method != "qlora" and self.quantize != QuantizeConfig():
+            found.append(f"quantize: goes with method qlora, got {self.method!r}")
+        return found + self.quantize.problems() + self.data.problems() + self.deft.problems() + self.training.problems()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -186,6 +211,10 @@ def _build(kind: type, raw: dict[str, Any], prefix: str, problems: list[str]) ->
 
 
 def _cast(value: Any, hint: Any) -> Any:
+    if get_origin(hint) is list:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise TypeError
+        return value
     if get_origin(hint) is dict or get_args(hint):
         if not isinstance(value, dict):
             raise TypeError

@@ -1,0 +1,320 @@
+"""Models on disk: dense, 4-bit, adapted and sparse."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from deftcore.integrations.peft import patch
+from deftcore.nn.blocks import find_mlp_blocks
+from deftcore.nn.linear import Linear4bit, is_named, linears_to_quantize, set_quantization_config
+from deftcore.nn.mlp import sparsify
+from deftcore.ops.quant4 import quantize_4bit
+from deftcore.ops.quantized import QuantizedTensor
+
+SPARSE_FILE = "deftcore_sparse.json"
+ADAPTER_FOLDER = "adapter"
+
+
+def load_model(path: str | os.PathLike, *, quantize: dict[str, Any] | None = None, **kwargs: Any) -> PreTrainedModel:
+    """A causal or sequence-to-sequence language model from a local Transformers folder or a hub id.
+
+    Args:
+        quantize: options of `load_quantized`, to load into 4 bits. A checkpoint that is 4-bit already stays so.
+
+    Raises:
+        FileNotFoundError: when a local path does not exist.
+    """
+    path = _checked(path)
+    config = AutoConfig.from_pretrained(path)
+    if quantize is not None or is_4bit(config):
+        return load_quantized(path, **(quantize or {}), **kwargs)
+    return _kind(config).from_pretrained(path, **kwargs)
+
+
+def is_4bit(config: Any) -> bool:
+    """Whether a model's configuration says that its files are bitsandbytes' 4-bit ones."""
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    return bool(stored.get("load_in_4bit")) and stored.get("quant_method") == "bitsandbytes"
+
+
+def load_quantized(
+    path: str | os.PathLike,
+    *,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    skip: Collection[str] = ("lm_head",),
+    compute_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    missing_ok: Collection[str] = (),
+) -> PreTrainedModel:
+    """A language model straight into 4 bits: one tensor after another from its safetensors files, each quantised as it
+    comes, so that the dense model is never in memory. A checkpoint that is 4-bit already (ours, or Transformers' with
+    bitsandbytes) keeps its bytes, and the options of quantisation are its own.
+
+    Args:
+        path: a local Transformers folder or a hub id, with safetensors files.
+        quant_type, block_size, double_quant, skip, compute_dtype: as in `deftcore.quantize`.
+        dtype: of the weights that stay dense, and before quantising; None is the checkpoint's.
+        missing_ok: beginnings of names whose weights may be missing; they stay on the meta device.
+
+    Returns:
+        The model on the CPU, in evaluation mode.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the folder, file or weights that are missing, unexpected or damaged.
+    """
+    from accelerate.utils import set_module_tensor_to_device
+    from rich.console import Console
+    from rich.progress import track
+
+    folder = _snapshot(path)
+    files = _weight_files(folder)
+    config = AutoConfig.from_pretrained(folder)
+    stored: Any = getattr(config, "quantization_config", None)
+    if stored is not None:
+        if not is_4bit(config):
+            raise ValueError(f"path: {folder} is quantised in another way: {stored}")
+        stored = stored if isinstance(stored, dict) else stored.to_dict()
+        del config.quantization_config
+        skip = stored.get("llm_int8_skip_modules") or ("lm_head",)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    with init_empty_weights(include_buffers=False):
+        model = _kind(config).from_config(config, dtype=dtype)
+    model.tie_weights()
+    expected = set(model.state_dict())
+    packed = {f"{name}.weight" for name in linears_to_quantize(model, skip)}
+    grouped = {key: [k for k in files if k.startswith(f"{key}.")] for key in packed}
+    allowed = tuple(missing_ok)
+    missing = sorted(k for k in expected - files.keys() if not (k.startswith(allowed) or _is_tied(model, k, files)))
+    unexpected = sorted(files.keys() - expected - {k for keys in grouped.values() for k in keys})
+    if missing or unexpected:
+        raise ValueError(f"path: {folder} is of another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
+
+    def read(name: str) -> Tensor:
+        # The file is only mapped: a model that kept the mapping would crash once the file is written again.
+        return files[name].get_tensor(name).clone()
+
+    options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
+    keys = sorted(expected & files.keys())
+    for key in track(keys, "loading into 4 bits", console=Console(stderr=True), transient=True):
+        if key not in packed:
+            value = read(key)
+            wide = dtype == torch.float16 and is_named(key, getattr(model, "_keep_in_fp32_modules", None) or ())
+            kept = torch.float32 if wide else dtype
+            set_module_tensor_to_device(model, key, "cpu", value.to(kept) if value.is_floating_point() else value)
+            continue
+        name = key.removesuffix(".weight")
+        holder, _, attribute = name.rpartition(".")
+        try:
+            if grouped[key]:
+                q = QuantizedTensor.from_state_dict({k: read(k) for k in (key, *grouped[key])}, key)
+            else:
+                q = quantize_4bit(files[key].get_tensor(key).to(dtype), **options)  # straight from the mapped file
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        linear = model.get_submodule(name)
+        if q.shape != (linear.out_features, linear.in_features):
+            raise ValueError(f"{key}: shape must be {(linear.out_features, linear.in_features)}, got {tuple(q.shape)}")
+        layer = Linear4bit(q, compute_dtype=compute_dtype)
+        layer.bias = linear.bias  # on the meta device until its own turn
+        setattr(model.get_submodule(holder), attribute, layer)
+    model.tie_weights()
+    if stored is None:
+        set_quantization_config(model, skip, compute_dtype=compute_dtype, **options)
+    else:
+        model.config.quantization_config = stored
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _snapshot(path: str | os.PathLike) -> Path:
+    path = _checked(path)
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _weight_files(folder: Path) -> dict[str, Any]:
+    """The open safetensors file of each weight."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"path: {index} is damaged: {error}") from error
+    found = {}
+    for name in names:
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"path: no such file: {folder / name}")
+        try:
+            file = safe_open(folder / name, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"path: {folder / name} is damaged: {error}") from error
+        found.update(dict.fromkeys(file.keys(), file))
+    return found
+
+
+def _is_tied(model: nn.Module, key: str, files: dict[str, Any]) -> bool:
+    """Whether the parameter is another one's, which the files hold."""
+    wanted = model.get_parameter(key) if key in dict(model.named_parameters(remove_duplicate=False)) else None
+    return wanted is not None and any(
+        other is wanted and name in files for name, other in model.named_parameters(remove_duplicate=False)
+    )
+
+
+def load_tokenizer(path: str | os.PathLike) -> Any:
+    """The tokenizer of a local Transformers folder or a hub id."""
+    return AutoTokenizer.from_pretrained(_checked(path))
+
+
+def _checked(path: str | os.PathLike) -> str:
+    path = os.fspath(path)
+    is_hub_id = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
+    if not is_hub_id and not Path(path).is_dir():
+        raise FileNotFoundError(f"model: no such folder: {path}")
+    return path
+
+
+def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Any:
+    """The PEFT model of a base and an adapter folder; strict, where PEFT only warns.
+
+    Raises:
+        FileNotFoundError: when the folder holds no adapter.
+        ValueError: naming the file, when it is damaged or was made for another base.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    import deftcore.adapters  # noqa: F401  registers our methods, so that their adapters load
+
+    file = Path(folder) / "adapter_model.safetensors"
+    for needed in (Path(folder) / "adapter_config.json", file):
+        if not needed.exists():
+            raise FileNotFoundError(f"adapter: no such file: {needed}")
+    try:
+        stored = load_file(file)
+        adapted = PeftModel.from_pretrained(model, folder)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"adapter: {file} is damaged or of another model: {error}") from error
+    expected = get_peft_model_state_dict(adapted)
+    missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(f"adapter: {file} is of another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
+    return adapted
+
+
+def save_sparse(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    *,
+    tau: dict[str, float] | None = None,
+    skip: Collection[str] = (),
+    adapter: str | os.PathLike | None = None,
+    extra_files: Collection[Path] = (),
+) -> Path:
+    """Writes a merged, not yet sparsified model with its sparse settings, ready for `load_sparse`.
+
+    The weights keep Transformers' names; those of skipped blocks are left out. The folder appears whole or not at all.
+
+    Args:
+        tau: threshold per block name; a missing block uses its activation's default.
+        skip: names of blocks to leave out.
+        adapter: folder of a LoRA adapter to keep beside the model, unmerged; for 4-bit models.
+        extra_files: files to copy beside the model, such as the tokenizer's.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"folder: {folder} exists and is not empty")
+    names = [block.name for block in find_mlp_blocks(model)]
+    unknown = sorted((set(skip) | set(tau or ())) - set(names))
+    if unknown:
+        raise ValueError(f"skip, tau: no MLP block named {', '.join(unknown)}; the model has {', '.join(names)}")
+    dropped = tuple(f"{name}.{part}" for name in skip for part in _projections(model, name))
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith(dropped or ("\0",))}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        model.save_pretrained(temporary, state_dict=state)
+        if adapter is not None:
+            shutil.copytree(adapter, temporary / ADAPTER_FOLDER)
+        for file in extra_files:
+            shutil.copy(file, temporary / file.name)
+        settings = {"format": 1, "tau": tau or {}, "skip": sorted(skip)}
+        (temporary / SPARSE_FILE).write_text(json.dumps(settings, indent=1))
+        if folder.exists():
+            folder.rmdir()
+        temporary.chmod(0o755)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def load_sparse(folder: str | os.PathLike, *, path: str = "auto", **kwargs: Any) -> nn.Module:
+    """The sparse-inference model that `save_sparse` or `deftcore export` wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: when the folder or its settings are missing or damaged.
+    """
+    file = Path(folder) / SPARSE_FILE
+    if not file.exists():
+        raise FileNotFoundError(f"folder: {folder} has no {SPARSE_FILE}; write it with `deftcore export`")
+    try:
+        settings = json.loads(file.read_text())
+        tau, skip = dict(settings["tau"]), list(settings["skip"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"folder: {file} is damaged: {error}") from error
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights():
+        shape: Any = _kind(config).from_config(config)
+    dropped = tuple(f"{name}.{part}" for name in skip for part in _projections(shape, name))
+    if is_4bit(config):
+        model: Any = load_quantized(folder, missing_ok=dropped, **kwargs)
+    else:
+        model, info = _kind(config).from_pretrained(folder, output_loading_info=True, **kwargs)
+        missing = [key for key in info["missing_keys"] if not key.startswith(dropped or ("\0",))]
+        if missing or info["unexpected_keys"]:
+            raise ValueError(f"folder: missing weights {missing}, unexpected {sorted(info['unexpected_keys'])}")
+    if not (Path(folder) / ADAPTER_FOLDER).is_dir():
+        return sparsify(model, tau=tau, path=path, skip=skip)
+    adapted = patch(load_adapter(model, Path(folder) / ADAPTER_FOLDER))
+    prefix = "base_model.model."
+    tau = {f"{prefix}{name}": value for name, value in tau.items()}
+    return sparsify(adapted, tau=tau, path=path, skip=[f"{prefix}{name}" for name in skip], merge=False)
+
+
+def _kind(config: Any) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _projections(model: nn.Module, name: str) -> list[str]:
+    block = next(b for b in find_mlp_blocks(model) if b.name == name)
+    if block.container is not None:
+        return ["gate_proj.", "up_proj.", "down_proj.", "wi.", "wi_0.", "wi_1.", "wo."]
+    return ["fc1.", "fc2.", "intermediate.dense.", "output.dense."]
