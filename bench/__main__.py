@@ -4,7 +4,6 @@ Writes bench/results/<device>.json and the plots in bench/results; `--quick` run
 """
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -16,62 +15,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.progress import track
 
+from bench import quant4
+from bench.harness import Rotating, alternate, console, keep_freed_memory, streaming_bandwidth
 from deftcore import ops
 from deftcore.cli import info
 from deftcore.ops._dispatch import _machine
 
 RESULTS = Path(__file__).parent / "results"
-COLD_BYTES = 128 << 20  # rotate over at least this much, four times this machine's last-level cache
-console = Console(stderr=True)
-
-
-def alternate(sides, repeats):
-    """Median seconds per side and the quartiles' spread; the first round does not count."""
-    times = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repeat:
-                times[name].append(time.perf_counter() - start)
-    result = {}
-    for name, values in times.items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        result[name] = {"seconds": middle, "spread": (high - low) / middle}
-    return result
-
-
-class Rotating:
-    """Copies of tensors, handed out in turn, so that none is still in a cache."""
-
-    def __init__(self, make, nbytes):
-        self.items = [make() for _ in range(max(4, -(-COLD_BYTES // max(nbytes, 1))))]
-        self.turn = 0
-
-    def __call__(self):
-        self.turn += 1
-        return self.items[self.turn % len(self.items)]
-
-
-def keep_freed_memory():
-    """Tells glibc not to give large blocks back: fresh pages would cost more than the kernels that fill them."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return
-    libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def streaming_bandwidth(device):
-    """Bytes per second of a plain read of 256 MB: the roofline of one-token products."""
-    x = torch.ones(64 << 20, device=device)
-    return x.nbytes / alternate({"sum": lambda: x.sum()}, 9)["sum"]["seconds"]
 
 
 def union_activations(tokens, neurons, density, dtype, device):
@@ -200,6 +152,7 @@ def bench_act_density(device, quick):
 def bench_overhead(device):
     """Microseconds a call on tiny tensors: what an op costs before it does anything."""
     a, w = torch.ones(1, 8, device=device), torch.ones(8, 8, device=device)
+    x, q = torch.ones(1, 64, device=device), ops.quantize_4bit(torch.ones(64, 64, device=device))
     calls = {
         "torch.nn.functional.linear": lambda: F.linear(a, w),
         "density": lambda: ops.density(a),
@@ -207,6 +160,8 @@ def bench_overhead(device):
         "sparse_down": lambda: ops.sparse_down(a, w),
         "sparse_gated_mlp": lambda: ops.sparse_gated_mlp(a, w, w, w, activation="relu"),
         "lora_linear": lambda: ops.lora_linear(a, w, w, w),
+        "linear_4bit": lambda: ops.linear_4bit(x, q),
+        "sparse_gated_mlp, 4-bit": lambda: ops.sparse_gated_mlp(x, q, q, q, activation="relu"),
     }
     rows = []
     with torch.no_grad():
@@ -307,32 +262,48 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m bench")
     parser.add_argument("--quick", action="store_true", help="fewer points and repeats")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--only", nargs="*", default=["sparse_down", "gated", "act_density", "overhead", "train_step"])
+    parser.add_argument("--only", nargs="*", metavar="FAMILY", help="these alone; others keep what the file has")
     parser.add_argument("--output", type=Path, default=None, help="JSON file; default bench/results/<device>.json")
     args = parser.parse_args()
     torch.manual_seed(0)
-    keep_freed_memory()
     bandwidth = streaming_bandwidth(args.device)
-    results = {
-        "command": "python -m bench " + " ".join(sys.argv[1:]),
+    output = args.output or RESULTS / f"{args.device}.json"
+    results = json.loads(output.read_text()) if args.only and output.exists() else {}
+    results |= {
+        "command": "python -m bench" + ("" if args.device == "cpu" else f" --device {args.device}"),
         "machine": _machine(torch.empty(0, device=args.device)),
         "python": platform.python_version(),
         "info": info(),
         "streaming_gb_per_s": bandwidth / 1e9,
     }
-    families = {
+    # In a process as it is by default: bitsandbytes allocates a dense weight per call, and pays for fresh pages.
+    default = {
+        "linear_4bit": lambda: quant4.bench_linear(args.device, args.quick, bandwidth),
+        "qlora": lambda: quant4.bench_lora(args.device, args.quick),
+        "quantise": lambda: quant4.bench_quantise(args.device, args.quick),
+    }
+    # With an allocator that keeps freed memory, which flatters nobody.
+    tuned = {
+        "linear_4bit_tuned_allocator": lambda: quant4.bench_linear(args.device, True, bandwidth),
+        "qlora_tuned_allocator": lambda: quant4.bench_lora(args.device, True),
+        "sparse_4bit": lambda: quant4.bench_sparse(args.device, args.quick),
         "sparse_down": lambda: bench_sparse_down(args.device, args.quick, bandwidth),
         "gated": lambda: bench_gated(args.device, args.quick, bandwidth),
         "act_density": lambda: bench_act_density(args.device, args.quick),
         "overhead": lambda: bench_overhead(args.device),
         "train_step": lambda: bench_train_step(args.quick),
     }
-    for name in args.only:
+    families = default | tuned
+    unknown = sorted(set(args.only or ()) - families.keys())
+    if unknown:
+        parser.error(f"--only: unknown {', '.join(unknown)}; known: {', '.join(families)}")
+    for name in [n for n in families if n in (args.only or families)]:
+        if name in tuned:
+            keep_freed_memory()
         results[name] = families[name]()
     print_tables(results)
     print(f"\nstreaming read {bandwidth / 1e9:.1f} GB/s on {results['machine']}")
     RESULTS.mkdir(exist_ok=True)
-    output = args.output or RESULTS / f"{args.device}.json"
     partial = output.with_suffix(".tmp")
     partial.write_text(json.dumps(results, indent=1))
     os.replace(partial, output)

@@ -18,11 +18,11 @@ constexpr int kMicroRows = 8;  // with 3 vectors: 24 accumulators
 constexpr int kMicroRows = 4;
 #endif
 constexpr int64_t kPanelTokens = kMaxVecs * kWidth;
-constexpr int64_t kBlockTokens = 10 * kPanelTokens;  // tokens per pass over W
-constexpr int64_t kDepth = 512;                      // forward: inputs per tile
-constexpr int64_t kOutputs = 64;                     // forward: outputs per tile
-constexpr int64_t kBackDepth = 128;                  // backward: rows of W per tile
-constexpr int64_t kBackOutputs = 256;                // backward: columns of W per tile
+constexpr int64_t kBlockTokens = 11 * kPanelTokens;  // tokens per pass over W
+constexpr int64_t kDepth = 2048;                      // forward: inputs per tile
+constexpr int64_t kOutputs = 16;                     // forward: outputs per tile
+constexpr int64_t kBackDepth = 192;                  // backward: rows of W per tile
+constexpr int64_t kBackOutputs = 128;                // backward: columns of W per tile
 constexpr int64_t kMaxGroups = kDepth / 32;          // blocks of 32 in a tile's row
 
 // What one multiply-add takes of A and B. Float: one element of the reduction.
