@@ -212,22 +212,28 @@ inline void decode_column_blocks(const Quant4& q, const CodeBook& book, int64_t 
   for (; j < count; ++j) out[j] = decode_one(q, row, first + j);
 }
 
-// The same of any layout; in a regular matrix first and count are multiples of 32. `scales` is room for
-// count / block_size + 2 floats.
+#if defined(__AVX2__) || defined(__AVX512F__)
+// The same of a regular matrix, whose bytes of these columns stand at `bytes`; first and count are multiples of 32.
+// `scales` is room for count / block_size + 2 floats.
+inline void decode_regular(const Quant4& q, const CodeBook& book, const uint8_t* bytes, int64_t row, int64_t first,
+                           int64_t count, float* scales, float* out) {
+  const int64_t begin = row * q.cols + first, block = begin / q.block_size;
+  decode_scales(q, block, (begin + count - 1) / q.block_size - block + 1, scales);
+  for (int64_t j = 0; j < count; ++scales) {
+    const int64_t left = q.block_size - (begin + j) % q.block_size, end = left < count - j ? j + left : count;
+    const Vec scale(*scales);
+    for (; j < end; j += kWidth) store(out + j, book(load_nibbles(bytes + j / 2)) * scale);
+  }
+}
+#endif
+
+// The same of any layout.
 inline void decode_columns(const Quant4& q, const CodeBook& book, int64_t row, int64_t first, int64_t count,
                            float* scales, float* out) {
   if (q.column_blocks) return decode_column_blocks(q, book, row, first, count, out);
 #if defined(__AVX2__) || defined(__AVX512F__)
   if (is_regular(q)) {
-    const uint8_t* bytes = packed_row(q, row) + first / 2;
-    const int64_t begin = row * q.cols + first, block = begin / q.block_size;
-    decode_scales(q, block, (begin + count - 1) / q.block_size - block + 1, scales);
-    for (int64_t j = 0; j < count; ++scales) {
-      const int64_t left = q.block_size - (begin + j) % q.block_size, end = left < count - j ? j + left : count;
-      const Vec scale(*scales);
-      for (; j < end; j += kWidth) store(out + j, book(load_nibbles(bytes + j / 2)) * scale);
-    }
-    return;
+    return decode_regular(q, book, packed_row(q, row) + first / 2, row, first, count, scales, out);
   }
 #else
   (void)scales;

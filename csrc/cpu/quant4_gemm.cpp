@@ -19,10 +19,11 @@ constexpr int kMicroRows = 4;
 #endif
 constexpr int64_t kPanelTokens = kMaxVecs * kWidth;
 constexpr int64_t kBlockTokens = 11 * kPanelTokens;  // tokens per pass over W
-constexpr int64_t kDepth = 2048;                      // forward: inputs per tile
+constexpr int64_t kDepth = 2048;                     // forward: inputs per tile
 constexpr int64_t kOutputs = 16;                     // forward: outputs per tile
-constexpr int64_t kBackDepth = 192;                  // backward: rows of W per tile
-constexpr int64_t kBackOutputs = 128;                // backward: columns of W per tile
+constexpr int64_t kBackDepth = 256;                  // backward: rows of W per tile
+constexpr int64_t kBackOutputs = 128;                // backward: columns of W per tile, a cache line of bytes
+constexpr int64_t kBackRows = 1024;                  // backward: rows of W per sweep over the columns
 constexpr int64_t kMaxGroups = kDepth / 32;          // blocks of 32 in a tile's row
 
 // What one multiply-add takes of A and B. Float: one element of the reduction.
@@ -212,9 +213,10 @@ int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit
 
 // The workspace in floats (a word is as large): B with the low-rank rows, then what each thread has of its own.
 struct Layout {
-  int64_t b_rows, low_rows;               // words of B along the reduction
-  int64_t tile, row, c, scales, threads;  // per thread
-  int64_t tokens;                         // per pass
+  int64_t b_rows, low_rows;             // words of B along the reduction
+  int64_t tile, row, c, scales, lines;  // per thread
+  int64_t threads;
+  int64_t tokens;  // per pass
 
   template <class Word>
   static Layout of(const Linear4bitArgs& args, bool backward) {
@@ -223,25 +225,37 @@ struct Layout {
     l.b_rows = (backward ? args.w.rows : args.w.cols) / Word::kElements + 1;
     l.low_rows = (args.rank + Word::kElements - 1) / Word::kElements;
     const int64_t rank = round_up(args.rank, 2), padded = round_up(l.tokens, kWidth);
-    l.tile =
-        backward ? (rank > kBackDepth ? rank : kBackDepth) * kBackOutputs : (rank > kDepth ? rank : kDepth) * kOutputs;
-    l.row = backward ? 2 * kBackOutputs : (rank > kDepth ? rank : kDepth);
-    l.c = (backward ? kBackOutputs : kOutputs) * padded;
-    l.scales = kBackOutputs > kOutputs * kMaxGroups + 16 ? kBackOutputs : kOutputs * kMaxGroups + 16;
     l.threads = threads_for(args.w.rows * args.w.cols * args.tokens / 16);
+    if (backward) {
+      const int64_t most = round_up((round_up(args.w.cols, kBackOutputs) + l.threads - 1) / l.threads, kBackOutputs);
+      l.tile = (rank > kBackDepth ? rank : kBackDepth) * kBackOutputs;
+      l.row = 2 * kBackOutputs;
+      l.c = most * padded;
+      l.lines = is_regular(args.w) ? kBackRows * most / 8 : 0;  // bytes / 4
+      l.scales = kBackOutputs;
+    } else {
+      l.tile = (rank > kDepth ? rank : kDepth) * kOutputs;
+      l.row = rank > kDepth ? rank : kDepth;
+      l.c = kOutputs * padded;
+      l.scales = kOutputs * kMaxGroups + 16;
+    }
     return l;
   }
   int64_t b_floats() const { return round_up((b_rows + low_rows) * round_up(tokens, kWidth), 16); }
   int64_t thread_floats() const {
-    return round_up(tile, 16) + round_up(row, 16) + round_up(c, 16) + round_up(scales, 16);
+    return round_up(tile, 16) + round_up(row, 16) + round_up(c, 16) + round_up(scales, 16) + round_up(lines, 16);
   }
   int64_t bytes() const { return 4 * (b_floats() + threads * thread_floats()); }
 };
 
 struct Scratch {
-  float *tile, *row, *c, *scales;
+  float *tile, *row, *c, *scales, *lines;
   Scratch(float* base, const Layout& l)
-      : tile(base), row(tile + round_up(l.tile, 16)), c(row + round_up(l.row, 16)), scales(c + round_up(l.c, 16)) {}
+      : tile(base),
+        row(tile + round_up(l.tile, 16)),
+        c(row + round_up(l.row, 16)),
+        scales(c + round_up(l.c, 16)),
+        lines(scales + round_up(l.scales, 16)) {}
 };
 
 // One thread's share of a pass over W, forward: outputs `mine` for the panel's tokens.
@@ -321,7 +335,9 @@ void forward_pass(const Linear4bitArgs& args, const Layout& layout, const Scratc
   }
 }
 
-// One thread's share of a pass over W, backward: columns `mine` of W.
+// One thread's share of a pass over W, backward: columns `mine` of W. Rows a power of two apart fall on the same cache
+// sets, so that a few columns of many rows are read badly where they lie: a sweep's bytes are first copied, row by row,
+// into a line per tile and row.
 template <class Word, class T>
 void backward_pass(const Linear4bitArgs& args, const Layout& layout, const Scratch& scratch, Range mine, Panels panels,
                    const typename Word::Type* b, const typename Word::Type* b_low, T* y) {
@@ -331,48 +347,66 @@ void backward_pass(const Linear4bitArgs& args, const Layout& layout, const Scrat
   const CodeBook book(q.code);
   const int64_t c_stride = panels.padded(), rank = args.rank;
   W* tile = reinterpret_cast<W*>(scratch.tile);
+  uint8_t* lines = reinterpret_cast<uint8_t*>(scratch.lines);
   float one = 1.0f;
-  for (int64_t k0 = mine.begin; k0 < mine.end; k0 += kBackOutputs) {
-    const int64_t count = mine.end - k0 < kBackOutputs ? mine.end - k0 : kBackOutputs;
+  // Rows [0, rows) of a tile of `count` columns; values(n, out) writes one as floats.
+  const auto multiply_rows = [&](int64_t rows, int64_t count, const W* rhs, int64_t rhs_depth, int64_t first, float* c,
+                                 auto values) {
     const int64_t padded = round_up(count, kWidth > kMicroRows ? kWidth : kMicroRows);
-    const Tile t{1, padded, INT64_MAX, &one, 0};
-    std::memset(scratch.c, 0, static_cast<size_t>(padded * c_stride) * 4);
-    std::memset(scratch.row, 0, static_cast<size_t>(layout.row) * 4);
-    // words(n, values): fills the row buffers of a word's elements, then packs them as row n of the tile.
-    const auto fill_tile = [&](int64_t rows, auto values) {
-      for (int64_t n = 0; n < rows; n += Word::kElements) {
-        for (int64_t d = 0; d < Word::kElements; ++d) {
-          if (n + d < rows) {
-            values(n + d, scratch.row + d * kBackOutputs);
-          } else {
-            std::memset(scratch.row + d * kBackOutputs, 0, static_cast<size_t>(count) * 4);
-          }
-        }
-        to_words_across(scratch.row, kBackOutputs, padded, tile + n / Word::kElements * padded);
+    for (int64_t n = 0; n < rows; n += Word::kElements) {
+      for (int64_t d = 0; d < Word::kElements; ++d) {
+        float* out = scratch.row + d * kBackOutputs;
+        if (n + d < rows) values(n + d, out);
+        const int64_t from = n + d < rows ? count : 0;
+        std::memset(out + from, 0, static_cast<size_t>(padded - from) * 4);
       }
-    };
-    for (int64_t n0 = 0; n0 < q.rows; n0 += kBackDepth) {
-      const int64_t n_count = q.rows - n0 < kBackDepth ? q.rows - n0 : kBackDepth;
-      fill_tile(n_count, [&](int64_t n, float* row) {
-        if (n0 + n + kBackDepth < q.rows && is_regular(q)) {
-          const uint8_t* bytes = packed_row(q, n0 + n + kBackDepth) + k0 / 2;
-          for (int64_t line = 0; line < count / 2; line += 64) __builtin_prefetch(bytes + line, 0, 2);
-        }
-        decode_columns(q, book, n0 + n, k0, count, scratch.scales, row);
-      });
-      multiply_tile<Word>(tile, t, padded, b, panels, layout.b_rows, n0 / Word::kElements,
-                          (n_count + Word::kElements - 1) / Word::kElements, scratch.c, c_stride);
+      to_words_across(scratch.row, kBackOutputs, padded, tile + n / Word::kElements * padded);
     }
+    const Tile t{1, padded, INT64_MAX, &one, 0};
+    multiply_tile<Word>(tile, t, padded, rhs, panels, rhs_depth, first / Word::kElements,
+                        (rows + Word::kElements - 1) / Word::kElements, c, c_stride);
+  };
+  const auto columns = [&](int64_t k0) { return mine.end - k0 < kBackOutputs ? mine.end - k0 : kBackOutputs; };
+  const auto c_of = [&](int64_t k0) { return scratch.c + (k0 - mine.begin) * c_stride; };
+  std::memset(scratch.c, 0, static_cast<size_t>(round_up(mine.end - mine.begin, kBackOutputs) * c_stride) * 4);
+
+  for (int64_t r0 = 0; r0 < q.rows; r0 += kBackRows) {
+    const int64_t r_count = q.rows - r0 < kBackRows ? q.rows - r0 : kBackRows;
+    if (is_regular(q)) {
+      for (int64_t r = 0; r < r_count; ++r) {
+        for (int64_t k0 = mine.begin; k0 < mine.end; k0 += kBackOutputs) {
+          std::memcpy(lines + (k0 - mine.begin) / 2 * kBackRows + r * (kBackOutputs / 2),
+                      packed_row(q, r0 + r) + k0 / 2, static_cast<size_t>(columns(k0) / 2));
+        }
+      }
+    }
+    for (int64_t k0 = mine.begin; k0 < mine.end; k0 += kBackOutputs) {
+      for (int64_t n0 = 0; n0 < r_count; n0 += kBackDepth) {
+        const int64_t n_count = r_count - n0 < kBackDepth ? r_count - n0 : kBackDepth;
+        multiply_rows(n_count, columns(k0), b, layout.b_rows, r0 + n0, c_of(k0), [&](int64_t n, float* out) {
+#if defined(__AVX2__) || defined(__AVX512F__)
+          if (is_regular(q)) {
+            const uint8_t* bytes = lines + (k0 - mine.begin) / 2 * kBackRows + (n0 + n) * (kBackOutputs / 2);
+            return decode_regular(q, book, bytes, r0 + n0 + n, k0, columns(k0), scratch.scales, out);
+          }
+#endif
+          decode_columns(q, book, r0 + n0 + n, k0, columns(k0), scratch.scales, out);
+        });
+      }
+    }
+  }
+  for (int64_t k0 = mine.begin; k0 < mine.end; k0 += kBackOutputs) {
+    const int64_t count = columns(k0);
+    float* c = c_of(k0);
     if (rank > 0) {
-      fill_tile(rank, [&](int64_t r, float* row) {
-        for (int64_t j = 0; j < count; ++j) row[j] = to_float(lora[r * q.cols + k0 + j]);
+      multiply_rows(rank, count, b_low, layout.low_rows, 0, c, [&](int64_t r, float* out) {
+        for (int64_t j = 0; j < count; ++j) out[j] = to_float(lora[r * q.cols + k0 + j]);
       });
-      multiply_tile<Word>(tile, t, padded, b_low, panels, layout.low_rows, 0, layout.low_rows, scratch.c, c_stride);
     }
     for (int64_t m = 0; m < panels.tokens; ++m) {
       for (int64_t j = 0; j < count; j += kWidth) {
         float lane[kWidth];
-        for (int64_t l = 0; l < kWidth; ++l) lane[l] = scratch.c[(j + l) * c_stride + m];
+        for (int64_t l = 0; l < kWidth; ++l) lane[l] = c[(j + l) * c_stride + m];
         store_tail(y + m * q.cols + k0 + j, load(lane), count - j < kWidth ? count - j : kWidth);
       }
     }
@@ -394,8 +428,7 @@ void linear(const Linear4bitArgs& args, bool backward) {
   {
     const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
     const Scratch scratch(own + thread * layout.thread_floats(), layout);
-    // Backward columns are cut where rows' blocks may be: at multiples of 32 at least.
-    const Range mine = share(outputs, threads, thread, backward ? 64 : kMicroRows);
+    const Range mine = share(outputs, threads, thread, backward ? kBackOutputs : kMicroRows);
     for (int64_t m0 = 0; m0 < args.tokens; m0 += layout.tokens) {
       const Panels panels{args.tokens - m0 < layout.tokens ? args.tokens - m0 : layout.tokens};
       W* b_low = b + layout.b_rows * panels.padded();
