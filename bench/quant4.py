@@ -56,7 +56,7 @@ def bench_linear(device, quick, bandwidth):
                 sides["bnb_repacked"] = over(CALLS, lambda x=x: layers()(x))
                 sides["bnb_exact"] = lambda x=x: exact()(x)
                 sides["bnb_dequantise"] = lambda x=x, p=plain: F.linear(x, bnb.functional.dequantize_4bit(*p))
-            times = alternate(sides, 5 if quick or tokens > 16 else 9)
+            times = alternate(sides, 5 if tokens > 16 else 13)
             batched = {k: t for k, t in times.items() if k in ("torch", "ours", "bnb_repacked")}
             found = {k: t["seconds"] for k, t in times.items()} | per_call(batched, CALLS)
             row = {

@@ -1,5 +1,5 @@
 // Sparse MLPs over 4-bit weights: packed rows of inactive neurons are not read, and active ones are decoded in
-// registers (one token) or once per panel (several). The stages are those of sparse_down.h; the caller has computed the
+// registers (few tokens) or once per panel (more). The stages are those of sparse_down.h; the caller has computed the
 // first product. Bound by decoding, about three vector operations per kWidth weights, more than by the packed bytes.
 #include "dot4.h"
 #include "sparse_down.h"
@@ -8,51 +8,62 @@ namespace deftcore::cpu {
 namespace {
 
 constexpr int64_t kPair = 2 * kWidth;  // columns of one vector of even and one of odd elements
-constexpr int kPairs = 4;              // pairs per register tile
+constexpr int64_t kFewTokens = 4;      // tokens per register tile
+constexpr int64_t kDirectTokens = 8;   // up to here rows are decoded in registers, beyond once per panel
 
 // Rows of the active list that one pass over the columns takes, and what each is multiplied by.
 struct Piece {
   const uint8_t *rows[kStreamRows], *next[kStreamRows];  // packed; `next` is prefetched alongside
   int64_t count;
-  const float* factors;  // [count, factor_stride]: by the number of the block, from that of column 0
+  const float* factors;  // [count, tokens, factor_stride]: by the number of the block, from that of column 0
   int64_t factor_stride;
   int block_shift;      // log2 of the block size; 63 for one factor per row
   const float* scales;  // of column 0 onwards, or null: what the piece's sum is multiplied by
 };
 
-// acc[j ...] += sum_r factor * code[row r, j ...] for kCount pairs of vectors.
-template <int kCount>
-void down_tile4(const CodeBook& book, const Piece& p, int64_t j, float* acc) {
-  Vec even[kCount], odd[kCount];
-  for (int i = 0; i < kCount; ++i) even[i] = odd[i] = Vec(0.0f);
+// acc[m, j ...] += sum_r factor * code[row r, j ...] for kPairs pairs of vectors.
+template <int kTokens, int kPairs>
+void down_tile4(const CodeBook& book, const Piece& p, int64_t j, float* acc, int64_t acc_stride) {
+  Vec even[kTokens][kPairs], odd[kTokens][kPairs];
+  for (int m = 0; m < kTokens; ++m) {
+    for (int i = 0; i < kPairs; ++i) even[m][i] = odd[m][i] = Vec(0.0f);
+  }
   for (int64_t r = 0; r < p.count; ++r) {
     const uint8_t* bytes = p.rows[r] + j / 2;
-    const float* factors = p.factors + r * p.factor_stride;
+    const float* factors = p.factors + r * kTokens * p.factor_stride;
     __builtin_prefetch(p.next[r] + j / 2, 0, 2);
-    for (int i = 0; i < kCount; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
       const Words w = load_bytes(bytes + i * kWidth);
-      const Vec factor(factors[(j + i * kPair) >> p.block_shift]);
-      odd[i] = fma(book(w), factor, odd[i]);
-      even[i] = fma(book(shift<1>(w)), factor, even[i]);
+      const Vec low = book(w), high = book(shift<1>(w));
+      const int64_t block = (j + i * kPair) >> p.block_shift;
+      for (int m = 0; m < kTokens; ++m) {
+        const Vec factor(factors[m * p.factor_stride + block]);
+        odd[m][i] = fma(low, factor, odd[m][i]);
+        even[m][i] = fma(high, factor, even[m][i]);
+      }
     }
   }
-  for (int i = 0; i < kCount; ++i) {
-    float* out = acc + j + i * kPair;
-    Vec first, second;
-    interleave(even[i], odd[i], first, second);
-    if (p.scales != nullptr) {
-      first = first * load(p.scales + j + i * kPair);
-      second = second * load(p.scales + j + i * kPair + kWidth);
+  for (int m = 0; m < kTokens; ++m) {
+    for (int i = 0; i < kPairs; ++i) {
+      float* out = acc + m * acc_stride + j + i * kPair;
+      Vec first, second;
+      interleave(even[m][i], odd[m][i], first, second);
+      if (p.scales != nullptr) {
+        first = first * load(p.scales + j + i * kPair);
+        second = second * load(p.scales + j + i * kPair + kWidth);
+      }
+      store(out, load(out) + first);
+      store(out + kWidth, load(out + kWidth) + second);
     }
-    store(out, load(out) + first);
-    store(out + kWidth, load(out + kWidth) + second);
   }
 }
 
-// acc[j] += sum_k h[k] w[list[k], j] for j in columns, which start at a multiple of kColumnUnit. `factors` is room for
-// kStreamRows rows of scales.
-void down_one_token4(const Quant4& q, const int32_t* list, int64_t active, const float* h, Range columns,
-                     float* factors, float* acc) {
+// acc[m, j] += sum_k h[k, m] w[list[k], j] for kTokens tokens of h [active, tokens] and j in columns, which start at a
+// multiple of kColumnUnit. `factors` is room for kStreamRows * kTokens rows of scales.
+template <int kTokens>
+void down_few4(const Quant4& q, const int32_t* list, int64_t active, const float* h, int64_t tokens, Range columns,
+               float* factors, float* acc, int64_t acc_stride) {
+  constexpr int kPairs = kTokens == 1 ? 4 : kTokens == 2 ? 3 : 2;  // accumulators for most of the registers
   const CodeBook book(q.code);
   Piece p{};
   p.factors = factors;
@@ -66,22 +77,31 @@ void down_one_token4(const Quant4& q, const int32_t* list, int64_t active, const
       if (q.column_blocks && row / q.block_size != group) break;  // rows of one group share their scales
       p.rows[p.count] = packed_row(q, row);
       p.next[p.count] = packed_row(q, list[ahead < active ? ahead : active - 1]);
-      float* mine = factors + p.count * p.factor_stride;
+      float* mine = factors + p.count * kTokens * p.factor_stride;
       if (q.column_blocks) {
-        *mine = h[k];
+        for (int m = 0; m < kTokens; ++m) mine[m] = h[k * tokens + m];
       } else {
         const int64_t first = columns.begin / q.block_size, blocks = (columns.end - 1) / q.block_size - first + 1;
-        decode_scales(q, row * q.cols / q.block_size + first, blocks, mine + first);
-        for (int64_t b = first; b < first + blocks; ++b) mine[b] *= h[k];
+        float* last = mine + (kTokens - 1) * p.factor_stride + first;
+        decode_scales(q, row * q.cols / q.block_size + first, blocks, last);
+        for (int m = 0; m < kTokens; ++m) {  // the last in place
+          float* out = mine + m * p.factor_stride + first;
+          for (int64_t b = 0; b < blocks; ++b) out[b] = last[b] * h[k * tokens + m];
+        }
       }
       ++p.count;
     }
     p.scales = q.column_blocks ? column_scales(q, list[k0], 0) : nullptr;
     int64_t j = columns.begin;
-    for (; j + kPairs * kPair <= columns.end; j += kPairs * kPair) down_tile4<kPairs>(book, p, j, acc);
-    for (; j + kPair <= columns.end; j += kPair) down_tile4<1>(book, p, j, acc);
+    for (; j + kPairs * kPair <= columns.end; j += kPairs * kPair) {
+      down_tile4<kTokens, kPairs>(book, p, j, acc, acc_stride);
+    }
+    for (; j + kPair <= columns.end; j += kPair) down_tile4<kTokens, 1>(book, p, j, acc, acc_stride);
     for (; j < columns.end; ++j) {  // a ragged width, with column blocks only
-      for (int64_t r = 0; r < p.count; ++r) acc[j] += h[k0 + r] * decode_one(q, list[k0 + r], j);
+      for (int64_t r = 0; r < p.count; ++r) {
+        const float w = decode_one(q, list[k0 + r], j);
+        for (int m = 0; m < kTokens; ++m) acc[m * acc_stride + j] += h[(k0 + r) * tokens + m] * w;
+      }
     }
   }
 }
@@ -145,7 +165,7 @@ void sparse_mlp_4bit(const SparseMlp4bitArgs& args) {
   extra.low = b.x_wide + tokens * x_stride;
   extra.scales = extra.low + tokens * extra.low_stride;
   X* x_form = reinterpret_cast<X*>(extra.x);
-  static_assert(PanelOf<T>::kRows <= 128 && kStreamRows <= 128);
+  static_assert(PanelOf<T>::kRows <= 128 && kStreamRows * kFewTokens <= 128);
 
   int64_t active = 0;
 #pragma omp parallel num_threads(threads)
@@ -182,8 +202,20 @@ void sparse_mlp_4bit(const SparseMlp4bitArgs& args) {
       const auto product = [&](Range columns) {
         if (columns.begin == columns.end) return;
         using Panel = PanelOf<T>;
-        if (tokens == 1) {
-          down_one_token4(w_down, b.list, active, b.h, columns, scales, b.acc);
+        if (tokens <= kDirectTokens) {
+          for (int64_t m = 0; m < tokens; m += kFewTokens) {
+            const auto few = [&](auto n) {
+              down_few4<n()>(w_down, b.list, active, b.h + m, tokens, columns, scales, b.acc + m * b.acc_stride,
+                             b.acc_stride);
+            };
+            using std::integral_constant;
+            switch (tokens - m) {
+              case 1: few(integral_constant<int, 1>{}); break;
+              case 2: few(integral_constant<int, 2>{}); break;
+              case 3: few(integral_constant<int, 3>{}); break;
+              default: few(integral_constant<int, 4>{}); break;
+            }
+          }
         } else {
           const CodeBook book(w_down.code);
           down_tokens<Panel>(active, panel_operand<Panel>(b), tokens, columns, b.acc, b.acc_stride,
