@@ -35,7 +35,38 @@ def main():
     ), "\n")  # fmt: skip
     print(pivot(results.get("gated", []), "`sparse_gated_mlp` 4096x11008; density", dtype_and_tokens, "density",
                 lambda r: f"{r['ratio']:.2f}x", densities), "\n")  # fmt: skip
-    print("| `act_density` forward + backward, 8x128x11008 | time over plain | over the composed expression |")
+    four = results.get("linear_4bit", [])
+    tokens = [1, 4, 16, 128, 512]
+    for title, key in (
+        ("`linear_4bit` over `F.linear`; tokens", "ratio"), ("over bitsandbytes, exact path", "over_bnb"),
+        ("over bitsandbytes, repacked inference path", "over_bnb_repacked"),
+    ):  # fmt: skip
+        print(pivot([r for r in four if key in r], title, lambda r: f"{r['shape'].replace('x', ' to ')}, {r['dtype']}",
+                    "tokens", lambda r, k=key: f"{r[k]:.2f}x", tokens), "\n")  # fmt: skip
+    for r in four:
+        if r["tokens"] == 1:
+            print(
+                f"{r['shape']} {r['dtype']}: {r['ours_ms']:.2f} ms, {100 * r['share_of_bandwidth']:.0f} % of bandwidth"
+            )
+    print()
+    print(pivot(results.get("sparse_4bit", []), "sparse NF4 gated MLP over dense PyTorch; density", dtype_and_tokens,
+                "density", lambda r: f"{r['ratio']:.2f}x", densities), "\n")  # fmt: skip
+    print(pivot(results.get("sparse_4bit", []), "over the dense NF4 MLP; density", dtype_and_tokens, "density",
+                lambda r: f"{r['over_dense_4bit']:.2f}x", densities), "\n")  # fmt: skip
+    for r in results.get("sparse_4bit", []):
+        if r["density"] == 0.1 and r["tokens"] == 1:
+            print(f"sparse NF4, {r['dtype']}, density 0.1: {r['over_torch_float32']:.1f}x dense float32 PyTorch")
+    print(
+        "\n| LoRA over NF4, forward + backward | ours, ms | PEFT + bitsandbytes, ms | ratio | peak MB, ours | theirs |"
+    )
+    print("|---|---|---|---|---|---|")
+    for r in results.get("qlora", []):
+        times = f"{r['ours_ms']:.0f} | {r['peft_bnb_ms']:.0f} | {r['ratio']:.2f}x"
+        peaks = f"{r['ours_peak_mb']:.0f} | {r['peft_bnb_peak_mb']:.0f}"
+        print(f"| {r['shape'].replace('x', ' to ')}, {r['dtype']}, {r['tokens']} tokens | {times} | {peaks} |")
+    for r in results.get("quantise", []):
+        print(f"{r['op']} {r['dtype']}: {r['ours_ms']:.1f} ms, {r.get('ratio', 0):.1f}x bitsandbytes")
+    print("\n| `act_density` forward + backward, 8x128x11008 | time over plain | over the composed expression |")
     print("|---|---|---|")
     for r in results.get("act_density", []):
         composed = 1 / r["times_faster_than_composed"]
