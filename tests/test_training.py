@@ -14,6 +14,7 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file
 
+import deftcore
 from deftcore.objectives import DensityLoss
 from deftcore.training import TrainingConfig, encode, load_recipe, read_records, train
 from deftcore.training.data import Batches
@@ -123,17 +124,18 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
             assert one[key] == pytest.approx(other[key], rel=2e-4), key
 
 
-def test_two_processes_give_the_single_process_result(tmp_path):
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_two_processes_give_the_single_process_result(tmp_path, method):
     """P11: `accelerate launch` with two CPU processes, half the batch each (`--multi_gpu` is its torchrun mode)."""
     script = tmp_path / "run.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_training import run_plain\n"
-        "run_plain(sys.argv[1], int(sys.argv[2]))\n"
+        "run_plain(sys.argv[1], int(sys.argv[2]), sys.argv[3])\n"
     )
-    run_plain(tmp_path / "one", 4)
+    run_plain(tmp_path / "one", 4, method)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-               str(script), str(tmp_path / "two"), "2"]  # fmt: skip
+               str(script), str(tmp_path / "two"), "2", method]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -147,10 +149,13 @@ def test_two_processes_give_the_single_process_result(tmp_path):
                 assert one[key] == pytest.approx(two[key], rel=1e-3), (key, one, two)
 
 
-def run_plain(folder, batch_size):
+def run_plain(folder, batch_size, method):
     torch.manual_seed(0)
+    base = tiny_model("llama")
+    if method == "qlora":
+        deftcore.quantize(base, block_size=32)
     model = peft.get_peft_model(
-        tiny_model("llama"), peft.LoraConfig(r=4, target_modules=["gate_proj", "q_proj"], task_type="CAUSAL_LM")
+        base, peft.LoraConfig(r=4, target_modules=["gate_proj", "q_proj"], task_type="CAUSAL_LM")
     )
     config = TrainingConfig(max_steps=4, batch_size=batch_size, learning_rate=1e-2, log_every=1)
     objective = DensityLoss(model, surrogate="tanh")
@@ -193,8 +198,6 @@ def test_the_model_computes_in_its_own_dtype_afterwards(tmp_path):
 def test_qlora_with_deft_reaches_lora_on_the_decoded_base(tmp_path):
     """Same seeds, same data: losses within 1 %, densities close, on 4-bit and on decoded weights."""
     from test_quantize import dequantised
-
-    import deftcore
 
     config = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     packed = deftcore.quantize(tiny_model("llama"), block_size=32)

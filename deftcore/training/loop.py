@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from deftcore.nn.linear import PackedModule
 from deftcore.objectives import DensityLoss
 from deftcore.training.data import Batches, Example
 from deftcore.training.recipe import TrainingConfig
@@ -101,8 +102,13 @@ def train(
         raise ValueError("examples: must not be empty")
     output = Path(output)
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    packed = any(isinstance(module, PackedModule) for module in model.modules())
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, cpu=next(model.parameters()).device.type == "cpu", log_with=None
+        mixed_precision=config.mixed_precision,
+        cpu=next(model.parameters()).device.type == "cpu",
+        # Packed weights are buffers, and never change: no reason to send them before every forward.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not packed)],
+        log_with=None,
     )
     set_seed(config.seed)
     run = _Run(model, examples, config, output, validation, objective, pad_token_id, label, save_model, accelerator)
