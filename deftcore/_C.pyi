@@ -16,6 +16,14 @@ class Quant4:
         rows: int, cols: int, block_size: int, column_blocks: bool,
     ) -> None: ...  # fmt: skip
 
+class DeltaBank:
+    """Several deltas of one weight: addresses and sizes."""
+
+    def __init__(
+        self, gather_start: int, gather_index: int, gather_rows: int, scatter_start: int, scatter_index: int,
+        scatter_rows: int, low_start: int, low_in: int, low_out: int, count: int, inputs: int, outputs: int,
+    ) -> None: ...  # fmt: skip
+
 def code_book(quant_type: int) -> list[float]: ...
 def isa_name() -> str: ...
 def isa_available() -> str: ...

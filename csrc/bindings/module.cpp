@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "deftcore/density.h"
+#include "deftcore/partial_linear.h"
 #include "deftcore/quant4.h"
 #include "deftcore/sparse_mlp.h"
 
@@ -38,6 +39,10 @@ struct Backend {
   size_t (*linear_4bit_workspace)(const Linear4bitArgs&);
   void (*linear_4bit)(const Linear4bitArgs&, Stream);
   void (*linear_4bit_backward)(const Linear4bitArgs&, Stream);
+  void (*gated_act)(const GatedActArgs&, Stream);
+  void (*gated_act_backward)(const GatedActBackwardArgs&, Stream);
+  size_t (*grouped_delta_workspace)(const GroupedDeltaArgs&);
+  void (*grouped_delta)(const GroupedDeltaArgs&, Stream);
 };
 
 void bind(py::module_ m, Backend backend) {
@@ -206,6 +211,41 @@ void bind(py::module_ m, Backend backend) {
   };
   linear("linear_4bit", backend.linear_4bit);
   linear("linear_4bit_backward", backend.linear_4bit_backward);
+
+  m.def(
+      "gated_act",
+      [backend](uintptr_t gate, uintptr_t up, uintptr_t a, int64_t rows, int64_t width, int64_t gate_stride,
+                int64_t up_stride, int dtype, int activation, uintptr_t stream) {
+        backend.gated_act({pointer<const void>(gate), pointer<const void>(up), pointer<void>(a), rows, width,
+                           gate_stride, up_stride, static_cast<DType>(dtype), static_cast<Activation>(activation)},
+                          pointer<void>(stream));
+      },
+      release);
+  m.def(
+      "gated_act_backward",
+      [backend](uintptr_t gate, uintptr_t up, uintptr_t grad, uintptr_t grad_gate, uintptr_t grad_up, int64_t rows,
+                int64_t width, int64_t gate_stride, int64_t up_stride, int dtype, int activation, uintptr_t stream) {
+        backend.gated_act_backward({pointer<const void>(gate), pointer<const void>(up), pointer<const void>(grad),
+                                    pointer<void>(grad_gate), pointer<void>(grad_up), rows, width, gate_stride,
+                                    up_stride, static_cast<DType>(dtype), static_cast<Activation>(activation)},
+                                   pointer<void>(stream));
+      },
+      release);
+  m.def("grouped_delta_workspace", [backend](int64_t tokens, int64_t most) {
+    GroupedDeltaArgs args{};
+    args.tokens = tokens;
+    args.most = most;
+    return backend.grouped_delta_workspace(args);
+  });
+  m.def(
+      "grouped_delta",
+      [backend](const DeltaBank& bank, uintptr_t x, uintptr_t adapter, uintptr_t y, uintptr_t workspace, int64_t tokens,
+                int64_t most, int dtype, uintptr_t stream) {
+        backend.grouped_delta({bank, pointer<const void>(x), pointer<const int64_t>(adapter), pointer<void>(y),
+                               pointer<void>(workspace), tokens, most, static_cast<DType>(dtype)},
+                              pointer<void>(stream));
+      },
+      release);
 }
 
 }  // namespace
@@ -230,6 +270,23 @@ PYBIND11_MODULE(_C, m) {
                       block_size,
                       column_blocks};
       }));
+  py::class_<DeltaBank>(m, "DeltaBank")
+      .def(py::init([](uintptr_t gather_start, uintptr_t gather_index, uintptr_t gather_rows, uintptr_t scatter_start,
+                       uintptr_t scatter_index, uintptr_t scatter_rows, uintptr_t low_start, uintptr_t low_in,
+                       uintptr_t low_out, int64_t count, int64_t inputs, int64_t outputs) {
+        return DeltaBank{pointer<const int64_t>(gather_start),
+                         pointer<const int32_t>(gather_index),
+                         pointer<const void>(gather_rows),
+                         pointer<const int64_t>(scatter_start),
+                         pointer<const int32_t>(scatter_index),
+                         pointer<const void>(scatter_rows),
+                         pointer<const int64_t>(low_start),
+                         pointer<const void>(low_in),
+                         pointer<const void>(low_out),
+                         count,
+                         inputs,
+                         outputs};
+      }));
   m.def("code_book", [](int type) {
     const float* book = code_book(static_cast<QuantType>(type));
     return std::vector<float>(book, book + 16);
@@ -239,12 +296,14 @@ PYBIND11_MODULE(_C, m) {
        {cpu::act_density, cpu::act_density_backward, cpu::density, cpu::sparse_down_workspace, cpu::sparse_down,
         cpu::sparse_mlp_workspace, cpu::sparse_mlp, cpu::sparse_mlp_4bit_workspace, cpu::sparse_mlp_4bit,
         cpu::quantize_4bit, cpu::dequantize_4bit, cpu::linear_4bit_workspace, cpu::linear_4bit,
-        cpu::linear_4bit_backward});
+        cpu::linear_4bit_backward, cpu::gated_act, cpu::gated_act_backward, cpu::grouped_delta_workspace,
+        cpu::grouped_delta});
 #if defined(DEFTCORE_WITH_CUDA)
   bind(m.def_submodule("cuda"),
        {cuda::act_density, cuda::act_density_backward, cuda::density, cuda::sparse_down_workspace, cuda::sparse_down,
         cuda::sparse_mlp_workspace, cuda::sparse_mlp, cuda::sparse_mlp_4bit_workspace, cuda::sparse_mlp_4bit,
         cuda::quantize_4bit, cuda::dequantize_4bit, cuda::linear_4bit_workspace, cuda::linear_4bit,
-        cuda::linear_4bit_backward});
+        cuda::linear_4bit_backward, cuda::gated_act, cuda::gated_act_backward, cuda::grouped_delta_workspace,
+        cuda::grouped_delta});
 #endif
 }

@@ -156,6 +156,20 @@ void linear_4bit_backward(const Linear4bitArgs& args, Stream) {
   kernels().linear_4bit_backward(args);
 }
 
+void gated_act(const GatedActArgs& args, Stream) { kernels().gated_act(args); }
+void gated_act_backward(const GatedActBackwardArgs& args, Stream) { kernels().gated_act_backward(args); }
+
+// In order (see partial_linear.cpp): tiles, tokens sorted by delta, dots of low-rank rows.
+size_t grouped_delta_workspace(const GroupedDeltaArgs& args) {
+  const size_t tokens = static_cast<size_t>(args.tokens);
+  return tokens * (7 * sizeof(int64_t) + 4 * static_cast<size_t>(args.most) * sizeof(float)) + 64;
+}
+
+void grouped_delta(const GroupedDeltaArgs& args, Stream) {
+  require(args.tokens >= 0 && args.most >= 0, "grouped_delta", "tokens and most must not be negative");
+  kernels().grouped_delta(args);
+}
+
 // In order: active list, counts per thread, h and its bfloat16 pairs, output accumulators (see sparse_mlp.cpp).
 size_t sparse_down_workspace(const SparseDownArgs& args) {
   const size_t threads = static_cast<size_t>(omp_get_max_threads()), neurons = static_cast<size_t>(args.neurons) + 64,

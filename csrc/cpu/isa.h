@@ -10,6 +10,7 @@
 
 #include "deftcore/density.h"
 #include "deftcore/math.h"
+#include "deftcore/partial_linear.h"
 #include "deftcore/quant4.h"
 #include "deftcore/sparse_mlp.h"
 
@@ -35,7 +36,10 @@ namespace deftcore::cpu {
   X(quantize_4bit, Quantize4bitArgs, isa)              \
   X(dequantize_4bit, Dequantize4bitArgs, isa)          \
   X(linear_4bit, Linear4bitArgs, isa)                  \
-  X(linear_4bit_backward, Linear4bitArgs, isa)
+  X(linear_4bit_backward, Linear4bitArgs, isa)         \
+  X(gated_act, GatedActArgs, isa)                      \
+  X(gated_act_backward, GatedActBackwardArgs, isa)     \
+  X(grouped_delta, GroupedDeltaArgs, isa)
 
 // One table of functions per level; isa.cpp picks one per process.
 struct Kernels {

@@ -2,21 +2,29 @@
 
 from deftcore.ops._library import cuda_enabled, op_names
 from deftcore.ops.density import act_density, density
+from deftcore.ops.grouped_delta import DeltaBank, LowRankDelta, SliceDelta, grouped_delta_linear
 from deftcore.ops.lora import lora_linear
+from deftcore.ops.partial_linear import gated_linear, partial_linear
 from deftcore.ops.quant4 import dequantize_4bit, linear_4bit, quantize_4bit
 from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.sparse_mlp import bundle_rows, sparse_down, sparse_gated_mlp, sparse_mlp
 
 __all__ = [
+    "DeltaBank",
+    "LowRankDelta",
     "QuantizedTensor",
+    "SliceDelta",
     "act_density",
     "bundle_rows",
     "cuda_enabled",
     "density",
     "dequantize_4bit",
+    "gated_linear",
+    "grouped_delta_linear",
     "linear_4bit",
     "lora_linear",
     "op_names",
+    "partial_linear",
     "quantize_4bit",
     "sparse_down",
     "sparse_gated_mlp",

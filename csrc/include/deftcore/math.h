@@ -92,6 +92,20 @@ DEFTCORE_HD ValueGrad<V> activate_grad(V z) {
   }
 }
 
+template <class V>
+struct GatedSlopes {
+  V gate, up;
+};
+
+// Slopes of f(gate) * up: grad * up * f'(gate) and grad * f(gate).
+template <Activation kF, class V>
+DEFTCORE_HD GatedSlopes<V> gated_slopes(V gate, V up, V grad) {
+  const auto f = activate_grad<kF>(gate);
+  // The value above is that at a held argument, beyond which a smooth f is the identity.
+  const V value = kF == Activation::kRelu2 ? f.value : where(gate > V(kMaxSlope), gate, f.value);
+  return {grad * up * f.grad, grad * value};
+}
+
 // Density surrogate s(a) and its slope s'(a); p is eps for l0, beta for tanh, unused for l1.
 template <Surrogate kS, class V>
 DEFTCORE_HD V surrogate(V a, V p) {

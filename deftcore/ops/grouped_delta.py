@@ -1,0 +1,273 @@
+"""One base product with a different adapter for each row of a batch (S2FT, arXiv 2412.06289, section 6.2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deftcore.ops._library import (
+    DTYPE_CODES,
+    address,
+    backend,
+    check_float,
+    check_like,
+    check_shape,
+    define,
+    flatten_tokens,
+    native,
+    stream,
+)
+from deftcore.ops.quant4 import linear_4bit
+from deftcore.ops.quantized import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class SliceDelta:
+    """Delta of a slice of W [M, K]: `axis` 0 adds `block` [s, K] to rows `indices` [s], 1 adds block [s, M] to columns
+    `indices`: s vectors along the other axis, whichever it is."""
+
+    axis: int
+    indices: Tensor
+    block: Tensor
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """Delta scaling * lora_b lora_a, with lora_a [R, K] and lora_b [M, R]."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float = 1.0
+
+
+Delta = SliceDelta | LowRankDelta
+
+
+class DeltaBank:
+    """The deltas of one weight, one after another, as `grouped_delta_linear` reads them. Made once, used per call.
+
+    Args:
+        deltas: one per adapter: a delta, several that add up, or None for an adapter that leaves this weight alone.
+        shape: of the weight, [M, K].
+        dtype, device: to hold them in; None is that of the first delta.
+
+    Raises:
+        TypeError, ValueError: naming the delta.
+    """
+
+    def __init__(
+        self,
+        deltas: Sequence[Delta | Sequence[Delta] | None],
+        shape: tuple[int, int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        outputs, inputs = (int(n) for n in shape)
+        self.shape = (outputs, inputs)
+        several = [_as_list(delta) for delta in deltas]
+        first = next((_data(d) for parts in several for d in parts), None)
+        dtype = dtype or (torch.float32 if first is None else first.dtype)
+        device = torch.device(device or ("cpu" if first is None else first.device))
+        kinds: dict[str, list[Any]] = {"gather": [], "scatter": [], "low": []}
+        starts: dict[str, list[int]] = {name: [0] for name in kinds}
+        totals = dict.fromkeys(kinds, 0)
+        self.most = 0
+        for j, parts in enumerate(several):
+            before = dict(totals)
+            for delta in parts:
+                _check_delta(f"deltas[{j}]", delta, self.shape)
+                kind = "low" if isinstance(delta, LowRankDelta) else "gather" if delta.axis == 1 else "scatter"
+                kinds[kind].append(delta)
+                totals[kind] += _data(delta).shape[0]
+            scattered = [d.indices for d in parts if isinstance(d, SliceDelta) and d.axis == 0]
+            if len(scattered) > 1 and torch.cat(scattered).unique().numel() < sum(i.numel() for i in scattered):
+                raise ValueError(f"deltas[{j}]: two parts change the same output channel; fuse them first")
+            for name in kinds:
+                starts[name].append(totals[name])
+            self.most = max(self.most, sum(totals[n] - before[n] for n in kinds))
+
+        def rows(tensors: list[Tensor], width: int) -> Tensor:
+            joined = [t.detach().to(device=device, dtype=dtype) for t in tensors]
+            return torch.cat(joined).contiguous() if joined else torch.empty((0, width), dtype=dtype, device=device)
+
+        def numbers(deltas_of_kind: list[SliceDelta]) -> Tensor:
+            joined = [d.indices.to(device=device, dtype=torch.int32) for d in deltas_of_kind]
+            return torch.cat(joined) if joined else torch.empty(0, dtype=torch.int32, device=device)
+
+        self.starts = [torch.tensor(s, dtype=torch.int64, device=device) for s in starts.values()]
+        self.tensors = [
+            numbers(kinds["gather"]),
+            rows([d.block for d in kinds["gather"]], outputs),
+            numbers(kinds["scatter"]),
+            rows([d.block for d in kinds["scatter"]], inputs),
+            rows([d.lora_a for d in kinds["low"]], inputs),
+            rows([d.scaling * d.lora_b.t() for d in kinds["low"]], outputs),
+        ]
+
+    def __len__(self) -> int:
+        return self.starts[0].numel() - 1
+
+    def __repr__(self) -> str:
+        gathered, scattered, ranks = (int(s[-1]) for s in self.starts)
+        return (
+            f"DeltaBank({len(self)} adapters, shape={self.shape}, input channels={gathered}, "
+            f"output channels={scattered}, ranks={ranks}, {self.dtype})"
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors[1].dtype
+
+
+def _as_list(delta: Delta | Sequence[Delta] | None) -> list[Delta]:
+    if delta is None:
+        return []
+    return [delta] if isinstance(delta, (SliceDelta, LowRankDelta)) else list(delta)
+
+
+def _data(delta: Delta) -> Tensor:
+    return delta.lora_a if isinstance(delta, LowRankDelta) else delta.block
+
+
+def _check_delta(name: str, delta: Any, shape: tuple[int, int]) -> None:
+    if isinstance(delta, LowRankDelta):
+        check_float(f"{name}.lora_a", delta.lora_a)
+        check_float(f"{name}.lora_b", delta.lora_b)
+        rank = delta.lora_a.shape[0]
+        check_shape(f"{name}.lora_a", delta.lora_a, (rank, shape[1]), "[R, K]")
+        check_shape(f"{name}.lora_b", delta.lora_b, (shape[0], rank), "[M, R]")
+        return
+    if not isinstance(delta, SliceDelta):
+        raise TypeError(f"{name}: must be a SliceDelta, a LowRankDelta or None, got {type(delta).__name__}")
+    if delta.axis not in (0, 1):
+        raise ValueError(f"{name}.axis: must be 0 or 1, got {delta.axis!r}")
+    check_float(f"{name}.block", delta.block)
+    indices, size = delta.indices, shape[delta.axis]
+    if indices.dim() != 1 or indices.is_floating_point():
+        raise ValueError(f"{name}.indices: must be whole numbers [s], got {indices.dtype} {tuple(indices.shape)}")
+    check_shape(f"{name}.block", delta.block, (indices.numel(), shape[1 - delta.axis]), "[s, n]")
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= size):
+        raise ValueError(f"{name}.indices: must be in 0..{size - 1}, got {int(indices.min())}..{int(indices.max())}")
+    if indices.unique().numel() != indices.numel():
+        raise ValueError(f"{name}.indices: has a number twice")
+
+
+def grouped_delta_linear(
+    x: Tensor,
+    base: Tensor | QuantizedTensor,
+    deltas: DeltaBank | Sequence[Delta | Sequence[Delta] | None],
+    adapter_index: Tensor,
+    *,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y[i] = x[i] (W + delta[adapter_index[i]])^T + bias: a different adapter for each row of a batch; inference only.
+
+    No weight is merged. A few rows per adapter (decoding) run in one native pass that reads each adapter in use once,
+    after the base product; many tokens (prefill) as library products, adapter by adapter. Sums are in a fixed order.
+
+    Args:
+        x: [B, ..., K], float32, bfloat16, float16 or float64.
+        base: [M, K] in x's dtype, or 4-bit.
+        deltas: per adapter a `SliceDelta`, `LowRankDelta`, a list of them, or None; or a `DeltaBank` made of these.
+        adapter_index: [B] whole numbers; -1 is no adapter.
+        bias: [M] or None.
+
+    Returns:
+        [B, ..., M].
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> delta = SliceDelta(axis=1, indices=torch.tensor([1]), block=torch.tensor([[5.0, 0.0]]))
+    >>> grouped_delta_linear(torch.ones(2, 2), torch.eye(2), [delta], torch.tensor([-1, 0])).tolist()
+    [[1.0, 1.0], [6.0, 1.0]]
+    """
+    check_float("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x: must be [B, ..., K], got shape {tuple(x.shape)}")
+    shape = (int(base.shape[0]), int(base.shape[1]))
+    if x.shape[-1] != shape[1]:
+        raise ValueError(f"x: last dimension must be {shape[1]} (base.shape[1]), got {tuple(x.shape)}")
+    bank = deltas if isinstance(deltas, DeltaBank) else DeltaBank(deltas, shape, dtype=x.dtype, device=x.device)
+    if bank.shape != shape:
+        raise ValueError(f"deltas: must be of a weight {shape}, got {bank.shape}")
+    if bank.dtype != x.dtype or bank.tensors[1].device != x.device:
+        raise TypeError(f"deltas: must be {x.dtype} on {x.device} as x, got {bank.dtype} on {bank.tensors[1].device}")
+    if not isinstance(adapter_index, Tensor) or adapter_index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            "adapter_index: must be an int64 or int32 Tensor, got "
+            + str(getattr(adapter_index, "dtype", type(adapter_index)))
+        )
+    check_shape("adapter_index", adapter_index, (x.shape[0],), "one per row of x")
+    if adapter_index.device.type == "cpu" and adapter_index.numel():
+        low, high = int(adapter_index.min()), int(adapter_index.max())
+        if low < -1 or high >= len(bank):
+            raise ValueError(f"adapter_index: must be in -1..{len(bank) - 1}, got {low}..{high}")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError("x: this op is for inference; call it under torch.no_grad()")
+    if isinstance(base, QuantizedTensor):
+        y = linear_4bit(x, base, bias)
+    else:
+        check_like("base", base, "x", x)
+        y = F.linear(x, base, bias)
+    return _grouped_delta(y, x, adapter_index.to(x.device), bank.starts, bank.tensors, bank.most)
+
+
+# Tokens of a row from which products are the library's: the native pass reads an adapter once per four tokens.
+_MANY_TOKENS = 16
+
+
+def _grouped_delta_impl(
+    y: Tensor, x: Tensor, adapter_index: Tensor, starts: list[Tensor], tensors: list[Tensor], most: int
+) -> Tensor:
+    flat, per_row = flatten_tokens(x).contiguous(), x.shape[1:-1].numel()
+    out = flatten_tokens(y).clone(memory_format=torch.contiguous_format)
+    kernels = backend("grouped_delta", x)
+    if kernels is None or (x.device.type == "cpu" and per_row >= _MANY_TOKENS):
+        _add_by_adapter(out, flat, adapter_index.repeat_interleave(per_row), starts, tensors)
+        return out.reshape(y.shape)
+    index = adapter_index.to(torch.int64).repeat_interleave(per_row).contiguous()
+    (gather, scatter, low), t = starts, tensors
+    tokens, count = flat.shape[0], gather.numel() - 1
+    workspace = torch.empty(kernels.grouped_delta_workspace(tokens, most), dtype=torch.uint8, device=x.device)
+    bank = native.DeltaBank(
+        address(gather), address(t[0]), address(t[1]), address(scatter), address(t[2]), address(t[3]), address(low),
+        address(t[4]), address(t[5]), count, flat.shape[1], out.shape[1],
+    )  # fmt: skip
+    kernels.grouped_delta(
+        bank, address(flat), address(index), address(out), address(workspace), tokens, most, DTYPE_CODES[x.dtype],
+        stream(x),
+    )  # fmt: skip
+    return out.reshape(y.shape)
+
+
+def _add_by_adapter(out: Tensor, flat: Tensor, index: Tensor, starts: list[Tensor], tensors: list[Tensor]) -> None:
+    """Adds the deltas, adapter by adapter, with library products; the definition, in any dtype."""
+    gather_index, gather_rows, scatter_index, scatter_rows, low_in, low_out = tensors
+    gather, scatter, low = (s.tolist() for s in starts)
+    for j in index.unique().tolist():
+        if j < 0:
+            continue
+        tokens = (index == j).nonzero().squeeze(1)
+        x = flat[tokens]
+        total = out[tokens]
+        g, s, r = (slice(bounds[j], bounds[j + 1]) for bounds in (gather, scatter, low))
+        total += x[:, gather_index[g].long()] @ gather_rows[g]
+        total += (x @ low_in[r].t()) @ low_out[r]
+        total.index_add_(1, scatter_index[s].long(), x @ scatter_rows[s].t())
+        out[tokens] = total
+
+
+def _grouped_delta_fake(y: Tensor, *_: Any) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+_grouped_delta = define(
+    "grouped_delta(Tensor y, Tensor x, Tensor adapter_index, Tensor[] starts, Tensor[] tensors, int most) -> Tensor",
+    _grouped_delta_impl,
+    _grouped_delta_fake,
+)
