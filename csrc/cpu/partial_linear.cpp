@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kPiece = 1024;  // columns: an accumulator of kTile rows stays in L1, a row's piece spans a page
 constexpr int kTile = 4;          // tokens that share one read of a row
-constexpr int kUnroll = 4;        // rows per pass over the accumulator
+constexpr int kUnroll = 8;        // rows per pass over the accumulator
 
 template <class T>
 const T* row_of(const void* base, int64_t row, int64_t stride) {
@@ -148,6 +148,7 @@ void dots(const GroupedDeltaArgs& args, const Work& work, int64_t begin, int64_t
 // sums[m, 0:n] += sum over kRows rows of factors[row][m] * row.
 template <int kRows, class T>
 void add_rows(const T* w, int64_t stride, const float (*factors)[kTile], int64_t tokens, int64_t n, float* sums) {
+  constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t m = 0; m < tokens; ++m) {
     float* sum = sums + m * kPiece;
     Vec c[kRows];
@@ -155,7 +156,10 @@ void add_rows(const T* w, int64_t stride, const float (*factors)[kTile], int64_t
     int64_t i = 0;
     for (; i + kWidth <= n; i += kWidth) {
       Vec total = load(sum + i);
-      for (int r = 0; r < kRows; ++r) total = fma(c[r], load(w + r * stride + i), total);
+      for (int r = 0; r < kRows; ++r) {
+        if (i % kLine == 0) __builtin_prefetch(w + (r + kRows) * stride + i);  // the next rows' same columns
+        total = fma(c[r], load(w + r * stride + i), total);
+      }
       store(sum + i, total);
     }
     if (i < n) {

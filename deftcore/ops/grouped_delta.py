@@ -98,7 +98,7 @@ class DeltaBank:
             joined = [d.indices.to(device=device, dtype=torch.int32) for d in deltas_of_kind]
             return torch.cat(joined) if joined else torch.empty(0, dtype=torch.int32, device=device)
 
-        self.starts = [torch.tensor(s, dtype=torch.int64, device=device) for s in starts.values()]
+        self.starts = torch.tensor(list(starts.values()), dtype=torch.int64, device=device)  # [3, adapters + 1]
         self.tensors = [
             numbers(kinds["gather"]),
             rows([d.block for d in kinds["gather"]], outputs),
@@ -109,10 +109,10 @@ class DeltaBank:
         ]
 
     def __len__(self) -> int:
-        return self.starts[0].numel() - 1
+        return self.starts.shape[1] - 1
 
     def __repr__(self) -> str:
-        gathered, scattered, ranks = (int(s[-1]) for s in self.starts)
+        gathered, scattered, ranks = self.starts[:, -1].tolist()
         return (
             f"DeltaBank({len(self)} adapters, shape={self.shape}, input channels={gathered}, "
             f"output channels={scattered}, ranks={ranks}, {self.dtype})"
@@ -204,7 +204,7 @@ def grouped_delta_linear(
         )
     check_shape("adapter_index", adapter_index, (x.shape[0],), "one per row of x")
     if adapter_index.device.type == "cpu" and adapter_index.numel():
-        low, high = int(adapter_index.min()), int(adapter_index.max())
+        low, high = (int(n) for n in adapter_index.aminmax())
         if low < -1 or high >= len(bank):
             raise ValueError(f"adapter_index: must be in -1..{len(bank) - 1}, got {low}..{high}")
     if torch.is_grad_enabled() and x.requires_grad:
@@ -214,41 +214,42 @@ def grouped_delta_linear(
     else:
         check_like("base", base, "x", x)
         y = F.linear(x, base, bias)
-    return _grouped_delta(y, x, adapter_index.to(x.device), bank.starts, bank.tensors, bank.most)
+    _add_deltas(y, x, adapter_index, bank.starts, bank.tensors, bank.most)
+    return y
 
 
 # Tokens of a row from which products are the library's: the native pass reads an adapter once per four tokens.
 _MANY_TOKENS = 16
 
 
-def _grouped_delta_impl(
-    y: Tensor, x: Tensor, adapter_index: Tensor, starts: list[Tensor], tensors: list[Tensor], most: int
-) -> Tensor:
-    flat, per_row = flatten_tokens(x).contiguous(), x.shape[1:-1].numel()
-    out = flatten_tokens(y).clone(memory_format=torch.contiguous_format)
+def _add_deltas_impl(
+    y: Tensor, x: Tensor, adapter_index: Tensor, starts: Tensor, tensors: list[Tensor], most: int
+) -> None:
+    out, flat = flatten_tokens(y), flatten_tokens(x)
+    per_row = x.shape[1:-1].numel()
+    index = adapter_index.to(device=x.device, dtype=torch.int64)
+    index = index.contiguous() if per_row == 1 else index.repeat_interleave(per_row)
     kernels = backend("grouped_delta", x)
     if kernels is None or (x.device.type == "cpu" and per_row >= _MANY_TOKENS):
-        _add_by_adapter(out, flat, adapter_index.repeat_interleave(per_row), starts, tensors)
-        return out.reshape(y.shape)
-    index = adapter_index.to(torch.int64).repeat_interleave(per_row).contiguous()
-    (gather, scatter, low), t = starts, tensors
-    tokens, count = flat.shape[0], gather.numel() - 1
+        _add_by_adapter(out, flat, index, starts, tensors)
+        return
+    flat, t = flat.contiguous(), [address(tensor) for tensor in tensors]
+    (tokens, inputs), count = flat.shape, starts.shape[1] - 1
+    first, step = address(starts), 8 * (count + 1)
     workspace = torch.empty(kernels.grouped_delta_workspace(tokens, most), dtype=torch.uint8, device=x.device)
     bank = native.DeltaBank(
-        address(gather), address(t[0]), address(t[1]), address(scatter), address(t[2]), address(t[3]), address(low),
-        address(t[4]), address(t[5]), count, flat.shape[1], out.shape[1],
-    )  # fmt: skip
+        first, t[0], t[1], first + step, t[2], t[3], first + 2 * step, t[4], t[5], count, inputs, out.shape[1]
+    )
     kernels.grouped_delta(
         bank, address(flat), address(index), address(out), address(workspace), tokens, most, DTYPE_CODES[x.dtype],
         stream(x),
     )  # fmt: skip
-    return out.reshape(y.shape)
 
 
-def _add_by_adapter(out: Tensor, flat: Tensor, index: Tensor, starts: list[Tensor], tensors: list[Tensor]) -> None:
+def _add_by_adapter(out: Tensor, flat: Tensor, index: Tensor, starts: Tensor, tensors: list[Tensor]) -> None:
     """Adds the deltas, adapter by adapter, with library products; the definition, in any dtype."""
     gather_index, gather_rows, scatter_index, scatter_rows, low_in, low_out = tensors
-    gather, scatter, low = (s.tolist() for s in starts)
+    gather, scatter, low = starts.tolist()
     for j in index.unique().tolist():
         if j < 0:
             continue
@@ -262,12 +263,12 @@ def _add_by_adapter(out: Tensor, flat: Tensor, index: Tensor, starts: list[Tenso
         out[tokens] = total
 
 
-def _grouped_delta_fake(y: Tensor, *_: Any) -> Tensor:
-    return y.new_empty(y.shape)
+def _add_deltas_fake(*_: Any) -> None:
+    return None
 
 
-_grouped_delta = define(
-    "grouped_delta(Tensor y, Tensor x, Tensor adapter_index, Tensor[] starts, Tensor[] tensors, int most) -> Tensor",
-    _grouped_delta_impl,
-    _grouped_delta_fake,
+_add_deltas = define(
+    "add_deltas(Tensor(a!) y, Tensor x, Tensor adapter_index, Tensor starts, Tensor[] tensors, int most) -> ()",
+    _add_deltas_impl,
+    _add_deltas_fake,
 )

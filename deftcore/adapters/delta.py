@@ -1,0 +1,368 @@
+"""S2FT updates as adapters (arXiv 2412.06289, section 6.2): extract, apply, remove, switch, fuse, serve many."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deftcore.adapters.s2ft import S2ftLayer
+from deftcore.nn.coupled import is_transposed
+from deftcore.nn.linear import Linear4bit
+from deftcore.ops.grouped_delta import Delta, DeltaBank, LowRankDelta, SliceDelta, grouped_delta_linear
+from deftcore.ops.quantized import QuantizedTensor
+
+_FORMAT = "deftcore-delta-1"
+
+
+@dataclass
+class DeltaAdapter:
+    """What a fine-tuning changed: per module the changed channels, in the base model's own numbering.
+
+    Args:
+        deltas: by module name of the base model.
+        hashes: SHA-256 of each slice of the base that the delta belongs to; empty for a fused adapter's overlaps.
+        details: family, method options and the like, saved along.
+    """
+
+    deltas: dict[str, SliceDelta]
+    hashes: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        size = sum(d.block.numel() for d in self.deltas.values())
+        return f"DeltaAdapter({len(self.deltas)} weights, {size} values)"
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a safetensors file, under a temporary name first."""
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for name, delta in self.deltas.items():
+            tensors[f"{name}.indices"] = delta.indices.to(torch.int32).contiguous()
+            tensors[f"{name}.block"] = delta.block.contiguous()
+        axes = {name: delta.axis for name, delta in self.deltas.items()}
+        meta = {"format": _FORMAT, "axes": axes, "hashes": self.hashes, "details": self.details}
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.tmp")
+        save_file(tensors, partial, {"deftcore": json.dumps(meta)})
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "DeltaAdapter":
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"adapter: no such file: {path}")
+        try:
+            with safe_open(path, "pt") as file:
+                meta = json.loads((file.metadata() or {})["deftcore"])
+                if meta["format"] != _FORMAT:
+                    raise ValueError(f"format is {meta['format']!r}")
+                deltas = {
+                    name: SliceDelta(
+                        int(axis), file.get_tensor(f"{name}.indices").clone(), file.get_tensor(f"{name}.block").clone()
+                    )
+                    for name, axis in meta["axes"].items()
+                }
+            return cls(deltas, dict(meta["hashes"]), dict(meta["details"]))
+        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"adapter: {path} is damaged or no delta adapter: {error}") from error
+
+
+@torch.no_grad()
+def extract_adapter(model: Any, *, dtype: torch.dtype | None = None) -> DeltaAdapter:
+    """The update of a model wrapped by `S2ftConfig`, as a `DeltaAdapter` of its base.
+
+    Args:
+        dtype: of the blocks; None takes float32 where base + delta, rounded to the base's dtype, is the trained weight
+            bit for bit, and float64 where only that is.
+
+    Raises:
+        ValueError: when the model has no S2FT layer.
+    """
+    deltas: dict[str, SliceDelta] = {}
+    hashes: dict[str, str] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, S2ftLayer):
+            continue
+        name = name.removeprefix("base_model.model.")
+        order = layer.indices.argsort()
+        before, after = layer.original[order], layer.trained()[order]
+        deltas[name] = SliceDelta(1 if layer.dim == 1 else 0, layer.indices[order], _difference(before, after, dtype))
+        hashes[name] = _digest(before)
+    if not deltas:
+        raise ValueError(f"model: {type(model).__name__} has no S2FT layer; wrap it with S2ftConfig first")
+    config: Any = model.peft_config[model.active_adapter]
+    details = {"targets": config.targets, "strategy": config.strategy, "seed": config.seed, "indices": config.indices}
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    return DeltaAdapter(deltas, hashes, {"family": family, **details})
+
+
+def _difference(before: Tensor, after: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is not None:
+        return (after.double() - before.double()).to(dtype)
+    narrow = (after.double() - before.double()).float()
+    if before.dtype != torch.float64 and torch.equal(_sum(before, narrow), after):
+        return narrow
+    return after.double() - before.double()
+
+
+def _sum(before: Tensor, delta: Tensor) -> Tensor:
+    """before + delta, added in the wider of float32 and delta's dtype, rounded once."""
+    wide = torch.promote_types(delta.dtype, torch.float32)
+    return (before.to(wide) + delta.to(wide)).to(before.dtype)
+
+
+def _digest(block: Tensor) -> str:
+    """SHA-256 of a slice's dtype and bytes."""
+    bytes_ = block.detach().contiguous().cpu().flatten().view(torch.uint8)
+    return hashlib.sha256(str(block.dtype).encode() + bytes_.numpy().tobytes()).hexdigest()
+
+
+# ---------------------------------------------------------------------------- on a model's weights
+
+
+class DeltaHost:
+    """Puts delta adapters onto a plain model's weights and takes them off again, exactly.
+
+        host = DeltaHost(model)
+        host.switch(first)
+        host.switch(second)
+        host.remove()
+
+    The changed slices' own values are kept and put back: subtracting would not restore them. A switch moves s x n
+    numbers per weight, whatever the weight's other side is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.applied: DeltaAdapter | None = None
+        self._kept: dict[str, tuple[Tensor, Tensor]] = {}  # view of the weight, its own values
+
+    def apply(self, adapter: DeltaAdapter) -> None:
+        """Adds an adapter to the weights.
+
+        Raises:
+            ValueError: when one is applied already, or this adapter is of another base. The model is unchanged then.
+        """
+        if self.applied is not None:
+            raise ValueError("adapter: another is applied; switch() or remove() it first")
+        views = {name: self._view(name, delta) for name, delta in adapter.deltas.items()}
+        values = {name: lines.index_select(0, index) for name, (lines, index) in views.items()}
+        for name, before in values.items():
+            if name in adapter.hashes and _digest(before) != adapter.hashes[name]:
+                raise ValueError(f"adapter: {name} of this model is not the base (or not in the dtype) it was made for")
+        with torch.no_grad():
+            for name, (lines, index) in views.items():
+                block = adapter.deltas[name].block.to(lines.device)
+                lines.index_copy_(0, index, _sum(values[name], block))
+        self._kept = {name: (index, values[name]) for name, (_, index) in views.items()}
+        self.applied = adapter
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Puts the base's own values back, bit for bit. Without an applied adapter, does nothing."""
+        if self.applied is None:
+            return
+        for name, (index, values) in self._kept.items():
+            lines, _ = self._view(name, self.applied.deltas[name])
+            lines.index_copy_(0, index, values)
+        self._kept, self.applied = {}, None
+
+    def switch(self, adapter: DeltaAdapter) -> None:
+        """`remove`, then `apply`."""
+        self.remove()
+        self.apply(adapter)
+
+    def _view(self, name: str, delta: SliceDelta) -> tuple[Tensor, Tensor]:
+        """The weight with the changed axis first, and the changed places."""
+        module = _linear(self.model, name)
+        if not isinstance(module.weight, Tensor) or isinstance(module, Linear4bit):
+            raise ValueError(f"adapter: {name} is 4-bit; serve the adapter beside it with `serve`")
+        weight = module.weight.detach()
+        weight = weight.t() if is_transposed(module) else weight
+        lines = weight.t() if delta.axis == 1 else weight
+        _check_fits(name, delta, (lines.shape[0], lines.shape[1]))
+        return lines, delta.indices.to(lines.device, torch.int64)
+
+
+def _linear(model: nn.Module, name: str) -> Any:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"adapter: the model has no module {name!r}; it is of another base") from error
+
+
+def _check_fits(name: str, delta: SliceDelta, lines: tuple[int, int]) -> None:
+    if delta.block.shape[1] != lines[1] or (delta.indices.numel() and int(delta.indices.max()) >= lines[0]):
+        raise ValueError(
+            f"adapter: {name} has {lines[0]} channels of {lines[1]}, the delta blocks of {delta.block.shape[1]} at up "
+            f"to {int(delta.indices.max())}; it is of another base"
+        )
+
+
+# ---------------------------------------------------------------------------- fusing
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """Where fused adapters met."""
+
+    channels: int  # changed by at least one
+    shared: int  # changed by more than one
+    modules: dict[str, int]  # shared channels per module, where there are any
+
+    def __str__(self) -> str:
+        return f"{self.shared} of {self.channels} changed channels are changed by more than one adapter"
+
+
+def fuse(adapters: Sequence[DeltaAdapter], weights: Sequence[float] | None = None) -> tuple[DeltaAdapter, FuseReport]:
+    """sum_j w_j delta_j on the union of the channels, and where adapters meet. Disjoint adapters fuse exactly.
+
+    Args:
+        weights: one per adapter; None is 1 each.
+
+    Raises:
+        ValueError: when there is no adapter, weights do not match, or an axis differs between adapters.
+    """
+    weights = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
+    if not adapters or len(weights) != len(adapters):
+        raise ValueError(f"weights: must be one per adapter ({len(adapters)}, at least 1), got {len(weights)}")
+    fused: dict[str, SliceDelta] = {}
+    met: dict[str, int] = {}
+    hashes: dict[str, str] = {}
+    for name in sorted({name for adapter in adapters for name in adapter.deltas}):
+        parts = [(a.deltas[name], w) for a, w in zip(adapters, weights, strict=True) if name in a.deltas]
+        first = parts[0][0]
+        if any(d.axis != first.axis or d.block.shape[1] != first.block.shape[1] for d, _ in parts):
+            raise ValueError(f"adapters: {name} has another axis or width in some; they are of different bases")
+        union = torch.cat([d.indices for d, _ in parts]).unique()
+        dtype = max((d.block.dtype for d, _ in parts), key=lambda t: t.itemsize)
+        block = torch.zeros((union.numel(), first.block.shape[1]), dtype=dtype)
+        seen = torch.zeros(union.numel(), dtype=torch.int64)
+        for delta, weight in parts:
+            places = torch.searchsorted(union, delta.indices.to(union.dtype))
+            block.index_add_(0, places, delta.block.to(dtype) * weight)
+            seen[places] += 1
+        if int((seen > 1).sum()):
+            met[name] = int((seen > 1).sum())
+        fused[name] = SliceDelta(first.axis, union, block)
+        if len(parts) == 1:
+            hashes.update({key: digest for a in adapters for key, digest in a.hashes.items() if key == name})
+    total = sum(d.indices.numel() for d in fused.values())
+    details = {"fused": [a.details for a in adapters], "weights": weights}
+    return DeltaAdapter(fused, hashes, details), FuseReport(total, sum(met.values()), met)
+
+
+# ---------------------------------------------------------------------------- serving
+
+
+class GroupedDeltaLinear(nn.Module):
+    """A linear layer that adds to each row of the batch the delta of that row's adapter; inference only."""
+
+    def __init__(self, base: Any, deltas: Sequence[Delta | Sequence[Delta] | None], rows: "_Rows") -> None:
+        super().__init__()
+        self.base_layer = base
+        self._rows = rows
+        weight = self._weight()
+        dtype = rows.dtype or (torch.float32 if isinstance(weight, QuantizedTensor) else weight.dtype)
+        self.bank = DeltaBank(deltas, (weight.shape[0], weight.shape[1]), dtype=dtype, device=base.weight.device)
+
+    def _weight(self) -> Tensor | QuantizedTensor:
+        if isinstance(self.base_layer, Linear4bit):
+            return self.base_layer.quantized
+        weight: Any = self.base_layer.weight
+        return weight.t() if is_transposed(self.base_layer) else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = self._rows.index
+        if index is None:
+            return self.base_layer(x)
+        if index.shape[0] != x.shape[0]:
+            raise ValueError(f"adapters: {index.shape[0]} given, but the batch has {x.shape[0]} rows")
+        bias: Any = self.base_layer.bias
+        return grouped_delta_linear(x, self._weight(), self.bank, index, bias=bias)
+
+    def extra_repr(self) -> str:
+        return repr(self.bank)
+
+
+@dataclass
+class _Rows:
+    """Which adapter each row of the running batch uses; shared by a model's layers."""
+
+    index: Tensor | None = None
+    dtype: torch.dtype | None = None
+
+
+class ServedModel:
+    """A model with several adapters at once: see `serve`."""
+
+    def __init__(self, model: Any, names: Sequence[str], rows: _Rows) -> None:
+        self.model, self.names = model, list(names)
+        self._rows = rows
+
+    @contextmanager
+    def rows(self, adapters: Sequence[str | None]) -> Iterator[Any]:
+        """Within it, row i of every batch uses adapters[i] (None: the base); gives the model.
+
+        Raises:
+            ValueError: naming an adapter that is not served.
+        """
+        unknown = [name for name in adapters if name is not None and name not in self.names]
+        if unknown:
+            raise ValueError(f"adapters: served are {', '.join(self.names)}, got {unknown[0]!r}")
+        numbers = [-1 if name is None else self.names.index(name) for name in adapters]
+        before = self._rows.index
+        self._rows.index = torch.tensor(numbers, dtype=torch.int64, device=next(self.model.parameters()).device)
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            self._rows.index = before
+
+
+def serve(
+    model: Any,
+    adapters: Mapping[str, DeltaAdapter | Mapping[str, LowRankDelta]],
+    *,
+    dtype: torch.dtype | None = None,
+) -> ServedModel:
+    """Readies a plain model to run a different adapter for each row of a batch, in place.
+
+        served = serve(model, {"law": law, "code": code})
+        with served.rows(["law", None, "code"]) as model:
+            model.generate(**batch)
+
+    Args:
+        adapters: by name: what `extract_adapter` gave, or `LowRankDelta`s (LoRA) by module name.
+        dtype: that 4-bit layers are called in; None is float32. Dense layers have their own.
+
+    Raises:
+        ValueError: when there is no adapter, or one is of another base.
+    """
+    if not adapters:
+        raise ValueError("adapters: must name at least one, got none")
+    per_adapter = [a.deltas if isinstance(a, DeltaAdapter) else a for a in adapters.values()]
+    rows = _Rows(dtype=dtype)
+    modules = {name: _linear(model, name) for name in sorted({n for deltas in per_adapter for n in deltas})}
+    served = {
+        name: GroupedDeltaLinear(module, [deltas.get(name) for deltas in per_adapter], rows)
+        for name, module in modules.items()
+    }
+    for name, module in served.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, module)
+    return ServedModel(model, list(adapters), rows)
