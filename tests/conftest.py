@@ -64,6 +64,18 @@ def tiny_model(family: str, activation: str = "relu"):
         return t.LlamaForCausalLM(
             t.LlamaConfig(**sizes, **wide, intermediate_size=72, num_key_value_heads=2, hidden_act=activation)
         )
+    if family in ("mistral", "qwen2", "qwen3"):
+        name = {"mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+        config = getattr(t, f"{name}Config")(
+            **sizes, **wide, intermediate_size=72, num_key_value_heads=2, hidden_act=activation, bos_token_id=0,
+            eos_token_id=1, **({"head_dim": 8} if family == "qwen3" else {}),
+        )  # fmt: skip
+        return getattr(t, f"{name}ForCausalLM")(config)
+    if family == "gpt2":
+        rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return t.GPT2LMHeadModel(
+            t.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1, **rates)
+        )
     if family == "opt":
         return t.OPTForCausalLM(
             t.OPTConfig(
@@ -94,4 +106,4 @@ def tiny_batch(family: str):
 
 
 def task_type(family: str) -> str | None:
-    return {"llama": "CAUSAL_LM", "opt": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}.get(family)
+    return {"bert": None, "roberta": None, "t5": "SEQ_2_SEQ_LM"}.get(family, "CAUSAL_LM")

@@ -93,12 +93,15 @@ def test_alternating_with_pytorch_costs_nothing():
     assert median(ours, theirs) < 2 * (median(ours) + median(theirs)) + 1e-4
 
 
+KERNEL_TESTS = ("density", "sparse_mlp", "quant4", "sparse_mlp4", "partial_linear", "grouped_delta")
+
+
 @pytest.mark.parametrize("isa", native.isa_available().split())
 def test_kernels_on_every_isa(isa):
     """The kernel tests again, in a process held to one instruction set."""
     if isa == native.isa_name():
         pytest.skip("this process runs it")
-    files = [str(TESTS / f"test_{name}.py") for name in ("density", "sparse_mlp", "quant4", "sparse_mlp4")]
+    files = [str(TESTS / f"test_{name}.py") for name in KERNEL_TESTS]
     chosen = "not fuzz and not compile and not opcheck"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],

@@ -210,13 +210,15 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
                 block.copy_(part)
                 part.data = block
         if self.master and self._held is None:
-            self._seen = []
-            self.sync()
+            self.sync(force=True)
 
     @torch.no_grad()
-    def sync(self) -> None:
-        """Writes a changed float32 master, rounded, into the weight."""
-        if self.master and self._held is None and self._seen != [part._version for part in self.slices]:
+    def sync(self, *, force: bool = False) -> None:
+        """Writes a changed float32 master, rounded, into the weight. Changes through `.data`, which leave no mark, are
+        seen after an optimiser's step and wherever weights are read out."""
+        if not self.master or self._held is not None:
+            return
+        if force or self._seen != [part._version for part in self.slices]:
             for part, block in zip(self.slices, self._blocks(), strict=True):
                 block.copy_(part)
             self._mark_synced()
@@ -248,7 +250,7 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
         self.tie()
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.sync()
+        self.sync(force=True)
         super()._save_to_state_dict(*args, **kwargs)
 
     @torch.no_grad()
@@ -258,7 +260,7 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
             return self._held
         if self.split:
             return torch.cat([part.detach() for part in self.slices]).to(self.original.dtype)
-        self.sync()
+        self.sync(force=True)
         return torch.cat(self._blocks())
 
     @torch.no_grad()
@@ -380,7 +382,7 @@ _MASTERS: "weakref.WeakSet[S2ftLayer]" = weakref.WeakSet()
 
 def _sync_masters(*_: Any) -> None:
     for layer in list(_MASTERS):
-        layer.sync()
+        layer.sync(force=True)
 
 
 def _after_load(layer: Any, _: Any) -> None:

@@ -69,6 +69,9 @@ class DeltaBank:
         outputs, inputs = (int(n) for n in shape)
         self.shape = (outputs, inputs)
         several = [_as_list(delta) for delta in deltas]
+        for j, parts in enumerate(several):
+            for delta in parts:
+                _check_delta(f"deltas[{j}]", delta, self.shape)
         first = next((_data(d) for parts in several for d in parts), None)
         dtype = dtype or (torch.float32 if first is None else first.dtype)
         device = torch.device(device or ("cpu" if first is None else first.device))
@@ -79,7 +82,6 @@ class DeltaBank:
         for j, parts in enumerate(several):
             before = dict(totals)
             for delta in parts:
-                _check_delta(f"deltas[{j}]", delta, self.shape)
                 kind = "low" if isinstance(delta, LowRankDelta) else "gather" if delta.axis == 1 else "scatter"
                 kinds[kind].append(delta)
                 totals[kind] += _data(delta).shape[0]
@@ -203,7 +205,8 @@ def grouped_delta_linear(
             + str(getattr(adapter_index, "dtype", type(adapter_index)))
         )
     check_shape("adapter_index", adapter_index, (x.shape[0],), "one per row of x")
-    if adapter_index.device.type == "cpu" and adapter_index.numel():
+    # On a GPU reading the numbers would wait for it; there, and in compiled code, what is out of range is no adapter.
+    if adapter_index.device.type == "cpu" and adapter_index.numel() and not torch.compiler.is_compiling():
         low, high = (int(n) for n in adapter_index.aminmax())
         if low < -1 or high >= len(bank):
             raise ValueError(f"adapter_index: must be in -1..{len(bank) - 1}, got {low}..{high}")

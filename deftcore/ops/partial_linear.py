@@ -80,7 +80,7 @@ def gated_linear(
     weight: Tensor,
     trained: Tensor | Sequence[Tensor] = (),
     *,
-    start: int | Sequence[int] = (),
+    start: int | Sequence[int] = 0,
     activation: str = "silu",
     bias: Tensor | None = None,
     synced: bool = False,
@@ -125,7 +125,7 @@ def _check_slices(
     weight: Tensor, trained: Tensor | Sequence[Tensor], dim: int, start: int | Sequence[int], synced: bool
 ) -> tuple[list[Tensor], list[int]]:
     slices = [trained] if isinstance(trained, Tensor) else list(trained)
-    starts = [start] if isinstance(start, int) else list(start)
+    starts = [start][: len(slices)] if isinstance(start, int) else list(start)
     if len(slices) != len(starts):
         raise ValueError(f"start: must be one number per slice ({len(slices)}), got {len(starts)}")
     end = 0
@@ -192,9 +192,9 @@ def _sum_of_products(x: Tensor, pieces: list[tuple[int, int, Tensor]], bias: Ten
     return y
 
 
-def _joined_products(x: Tensor, pieces: list[tuple[int, int, Tensor]]) -> Tensor:
-    """The products x @ matrix side by side."""
-    parts = [x @ matrix for _, _, matrix in pieces]
+def _joined_products(x: Tensor, pieces: list[tuple[int, int, Tensor]], bias: Tensor | None = None) -> Tensor:
+    """The products x @ matrix + bias[begin:end], side by side."""
+    parts = [x @ m if bias is None else torch.addmm(bias[begin:end], x, m) for begin, end, m in pieces]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -222,11 +222,7 @@ def _partial_linear_impl(
 ) -> Tensor:
     flat = flatten_tokens(x)
     pieces = _transposed(_pieces(weight, trained, starts, dim, synced, x.dtype))
-    if dim == 1:
-        y = _sum_of_products(flat, pieces, bias)
-    else:
-        y = _joined_products(flat, pieces) if bias is None or len(pieces) > 1 else _sum_of_products(flat, pieces, bias)
-        y = y.add_(bias) if bias is not None and len(pieces) > 1 else y
+    y = _sum_of_products(flat, pieces, bias) if dim == 1 else _joined_products(flat, pieces, bias)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
