@@ -20,7 +20,7 @@ from deftcore.nn.coupled import (
     is_transposed,
     selected_first,
 )
-from deftcore.nn.linear import PackedModule
+from deftcore.nn.linear import Linear4bit, PackedModule
 
 if TYPE_CHECKING:
     from deftcore.adapters.s2ft import S2ftConfig
@@ -63,8 +63,8 @@ def make_plan(model: nn.Module, config: "S2ftConfig") -> Plan:
     for coupled in structures:
         for axis in coupled.weights(targets):
             module = model.get_submodule(axis.module)
-            kind = type(module).__name__
-            if kind not in ("Linear", "Conv1D", "Linear4bit"):
+            if type(module) not in (nn.Linear, Linear4bit) and not is_transposed(module):
+                kind = f"{type(module).__module__}.{type(module).__name__}"
                 raise ValueError(
                     f"{axis.module}: must be a plain linear layer, got {kind}; unload other adapters first"
                 )
