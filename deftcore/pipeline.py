@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from deftcore.integrations.checkpoints import load_adapter, load_model, load_sparse, load_tokenizer, save_sparse
 from deftcore.integrations.peft import merge as merge_adapters
@@ -20,26 +20,33 @@ from deftcore.nn.linear import Linear4bit
 from deftcore.objectives import DensityLoss
 from deftcore.training.data import Batches, Example, encode, read_records
 from deftcore.training.loop import TrainResult, train
-from deftcore.training.recipe import DataConfig, DeftConfig, Recipe
+from deftcore.training.recipe import QUANTIZED_METHODS, DataConfig, DeftConfig, Recipe
 
+_CALIBRATION_EXAMPLES = 32  # at least, where there are so many; the paper takes 1 % of the training set
 _TASK_TYPES = {True: "SEQ_2_SEQ_LM", False: "CAUSAL_LM"}
 
 
-def add_adapter(model: Any, method: str, options: dict[str, Any]) -> Any:
+def add_adapter(
+    model: Any, method: str, options: dict[str, Any], *, calibration: Iterable[Mapping[str, Tensor]] = ()
+) -> Any:
     """The model with a PEFT adapter of the named method, LoRA layers fused; `full` trains the model itself.
+
+    `calibration` are batches for those strategies of S2FT that need data.
 
     Raises:
         ValueError: naming options that the method's config does not have, or targets that match nothing.
     """
     import peft
 
-    from deftcore.adapters import BottleneckConfig
+    from deftcore.adapters import BottleneckConfig, S2ftConfig, select_channels
 
     if method == "full":
         return model
     kinds: dict[str, Callable[..., peft.PeftConfig]] = {
         "lora": peft.LoraConfig,
         "qlora": peft.LoraConfig,
+        "s2ft": S2ftConfig,
+        "qs2ft": S2ftConfig,
         "bottleneck": BottleneckConfig,
         "prompt": peft.PromptTuningConfig,
         "prefix": peft.PrefixTuningConfig,
@@ -48,6 +55,8 @@ def add_adapter(model: Any, method: str, options: dict[str, Any]) -> Any:
         config = kinds[method](task_type=_TASK_TYPES[model.config.is_encoder_decoder], **options)
     except TypeError as error:
         raise ValueError(f"adapter: {error}") from error
+    if isinstance(config, S2ftConfig) and config.needs_data:
+        config = select_channels(model, config, calibration)
     adapted = peft.get_peft_model(model, config)
     return patch(adapted) if method in ("lora", "qlora") else adapted
 
@@ -73,10 +82,13 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
 
     tokenizer = load_tokenizer(recipe.model)
     torch.manual_seed(recipe.training.seed)  # adapters start from the recipe's seed
-    quantize = asdict(recipe.quantize) if recipe.method == "qlora" else None
-    model = add_adapter(load_model(recipe.model, quantize=quantize), recipe.method, recipe.adapter)
-    pair = model.config.is_encoder_decoder
+    quantize = asdict(recipe.quantize) if recipe.method in QUANTIZED_METHODS else None
+    base: Any = load_model(recipe.model, quantize=quantize)
+    pair, padding = base.config.is_encoder_decoder, tokenizer.pad_token_id or 0
     examples = load_examples(recipe.data.train, tokenizer, recipe.data, pair)
+    few = examples[: max(len(examples) // 100, min(len(examples), _CALIBRATION_EXAMPLES))]
+    calibration = Batches(few, recipe.training.batch_size, padding, pair, shuffle=False).epoch(0)
+    model = add_adapter(base, recipe.method, recipe.adapter, calibration=calibration)
     validation = load_examples(recipe.data.validation, tokenizer, recipe.data, pair) if recipe.data.validation else None
     output = Path(recipe.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -85,7 +97,7 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
         write_text(output / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     result = train(
         model, examples, recipe.training, output, validation=validation, objective=make_objective(model, recipe.deft),
-        pad_token_id=tokenizer.pad_token_id or 0, resume=resume, label=recipe.method,
+        pad_token_id=padding, resume=resume, label=recipe.method,
         save_model=lambda trained, folder: save_adapter(trained, tokenizer, folder),
     )  # fmt: skip
     if is_main:
@@ -122,8 +134,8 @@ def export(
 ) -> dict[str, Any]:
     """Writes a folder for `load_sparse`; the model must be one that `sparsify` knows.
 
-    An adapter is merged into a dense base. Over a 4-bit base (`quantize`, or a checkpoint that is 4-bit) it stays
-    beside it unmerged, unless `merge` says "16bit" or "4bit". Adaptive gates beside the adapter
+    An adapter is merged into a dense base. Over a 4-bit base (`quantize`, or a checkpoint that is 4-bit) LoRA stays
+    beside it unmerged, unless `merge` says "16bit" or "4bit"; S2FT is merged into 16 bits unless it says "4bit". Adaptive gates beside the adapter
     (density_gates.safetensors) are folded into the weights.
     """
     from safetensors.torch import load_file
@@ -138,7 +150,8 @@ def export(
         kept = None
         if adapter:
             adapted: Any = load_adapter(base, adapter)
-            adapted = patch(adapted) if packed else adapted
+            in_place = adapted.active_peft_config.peft_type == "S2FT"
+            adapted = patch(adapted) if packed and not in_place else adapted
             gates = Path(adapter) / "density_gates.safetensors"
             if gates.exists():
                 objective = DensityLoss(adapted, adaptive="gate")
@@ -148,8 +161,8 @@ def export(
                 objective.detach()
             if not packed:
                 base = adapted.merge_and_unload()
-            elif merge:
-                base = merge_adapters(adapted, to=merge)
+            elif merge or in_place:
+                base = merge_adapters(adapted, to=merge or "16bit")
             else:
                 kept = Path(temporary) / "adapter"
                 adapted.save_pretrained(kept)

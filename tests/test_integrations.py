@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 import deftcore
-from deftcore.adapters import BottleneckConfig
+from deftcore.adapters import BottleneckConfig, S2ftConfig
 from deftcore.integrations.peft import FusedLoraLinear
 from deftcore.integrations.transformers import DensityTrainerMixin
 from deftcore.objectives import DensityLoss
@@ -123,11 +123,12 @@ class DeftTrainer(DensityTrainerMixin, Trainer):
 
 def trainer_for(family, method, folder, **options):
     torch.manual_seed(0)
-    config = (
-        peft.LoraConfig(task_type=task_type(family), r=4, lora_dropout=0.1)
-        if method == "lora"
-        else BottleneckConfig(task_type=task_type(family), reduction_factor=4)
-    )
+    task = {"task_type": task_type(family)}
+    config = {
+        "lora": peft.LoraConfig(**task, r=4, lora_dropout=0.1),
+        "bottleneck": BottleneckConfig(**task, reduction_factor=4),
+        "s2ft": S2ftConfig(**task, channel_ratio=0.2, head_ratio=0.5, targets=["o", "down"]),
+    }[method]
     model = peft.get_peft_model(tiny_model(family), config)
     if method == "lora":
         deftcore.patch(model)
@@ -138,7 +139,7 @@ def trainer_for(family, method, folder, **options):
     return DeftTrainer(model, arguments, train_dataset=Rows(family), density=DensityLoss(model, surrogate="tanh"))
 
 
-@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "s2ft"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trainer_trains_and_resumes_exactly(family, method, tmp_path):
     """The real Trainer: density is logged, and a run resumed from its middle ends where the whole run ended."""

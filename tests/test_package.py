@@ -16,6 +16,7 @@ import torch
 import deftcore
 from deftcore.cli import main
 from deftcore.ops._library import native
+from deftcore.pipeline import add_adapter
 
 PACKAGE = Path(deftcore.__file__).parent
 TESTS = Path(__file__).parent
@@ -243,6 +244,30 @@ def test_train_export_density_4bit(tmp_path, capsys):
     assert [block.kind for block in skipped.deftcore_blocks] == ["gated", "skipped"]
     assert skipped(ids).logits.isfinite().all()
     assert main(["export", str(base), str(tmp_path / "x"), "--merge", "4bit"]) == 2
+
+
+@pytest.mark.parametrize("method", ["s2ft", "qs2ft"])
+def test_train_export_s2ft(tmp_path, capsys, method):
+    """S2FT from a recipe, selected by activations, with the density loss; exported un-permuted."""
+    base = tmp_path / "base"
+    base.mkdir()
+    save_base(base, intermediate_size=128)
+    capsys.readouterr()
+    recipe = Path(__file__).parents[1] / "recipes" / "s2ft.yaml"
+    overrides = [f"model={base}", f"data.train={base / 'data.txt'}", f"data.validation={base / 'data.txt'}",
+                 f"output={tmp_path / 'run'}", "training.max_steps=4", "data.max_length=16", f"method={method}",
+                 "adapter.channel_ratio=0.1", "deft=true"]  # fmt: skip
+    assert main(["train", str(recipe), *overrides, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    final, data = str(tmp_path / "run" / "final"), str(base / "data.txt")
+    arguments = ["--adapter", final, "--json", *(["--quantize", "nf4"] if method == "qs2ft" else [])]
+    assert main(["density", str(base), data, "--max-length", "16", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(result["eval_loss"], rel=0.02)
+    assert main(["export", str(base), str(tmp_path / "out"), *arguments]) == 0
+    assert not json.loads(capsys.readouterr().out)["unmerged_adapter"]
+    assert deftcore.load_sparse(tmp_path / "out")(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    with pytest.raises(ValueError, match="batches: strategy"):
+        add_adapter(load_model(base), "s2ft", {"strategy": "activation"})
 
 
 def test_quickstart_small(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from conftest import tiny_model
 from safetensors.torch import load_file
 
 import deftcore
+from deftcore.adapters import S2ftConfig
 from deftcore.objectives import DensityLoss
+from deftcore.pipeline import add_adapter
 from deftcore.training import TrainingConfig, encode, load_recipe, read_records, train
 from deftcore.training.data import Batches
 
@@ -88,6 +91,22 @@ def test_resume_is_exact(tmp_path, accumulation):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_of_slices_is_exact(tmp_path, dtype):
+    """S2FT, in place and through float32 masters: the run that stopped ends where the whole one ends."""
+
+    def model():
+        config = S2ftConfig(channel_ratio=0.2, targets=["o", "down", "up"], task_type="CAUSAL_LM")
+        return peft.get_peft_model(tiny_model("llama").to(dtype), config)
+
+    run(tmp_path / "whole", model=model(), save_every=3)
+    run(tmp_path / "parts", model=model(), max_steps=8, save_every=3)
+    for checkpoint in sorted((tmp_path / "parts" / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(checkpoint)
+    run(tmp_path / "parts", model=model(), save_every=3)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_killed_run_resumes_exactly(tmp_path):
     """SIGKILL in mid-run, then the same command again."""
     run(tmp_path / "whole", max_steps=10, save_every=2)
@@ -124,7 +143,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
             assert one[key] == pytest.approx(other[key], rel=2e-4), key
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "s2ft"])
 def test_two_processes_give_the_single_process_result(tmp_path, method):
     """P11: `accelerate launch` with two CPU processes, half the batch each (`--multi_gpu` is its torchrun mode)."""
     script = tmp_path / "run.py"
@@ -154,9 +173,10 @@ def run_plain(folder, batch_size, method):
     base = tiny_model("llama")
     if method == "qlora":
         deftcore.quantize(base, block_size=32)
-    model = peft.get_peft_model(
-        base, peft.LoraConfig(r=4, target_modules=["gate_proj", "q_proj"], task_type="CAUSAL_LM")
-    )
+    options = {"r": 4, "target_modules": ["gate_proj", "q_proj"]}
+    if method == "s2ft":
+        options = {"channel_ratio": 0.2, "targets": ["o", "down", "up"]}
+    model = add_adapter(base, method, options)
     config = TrainingConfig(max_steps=4, batch_size=batch_size, learning_rate=1e-2, log_every=1)
     objective = DensityLoss(model, surrogate="tanh")
     train(model, examples(24), config, folder, objective=objective, validation=examples(8))

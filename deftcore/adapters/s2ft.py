@@ -97,6 +97,11 @@ class S2ftConfig(PeftConfig):
         if self.targets is not None and not self.targets:
             raise ValueError(f"targets: must name at least one of {', '.join(TARGETS)}, got []")
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether `select_channels` has to run over batches before wrapping."""
+        return self.indices is None and self.strategy in DATA_STRATEGIES
+
 
 class _Slices(nn.Module):
     """The trained blocks of one weight: part0, part1 ..., each [s, n], contiguous along the long axis."""
@@ -326,18 +331,23 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
         if safe_merge and not bool(torch.isfinite(self.trained()).all()):
             raise ValueError("NaNs detected in the merged weights. The adapter seems to be broken")
         if isinstance(self.base_layer, Linear4bit):
-            q = self.base_layer.quantized
-            delta = torch.zeros(q.shape, device=q.device)
-            change = (self.trained().float() - self.original.float()).to(delta.device)
-            delta.index_copy_(self.dim, self.indices.long(), change.t() if self.dim == 1 else change)
-            self._unmerged = q
-            merged, self.merge_report = merged_4bit(q, delta)
+            self._unmerged = self.base_layer.quantized
+            merged, self.merge_report = merged_4bit(self._unmerged, self.get_delta_weight())
             self.base_layer.set_quantized(merged)
         elif self.split:
             self._write_split(self.trained())
         self.merged_adapters.extend(self.s2ft_slices)
 
     merge_report: MergeReport
+
+    @torch.no_grad()
+    def get_delta_weight(self) -> Tensor:
+        """The update as a dense float32 [out, in], in the base's numbering."""
+        change = self.trained().float() - self.original.float()
+        logical = (self.base_layer.quantized if isinstance(self.base_layer, Linear4bit) else self._logical()).shape
+        delta = torch.zeros(logical, device=change.device)
+        delta.index_copy_(self.dim, self.indices.long(), change.t() if self.dim == 1 else change)
+        return delta
 
     @torch.no_grad()
     def unmerge(self) -> None:

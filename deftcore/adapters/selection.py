@@ -134,7 +134,7 @@ def select(
 ) -> dict[str, Tensor]:
     """Selected units per weight, ascending."""
     if scores is None:
-        if config.strategy not in ("random", "weight"):
+        if config.needs_data:
             raise ValueError(
                 f"strategy: {config.strategy!r} needs data; use config = select_channels(model, config, batches)"
             )
@@ -269,7 +269,7 @@ def select_channels(
     structures = find_coupled(model)
     targets = _targets(structures, config)
     scores = None
-    if config.strategy in ("activation", "product", "gradient"):
+    if config.needs_data:
         batches = list(batches or [])
         if not batches:
             raise ValueError(f"batches: strategy {config.strategy!r} needs at least one, got none")

@@ -11,6 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from deftcore.adapters.s2ft import S2ftLayer
 from deftcore.nn.linear import Linear4bit, MergeReport, merged_4bit, merged_16bit
 from deftcore.ops.lora import lora_linear
 from deftcore.ops.quantized import QuantizedTensor
@@ -143,7 +144,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def merge(model: Any, *, to: str = "16bit", dtype: torch.dtype | None = None) -> Any:
-    """Merges the active LoRA adapters of a model over 4-bit bases, and unloads PEFT.
+    """Merges the active LoRA or S2FT adapters of a model over 4-bit bases, and unloads PEFT.
 
     Weights of a quantised model sit on code points, so that a small update is rounded away by a merge into 4 bits; the
     report says how much of it is left. The update was trained on the decoded weights: merging it into the original
@@ -167,12 +168,12 @@ def merge(model: Any, *, to: str = "16bit", dtype: torch.dtype | None = None) ->
     reports: dict[str, MergeReport] = {}
     replaced: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        lora = module if isinstance(module, LoraLayer) else None
-        base = module.get_base_layer() if lora is not None else module
+        tuned = module if isinstance(module, (LoraLayer, S2ftLayer)) else None
+        base = module.get_base_layer() if tuned is not None else module
         q = getattr(base, "quantized", None)
         if not isinstance(q, QuantizedTensor) or any(name.startswith(f"{done}.") for done in replaced):
             continue
-        delta = None if lora is None else _delta(name, lora, q)
+        delta = None if tuned is None else _delta(name, tuned, q)
         if to == "4bit":
             if delta is None:
                 continue
@@ -208,8 +209,12 @@ def _delta(name: str, layer: Any, q: QuantizedTensor) -> Tensor | None:
     """The update of a layer's active adapters, float32 [M, K]; None where there is none."""
     if layer.merged:
         raise ValueError(f"{name}: is merged already; unmerge first")
+    if layer.disable_adapters:
+        return None
+    if isinstance(layer, S2ftLayer):
+        return layer.get_delta_weight()
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-    if layer.disable_adapters or not active:
+    if not active:
         return None
     total = torch.zeros(q.shape, device=q.device)
     for adapter in active:

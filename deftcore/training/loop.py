@@ -152,8 +152,6 @@ class _Run:
         self.total = config.max_steps or max(math.ceil(per_epoch * config.epochs), 1)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if hasattr(model, "enable_input_require_grads"):
-                model.enable_input_require_grads()
         trainable = [p for p in model.parameters() if p.requires_grad]
         gates = list(objective.parameters()) if objective is not None else []
         if not trainable:

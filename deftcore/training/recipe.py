@@ -11,7 +11,8 @@ import yaml
 
 from deftcore.ops.quantized import BLOCK_SIZES, QUANT_TYPES
 
-METHODS = ("lora", "qlora", "bottleneck", "prompt", "prefix", "full")
+METHODS = ("lora", "qlora", "s2ft", "qs2ft", "bottleneck", "prompt", "prefix", "full")
+QUANTIZED_METHODS = ("qlora", "qs2ft")
 
 
 @dataclass
@@ -105,7 +106,7 @@ class DeftConfig:
 
 @dataclass
 class QuantizeConfig:
-    """The frozen base of `method: qlora`; fields as in `deftcore.quantize`."""
+    """The frozen base of `method: qlora` and `qs2ft`; fields as in `deftcore.quantize`."""
 
     quant_type: str = "nf4"
     block_size: int = 64
@@ -131,7 +132,7 @@ class Recipe:
     output: str = ""  # the run's folder
     method: str = "lora"
     adapter: dict[str, Any] = field(default_factory=dict)  # fields of the method's PEFT config
-    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)  # qlora only
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)  # qlora and qs2ft only
     data: DataConfig = field(default_factory=DataConfig)
     deft: DeftConfig = field(default_factory=DeftConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -140,8 +141,8 @@ class Recipe:
         found = [f"{name}: is needed" for name in ("model", "output") if not getattr(self, name)]
         if self.method not in METHODS:
             found.append(f"method: must be one of {', '.join(METHODS)}, got {self.method!r}")
-        if self.method != "qlora" and self.quantize != QuantizeConfig():
-            found.append(f"quantize: goes with method qlora, got {self.method!r}")
+        if self.method not in QUANTIZED_METHODS and self.quantize != QuantizeConfig():
+            found.append(f"quantize: goes with method {' or '.join(QUANTIZED_METHODS)}, got {self.method!r}")
         return found + self.quantize.problems() + self.data.problems() + self.deft.problems() + self.training.problems()
 
     def to_dict(self) -> dict[str, Any]:
