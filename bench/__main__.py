@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import track
 
-from bench import quant4
+from bench import quant4, s2ft
 from bench.harness import Rotating, alternate, console, keep_freed_memory, streaming_bandwidth
 from deftcore import ops
 from deftcore.cli import info
@@ -291,6 +291,9 @@ def main():
         "gated": lambda: bench_gated(args.device, args.quick, bandwidth),
         "act_density": lambda: bench_act_density(args.device, args.quick),
         "overhead": lambda: bench_overhead(args.device),
+        "s2ft_training": lambda: s2ft.bench_training(args.quick),
+        "s2ft_serving": lambda: s2ft.bench_serving(args.quick),
+        "s2ft_switching": lambda: s2ft.bench_switching(args.quick),
         "train_step": lambda: bench_train_step(args.quick),
     }
     families = default | tuned

@@ -135,8 +135,8 @@ def export(
     """Writes a folder for `load_sparse`; the model must be one that `sparsify` knows.
 
     An adapter is merged into a dense base. Over a 4-bit base (`quantize`, or a checkpoint that is 4-bit) LoRA stays
-    beside it unmerged, unless `merge` says "16bit" or "4bit"; S2FT is merged into 16 bits unless it says "4bit". Adaptive gates beside the adapter
-    (density_gates.safetensors) are folded into the weights.
+    beside it unmerged, unless `merge` says "16bit" or "4bit"; S2FT is merged into 16 bits unless it says "4bit".
+    Adaptive gates beside the adapter (density_gates.safetensors) are folded into the weights.
     """
     from safetensors.torch import load_file
 

@@ -15,6 +15,7 @@ import torch
 
 import deftcore
 from deftcore.cli import main
+from deftcore.integrations.checkpoints import load_model
 from deftcore.ops._library import native
 from deftcore.pipeline import add_adapter
 

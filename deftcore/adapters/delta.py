@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from deftcore.ops.quantized import QuantizedTensor
 _FORMAT = "deftcore-delta-1"
 
 
-@dataclass
+@dataclass(eq=False)
 class DeltaAdapter:
     """What a fine-tuning changed: per module the changed channels, in the base model's own numbering.
 
@@ -143,13 +144,15 @@ class DeltaHost:
         host.remove()
 
     The changed slices' own values are kept and put back: subtracting would not restore them. A switch moves s x n
-    numbers per weight, whatever the weight's other side is.
+    numbers per weight, whatever the weight's other side is. The base is compared with an adapter's hashes when that
+    adapter is first applied.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.applied: DeltaAdapter | None = None
-        self._kept: dict[str, tuple[Tensor, Tensor]] = {}  # view of the weight, its own values
+        self._kept: dict[str, tuple[Tensor, Tensor]] = {}  # places in the weight, its own values there
+        self._checked: weakref.WeakSet[DeltaAdapter] = weakref.WeakSet()  # hashing takes longer than a switch
 
     def apply(self, adapter: DeltaAdapter) -> None:
         """Adds an adapter to the weights.
@@ -161,9 +164,10 @@ class DeltaHost:
             raise ValueError("adapter: another is applied; switch() or remove() it first")
         views = {name: self._view(name, delta) for name, delta in adapter.deltas.items()}
         values = {name: lines.index_select(0, index) for name, (lines, index) in views.items()}
-        for name, before in values.items():
+        for name, before in values.items() if adapter not in self._checked else ():
             if name in adapter.hashes and _digest(before) != adapter.hashes[name]:
                 raise ValueError(f"adapter: {name} of this model is not the base (or not in the dtype) it was made for")
+        self._checked.add(adapter)
         with torch.no_grad():
             for name, (lines, index) in views.items():
                 block = adapter.deltas[name].block.to(lines.device)
