@@ -98,7 +98,7 @@ def run(output: str | Path, settings: Settings | None = None, *, seed: int = 0, 
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    base, tokenizer, cached = _base_model(settings, seed, console)
+    base, tokenizer, cached = base_model(settings, seed, console)
     train_text, held_out = reference_text()
     length = settings.max_length
     examples = encode([{"text": train_text}], tokenizer, length, is_encoder_decoder=False)
@@ -177,7 +177,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     )
 
 
-def _base_model(settings: Settings, seed: int, console: Console) -> tuple[Any, Any, bool]:
+def base_model(settings: Settings, seed: int, console: Console) -> tuple[Any, Any, bool]:
     """The "pre-trained" model and its tokenizer, from the cache or trained now."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

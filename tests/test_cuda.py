@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from conftest import assert_close_to_ref
 
 from deftcore import ops
+from deftcore.ops import DeltaBank, LowRankDelta, SliceDelta
 from deftcore.ops._library import cuda_enabled
 from deftcore.ops.density import ACTIVATIONS, SURROGATES, act_density_ref
+from deftcore.ops.partial_linear import gated_act_ref, gated_linear_ref
 from deftcore.ops.sparse_mlp import sparse_mlp_ref
 
 pytestmark = pytest.mark.cuda
@@ -196,3 +198,75 @@ def test_sparse_mlp_4bit(columns, dtype):
             y, expected = ops.sparse_down(a.cuda(), on_gpu[-1]), a.double() @ d64
             error = (y.cpu().double() - expected).norm() / expected.norm().clamp(min=1e-9)
             assert error < {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+
+
+# ---------------------------------------------------------------------------- partial linear layers and deltas
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("width", [1, 17, 2048, 2051])
+def test_gated_linear(activation, dtype, width):
+    """Values and both slopes; gate and up as strided halves of one buffer."""
+    both = torch.randn(33, 2 * width).to(dtype)
+    gate, up = (t.requires_grad_() for t in both.cuda().chunk(2, dim=1))
+    weight = torch.eye(width, dtype=dtype, device="cuda")
+    y = ops.gated_linear(gate, up, weight, activation=activation)
+    g, u = (t.double().requires_grad_() for t in both.chunk(2, dim=1))
+    ref = gated_linear_ref(g, u, torch.eye(width, dtype=torch.float64), [], [], activation, None)
+    assert_close_to_ref(y.cpu(), gated_act_ref(*both.chunk(2, dim=1), activation), ref.detach())
+    grad = torch.randn(33, width).to(dtype)
+    ours = torch.autograd.grad(y, (gate, up), grad.cuda())
+    for mine, wanted in zip(ours, torch.autograd.grad(ref, (g, u), grad.double()), strict=True):
+        scale = wanted.abs().max() + 1e-3
+        assert (mine.cpu().double() - wanted).abs().max() <= scale * (1e-3 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_slices_train_in_place(fused):
+    """Both axes, an optimiser in place: everything outside the slices keeps its bytes."""
+    for dim in (0, 1):
+        lines = torch.randn(48, 40, device="cuda")
+        before = lines.clone()
+        part = torch.nn.Parameter(lines[:8])
+        weight, trained = (lines.t(), part.t()) if dim == 1 else (lines, part)
+        optimizer = torch.optim.AdamW([part], lr=1e-2, fused=fused)
+        for _ in range(5):
+            view = part.t() if dim == 1 else part
+            x = torch.randn(16, weight.shape[1], device="cuda", requires_grad=True)
+            ops.partial_linear(x, weight, view, dim=dim).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert trained.data_ptr() == weight.data_ptr()
+        assert torch.equal(lines[8:], before[8:])
+        assert not torch.equal(lines[:8], before[:8])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grouped_delta_linear(dtype):
+    for shape in ((70, 130), (1, 40), (1100, 48)):
+        base = torch.randn(shape).to(dtype)
+        deltas = [
+            SliceDelta(1, torch.randperm(shape[1])[:5], torch.randn(5, shape[0]).to(dtype)),
+            SliceDelta(0, torch.zeros(1, dtype=torch.int64), torch.randn(1, shape[1]).to(dtype)),
+            LowRankDelta(torch.randn(9, shape[1]).to(dtype), torch.randn(shape[0], 9).to(dtype), 0.5),
+            None,
+        ]
+        index = torch.tensor([0, 1, 2, 3, -1, 0, 2])
+        x = torch.randn(7, 3, shape[1]).to(dtype)
+        ref = ops.grouped_delta_linear(x.double(), base.double(), deltas_as(deltas, torch.float64), index)
+        bank = DeltaBank(deltas, shape, device="cuda")
+        y = ops.grouped_delta_linear(x.cuda(), base.cuda(), bank, index.cuda())
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+        assert (y.cpu().double() - ref).abs().max() <= tolerance * (ref.abs().max() + x.abs().double().sum(-1).max())
+        again = ops.grouped_delta_linear(x.cuda(), base.cuda(), bank, index.cuda())
+        assert torch.equal(y, again)
+
+
+def deltas_as(deltas, dtype):
+    def cast(delta):
+        if isinstance(delta, LowRankDelta):
+            return LowRankDelta(delta.lora_a.to(dtype), delta.lora_b.to(dtype), delta.scaling)
+        return delta and SliceDelta(delta.axis, delta.indices, delta.block.to(dtype))
+
+    return [cast(delta) for delta in deltas]

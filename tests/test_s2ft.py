@@ -398,6 +398,51 @@ def test_split_storage_equals_shared(family):
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-3)
 
 
+def sharded_step(rank, port, folder):
+    """Two FSDP2 processes: split storage, the frozen weights and the slices sharded each on their own."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    model = wrap(scaled("llama"), targets=["o", "down", "up"], storage="split")
+    base = model.base_model.model
+    for layer in base.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(base, mesh=mesh)
+    batch = {key: value[rank : rank + 1] for key, value in even_batch().items()}
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    for _ in range(2):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {n: p.full_tensor().detach() for n, p in model.named_parameters() if "s2ft" in n}
+    if rank == 0:
+        torch.save(found, folder / "sharded.pt")
+    dist.destroy_process_group()
+
+
+def even_batch():
+    ids = torch.randint(2, 64, (2, 7), generator=torch.Generator().manual_seed(3))
+    return {"input_ids": ids, "labels": ids}
+
+
+def test_fsdp2(tmp_path):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(sharded_step, (port, tmp_path), nprocs=2)
+    model = wrap(scaled("llama"), targets=["o", "down", "up"], storage="split")
+    train(model, even_batch(), steps=2)
+    found = torch.load(tmp_path / "sharded.pt", weights_only=True)
+    wanted = {n: p for n, p in model.named_parameters() if "s2ft" in n}
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name].detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_quantised_base():
     """Spec P10: QS2FT untrained is the 4-bit model, bit for bit; its bytes never change; it learns, and merges."""
     model = deftcore.quantize(scaled("llama"), block_size=32)
