@@ -153,6 +153,7 @@ def bench_overhead(device):
     """Microseconds a call on tiny tensors: what an op costs before it does anything."""
     a, w = torch.ones(1, 8, device=device), torch.ones(8, 8, device=device)
     x, q = torch.ones(1, 64, device=device), ops.quantize_4bit(torch.ones(64, 64, device=device))
+    bank = ops.DeltaBank([ops.SliceDelta(1, torch.zeros(1, dtype=torch.int64), a)], (8, 8), device=device)
     calls = {
         "torch.nn.functional.linear": lambda: F.linear(a, w),
         "density": lambda: ops.density(a),
@@ -161,6 +162,9 @@ def bench_overhead(device):
         "sparse_gated_mlp": lambda: ops.sparse_gated_mlp(a, w, w, w, activation="relu"),
         "lora_linear": lambda: ops.lora_linear(a, w, w, w),
         "linear_4bit": lambda: ops.linear_4bit(x, q),
+        "partial_linear": lambda: ops.partial_linear(a, w, w[:, :2], dim=1),
+        "gated_linear": lambda: ops.gated_linear(a, a, w),
+        "grouped_delta_linear": lambda: ops.grouped_delta_linear(a, w, bank, torch.zeros(1, dtype=torch.int64)),
         "sparse_gated_mlp, 4-bit": lambda: ops.sparse_gated_mlp(x, q, q, q, activation="relu"),
     }
     rows = []

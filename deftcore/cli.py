@@ -166,7 +166,7 @@ def info() -> dict[str, Any]:
     built = hasattr(native, "cuda")
     kernels = (
         "act_density", "density", "sparse_down", "sparse_mlp", "sparse_mlp_4bit", "quantize_4bit", "dequantize_4bit",
-        "linear_4bit",
+        "linear_4bit", "gated_act", "grouped_delta",
     )  # fmt: skip
     cuda = "not built"
     if built:

@@ -271,6 +271,18 @@ def test_train_export_s2ft(tmp_path, capsys, method):
         add_adapter(load_model(base), "s2ft", {"strategy": "activation"})
 
 
+def test_serving_example():
+    """The example serves two adapters in one batch: each row repeats what its adapter has learned."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parents[1] / "examples" / "serve_mixed_batch.py")],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = dict(line.split(":", 1) for line in done.stdout.splitlines())
+    assert lines["sevens"].endswith("-> [7, 7, 7, 7, 7, 7, 7, 7]")
+    assert lines["nines"].endswith("-> [9, 9, 9, 9, 9, 9, 9, 9]")
+
+
 def test_quickstart_small(tmp_path):
     """The whole quickstart at a size for tests."""
     from deftcore.quickstart import Settings, run
