@@ -70,10 +70,7 @@ class S2ftConfig(PeftConfig):
     )
     base_hash: str | None = field(default=None, metadata={"help": "Of the slices before training; set on wrapping."})
     target_modules: list[str] | None = field(default=None, metadata={"help": "Set on wrapping."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Not used: see indices."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Not used."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -436,10 +433,13 @@ class _Recomputed(torch.autograd.graph.saved_tensors_hooks):
             found = again.get(tensor.data_ptr())
             return found[0] if found is not None and tensor.shape == found[1] else tensor
 
+        device = x.device.type
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
         def unpack(kept: Any) -> Tensor:
             if isinstance(kept, Tensor):
                 return kept
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(device, dtype, enabled):  # as it was in the forward
                 return kept(x)
 
         super().__init__(pack, unpack)

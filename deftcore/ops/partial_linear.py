@@ -408,7 +408,7 @@ def _gated_linear_grad_impl(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up, [tokens, K], of flat gradients; two tensors of that size live, no third."""
     grad_a = _joined_products(grad, _pieces(weight, trained, starts, 1, synced, grad.dtype))
-    return _slopes(flatten_tokens(gate), flatten_tokens(up), grad_a.contiguous(), activation)
+    return _slopes(flatten_tokens(gate), flatten_tokens(up), grad_a.to(gate.dtype).contiguous(), activation)
 
 
 def _gated_linear_grad_fake(grad: Tensor, gate: Tensor, up: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

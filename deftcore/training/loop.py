@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from deftcore.adapters.s2ft import S2ftLayer
 from deftcore.nn.linear import PackedModule
 from deftcore.objectives import DensityLoss
 from deftcore.training.data import Batches, Example
@@ -102,12 +103,12 @@ def train(
         raise ValueError("examples: must not be empty")
     output = Path(output)
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-    packed = any(isinstance(module, PackedModule) for module in model.modules())
+    constant = any(isinstance(module, (PackedModule, S2ftLayer)) for module in model.modules())
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         cpu=next(model.parameters()).device.type == "cpu",
-        # Packed weights are buffers, and never change: no reason to send them before every forward.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not packed)],
+        # Packed weights and original slices are buffers, and never change: no reason to send them before every forward.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not constant)],
         log_with=None,
     )
     set_seed(config.seed)
