@@ -66,6 +66,26 @@ def main():
         print(f"| {r['shape'].replace('x', ' to ')}, {r['dtype']}, {r['tokens']} tokens | {times} | {peaks} |")
     for r in results.get("quantise", []):
         print(f"{r['op']} {r['dtype']}: {r['ours_ms']:.1f} ms, {r.get('ratio', 0):.1f}x bitsandbytes")
+    print("\n| training step | tokens | full, ms | LoRA, ms | S2FT, ms | over full (ceiling) | over LoRA (ceiling) |"
+          " peak MB: full, LoRA, S2FT | share of full, of LoRA |")  # fmt: skip
+    print("|---" * 9 + "|")
+    training = results.get("s2ft_training", [])
+    for i in range(0, len(training), 3):
+        full, lora, ours = training[i : i + 3]
+        speed = " | ".join(f"{r['s2ft_speed_up']:.2f}x ({r['ceiling']:.2f})" for r in (full, lora))
+        times = " | ".join(f"{r['step_ms']:.0f}" for r in (full, lora, ours))
+        peaks = ", ".join(f"{r['peak_mb']:.0f}" for r in (full, lora, ours))
+        print(
+            f"| {full['layers']} x {full['width']}, {full['dtype']} | {full['tokens']} | {times} | {speed} | {peaks} "
+            f"| {full['s2ft_memory']:.2f}, {lora['s2ft_memory']:.2f} |"
+        )
+    for key in ("input", "output", "LoRA"):
+        print()
+        print(pivot(results.get("s2ft_serving", []), f"`grouped_delta_linear`, {key}, time over base; adapters",
+                    lambda r: f"{r['shape'].replace('x', ' to ')}, {r['dtype']}", "adapters",
+                    lambda r, k=key: f"{r[f'{k}_over_base']:.2f}x", [1, 4, 16, 64]))  # fmt: skip
+    for r in results.get("s2ft_switching", []):
+        print(f"\nswitching {r['layers']} x {r['width']}: S2FT {r['s2ft_ms']:.0f} ms, LoRA {r['lora_ms']:.0f} ms")
     print("\n| `act_density` forward + backward, 8x128x11008 | time over plain | over the composed expression |")
     print("|---|---|---|")
     for r in results.get("act_density", []):

@@ -24,6 +24,13 @@ class DeltaBank:
         scatter_rows: int, low_start: int, low_in: int, low_out: int, count: int, inputs: int, outputs: int,
     ) -> None: ...  # fmt: skip
 
+class SelectiveScan:
+    """Tensors as (address, strides of batch, time and channel), addresses, sizes and flags of a scan."""
+
+    def __init__(self, *args: object) -> None: ...
+
+scan_chunk: int
+
 def code_book(quant_type: int) -> list[float]: ...
 def isa_name() -> str: ...
 def isa_available() -> str: ...

@@ -95,7 +95,7 @@ def test_alternating_with_pytorch_costs_nothing():
     assert median(ours, theirs) < 2 * (median(ours) + median(theirs)) + 1e-4
 
 
-KERNEL_TESTS = ("density", "sparse_mlp", "quant4", "sparse_mlp4", "partial_linear", "grouped_delta")
+KERNEL_TESTS = ("density", "sparse_mlp", "quant4", "sparse_mlp4", "partial_linear", "grouped_delta", "ssm")
 
 
 @pytest.mark.parametrize("isa", native.isa_available().split())

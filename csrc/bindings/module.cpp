@@ -7,6 +7,7 @@
 #include "deftcore/partial_linear.h"
 #include "deftcore/quant4.h"
 #include "deftcore/sparse_mlp.h"
+#include "deftcore/ssm.h"
 
 namespace deftcore::cpu {
 const char* isa_name();
@@ -292,12 +293,60 @@ PYBIND11_MODULE(_C, m) {
     return std::vector<float>(book, book + 16);
   });
   m.attr("nested_block") = kNestedBlock;
+  using Strided = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+  const auto strided = [](const Strided& x) {
+    return ScanTensor{pointer<void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
+  };
+  py::class_<SelectiveScanArgs>(m, "SelectiveScan")
+      .def(py::init([strided](const Strided& u, const Strided& delta, const Strided& z, const Strided& out, uintptr_t a,
+                              uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t delta_bias, uintptr_t first,
+                              uintptr_t last, uintptr_t chunks, int64_t batch, int64_t length, int64_t channels,
+                              int64_t states, int64_t groups, int dtype, bool softplus, bool fixed_b, bool fixed_c) {
+        return SelectiveScanArgs{strided(u),
+                                 strided(delta),
+                                 strided(z),
+                                 strided(out),
+                                 pointer<const float>(a),
+                                 pointer<const float>(b),
+                                 pointer<const float>(c),
+                                 pointer<const float>(d),
+                                 pointer<const float>(delta_bias),
+                                 pointer<const float>(first),
+                                 pointer<float>(last),
+                                 pointer<float>(chunks),
+                                 batch,
+                                 length,
+                                 channels,
+                                 states,
+                                 groups,
+                                 static_cast<DType>(dtype),
+                                 softplus,
+                                 fixed_b,
+                                 fixed_c};
+      }));
+  m.attr("scan_chunk") = kScanChunk;
   bind(m.def_submodule("cpu"),
        {cpu::act_density, cpu::act_density_backward, cpu::density, cpu::sparse_down_workspace, cpu::sparse_down,
         cpu::sparse_mlp_workspace, cpu::sparse_mlp, cpu::sparse_mlp_4bit_workspace, cpu::sparse_mlp_4bit,
         cpu::quantize_4bit, cpu::dequantize_4bit, cpu::linear_4bit_workspace, cpu::linear_4bit,
         cpu::linear_4bit_backward, cpu::gated_act, cpu::gated_act_backward, cpu::grouped_delta_workspace,
         cpu::grouped_delta});
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  py::module_ cpu_module = m.attr("cpu");
+  cpu_module.def("selective_scan", [](const SelectiveScanArgs& args) { cpu::selective_scan(args, nullptr); }, release);
+  cpu_module.def("selective_scan_workspace", &cpu::selective_scan_workspace);
+  cpu_module.def(
+      "selective_scan_backward",
+      [strided](const SelectiveScanArgs& forward, const Strided& grad_u, const Strided& grad_delta,
+                const Strided& grad_z, uintptr_t grad_a, uintptr_t grad_b, uintptr_t grad_c, uintptr_t grad_d,
+                uintptr_t grad_delta_bias, uintptr_t grad_first, uintptr_t workspace) {
+        cpu::selective_scan_backward(
+            {forward, strided(grad_u), strided(grad_delta), strided(grad_z), pointer<float>(grad_a),
+             pointer<float>(grad_b), pointer<float>(grad_c), pointer<float>(grad_d), pointer<float>(grad_delta_bias),
+             pointer<float>(grad_first), pointer<void>(workspace)},
+            nullptr);
+      },
+      release);
 #if defined(DEFTCORE_WITH_CUDA)
   bind(m.def_submodule("cuda"),
        {cuda::act_density, cuda::act_density_backward, cuda::density, cuda::sparse_down_workspace, cuda::sparse_down,

@@ -170,6 +170,33 @@ void grouped_delta(const GroupedDeltaArgs& args, Stream) {
   kernels().grouped_delta(args);
 }
 
+namespace {
+
+void check_scan(const SelectiveScanArgs& args, const char* op) {
+  require(args.states >= 1 && args.states <= 256, op, "states must be in 1..256");
+  require(args.groups >= 1 && args.channels % args.groups == 0, op, "groups must divide channels");
+}
+
+}  // namespace
+
+void selective_scan(const SelectiveScanArgs& args, Stream) {
+  check_scan(args, "selective_scan");
+  kernels().selective_scan(args);
+}
+
+// Per thread (see ssm.cpp): states, decays and sums of a chunk as vectors of up to 64 bytes, and sums over time.
+size_t selective_scan_workspace(const SelectiveScanArgs& args) {
+  const size_t states = static_cast<size_t>(args.states), chunk = static_cast<size_t>(kScanChunk);
+  const size_t vectors = (4 * chunk + 1) * states * 64, floats = 2 * static_cast<size_t>(args.length) * states * 4;
+  return (vectors + floats + 63) / 64 * 64 * static_cast<size_t>(omp_get_max_threads());
+}
+
+void selective_scan_backward(const SelectiveScanBackwardArgs& args, Stream) {
+  check_scan(args.forward, "selective_scan_backward");
+  require(args.forward.chunks != nullptr || args.forward.length == 0, "selective_scan_backward", "chunks are needed");
+  kernels().selective_scan_backward(args);
+}
+
 // In order: active list, counts per thread, h and its bfloat16 pairs, output accumulators (see sparse_mlp.cpp).
 size_t sparse_down_workspace(const SparseDownArgs& args) {
   const size_t threads = static_cast<size_t>(omp_get_max_threads()), neurons = static_cast<size_t>(args.neurons) + 64,

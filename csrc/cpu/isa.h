@@ -13,6 +13,7 @@
 #include "deftcore/partial_linear.h"
 #include "deftcore/quant4.h"
 #include "deftcore/sparse_mlp.h"
+#include "deftcore/ssm.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -39,7 +40,9 @@ namespace deftcore::cpu {
   X(linear_4bit_backward, Linear4bitArgs, isa)         \
   X(gated_act, GatedActArgs, isa)                      \
   X(gated_act_backward, GatedActBackwardArgs, isa)     \
-  X(grouped_delta, GroupedDeltaArgs, isa)
+  X(grouped_delta, GroupedDeltaArgs, isa)              \
+  X(selective_scan, SelectiveScanArgs, isa)            \
+  X(selective_scan_backward, SelectiveScanBackwardArgs, isa)
 
 // One table of functions per level; isa.cpp picks one per process.
 struct Kernels {

@@ -8,6 +8,7 @@ from deftcore.ops.partial_linear import gated_linear, partial_linear
 from deftcore.ops.quant4 import dequantize_4bit, linear_4bit, quantize_4bit
 from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.sparse_mlp import bundle_rows, sparse_down, sparse_gated_mlp, sparse_mlp
+from deftcore.ops.ssm import selective_scan
 
 __all__ = [
     "DeltaBank",
@@ -26,6 +27,7 @@ __all__ = [
     "op_names",
     "partial_linear",
     "quantize_4bit",
+    "selective_scan",
     "sparse_down",
     "sparse_gated_mlp",
     "sparse_mlp",

@@ -106,6 +106,21 @@ DEFTCORE_HD GatedSlopes<V> gated_slopes(V gate, V up, V grad) {
   return {grad * up * f.grad, grad * value};
 }
 
+// log(1 + e^x), x itself above 20 as in PyTorch. With w = e^-|x|: max(x, 0) + 2 atanh(w / (w + 2)), by its series,
+// which seven terms give to float precision since w / (w + 2) <= 1/3.
+inline constexpr float kSoftplusLinear = 20.0f;
+template <class V>
+DEFTCORE_HD V softplus(V x) {
+  const V zero(0.0f), w = exp(zero - abs(x)), s = w * rcp(w + V(2.0f)), s2 = s * s;
+  V sum = V(1.0f / 13) + s2 * V(1.0f / 15);
+  sum = V(1.0f / 11) + s2 * sum;
+  sum = V(1.0f / 9) + s2 * sum;
+  sum = V(1.0f / 7) + s2 * sum;
+  sum = V(1.0f / 5) + s2 * sum;
+  sum = V(1.0f / 3) + s2 * sum;
+  return where(x > V(kSoftplusLinear), x, at_least(x, zero) + V(2.0f) * s * (V(1.0f) + s2 * sum));
+}
+
 // Density surrogate s(a) and its slope s'(a); p is eps for l0, beta for tanh, unused for l1.
 template <Surrogate kS, class V>
 DEFTCORE_HD V surrogate(V a, V p) {

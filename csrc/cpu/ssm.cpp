@@ -1,0 +1,358 @@
+// Selective scan (Mamba): h_t = exp(step a) h_{t-1} + step b u, out = (c . h + d u) silu(z). Bound by arithmetic, one
+// exponential per state and step. A block of kWidth channels is one vector, so that no sum runs across lanes; its
+// states stay in registers or L1 while time runs. Channels are shared out to the threads; chunks of kScanChunk steps
+// pass through tiles, so that any memory layout of the tensors becomes [step, channel] at the cost of one copy through
+// L1. The backward takes chunks from the last to the first: it recomputes a chunk's states from the saved one before
+// it, then runs the adjoint g_t = c_t dy_t + a_{t+1} g_{t+1} back over them.
+#include "deftcore/ssm.h"
+
+#include <algorithm>
+
+#include "isa.h"
+
+namespace deftcore::cpu {
+namespace {
+
+constexpr int64_t kMaxStates = 256;
+constexpr int64_t kTile = kScanChunk * kWidth;
+
+// Channels first .. first + count of one group.
+struct Block {
+  int64_t group, first, count;
+};
+
+Block block_of(const SelectiveScanArgs& args, int64_t index) {
+  const int64_t size = args.channels / args.groups, per_group = (size + kWidth - 1) / kWidth;
+  const int64_t group = index / per_group, offset = index % per_group * kWidth;
+  return {group, group * size + offset, std::min<int64_t>(size - offset, kWidth)};
+}
+
+int64_t block_count(const SelectiveScanArgs& args) {
+  const int64_t size = args.channels / args.groups;
+  return args.groups * ((size + kWidth - 1) / kWidth);
+}
+
+int64_t chunk_count(const SelectiveScanArgs& args) { return (args.length + kScanChunk - 1) / kScanChunk; }
+
+Vec load_some(const float* p, int64_t count) { return count == kWidth ? load(p) : load_tail(p, count); }
+void store_some(float* p, Vec v, int64_t count) {
+  if (count == kWidth) return store(p, v);
+  store_tail(p, v, count);
+}
+
+// steps x kWidth values of a tensor as floats, lanes past the block zero.
+template <class T>
+void read_tile(const ScanTensor& x, int64_t batch, int64_t start, int64_t steps, const Block& block, float* tile) {
+  const T* from = static_cast<const T*>(x.data) + batch * x.batch + start * x.time + block.first * x.channel;
+  if (x.channel == 1) {
+    for (int64_t t = 0; t < steps; ++t) {
+      const T* row = from + t * x.time;
+      store(tile + t * kWidth, block.count == kWidth ? load(row) : load_tail(row, block.count));
+    }
+    return;
+  }
+  if (block.count < kWidth) std::fill(tile, tile + steps * kWidth, 0.0f);
+  for (int64_t j = 0; j < block.count; ++j) {
+    for (int64_t t = 0; t < steps; ++t) tile[t * kWidth + j] = to_float(from[j * x.channel + t * x.time]);
+  }
+}
+
+template <class T>
+void write_tile(const ScanTensor& x, int64_t batch, int64_t start, int64_t steps, const Block& block,
+                const float* tile) {
+  T* to = static_cast<T*>(x.data) + batch * x.batch + start * x.time + block.first * x.channel;
+  if (x.channel == 1) {
+    for (int64_t t = 0; t < steps; ++t) {
+      if (block.count == kWidth) {
+        store(to + t * x.time, load(tile + t * kWidth));
+      } else {
+        store_tail(to + t * x.time, load(tile + t * kWidth), block.count);
+      }
+    }
+    return;
+  }
+  T row[kTile];
+  for (int64_t t = 0; t < steps; ++t) store(row + t * kWidth, load(tile + t * kWidth));
+  for (int64_t j = 0; j < block.count; ++j) {
+    for (int64_t t = 0; t < steps; ++t) to[j * x.channel + t * x.time] = row[t * kWidth + j];
+  }
+}
+
+// delta in place of which the step: delta + bias, through softplus.
+void to_steps(const SelectiveScanArgs& args, const Block& block, int64_t steps, float* tile) {
+  const Vec bias = args.delta_bias == nullptr ? Vec(0.0f) : load_some(args.delta_bias + block.first, block.count);
+  for (int64_t t = 0; t < steps; ++t) {
+    const Vec v = load(tile + t * kWidth) + bias;
+    store(tile + t * kWidth, args.softplus ? math::softplus(v) : v);
+  }
+}
+
+// b or c at one step and state: a number for the whole block, or its channels' own where fixed.
+template <bool kFixed>
+struct Coefficients {
+  const float* base;
+  int64_t row;  // between steps, or between states where fixed
+  int64_t count;
+  Coefficients(const SelectiveScanArgs& args, const float* data, int64_t batch, const Block& block) {
+    row = kFixed ? args.channels : args.groups * args.states;
+    base = data + (kFixed ? block.first : batch * args.length * row + block.group * args.states);
+    count = block.count;
+  }
+  Vec at(int64_t time, int64_t state) const {
+    if constexpr (kFixed) return load_some(base + state * row, count);
+    return Vec(base[time * row + state]);
+  }
+};
+
+template <int kStates, bool kFixedB, bool kFixedC, class T>
+void scan_block(const SelectiveScanArgs& args, int64_t batch, const Block& block) {
+  const int64_t states = kStates > 0 ? kStates : args.states;
+  alignas(64) float u[kTile], step[kTile], z[kTile];
+  Vec a[kStates > 0 ? kStates : kMaxStates], h[kStates > 0 ? kStates : kMaxStates];
+  const int64_t plane = batch * args.states * args.channels + block.first;
+  for (int64_t n = 0; n < states; ++n) {
+    a[n] = load_some(args.a + n * args.channels + block.first, block.count);
+    h[n] = args.first == nullptr ? Vec(0.0f) : load_some(args.first + plane + n * args.channels, block.count);
+  }
+  const Vec d = args.d == nullptr ? Vec(0.0f) : load_some(args.d + block.first, block.count);
+  const Coefficients<kFixedB> b(args, args.b, batch, block);
+  const Coefficients<kFixedC> c(args, args.c, batch, block);
+  for (int64_t chunk = 0; chunk < chunk_count(args); ++chunk) {
+    const int64_t start = chunk * kScanChunk, steps = std::min(args.length - start, kScanChunk);
+    if (args.chunks != nullptr) {
+      float* saved = args.chunks + (batch * chunk_count(args) + chunk) * args.states * args.channels + block.first;
+      for (int64_t n = 0; n < states; ++n) store_some(saved + n * args.channels, h[n], block.count);
+    }
+    read_tile<T>(args.u, batch, start, steps, block, u);
+    read_tile<T>(args.delta, batch, start, steps, block, step);
+    if (args.z.data != nullptr) read_tile<T>(args.z, batch, start, steps, block, z);
+    to_steps(args, block, steps, step);
+    for (int64_t t = 0; t < steps; ++t) {
+      const Vec s = load(step + t * kWidth), ut = load(u + t * kWidth), su = s * ut;
+      Vec y = d * ut;
+      for (int64_t n = 0; n < states; ++n) {
+        h[n] = fma(exp(s * a[n]), h[n], su * b.at(start + t, n));
+        y = fma(c.at(start + t, n), h[n], y);
+      }
+      if (args.z.data != nullptr) y = y * math::activate<Activation::kSilu>(load(z + t * kWidth));
+      store(u + t * kWidth, y);
+    }
+    write_tile<T>(args.out, batch, start, steps, block, u);
+  }
+  for (int64_t n = 0; n < states; ++n) store_some(args.last + plane + n * args.channels, h[n], block.count);
+}
+
+// ---------------------------------------------------------------------------- backward
+
+// A thread's own memory.
+struct Scratch {
+  Vec* h;         // [kScanChunk + 1, states], row 0 the state before the chunk
+  Vec* decay;     // [kScanChunk, states]
+  Vec* sums_b;    // [kScanChunk, states], over the blocks of a group
+  Vec* sums_c;    // likewise
+  float* part_b;  // [length, states]
+  float* part_c;
+};
+
+size_t scratch_bytes(const SelectiveScanArgs& args) {
+  const size_t states = static_cast<size_t>(args.states), chunk = static_cast<size_t>(kScanChunk);
+  const size_t vectors = (4 * chunk + 1) * states * 64, floats = 2 * static_cast<size_t>(args.length) * states * 4;
+  return (vectors + floats + 63) / 64 * 64;
+}
+
+Scratch scratch_of(const SelectiveScanArgs& args, void* workspace, int thread) {
+  const int64_t states = args.states, rows = kScanChunk * states;
+  char* base = static_cast<char*>(workspace) + static_cast<size_t>(thread) * scratch_bytes(args);
+  Scratch own;
+  own.h = reinterpret_cast<Vec*>(base);
+  own.decay = own.h + rows + states;
+  own.sums_b = own.decay + rows;
+  own.sums_c = own.sums_b + rows;
+  own.part_b = reinterpret_cast<float*>(own.sums_c + rows);
+  own.part_c = own.part_b + args.length * states;
+  return own;
+}
+
+void add_to(float* p, Vec v, int64_t count) { store_some(p, load_some(p, count) + v, count); }
+
+// One block over one chunk; `carry` [states, channels] is a_{t+1} g_{t+1} on entry and a_start g_start on return.
+template <bool kFixedB, bool kFixedC, class T>
+void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_t chunk, const Block& block,
+                    float* carry, const Scratch& own) {
+  const SelectiveScanArgs& args = back.forward;
+  const int64_t states = args.states, start = chunk * kScanChunk, steps = std::min(args.length - start, kScanChunk);
+  alignas(64) float u[kTile], step[kTile], raw[kTile], z[kTile], grad[kTile];
+  read_tile<T>(args.u, batch, start, steps, block, u);
+  read_tile<T>(args.delta, batch, start, steps, block, raw);
+  read_tile<T>(args.out, batch, start, steps, block, grad);
+  if (args.z.data != nullptr) read_tile<T>(args.z, batch, start, steps, block, z);
+  std::copy(raw, raw + steps * kWidth, step);
+  to_steps(args, block, steps, step);
+  const Coefficients<kFixedB> b(args, args.b, batch, block);
+  const Coefficients<kFixedC> c(args, args.c, batch, block);
+  const Vec zero(0.0f), one(1.0f);
+  const Vec d = args.d == nullptr ? zero : load_some(args.d + block.first, block.count);
+  const float* saved = args.chunks + (batch * chunk_count(args) + chunk) * states * args.channels + block.first;
+  for (int64_t n = 0; n < states; ++n) own.h[n] = load_some(saved + n * args.channels, block.count);
+  for (int64_t n = 0; n < states; ++n) {
+    const Vec a = load_some(args.a + n * args.channels + block.first, block.count);
+    for (int64_t t = 0; t < steps; ++t) {
+      const Vec s = load(step + t * kWidth), decay = exp(s * a);
+      own.decay[t * states + n] = decay;
+      own.h[(t + 1) * states + n] = fma(decay, own.h[t * states + n], s * load(u + t * kWidth) * b.at(start + t, n));
+    }
+  }
+  Vec sum_d = zero, sum_bias = zero;
+  Vec dy[kScanChunk], grad_u[kScanChunk], grad_step[kScanChunk];
+  for (int64_t t = 0; t < steps; ++t) {
+    const Vec ut = load(u + t * kWidth), dout = load(grad + t * kWidth);
+    dy[t] = dout;
+    if (args.z.data != nullptr) {
+      Vec y = d * ut;
+      for (int64_t n = 0; n < states; ++n) y = fma(c.at(start + t, n), own.h[(t + 1) * states + n], y);
+      const auto gate = math::activate_grad<Activation::kSilu>(load(z + t * kWidth));
+      dy[t] = dout * gate.value;
+      store(z + t * kWidth, dout * y * gate.grad);
+    }
+    sum_d = fma(dy[t], ut, sum_d);
+    grad_u[t] = zero;
+    grad_step[t] = zero;
+  }
+  for (int64_t n = 0; n < states; ++n) {
+    const Vec a = load_some(args.a + n * args.channels + block.first, block.count);
+    float* kept = carry + n * args.channels + block.first;
+    Vec g = load_some(kept, block.count), sum_a = zero, sum_b = zero, sum_c = zero;
+    for (int64_t t = steps - 1; t >= 0; --t) {
+      const Vec s = load(step + t * kWidth), ut = load(u + t * kWidth), decay = own.decay[t * states + n];
+      const Vec bt = b.at(start + t, n), decayed = decay * own.h[t * states + n];
+      g = fma(c.at(start + t, n), dy[t], g);
+      grad_u[t] = fma(g, bt, grad_u[t]);
+      grad_step[t] = fma(g, fma(a, decayed, bt * ut), grad_step[t]);
+      sum_a = fma(s * g, decayed, sum_a);
+      const Vec into_b = g * (s * ut), into_c = dy[t] * own.h[(t + 1) * states + n];
+      if constexpr (kFixedB) {
+        sum_b = sum_b + into_b;
+      } else {
+        own.sums_b[t * states + n] = own.sums_b[t * states + n] + into_b;
+      }
+      if constexpr (kFixedC) {
+        sum_c = sum_c + into_c;
+      } else {
+        own.sums_c[t * states + n] = own.sums_c[t * states + n] + into_c;
+      }
+      g = decay * g;
+    }
+    store_some(kept, g, block.count);
+    const int64_t place = n * args.channels + block.first;
+    if (back.grad_a != nullptr) add_to(back.grad_a + place, sum_a, block.count);
+    if (kFixedB && back.grad_b != nullptr) add_to(back.grad_b + place, sum_b, block.count);
+    if (kFixedC && back.grad_c != nullptr) add_to(back.grad_c + place, sum_c, block.count);
+  }
+  const Vec bias = args.delta_bias == nullptr ? zero : load_some(args.delta_bias + block.first, block.count);
+  for (int64_t t = 0; t < steps; ++t) {
+    store(u + t * kWidth, fma(load(step + t * kWidth), grad_u[t], d * dy[t]));
+    const Vec v = load(raw + t * kWidth) + bias;
+    const Vec slope = where(v > Vec(math::kSoftplusLinear), one, rcp(one + exp(zero - v)));
+    const Vec into_delta = args.softplus ? grad_step[t] * slope : grad_step[t];
+    store(step + t * kWidth, into_delta);
+    sum_bias = sum_bias + into_delta;
+  }
+  write_tile<T>(back.grad_u, batch, start, steps, block, u);
+  write_tile<T>(back.grad_delta, batch, start, steps, block, step);
+  if (args.z.data != nullptr) write_tile<T>(back.grad_z, batch, start, steps, block, z);
+  if (back.grad_d != nullptr) add_to(back.grad_d + block.first, sum_d, block.count);
+  if (back.grad_delta_bias != nullptr) add_to(back.grad_delta_bias + block.first, sum_bias, block.count);
+}
+
+// The sums over a group's channels, [steps, states], from lanes to this thread's part.
+void reduce_sums(const SelectiveScanArgs& args, int64_t start, int64_t steps, const Vec* sums, float* part) {
+  for (int64_t i = 0; i < steps * args.states; ++i) part[start * args.states + i] = reduce_add(sums[i]);
+}
+
+// grad [batch, length, groups, states] of one batch and group: the threads' parts, added in their order.
+void add_parts(const SelectiveScanArgs& args, void* workspace, int threads, bool is_c, int64_t batch, int64_t group,
+               Range times, float* grad) {
+  for (int64_t t = times.begin; t < times.end; ++t) {
+    float* to = grad + ((batch * args.length + t) * args.groups + group) * args.states;
+    for (int thread = 0; thread < threads; ++thread) {
+      const Scratch own = scratch_of(args, workspace, thread);
+      const float* part = (is_c ? own.part_c : own.part_b) + t * args.states;
+      for (int64_t n = 0; n < args.states; ++n) to[n] += part[n];
+    }
+  }
+}
+
+template <bool kFixedB, bool kFixedC, class T>
+void scan_backward(const SelectiveScanBackwardArgs& back) {
+  const SelectiveScanArgs& args = back.forward;
+  const int64_t per_group = block_count(args) / args.groups, plane = args.states * args.channels;
+  const int64_t bytes = args.batch * args.length * args.channels * args.states;
+#pragma omp parallel num_threads(threads_for(bytes))
+  {
+    const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const Scratch own = scratch_of(args, back.workspace, thread);
+    const Range mine = share(per_group, threads, thread);
+    for (int64_t batch = 0; batch < args.batch; ++batch) {
+      for (int64_t group = 0; group < args.groups; ++group) {
+        for (int64_t chunk = chunk_count(args) - 1; chunk >= 0; --chunk) {
+          const int64_t start = chunk * kScanChunk, steps = std::min(args.length - start, kScanChunk);
+          std::fill(own.sums_b, own.sums_b + 2 * kScanChunk * args.states, Vec(0.0f));
+          for (int64_t i = mine.begin; i < mine.end; ++i) {
+            backward_block<kFixedB, kFixedC, T>(back, batch, chunk, block_of(args, group * per_group + i),
+                                                back.grad_first + batch * plane, own);
+          }
+          if (!kFixedB && back.grad_b != nullptr) reduce_sums(args, start, steps, own.sums_b, own.part_b);
+          if (!kFixedC && back.grad_c != nullptr) reduce_sums(args, start, steps, own.sums_c, own.part_c);
+        }
+#pragma omp barrier
+        const Range times = share(args.length, threads, thread);
+        if (!kFixedB && back.grad_b != nullptr) {
+          add_parts(args, back.workspace, threads, false, batch, group, times, back.grad_b);
+        }
+        if (!kFixedC && back.grad_c != nullptr) {
+          add_parts(args, back.workspace, threads, true, batch, group, times, back.grad_c);
+        }
+#pragma omp barrier
+      }
+    }
+  }
+}
+
+template <class Fn>
+void dispatch_fixed(const SelectiveScanArgs& args, Fn&& fn) {
+  using Yes = std::true_type;
+  using No = std::false_type;
+  if (args.fixed_b) return args.fixed_c ? fn(Yes{}, Yes{}) : fn(Yes{}, No{});
+  return args.fixed_c ? fn(No{}, Yes{}) : fn(No{}, No{});
+}
+
+}  // namespace
+
+// ----------------------------------------------------------------------------
+
+void DEFTCORE_KERNEL(selective_scan)(const SelectiveScanArgs& args) {
+  const int64_t blocks = block_count(args), units = args.batch * blocks;
+  const int64_t bytes = args.batch * args.length * args.channels * args.states;
+  dispatch_dtype(args.dtype, [&](auto t) {
+    dispatch_fixed(args, [&](auto fixed_b, auto fixed_c) {
+#pragma omp parallel for num_threads(threads_for(bytes)) schedule(static)
+      for (int64_t i = 0; i < units; ++i) {
+        const Block block = block_of(args, i % blocks);
+        if (args.states == 16) {
+          scan_block<16, fixed_b(), fixed_c(), decltype(t)>(args, i / blocks, block);
+        } else {
+          scan_block<0, fixed_b(), fixed_c(), decltype(t)>(args, i / blocks, block);
+        }
+      }
+    });
+  });
+}
+
+void DEFTCORE_KERNEL(selective_scan_backward)(const SelectiveScanBackwardArgs& args) {
+  dispatch_dtype(args.forward.dtype, [&](auto t) {
+    dispatch_fixed(args.forward,
+                   [&](auto fixed_b, auto fixed_c) { scan_backward<fixed_b(), fixed_c(), decltype(t)>(args); });
+  });
+}
+
+}  // namespace deftcore::cpu

@@ -1,0 +1,117 @@
+// The selective scan against a double-precision loop, and its backward against differences, on exactly sized buffers so
+// that the sanitizers see any overrun.
+#include "check.h"
+#include "deftcore/ssm.h"
+
+using namespace deftcore;
+
+namespace {
+
+struct Problem {
+  int64_t batch, length, channels, states, groups;
+  std::vector<float> u, delta, z, a, b, c, d, bias, first;
+
+  Problem(int64_t batch_, int64_t length_, int64_t channels_, int64_t states_, int64_t groups_)
+      : batch(batch_), length(length_), channels(channels_), states(states_), groups(groups_) {
+    const auto floats = [](int64_t n, unsigned seed) { return random_floats(static_cast<size_t>(n), seed); };
+    u = floats(batch * length * channels, 1);
+    delta = floats(batch * length * channels, 2);
+    z = floats(batch * length * channels, 3);
+    a = floats(states * channels, 4);
+    for (float& v : a) v = -std::exp(v);
+    b = floats(batch * length * groups * states, 5);
+    c = floats(batch * length * groups * states, 6);
+    d = floats(channels, 7);
+    bias = floats(channels, 8);
+    first = floats(batch * states * channels, 9);
+  }
+
+  ScanTensor tensor(std::vector<float>& x) const { return {x.data(), length * channels, channels, 1}; }
+
+  SelectiveScanArgs args(std::vector<float>& out, std::vector<float>& last, std::vector<float>& chunks) {
+    return {tensor(u), tensor(delta), tensor(z),    tensor(out),     a.data(),      b.data(), c.data(),
+            d.data(),  bias.data(),   first.data(), last.data(),     chunks.data(), batch,    length,
+            channels,  states,        groups,       DType::kFloat32, true,          false,    false};
+  }
+
+  // sum(out) + sum(last) in double precision; fills `out` where it is given.
+  double total(std::vector<double>* out) const {
+    double sum = 0;
+    for (int64_t i = 0; i < batch; ++i) {
+      for (int64_t j = 0; j < channels; ++j) {
+        std::vector<double> h(static_cast<size_t>(states));
+        for (int64_t n = 0; n < states; ++n) h[static_cast<size_t>(n)] = first[at((i * states + n) * channels + j)];
+        for (int64_t t = 0; t < length; ++t) {
+          const size_t k = at((i * length + t) * channels + j);
+          const double step = std::log1p(std::exp(static_cast<double>(delta[k]) + bias[at(j)])), ut = u[k];
+          double y = d[at(j)] * ut;
+          for (int64_t n = 0; n < states; ++n) {
+            const size_t m = at(((i * length + t) * groups + j / (channels / groups)) * states + n);
+            double& state = h[static_cast<size_t>(n)];
+            state = std::exp(step * a[at(n * channels + j)]) * state + step * b[m] * ut;
+            y += c[m] * state;
+          }
+          y *= z[k] / (1 + std::exp(-static_cast<double>(z[k])));
+          if (out != nullptr) (*out)[k] = y;
+          sum += y;
+        }
+        for (const double state : h) sum += state;
+      }
+    }
+    return sum;
+  }
+
+  static size_t at(int64_t i) { return static_cast<size_t>(i); }
+};
+
+void test_scan(Problem p) {
+  const size_t size = p.u.size(), plane = p.first.size();
+  const auto chunk_rows = static_cast<size_t>((p.length + kScanChunk - 1) / kScanChunk);
+  std::vector<float> out(size), last(plane), chunks(chunk_rows * plane);
+  SelectiveScanArgs args = p.args(out, last, chunks);
+  cpu::selective_scan(args, nullptr);
+  std::vector<double> expected(size);
+  p.total(&expected);
+  for (size_t i = 0; i < size; ++i) CHECK(close(out[i], expected[i], 1e-4));
+
+  std::vector<float> ones(size, 1.0f), du(size), ddelta(size), dz(size), da(p.a.size()), db(p.b.size()), dc(p.c.size()),
+      dd(p.d.size()), dbias(p.bias.size()), dfirst(plane, 1.0f);
+  args.out = p.tensor(ones);
+  std::vector<double> workspace(cpu::selective_scan_workspace(args) / sizeof(double) + 8);
+  char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
+  cpu::selective_scan_backward({args, p.tensor(du), p.tensor(ddelta), p.tensor(dz), da.data(), db.data(), dc.data(),
+                                dd.data(), dbias.data(), dfirst.data(), aligned},
+                               nullptr);
+  const auto check = [&](std::vector<float>& values, const std::vector<float>& slopes) {
+    for (size_t i = 0; i < values.size(); i += 1 + values.size() / 7) {
+      const float before = values[i], h = 1e-2f;
+      values[i] = before + h;
+      const double up = p.total(nullptr), high = values[i];
+      values[i] = before - h;
+      const double down = p.total(nullptr), low = values[i];
+      values[i] = before;
+      CHECK(close(slopes[i], (up - down) / (high - low), 1e-2));
+    }
+  };
+  check(p.u, du);
+  check(p.delta, ddelta);
+  check(p.z, dz);
+  check(p.a, da);
+  check(p.b, db);
+  check(p.c, dc);
+  check(p.d, dd);
+  check(p.bias, dbias);
+  check(p.first, dfirst);
+}
+
+}  // namespace
+
+int main() {
+  return run_tests([] {
+    test_scan(Problem(1, 1, 1, 1, 1));
+    test_scan(Problem(2, 35, 6, 3, 2));
+    test_scan(Problem(1, 40, 21, 16, 1));
+    test_scan(Problem(1, 3, 48, 5, 3));
+    test_scan(Problem(0, 4, 8, 2, 1));
+  });
+}
