@@ -108,6 +108,11 @@ def test_empty(empty):
     out, last = run(ops.selective_scan, tensors)
     assert out.shape == tensors[0].shape
     torch.testing.assert_close(last, tensors[8])
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out, last = run(ops.selective_scan, leaves)
+    (out.sum() + last.sum()).backward()
+    assert torch.equal(leaves[8].grad, torch.ones_like(leaves[8]))
+    assert not leaves[2].grad.any()
 
 
 def test_extreme_steps():

@@ -193,7 +193,8 @@ size_t selective_scan_workspace(const SelectiveScanArgs& args) {
 
 void selective_scan_backward(const SelectiveScanBackwardArgs& args, Stream) {
   check_scan(args.forward, "selective_scan_backward");
-  require(args.forward.chunks != nullptr || args.forward.length == 0, "selective_scan_backward", "chunks are needed");
+  const bool empty = args.forward.batch == 0 || args.forward.length == 0 || args.forward.channels == 0;
+  require(args.forward.chunks != nullptr || empty, "selective_scan_backward", "chunks are needed");
   kernels().selective_scan_backward(args);
 }
 
