@@ -21,7 +21,7 @@ from deftcore.pipeline import add_adapter, write_json
 from deftcore.quickstart import Settings, base_model, reference_text
 from deftcore.training import TrainingConfig, encode, train
 
-SETTINGS = Settings(hidden_size=768, intermediate_size=2048, num_layers=6, base_steps=150)
+SETTINGS = Settings(hidden_size=768, intermediate_size=2048, num_layers=6, base_steps=80)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 METHODS = {  # method, options, learning rate
     "full": ("full", {}, 3e-4),
@@ -91,7 +91,7 @@ def plot(report, path):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.compare_finetuning", description=__doc__)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--method", choices=METHODS, help="run this one here and print its figures")
     parser.add_argument("--folder", type=Path, default=cache_folder() / "finetuning", help="for the runs' files")
     args = parser.parse_args()

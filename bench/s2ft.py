@@ -47,7 +47,9 @@ def make(method, width, layers, dtype):
         vocab_size=32, hidden_size=width, intermediate_size=mlp_width(width), num_hidden_layers=layers,
         num_attention_heads=width // 64,
     )  # fmt: skip
-    model = LlamaModel(config).to(dtype)
+    torch.set_default_dtype(dtype)  # built in the dtype that it trains in: a float32 copy would be the peak
+    model = LlamaModel(config)
+    torch.set_default_dtype(torch.float32)
     model.config.use_cache = False
     if method == "LoRA":
         lora = peft.LoraConfig(r=lora_rank(width), lora_dropout=0.0, target_modules=LINEARS)

@@ -143,17 +143,19 @@ class DeltaHost:
         host.switch(second)
         host.remove()
 
-    The changed slices' own values are kept and put back: subtracting would not restore them. A switch moves s x n
-    numbers per weight, whatever the weight's other side is. The base is compared with an adapter's hashes when that
-    adapter is first applied.
+    The changed slices' own values are kept, per adapter, and put back: subtracting would not restore them. A switch
+    writes 2 s x n numbers per weight, whatever the weight's other side is. The base is compared with an adapter's
+    hashes when that adapter is first applied.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.applied: DeltaAdapter | None = None
-        self._kept: dict[str, tuple[Tensor, Tensor]] = {}  # places in the weight, its own values there
-        self._checked: weakref.WeakSet[DeltaAdapter] = weakref.WeakSet()  # hashing takes longer than a switch
+        # Per adapter that was applied once: each weight's places and its own values there.
+        self._own: weakref.WeakKeyDictionary[DeltaAdapter, dict[str, tuple[Tensor, Tensor]]]
+        self._own = weakref.WeakKeyDictionary()
 
+    @torch.no_grad()
     def apply(self, adapter: DeltaAdapter) -> None:
         """Adds an adapter to the weights.
 
@@ -162,17 +164,11 @@ class DeltaHost:
         """
         if self.applied is not None:
             raise ValueError("adapter: another is applied; switch() or remove() it first")
-        views = {name: self._view(name, delta) for name, delta in adapter.deltas.items()}
-        values = {name: lines.index_select(0, index) for name, (lines, index) in views.items()}
-        for name, before in values.items() if adapter not in self._checked else ():
-            if name in adapter.hashes and _digest(before) != adapter.hashes[name]:
-                raise ValueError(f"adapter: {name} of this model is not the base (or not in the dtype) it was made for")
-        self._checked.add(adapter)
-        with torch.no_grad():
-            for name, (lines, index) in views.items():
-                block = adapter.deltas[name].block.to(lines.device)
-                lines.index_copy_(0, index, _sum(values[name], block))
-        self._kept = {name: (index, values[name]) for name, (_, index) in views.items()}
+        if adapter not in self._own:
+            self._own[adapter] = self._read(adapter)
+        for name, (index, values) in self._own[adapter].items():
+            block = adapter.deltas[name].block.to(values.device)
+            self._lines(name, adapter.deltas[name]).index_copy_(0, index, _sum(values, block))
         self.applied = adapter
 
     @torch.no_grad()
@@ -180,26 +176,35 @@ class DeltaHost:
         """Puts the base's own values back, bit for bit. Without an applied adapter, does nothing."""
         if self.applied is None:
             return
-        for name, (index, values) in self._kept.items():
-            lines, _ = self._view(name, self.applied.deltas[name])
-            lines.index_copy_(0, index, values)
-        self._kept, self.applied = {}, None
+        for name, (index, values) in self._own[self.applied].items():
+            self._lines(name, self.applied.deltas[name]).index_copy_(0, index, values)
+        self.applied = None
 
     def switch(self, adapter: DeltaAdapter) -> None:
         """`remove`, then `apply`."""
         self.remove()
         self.apply(adapter)
 
-    def _view(self, name: str, delta: SliceDelta) -> tuple[Tensor, Tensor]:
-        """The weight with the changed axis first, and the changed places."""
+    def _read(self, adapter: DeltaAdapter) -> dict[str, tuple[Tensor, Tensor]]:
+        """Where the adapter writes, and what stands there; refuses an adapter of another base."""
+        own = {}
+        for name, delta in adapter.deltas.items():
+            lines = self._lines(name, delta)
+            _check_fits(name, delta, (lines.shape[0], lines.shape[1]))
+            index = delta.indices.to(lines.device, torch.int64)
+            own[name] = index, lines.index_select(0, index)
+            if name in adapter.hashes and _digest(own[name][1]) != adapter.hashes[name]:
+                raise ValueError(f"adapter: {name} of this model is not the base (or not in the dtype) it was made for")
+        return own
+
+    def _lines(self, name: str, delta: SliceDelta) -> Tensor:
+        """The weight with the changed axis first."""
         module = _linear(self.model, name)
         if not isinstance(module.weight, Tensor) or isinstance(module, Linear4bit):
             raise ValueError(f"adapter: {name} is 4-bit; serve the adapter beside it with `serve`")
         weight = module.weight.detach()
         weight = weight.t() if is_transposed(module) else weight
-        lines = weight.t() if delta.axis == 1 else weight
-        _check_fits(name, delta, (lines.shape[0], lines.shape[1]))
-        return lines, delta.indices.to(lines.device, torch.int64)
+        return weight.t() if delta.axis == 1 else weight
 
 
 def _linear(model: nn.Module, name: str) -> Any:
