@@ -346,4 +346,6 @@ def test_recipe_reports_every_mistake_at_once(tmp_path):
 
 def test_shipped_recipes_are_valid():
     for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"):
-        assert load_recipe(path, ["model=m", "output=o", "data.train=t"]).deft.enabled
+        recipe = load_recipe(path, ["model=m", "output=o", "data.train=t"])
+        assert recipe.deft.enabled == path.name.startswith("deft-")
+        assert path.stem.removeprefix("deft-") == recipe.method.replace("bottleneck", "adapter")

@@ -4,6 +4,7 @@ Losses are means over the tokens of the whole global batch, however it is split 
 so is the density loss (sums and counts are reduced, not ratios).
 """
 
+import atexit
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -111,6 +112,9 @@ def train(
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not constant)],
         log_with=None,
     )
+    if accelerator.num_processes > 1:
+        # An interpreter that exits under Gloo's threads may abort; a group its owner already destroyed is left alone.
+        atexit.register(PartialState().destroy_process_group)
     set_seed(config.seed)
     run = _Run(model, examples, config, output, validation, objective, pad_token_id, label, save_model, accelerator)
     if resume:
