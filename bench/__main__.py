@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import track
 
-from bench import quant4, s2ft
+from bench import quant4, s2ft, ssm
 from bench.harness import Rotating, alternate, console, keep_freed_memory, streaming_bandwidth
 from deftcore import ops
 from deftcore.cli import info
@@ -298,6 +298,10 @@ def main():
         "s2ft_training": lambda: s2ft.bench_training(args.quick),
         "s2ft_serving": lambda: s2ft.bench_serving(args.quick),
         "s2ft_switching": lambda: s2ft.bench_switching(args.quick),
+        "selective_scan": lambda: ssm.bench_scan(args.quick),
+        "mamba_chunk_scan": lambda: ssm.bench_chunk_scan(args.quick),
+        "mamba_mixer": lambda: ssm.bench_mixer(args.quick),
+        "mamba_decode": lambda: ssm.bench_decode(args.quick),
         "train_step": lambda: bench_train_step(args.quick),
     }
     families = default | tuned

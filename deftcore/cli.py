@@ -66,6 +66,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--quantize", choices=["nf4", "fp4"], help="write 4-bit weights; the adapter stays unmerged")
     sub.add_argument("--merge", choices=["16bit", "4bit"], default="", help="merge an adapter over a 4-bit base")
 
+    sub = command("lyapunov", _lyapunov, "Lyapunov exponents of a Mamba model, and how far mixed precision drifts.")
+    sub.add_argument("model", help="a Transformers folder or hub id: Mamba, Mamba-2 or FalconMamba")
+    sub.add_argument("data", help="a .jsonl, .csv or .txt file")
+    sub.add_argument("--output", default="lyapunov", help="folder for report and picture")
+    sub.add_argument("--precisions", nargs="*", default=["bf16"], choices=["bf16", "fp16"], help="against float32")
+    sub.add_argument(
+        "--steps", nargs="*", type=int, default=[0, 10, 100], help="fine-tuning steps after which to compare"
+    )
+    sub.add_argument("--against", default="", help="a Transformer of the same size, through the same protocol")
+    sub.add_argument("--seeds", type=int, default=1, help="runs per precision; float32 pairs give the yardstick")
+    sub.add_argument("--max-length", type=int, default=256)
+    sub.add_argument("--batch-size", type=int, default=4)
+    sub.add_argument("--learning-rate", type=float, default=2e-4)
+
     sub = command("bench", _bench, "Measure where the sparse path pays on this machine.")
     sub.add_argument("--shape", default="4096x11008", help="width x neurons")
     sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -135,6 +149,17 @@ def _export(args: argparse.Namespace) -> None:
     _print(args, result, [f"{args.output}: {len(result['blocks'])} blocks, {len(result['skipped'])} skipped{kept}"])
 
 
+def _lyapunov(args: argparse.Namespace) -> None:
+    from deftcore import stability
+
+    _quiet_transformers(args)
+    report = stability.run(
+        args.model, args.data, args.output, precisions=args.precisions, steps=args.steps, against=args.against,
+        seeds=args.seeds, max_length=args.max_length, batch_size=args.batch_size, learning_rate=args.learning_rate,
+    )  # fmt: skip
+    _print(args, report, [*stability.lines(report), f"Report and picture are in {Path(args.output)}/"])
+
+
 def _quantize_options(args: argparse.Namespace) -> dict[str, Any] | None:
     return {"quant_type": args.quantize} if args.quantize else None
 
@@ -166,7 +191,8 @@ def info() -> dict[str, Any]:
     built = hasattr(native, "cuda")
     kernels = (
         "act_density", "density", "sparse_down", "sparse_mlp", "sparse_mlp_4bit", "quantize_4bit", "dequantize_4bit",
-        "linear_4bit", "gated_act", "grouped_delta",
+        "linear_4bit", "gated_act", "grouped_delta", "selective_scan", "mamba_chunk_scan", "causal_conv1d",
+        "selective_state_update",
     )  # fmt: skip
     cuda = "not built"
     if built:

@@ -38,15 +38,16 @@ def add_adapter(
     """
     import peft
 
-    from deftcore.adapters import BottleneckConfig, S2ftConfig, select_channels
+    from deftcore.adapters import BottleneckConfig, MambaLoraConfig, S2ftConfig, select_channels
 
     if method == "full":
-        return model
+        return patch(model) if is_mamba(model) else model
     kinds: dict[str, Callable[..., peft.PeftConfig]] = {
         "lora": peft.LoraConfig,
         "qlora": peft.LoraConfig,
         "s2ft": S2ftConfig,
         "qs2ft": S2ftConfig,
+        "mamba-lora": MambaLoraConfig,
         "bottleneck": BottleneckConfig,
         "prompt": peft.PromptTuningConfig,
         "prefix": peft.PrefixTuningConfig,
@@ -58,11 +59,26 @@ def add_adapter(
     if isinstance(config, S2ftConfig) and config.needs_data:
         config = select_channels(model, config, calibration)
     adapted = peft.get_peft_model(model, config)
-    return patch(adapted) if method in ("lora", "qlora") else adapted
+    return patch(adapted) if method in ("lora", "qlora", "mamba-lora") else adapted
 
 
-def make_objective(model: nn.Module, config: DeftConfig) -> DensityLoss:
-    """The density objective of a recipe; with `enabled: false` it reports and leaves training bit for bit alone."""
+def is_mamba(model: nn.Module) -> bool:
+    """Whether a model is made of Mamba blocks, plain or patched."""
+    return getattr(getattr(model, "config", None), "model_type", "") in ("mamba", "mamba2", "falcon_mamba")
+
+
+def make_objective(model: nn.Module, config: DeftConfig) -> DensityLoss | None:
+    """The density objective of a recipe; with `enabled: false` it reports and leaves training bit for bit alone.
+
+    None for Mamba models: they have no MLP, so that DEFT is not defined for them.
+
+    Raises:
+        ValueError: `enabled: true` for a Mamba model.
+    """
+    if is_mamba(model):
+        if config.enabled:
+            raise ValueError("deft: is not defined for Mamba models, which have no MLP; set deft: false")
+        return None
     return DensityLoss(
         model,
         alpha=config.alpha if config.enabled else 0.0,

@@ -325,6 +325,49 @@ PYBIND11_MODULE(_C, m) {
                                  fixed_c};
       }));
   m.attr("scan_chunk") = kScanChunk;
+  m.attr("max_conv_width") = kMaxConvWidth;
+  using Heads = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+  const auto by_head = [](const Heads& x) {
+    return HeadTensor{pointer<const void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
+  };
+  py::class_<SsdArgs>(m, "Ssd").def(
+      py::init([strided](const Strided& x, const Strided& out, uintptr_t step, uintptr_t log_decay, uintptr_t b,
+                         uintptr_t c, uintptr_t d, uintptr_t first, uintptr_t last, int64_t batch, int64_t length,
+                         int64_t heads, int64_t head_dim, int64_t states, int64_t groups, int dtype) {
+        return SsdArgs{strided(x),
+                       strided(out),
+                       pointer<const float>(step),
+                       pointer<const float>(log_decay),
+                       pointer<const float>(b),
+                       pointer<const float>(c),
+                       pointer<const float>(d),
+                       pointer<const float>(first),
+                       pointer<float>(last),
+                       batch,
+                       length,
+                       heads,
+                       head_dim,
+                       states,
+                       groups,
+                       static_cast<DType>(dtype)};
+      }));
+  py::class_<CausalConv1dArgs>(m, "CausalConv1d")
+      .def(py::init([strided](const Strided& x, const Strided& out, const Strided& first, uintptr_t weight,
+                              uintptr_t bias, uintptr_t sequence, int64_t batch, int64_t length, int64_t channels,
+                              int64_t width, int dtype, bool silu) {
+        return CausalConv1dArgs{strided(x),
+                                strided(out),
+                                strided(first),
+                                pointer<const float>(weight),
+                                pointer<const float>(bias),
+                                pointer<const int32_t>(sequence),
+                                batch,
+                                length,
+                                channels,
+                                width,
+                                static_cast<DType>(dtype),
+                                silu};
+      }));
   bind(m.def_submodule("cpu"),
        {cpu::act_density, cpu::act_density_backward, cpu::density, cpu::sparse_down_workspace, cpu::sparse_down,
         cpu::sparse_mlp_workspace, cpu::sparse_mlp, cpu::sparse_mlp_4bit_workspace, cpu::sparse_mlp_4bit,
@@ -338,13 +381,75 @@ PYBIND11_MODULE(_C, m) {
   cpu_module.def(
       "selective_scan_backward",
       [strided](const SelectiveScanArgs& forward, const Strided& grad_u, const Strided& grad_delta,
-                const Strided& grad_z, uintptr_t grad_a, uintptr_t grad_b, uintptr_t grad_c, uintptr_t grad_d,
-                uintptr_t grad_delta_bias, uintptr_t grad_first, uintptr_t workspace) {
+                const Strided& grad_z, const Strided& out_again, uintptr_t grad_a, uintptr_t grad_b, uintptr_t grad_c,
+                uintptr_t grad_d, uintptr_t grad_delta_bias, uintptr_t grad_first, uintptr_t workspace) {
         cpu::selective_scan_backward(
-            {forward, strided(grad_u), strided(grad_delta), strided(grad_z), pointer<float>(grad_a),
+            {forward, strided(grad_u), strided(grad_delta), strided(grad_z), strided(out_again), pointer<float>(grad_a),
              pointer<float>(grad_b), pointer<float>(grad_c), pointer<float>(grad_d), pointer<float>(grad_delta_bias),
              pointer<float>(grad_first), pointer<void>(workspace)},
             nullptr);
+      },
+      release);
+  cpu_module.def("ssd", [](const SsdArgs& args) { cpu::ssd(args, nullptr); }, release);
+  cpu_module.def("ssd_workspace", &cpu::ssd_workspace);
+  cpu_module.def(
+      "ssd_backward",
+      [strided](const SsdArgs& forward, const Strided& grad_x, uintptr_t grad_step, uintptr_t grad_log_decay,
+                uintptr_t grad_b, uintptr_t grad_c, uintptr_t grad_d, uintptr_t grad_first, uintptr_t workspace) {
+        cpu::ssd_backward({forward, strided(grad_x), pointer<float>(grad_step), pointer<float>(grad_log_decay),
+                           pointer<float>(grad_b), pointer<float>(grad_c), pointer<float>(grad_d),
+                           pointer<float>(grad_first), pointer<void>(workspace)},
+                          nullptr);
+      },
+      release);
+  cpu_module.def("causal_conv1d", [](const CausalConv1dArgs& args) { cpu::causal_conv1d(args, nullptr); }, release);
+  cpu_module.def(
+      "causal_conv1d_backward",
+      [strided](const CausalConv1dArgs& forward, const Strided& grad_x, const Strided& grad_first,
+                uintptr_t grad_weight, uintptr_t grad_bias) {
+        cpu::causal_conv1d_backward(
+            {forward, strided(grad_x), strided(grad_first), pointer<float>(grad_weight), pointer<float>(grad_bias)},
+            nullptr);
+      },
+      release);
+  cpu_module.def(
+      "causal_conv1d_update",
+      [strided](const Strided& x, const Strided& out, uintptr_t state, uintptr_t slots, uintptr_t weight,
+                uintptr_t bias, int64_t batch, int64_t length, int64_t channels, int64_t width, int64_t window,
+                int dtype, bool silu) {
+        cpu::causal_conv1d_update({strided(x), strided(out), pointer<void>(state), pointer<const int64_t>(slots),
+                                   pointer<const float>(weight), pointer<const float>(bias), batch, length, channels,
+                                   width, window, static_cast<DType>(dtype), silu},
+                                  nullptr);
+      },
+      release);
+  cpu_module.def(
+      "selective_state_update",
+      [by_head](uintptr_t state, uintptr_t slots, const Heads& x, const Heads& dt, const Heads& z, uintptr_t out,
+                const Heads& a, int64_t a_state, uintptr_t b, uintptr_t c, const Heads& d, const Heads& bias,
+                int64_t batch, int64_t heads, int64_t head_dim, int64_t states, int64_t groups, int dtype,
+                int state_dtype, bool softplus) {
+        cpu::selective_state_update({pointer<void>(state),
+                                     pointer<const int64_t>(slots),
+                                     by_head(x),
+                                     by_head(dt),
+                                     by_head(z),
+                                     pointer<void>(out),
+                                     by_head(a),
+                                     a_state,
+                                     pointer<const void>(b),
+                                     pointer<const void>(c),
+                                     by_head(d),
+                                     by_head(bias),
+                                     batch,
+                                     heads,
+                                     head_dim,
+                                     states,
+                                     groups,
+                                     static_cast<DType>(dtype),
+                                     static_cast<DType>(state_dtype),
+                                     softplus},
+                                    nullptr);
       },
       release);
 #if defined(DEFTCORE_WITH_CUDA)

@@ -6,11 +6,12 @@
 namespace deftcore::cpu {
 
 #define DEFTCORE_DECLARE_ONE(kernel, Args, isa) void kernel##_##isa(const Args&);
+#define DEFTCORE_DECLARE_WORKSPACE(kernel, Args, isa) void kernel##_##isa(const Args&, size_t*);
 #define DEFTCORE_DECLARE(isa)                    \
   DEFTCORE_KERNELS_OF(isa, DEFTCORE_DECLARE_ONE) \
-  void linear_4bit_workspace_##isa(const Linear4bitArgs&, size_t*);
+  DEFTCORE_WORKSPACES_OF(isa, DEFTCORE_DECLARE_WORKSPACE)
 #define DEFTCORE_ENTRY(kernel, Args, isa) kernel##_##isa,
-#define DEFTCORE_TABLE(isa) {#isa, DEFTCORE_KERNELS_OF(isa, DEFTCORE_ENTRY) linear_4bit_workspace_##isa}
+#define DEFTCORE_TABLE(isa) {#isa, DEFTCORE_KERNELS_OF(isa, DEFTCORE_ENTRY) DEFTCORE_WORKSPACES_OF(isa, DEFTCORE_ENTRY)}
 
 DEFTCORE_DECLARE(scalar)
 #if defined(DEFTCORE_X86)
@@ -184,11 +185,10 @@ void selective_scan(const SelectiveScanArgs& args, Stream) {
   kernels().selective_scan(args);
 }
 
-// Per thread (see ssm.cpp): states, decays and sums of a chunk as vectors of up to 64 bytes, and sums over time.
 size_t selective_scan_workspace(const SelectiveScanArgs& args) {
-  const size_t states = static_cast<size_t>(args.states), chunk = static_cast<size_t>(kScanChunk);
-  const size_t vectors = (4 * chunk + 1) * states * 64, floats = 2 * static_cast<size_t>(args.length) * states * 4;
-  return (vectors + floats + 63) / 64 * 64 * static_cast<size_t>(omp_get_max_threads());
+  size_t bytes = 0;
+  kernels().selective_scan_workspace(args, &bytes);
+  return bytes;
 }
 
 void selective_scan_backward(const SelectiveScanBackwardArgs& args, Stream) {
@@ -196,6 +196,61 @@ void selective_scan_backward(const SelectiveScanBackwardArgs& args, Stream) {
   const bool empty = args.forward.batch == 0 || args.forward.length == 0 || args.forward.channels == 0;
   require(args.forward.chunks != nullptr || empty, "selective_scan_backward", "chunks are needed");
   kernels().selective_scan_backward(args);
+}
+
+namespace {
+
+void check_heads(int64_t heads, int64_t groups, const char* op) {
+  require(groups >= 1 && heads % groups == 0, op, "groups must divide heads");
+}
+
+void check_ssd(const SsdArgs& args, const char* op) {
+  require(args.states >= 1 && args.states <= 256, op, "states must be in 1..256");
+  check_heads(args.heads, args.groups, op);
+}
+
+void check_width(int64_t width, const char* op) {
+  require(width >= 1 && width <= kMaxConvWidth, op, "width must be in 1..16");
+}
+
+}  // namespace
+
+void selective_state_update(const StateUpdateArgs& args, Stream) {
+  check_heads(args.heads, args.groups, "selective_state_update");
+  require(args.a_state == 0 || args.a_state == 1, "selective_state_update", "a's stride over states must be 0 or 1");
+  kernels().selective_state_update(args);
+}
+
+void causal_conv1d(const CausalConv1dArgs& args, Stream) {
+  check_width(args.width, "causal_conv1d");
+  kernels().causal_conv1d(args);
+}
+
+void causal_conv1d_backward(const CausalConv1dBackwardArgs& args, Stream) {
+  check_width(args.forward.width, "causal_conv1d_backward");
+  kernels().causal_conv1d_backward(args);
+}
+
+void causal_conv1d_update(const CausalConv1dUpdateArgs& args, Stream) {
+  check_width(args.width, "causal_conv1d_update");
+  require(args.window >= args.width - 1, "causal_conv1d_update", "the window must hold width - 1 steps");
+  kernels().causal_conv1d_update(args);
+}
+
+void ssd(const SsdArgs& args, Stream) {
+  check_ssd(args, "ssd");
+  kernels().ssd(args);
+}
+
+size_t ssd_workspace(const SsdArgs& args) {
+  size_t bytes = 0;
+  kernels().ssd_workspace(args, &bytes);
+  return bytes;
+}
+
+void ssd_backward(const SsdBackwardArgs& args, Stream) {
+  check_ssd(args.forward, "ssd_backward");
+  kernels().ssd_backward(args);
 }
 
 // In order: active list, counts per thread, h and its bfloat16 pairs, output accumulators (see sparse_mlp.cpp).

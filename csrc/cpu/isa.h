@@ -27,22 +27,34 @@
 namespace deftcore::cpu {
 
 // The kernels of a level: X(name, argument struct, isa).
-#define DEFTCORE_KERNELS_OF(isa, X)                    \
-  X(act_density, ActDensityArgs, isa)                  \
-  X(act_density_backward, ActDensityBackwardArgs, isa) \
-  X(density, DensityArgs, isa)                         \
-  X(sparse_down, SparseDownArgs, isa)                  \
-  X(sparse_mlp, SparseMlpArgs, isa)                    \
-  X(sparse_mlp_4bit, SparseMlp4bitArgs, isa)           \
-  X(quantize_4bit, Quantize4bitArgs, isa)              \
-  X(dequantize_4bit, Dequantize4bitArgs, isa)          \
-  X(linear_4bit, Linear4bitArgs, isa)                  \
-  X(linear_4bit_backward, Linear4bitArgs, isa)         \
-  X(gated_act, GatedActArgs, isa)                      \
-  X(gated_act_backward, GatedActBackwardArgs, isa)     \
-  X(grouped_delta, GroupedDeltaArgs, isa)              \
-  X(selective_scan, SelectiveScanArgs, isa)            \
-  X(selective_scan_backward, SelectiveScanBackwardArgs, isa)
+#define DEFTCORE_KERNELS_OF(isa, X)                          \
+  X(act_density, ActDensityArgs, isa)                        \
+  X(act_density_backward, ActDensityBackwardArgs, isa)       \
+  X(density, DensityArgs, isa)                               \
+  X(sparse_down, SparseDownArgs, isa)                        \
+  X(sparse_mlp, SparseMlpArgs, isa)                          \
+  X(sparse_mlp_4bit, SparseMlp4bitArgs, isa)                 \
+  X(quantize_4bit, Quantize4bitArgs, isa)                    \
+  X(dequantize_4bit, Dequantize4bitArgs, isa)                \
+  X(linear_4bit, Linear4bitArgs, isa)                        \
+  X(linear_4bit_backward, Linear4bitArgs, isa)               \
+  X(gated_act, GatedActArgs, isa)                            \
+  X(gated_act_backward, GatedActBackwardArgs, isa)           \
+  X(grouped_delta, GroupedDeltaArgs, isa)                    \
+  X(selective_scan, SelectiveScanArgs, isa)                  \
+  X(selective_scan_backward, SelectiveScanBackwardArgs, isa) \
+  X(selective_state_update, StateUpdateArgs, isa)            \
+  X(causal_conv1d, CausalConv1dArgs, isa)                    \
+  X(causal_conv1d_backward, CausalConv1dBackwardArgs, isa)   \
+  X(causal_conv1d_update, CausalConv1dUpdateArgs, isa)       \
+  X(ssd, SsdArgs, isa)                                       \
+  X(ssd_backward, SsdBackwardArgs, isa)
+
+// Workspaces whose size the kernel file knows: X(name, argument struct, isa).
+#define DEFTCORE_WORKSPACES_OF(isa, X)                \
+  X(linear_4bit_workspace, Linear4bitArgs, isa)       \
+  X(selective_scan_workspace, SelectiveScanArgs, isa) \
+  X(ssd_workspace, SsdArgs, isa)
 
 // One table of functions per level; isa.cpp picks one per process.
 struct Kernels {
@@ -50,7 +62,9 @@ struct Kernels {
 #define DEFTCORE_MEMBER(kernel, Args, isa) void (*kernel)(const Args&);
   DEFTCORE_KERNELS_OF(, DEFTCORE_MEMBER)
 #undef DEFTCORE_MEMBER
-  void (*linear_4bit_workspace)(const Linear4bitArgs&, size_t* bytes);  // tiles depend on the level
+#define DEFTCORE_MEMBER(kernel, Args, isa) void (*kernel)(const Args&, size_t* bytes);
+  DEFTCORE_WORKSPACES_OF(, DEFTCORE_MEMBER)
+#undef DEFTCORE_MEMBER
 };
 const Kernels& kernels();
 

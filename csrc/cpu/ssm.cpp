@@ -6,25 +6,22 @@
 // it, then runs the adjoint g_t = c_t dy_t + a_{t+1} g_{t+1} back over them.
 #include "deftcore/ssm.h"
 
-#include <algorithm>
-
-#include "isa.h"
+#include "scan_tile.h"
 
 namespace deftcore::cpu {
 namespace {
 
 constexpr int64_t kMaxStates = 256;
-constexpr int64_t kTile = kScanChunk * kWidth;
 
-// Channels first .. first + count of one group.
-struct Block {
-  int64_t group, first, count;
+// Channels of one group.
+struct Block : Lanes {
+  int64_t group;
 };
 
 Block block_of(const SelectiveScanArgs& args, int64_t index) {
   const int64_t size = args.channels / args.groups, per_group = (size + kWidth - 1) / kWidth;
   const int64_t group = index / per_group, offset = index % per_group * kWidth;
-  return {group, group * size + offset, std::min<int64_t>(size - offset, kWidth)};
+  return {{group * size + offset, std::min<int64_t>(size - offset, kWidth)}, group};
 }
 
 int64_t block_count(const SelectiveScanArgs& args) {
@@ -33,50 +30,6 @@ int64_t block_count(const SelectiveScanArgs& args) {
 }
 
 int64_t chunk_count(const SelectiveScanArgs& args) { return (args.length + kScanChunk - 1) / kScanChunk; }
-
-Vec load_some(const float* p, int64_t count) { return count == kWidth ? load(p) : load_tail(p, count); }
-void store_some(float* p, Vec v, int64_t count) {
-  if (count == kWidth) return store(p, v);
-  store_tail(p, v, count);
-}
-
-// steps x kWidth values of a tensor as floats, lanes past the block zero.
-template <class T>
-void read_tile(const ScanTensor& x, int64_t batch, int64_t start, int64_t steps, const Block& block, float* tile) {
-  const T* from = static_cast<const T*>(x.data) + batch * x.batch + start * x.time + block.first * x.channel;
-  if (x.channel == 1) {
-    for (int64_t t = 0; t < steps; ++t) {
-      const T* row = from + t * x.time;
-      store(tile + t * kWidth, block.count == kWidth ? load(row) : load_tail(row, block.count));
-    }
-    return;
-  }
-  if (block.count < kWidth) std::fill(tile, tile + steps * kWidth, 0.0f);
-  for (int64_t j = 0; j < block.count; ++j) {
-    for (int64_t t = 0; t < steps; ++t) tile[t * kWidth + j] = to_float(from[j * x.channel + t * x.time]);
-  }
-}
-
-template <class T>
-void write_tile(const ScanTensor& x, int64_t batch, int64_t start, int64_t steps, const Block& block,
-                const float* tile) {
-  T* to = static_cast<T*>(x.data) + batch * x.batch + start * x.time + block.first * x.channel;
-  if (x.channel == 1) {
-    for (int64_t t = 0; t < steps; ++t) {
-      if (block.count == kWidth) {
-        store(to + t * x.time, load(tile + t * kWidth));
-      } else {
-        store_tail(to + t * x.time, load(tile + t * kWidth), block.count);
-      }
-    }
-    return;
-  }
-  T row[kTile];
-  for (int64_t t = 0; t < steps; ++t) store(row + t * kWidth, load(tile + t * kWidth));
-  for (int64_t j = 0; j < block.count; ++j) {
-    for (int64_t t = 0; t < steps; ++t) to[j * x.channel + t * x.time] = row[t * kWidth + j];
-  }
-}
 
 // delta in place of which the step: delta + bias, through softplus.
 void to_steps(const SelectiveScanArgs& args, const Block& block, int64_t steps, float* tile) {
@@ -104,42 +57,73 @@ struct Coefficients {
   }
 };
 
+// One block over one chunk; its states come from `last` and go back there.
 template <int kStates, bool kFixedB, bool kFixedC, class T>
-void scan_block(const SelectiveScanArgs& args, int64_t batch, const Block& block) {
-  const int64_t states = kStates > 0 ? kStates : args.states;
+void scan_block(const SelectiveScanArgs& args, int64_t batch, int64_t chunk, const Block& block) {
+  const int64_t states = kStates > 0 ? kStates : args.states, width = args.channels;
+  const int64_t start = chunk * kScanChunk, steps = std::min(args.length - start, kScanChunk);
   alignas(64) float u[kTile], step[kTile], z[kTile];
   Vec a[kStates > 0 ? kStates : kMaxStates], h[kStates > 0 ? kStates : kMaxStates];
-  const int64_t plane = batch * args.states * args.channels + block.first;
+  float* kept = args.last + batch * states * width + block.first;
   for (int64_t n = 0; n < states; ++n) {
-    a[n] = load_some(args.a + n * args.channels + block.first, block.count);
-    h[n] = args.first == nullptr ? Vec(0.0f) : load_some(args.first + plane + n * args.channels, block.count);
+    a[n] = load_some(args.a + n * width + block.first, block.count);
+    h[n] = load_some(kept + n * width, block.count);
   }
+  if (args.chunks != nullptr) {
+    float* saved = args.chunks + (batch * chunk_count(args) + chunk) * states * width + block.first;
+    for (int64_t n = 0; n < states; ++n) store_some(saved + n * width, h[n], block.count);
+  }
+  read_tile<T>(args.u, batch, start, steps, block, u);
+  read_tile<T>(args.delta, batch, start, steps, block, step);
+  if (args.z.data != nullptr) read_tile<T>(args.z, batch, start, steps, block, z);
+  to_steps(args, block, steps, step);
   const Vec d = args.d == nullptr ? Vec(0.0f) : load_some(args.d + block.first, block.count);
   const Coefficients<kFixedB> b(args, args.b, batch, block);
   const Coefficients<kFixedC> c(args, args.c, batch, block);
-  for (int64_t chunk = 0; chunk < chunk_count(args); ++chunk) {
-    const int64_t start = chunk * kScanChunk, steps = std::min(args.length - start, kScanChunk);
-    if (args.chunks != nullptr) {
-      float* saved = args.chunks + (batch * chunk_count(args) + chunk) * args.states * args.channels + block.first;
-      for (int64_t n = 0; n < states; ++n) store_some(saved + n * args.channels, h[n], block.count);
+  for (int64_t t = 0; t < steps; ++t) {
+    const Vec s = load(step + t * kWidth), ut = load(u + t * kWidth), su = s * ut;
+    Vec y = d * ut;
+    for (int64_t n = 0; n < states; ++n) {
+      h[n] = fma(exp(s * a[n]), h[n], su * b.at(start + t, n));
+      y = fma(c.at(start + t, n), h[n], y);
     }
-    read_tile<T>(args.u, batch, start, steps, block, u);
-    read_tile<T>(args.delta, batch, start, steps, block, step);
-    if (args.z.data != nullptr) read_tile<T>(args.z, batch, start, steps, block, z);
-    to_steps(args, block, steps, step);
-    for (int64_t t = 0; t < steps; ++t) {
-      const Vec s = load(step + t * kWidth), ut = load(u + t * kWidth), su = s * ut;
-      Vec y = d * ut;
-      for (int64_t n = 0; n < states; ++n) {
-        h[n] = fma(exp(s * a[n]), h[n], su * b.at(start + t, n));
-        y = fma(c.at(start + t, n), h[n], y);
-      }
-      if (args.z.data != nullptr) y = y * math::activate<Activation::kSilu>(load(z + t * kWidth));
-      store(u + t * kWidth, y);
-    }
-    write_tile<T>(args.out, batch, start, steps, block, u);
+    if (args.z.data != nullptr) y = y * math::activate<Activation::kSilu>(load(z + t * kWidth));
+    store(u + t * kWidth, y);
   }
-  for (int64_t n = 0; n < states; ++n) store_some(args.last + plane + n * args.channels, h[n], block.count);
+  write_tile<T>(args.out, batch, start, steps, block, u);
+  for (int64_t n = 0; n < states; ++n) store_some(kept + n * width, h[n], block.count);
+}
+
+template <bool kFixedB, bool kFixedC, class T>
+void scan(const SelectiveScanArgs& args) {
+  const int64_t blocks = block_count(args), units = args.batch * blocks, plane = args.states * args.channels;
+  const int64_t bytes = args.batch * args.length * args.channels * args.states;
+#pragma omp parallel num_threads(threads_for(bytes))
+  {
+    const Range mine = share(units, omp_get_num_threads(), omp_get_thread_num());
+    for (int64_t begin = mine.begin; begin < mine.end;) {
+      const int64_t batch = begin / blocks, end = std::min(mine.end, (batch + 1) * blocks);
+      for (int64_t i = begin; i < end; ++i) {
+        const Block block = block_of(args, i % blocks);
+        for (int64_t n = 0; n < args.states; ++n) {
+          const int64_t place = batch * plane + n * args.channels + block.first;
+          const Vec h = args.first == nullptr ? Vec(0.0f) : load_some(args.first + place, block.count);
+          store_some(args.last + place, h, block.count);
+        }
+      }
+      for (int64_t chunk = 0; chunk < chunk_count(args); ++chunk) {
+        for (int64_t i = begin; i < end; ++i) {
+          const Block block = block_of(args, i % blocks);
+          if (args.states == 16) {
+            scan_block<16, kFixedB, kFixedC, T>(args, batch, chunk, block);
+          } else {
+            scan_block<0, kFixedB, kFixedC, T>(args, batch, chunk, block);
+          }
+        }
+      }
+      begin = end;
+    }
+  }
 }
 
 // ---------------------------------------------------------------------------- backward
@@ -172,8 +156,6 @@ Scratch scratch_of(const SelectiveScanArgs& args, void* workspace, int thread) {
   own.part_c = own.part_b + args.length * states;
   return own;
 }
-
-void add_to(float* p, Vec v, int64_t count) { store_some(p, load_some(p, count) + v, count); }
 
 // One block over one chunk; `carry` [states, channels] is a_{t+1} g_{t+1} on entry and a_start g_start on return.
 template <bool kFixedB, bool kFixedC, class T>
@@ -213,6 +195,7 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
       const auto gate = math::activate_grad<Activation::kSilu>(load(z + t * kWidth));
       dy[t] = dout * gate.value;
       store(z + t * kWidth, dout * y * gate.grad);
+      store(grad + t * kWidth, y * gate.value);
     }
     sum_d = fma(dy[t], ut, sum_d);
     grad_u[t] = zero;
@@ -260,6 +243,7 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
   write_tile<T>(back.grad_u, batch, start, steps, block, u);
   write_tile<T>(back.grad_delta, batch, start, steps, block, step);
   if (args.z.data != nullptr) write_tile<T>(back.grad_z, batch, start, steps, block, z);
+  if (back.out_again.data != nullptr) write_tile<T>(back.out_again, batch, start, steps, block, grad);
   if (back.grad_d != nullptr) add_to(back.grad_d + block.first, sum_d, block.count);
   if (back.grad_delta_bias != nullptr) add_to(back.grad_delta_bias + block.first, sum_bias, block.count);
 }
@@ -318,6 +302,63 @@ void scan_backward(const SelectiveScanBackwardArgs& back) {
   }
 }
 
+// ---------------------------------------------------------------------------- one step
+
+// The lanes of a [batch, heads, head_dim] tensor; 0 where it is not there.
+template <class T>
+Vec gather(const HeadTensor& x, int64_t batch, int64_t head, Lanes lanes) {
+  alignas(64) float values[kWidth] = {};
+  const T* from = static_cast<const T*>(x.data) + batch * x.batch + head * x.head + lanes.first * x.channel;
+  for (int64_t j = 0; j < lanes.count && x.data != nullptr; ++j) values[j] = to_float(from[j * x.channel]);
+  return load(values);
+}
+
+template <class T, class S>
+void update_block(const StateUpdateArgs& args, int64_t batch, int64_t head, Lanes lanes) {
+  T* out = static_cast<T*>(args.out) + (batch * args.heads + head) * args.head_dim + lanes.first;
+  const int64_t slot = args.slots == nullptr ? batch : args.slots[batch], states = args.states;
+  if (slot < 0) {
+    std::fill(out, out + lanes.count, T{});
+    return;
+  }
+  const Vec x = gather<T>(args.x, batch, head, lanes), skip = gather<float>(args.d, 0, head, lanes);
+  Vec step = gather<T>(args.dt, batch, head, lanes) + gather<float>(args.bias, 0, head, lanes);
+  if (args.softplus) step = math::softplus(step);
+  alignas(64) float steps[kWidth], inputs[kWidth], y[kWidth] = {};
+  store(steps, step);
+  store(inputs, step * x);
+  const int64_t group = head * args.groups / args.heads;
+  const T* b = static_cast<const T*>(args.b) + (batch * args.groups + group) * states;
+  const T* c = static_cast<const T*>(args.c) + (batch * args.groups + group) * states;
+  for (int64_t j = 0; j < lanes.count; ++j) {
+    const int64_t channel = lanes.first + j;
+    S* h = static_cast<S*>(args.state) + ((slot * args.heads + head) * args.head_dim + channel) * states;
+    const float* a = static_cast<const float*>(args.a.data) + head * args.a.head + channel * args.a.channel;
+    const bool one_decay = args.a_state == 0;
+    const Vec s(steps[j]), sx(inputs[j]);
+    Vec decay = one_decay ? exp(s * Vec(*a)) : s, sum(0.0f);
+    for (int64_t n = 0; n < states; n += kWidth) {
+      const int64_t some = std::min<int64_t>(states - n, kWidth);
+      const bool whole = some == kWidth;
+      if (!one_decay) decay = exp(s * load_some(a + n, some));
+      const Vec before = whole ? load(h + n) : load_tail(h + n, some);
+      const Vec after = fma(decay, before, sx * (whole ? load(b + n) : load_tail(b + n, some)));
+      sum = fma(whole ? load(c + n) : load_tail(c + n, some), after, sum);
+      if (whole) {
+        store(h + n, after);
+      } else {
+        store_tail(h + n, after, some);
+      }
+    }
+    y[j] = reduce_add(sum);
+  }
+  Vec result = fma(skip, x, load(y));
+  if (args.z.data != nullptr) {
+    result = result * math::activate<Activation::kSilu>(gather<T>(args.z, batch, head, lanes));
+  }
+  store_tail(out, result, lanes.count);
+}
+
 template <class Fn>
 void dispatch_fixed(const SelectiveScanArgs& args, Fn&& fn) {
   using Yes = std::true_type;
@@ -331,27 +372,33 @@ void dispatch_fixed(const SelectiveScanArgs& args, Fn&& fn) {
 // ----------------------------------------------------------------------------
 
 void DEFTCORE_KERNEL(selective_scan)(const SelectiveScanArgs& args) {
-  const int64_t blocks = block_count(args), units = args.batch * blocks;
-  const int64_t bytes = args.batch * args.length * args.channels * args.states;
   dispatch_dtype(args.dtype, [&](auto t) {
-    dispatch_fixed(args, [&](auto fixed_b, auto fixed_c) {
-#pragma omp parallel for num_threads(threads_for(bytes)) schedule(static)
-      for (int64_t i = 0; i < units; ++i) {
-        const Block block = block_of(args, i % blocks);
-        if (args.states == 16) {
-          scan_block<16, fixed_b(), fixed_c(), decltype(t)>(args, i / blocks, block);
-        } else {
-          scan_block<0, fixed_b(), fixed_c(), decltype(t)>(args, i / blocks, block);
-        }
-      }
-    });
+    dispatch_fixed(args, [&](auto fixed_b, auto fixed_c) { scan<fixed_b(), fixed_c(), decltype(t)>(args); });
   });
+}
+
+void DEFTCORE_KERNEL(selective_scan_workspace)(const SelectiveScanArgs& args, size_t* bytes) {
+  *bytes = scratch_bytes(args) * static_cast<size_t>(omp_get_max_threads());
 }
 
 void DEFTCORE_KERNEL(selective_scan_backward)(const SelectiveScanBackwardArgs& args) {
   dispatch_dtype(args.forward.dtype, [&](auto t) {
     dispatch_fixed(args.forward,
                    [&](auto fixed_b, auto fixed_c) { scan_backward<fixed_b(), fixed_c(), decltype(t)>(args); });
+  });
+}
+
+void DEFTCORE_KERNEL(selective_state_update)(const StateUpdateArgs& args) {
+  const int64_t blocks = (args.head_dim + kWidth - 1) / kWidth, rows = args.heads * blocks;
+  dispatch_dtype(args.dtype, [&](auto t) {
+    dispatch_dtype(args.state_dtype, [&](auto s) {
+#pragma omp parallel for num_threads(threads_for(args.batch* args.heads* args.head_dim* args.states * 8))
+      for (int64_t i = 0; i < args.batch * rows; ++i) {
+        const int64_t offset = i % blocks * kWidth;
+        const Lanes lanes{offset, std::min<int64_t>(args.head_dim - offset, kWidth)};
+        update_block<decltype(t), decltype(s)>(args, i / rows, i % rows / blocks, lanes);
+      }
+    });
   });
 }
 

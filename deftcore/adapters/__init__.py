@@ -8,16 +8,19 @@ except ImportError as error:
 from deftcore.adapters._register import register_with_peft
 from deftcore.adapters.bottleneck import BottleneckConfig, BottleneckModel
 from deftcore.adapters.delta import DeltaAdapter, DeltaHost, extract_adapter, fuse, serve
+from deftcore.adapters.mamba_lora import MambaLoraConfig, MambaLoraModel
 from deftcore.adapters.s2ft import S2ftConfig, S2ftModel
 from deftcore.adapters.selection import select_channels
 
 register_with_peft("BOTTLENECK", BottleneckConfig, BottleneckModel)
+register_with_peft("MAMBA_LORA", MambaLoraConfig, MambaLoraModel)
 register_with_peft("S2FT", S2ftConfig, S2ftModel)
 
 __all__ = [
     "BottleneckConfig",
     "DeltaAdapter",
     "DeltaHost",
+    "MambaLoraConfig",
     "S2ftConfig",
     "extract_adapter",
     "fuse",

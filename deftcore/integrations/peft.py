@@ -85,11 +85,12 @@ class FusedLoraLinear(LoraLinear):
 
 
 def patch(model: nn.Module) -> nn.Module:
-    """Runs PEFT's LoRA layers and bitsandbytes' 4-bit layers on native ops, in place; returns the model.
+    """Runs PEFT's LoRA layers, bitsandbytes' 4-bit layers and Mamba mixers on native ops, in place; returns the model.
 
     Bases may be `torch.nn.Linear`, deftcore's `Linear4bit` or bitsandbytes'. Layers it leaves alone are logged with the
     reason: other bases, DoRA and other variants, weights that bitsandbytes has repacked. Calls that the op does not
-    cover (several active adapters, mixed batches, mixed dtypes over dense bases) go to PEFT's own forward.
+    cover (several active adapters, mixed batches, mixed dtypes over dense bases) go to PEFT's own forward. Mixers of
+    Transformers' Mamba, Mamba-2 and FalconMamba become one fused op each, LoRA on any of their projections inside.
 
     Raises:
         ValueError: when the model has no such layer at all.
@@ -111,19 +112,19 @@ def patch(model: nn.Module) -> nn.Module:
             else:
                 module.__class__ = FusedLoraLinear
                 patched.append(name)
-        elif "bitsandbytes" in sys.modules:
-            from deftcore.integrations.bitsandbytes import patch_module
-
-            done, reason = patch_module(module)
-            if done:
-                patched.append(name)
-            elif reason:
-                left.append(f"{name} ({reason})")
+        else:
+            for patch_module in _module_patches("patch_module"):
+                done, reason = patch_module(module)
+                if done:
+                    patched.append(name)
+                elif reason:
+                    left.append(f"{name} ({reason})")
     if not patched and not left:
         if any(isinstance(module, Linear4bit) for module in model.modules()):
             return model  # native already
         raise ValueError(
-            f"model: {type(model).__name__} has no PEFT LoRA and no bitsandbytes 4-bit layer; call get_peft_model first"
+            f"model: {type(model).__name__} has no PEFT LoRA, no bitsandbytes 4-bit layer and no Mamba mixer; call "
+            "get_peft_model first"
         )
     logger.info("patch: %d layers on native ops", len(patched))
     if left:
@@ -136,11 +137,26 @@ def unpatch(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) is FusedLoraLinear:
             module.__class__ = LoraLinear  # type: ignore[assignment]
-        elif "bitsandbytes" in sys.modules:
-            from deftcore.integrations.bitsandbytes import unpatch_module
-
-            unpatch_module(module)
+        else:
+            for unpatch_module in _module_patches("unpatch_module"):
+                unpatch_module(module)
     return model
+
+
+def _module_patches(name: str) -> list[Any]:
+    """The functions `name` of the integrations whose libraries are in use."""
+    found = []
+    if "bitsandbytes" in sys.modules:
+        from deftcore.integrations import bitsandbytes
+
+        found.append(getattr(bitsandbytes, name))
+    if any(
+        f"transformers.models.{kind}.modeling_{kind}" in sys.modules for kind in ("mamba", "mamba2", "falcon_mamba")
+    ):
+        from deftcore.integrations import mamba
+
+        found.append(getattr(mamba, name))
+    return found
 
 
 def merge(model: Any, *, to: str = "16bit", dtype: torch.dtype | None = None) -> Any:

@@ -2,9 +2,10 @@
 
 from deftcore.nn.blocks import MlpBlock, find_mlp_blocks
 from deftcore.nn.linear import Linear4bit, prepare_for_training, quantize
+from deftcore.nn.mamba import Mamba2Mixer, MambaMixer, MixerState
 from deftcore.nn.mlp import SkippedMLP, SparseBlock, SparseMLP, SparseMLP4bit, sparsify
 
 __all__ = [
-    "Linear4bit", "MlpBlock", "SkippedMLP", "SparseBlock", "SparseMLP", "SparseMLP4bit", "find_mlp_blocks",
-    "prepare_for_training", "quantize", "sparsify",
+    "Linear4bit", "Mamba2Mixer", "MambaMixer", "MixerState", "MlpBlock", "SkippedMLP", "SparseBlock", "SparseMLP",
+    "SparseMLP4bit", "find_mlp_blocks", "prepare_for_training", "quantize", "sparsify",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""State-space models: the selective scan of Mamba (Gu and Dao, arXiv 2312.00752), in mamba_ssm's signature."""
+"""The selective scan of Mamba (Gu and Dao, arXiv 2312.00752) and its decoding step, in mamba_ssm's signatures."""
 
 from typing import Any
 
@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deftcore.ops._layout import empty_like, strided, wide_dtype
 from deftcore.ops._library import DTYPE_CODES, address, backend, check_float, check_like, check_shape, define, native
+from deftcore.ops.conv1d import check_slots
 
-_MAX_STATES = 256
+MAX_STATES = 256
 
 
 def selective_scan(
@@ -58,12 +60,12 @@ def selective_scan(
         if x is not None:
             check_like(name, x, "u", u)
             check_shape(name, x, tuple(u.shape), "as u")
-    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(u)
     if isinstance(A, Tensor) and A.is_complex():
         raise TypeError(f"A: must be real, got {A.dtype}")
     check_float("A", A)
-    if A.dim() != 2 or A.shape[0] != channels or not 1 <= A.shape[1] <= _MAX_STATES:
-        raise ValueError(f"A: shape must be ({channels}, N) with N in 1..{_MAX_STATES}, got {tuple(A.shape)}")
+    if A.dim() != 2 or A.shape[0] != channels or not 1 <= A.shape[1] <= MAX_STATES:
+        raise ValueError(f"A: shape must be ({channels}, N) with N in 1..{MAX_STATES}, got {tuple(A.shape)}")
     states = A.shape[1]
     b, groups = _coefficients("B", B, u, states)
     c, groups_c = _coefficients("C", C, u, states)
@@ -96,7 +98,7 @@ def _coefficients(name: str, x: Tensor, u: Tensor, states: int) -> tuple[Tensor,
     if x.device != u.device:
         raise ValueError(f"{name}: must be on {u.device} as u, got {x.device}")
     batch, channels, length = u.shape
-    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(u)
     if x.dim() == 2:
         check_shape(name, x, (channels, states), "[D, N]")
         return x.to(wide).t().contiguous(), 0
@@ -112,10 +114,90 @@ def _coefficients(name: str, x: Tensor, u: Tensor, states: int) -> tuple[Tensor,
     return grouped.permute(0, 3, 1, 2).to(wide).contiguous(), groups
 
 
-# ---------------------------------------------------------------------------- op
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    *,
+    state_batch_indices: Tensor | None = None,
+) -> Tensor:
+    """One step of the scan: state = exp(step A) state + step B x, in place, and out = (C . state + D x) silu(z).
+
+    Shapes are Mamba's, or Mamba-2's with a head dimension H (there dt, A, D and dt_bias may be expanded views). Sums
+    and exponents are float32. Where gradients are needed they go to everything but `state`.
+
+    Args:
+        state: [B, D, N] or [B, H, P, N], any floating dtype; float32 keeps long memories.
+        x, dt, z: [B, D] or [B, H, P], one dtype.
+        A: [D, N] or [H, P, N]; D, dt_bias: [D] or [H, P], or None.
+        B, C: [B, N] or [B, G, N] in x's dtype.
+        state_batch_indices: [B], the row of `state` that belongs to each row of x; a negative one is padding: 0 comes
+            out and no state is touched. None is 0..B - 1.
+
+    Returns:
+        As x.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    check_float("x", x)
+    check_float("state", state)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x: must be [B, D] or [B, H, P], got shape {tuple(x.shape)}")
+    heads = (lambda t: t) if x.dim() == 3 else (lambda t: None if t is None else t.unsqueeze(t.dim() - 1))
+    rest = tuple(x.shape[1:])
+    if state.dim() != x.dim() + 1 or tuple(state.shape[1:-1]) != rest or not 1 <= state.shape[-1] <= MAX_STATES:
+        raise ValueError(f"state: must be [slots, {', '.join(map(str, rest))}, N], got {tuple(state.shape)}")
+    states = state.shape[-1]
+    for name, t in (("dt", dt), ("z", z)):
+        if t is not None:
+            check_like(name, t, "x", x)
+            check_shape(name, t, tuple(x.shape), "as x")
+    for name, t, shape in (("A", A, (*rest, states)), ("D", D, rest), ("dt_bias", dt_bias, rest)):
+        if t is not None:
+            check_float(name, t)
+            check_shape(name, t, shape, "one per channel")
+    for name, t in (("B", B), ("C", C)):
+        check_like(name, t, "x", x)
+        if t.dim() not in (2, 3) or (t.shape[0], t.shape[-1]) != (x.shape[0], states):
+            raise ValueError(f"{name}: must be [{x.shape[0]}, {states}] or [{x.shape[0]}, G, {states}], got {t.shape}")
+    B, C = (t if t.dim() == 3 else t.unsqueeze(1) for t in (B, C))
+    groups = B.shape[1]
+    if C.shape[1] != groups or groups == 0 or (x.shape[1] if x.dim() == 3 else 1) % groups:
+        raise ValueError(f"B, C: must have one number of groups, a divisor of the heads, got {groups}, {C.shape[1]}")
+    for name, t in (("A", A), ("D", D), ("dt_bias", dt_bias), ("state", state)):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name}: must be on {x.device} as x, got {t.device}")
+    slots = check_slots("state_batch_indices", state_batch_indices, x.shape[0], "state", state)
+    wide = wide_dtype(x)
+    args = (
+        heads(x), heads(dt), A.to(wide) if x.dim() == 3 else A.to(wide).unsqueeze(0), B, C,
+        None if D is None else heads(D.to(wide)), heads(z), None if dt_bias is None else heads(dt_bias.to(wide)),
+        bool(dt_softplus),
+    )  # fmt: skip
+    held = state if x.dim() == 3 else state.unsqueeze(1)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+        if slots is not None:
+            raise ValueError("state_batch_indices: cannot be used where gradients are needed; use the scan")
+        out, new = _update_ref(held.detach().to(wide), *args)
+        with torch.no_grad():
+            held.copy_(new)
+    else:
+        out = _selective_state_update(held, *args, slots)
+    return out if x.dim() == 3 else out.squeeze(1)
 
 
-def _scan_impl(
+# ---------------------------------------------------------------------------- ops
+
+
+def scan_forward(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, first: Tensor | None, softplus: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -125,7 +207,7 @@ def _scan_impl(
     if kernels is None:
         out, last = _scan_ref(u, delta, a, b, c, d, z, delta_bias, first, softplus)[:2]
         return out, last, u.new_empty(0)
-    out = _empty_like(u)
+    out = empty_like(u)
     last = torch.empty((batch, states, channels))
     chunks = torch.empty((batch, -(-length // native.scan_chunk), states, channels) if keep else (0,))
     kernels.selective_scan(_native_args(u, delta, a, b, c, d, z, delta_bias, first, softplus, out, last, chunks))
@@ -137,39 +219,27 @@ def _kernels(u: Tensor) -> Any:
     return backend("selective_scan", u) if u.device.type == "cpu" or u.dtype == torch.float64 else None
 
 
-def _empty_like(u: Tensor) -> Tensor:
-    """Of u's shape, with the time or the channels side by side as in u."""
-    if u.stride(1) == 1 and u.shape[1] > 1:
-        return torch.empty((u.shape[0], u.shape[2], u.shape[1]), dtype=u.dtype, device=u.device).transpose(1, 2)
-    return torch.empty(u.shape, dtype=u.dtype, device=u.device)
-
-
 def _native_args(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, first: Tensor | None, softplus: bool, out: Tensor, last: Tensor | None, chunks: Tensor,
 ) -> Any:  # fmt: skip
     groups = b.shape[2] if b.dim() == 4 else c.shape[2] if c.dim() == 4 else 1
     return native.SelectiveScan(
-        *(_strided(x) for x in (u, delta, z, out)), address(a), address(b), address(c), address(d), address(delta_bias),
+        *(strided(x) for x in (u, delta, z, out)), address(a), address(b), address(c), address(d), address(delta_bias),
         address(first), address(last), address(chunks) if chunks.numel() else 0, u.shape[0], u.shape[2], u.shape[1],
         a.shape[0], groups, DTYPE_CODES[u.dtype], softplus, b.dim() == 2, c.dim() == 2,
     )  # fmt: skip
 
 
-def _strided(x: Tensor | None) -> tuple[int, int, int, int]:
-    """Address and strides over batch, time and channel."""
-    return (0, 0, 0, 0) if x is None else (address(x), x.stride(0), x.stride(2), x.stride(1))
-
-
 def _scan_fake(u: Tensor, delta: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, length = u.shape
-    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(u)
     last = u.new_empty((batch, a.shape[0], channels), dtype=wide)
     native_runs = u.device.type == "cpu" and u.dtype != torch.float64
     if not native_runs:
         return u.new_empty(u.shape), last, u.new_empty(0)
     shape = (batch, -(-length // native.scan_chunk), a.shape[0], channels) if rest[-1] else (0,)
-    return _empty_like(u), last, u.new_empty(shape, dtype=torch.float32)
+    return empty_like(u), last, u.new_empty(shape, dtype=torch.float32)
 
 
 def _scan_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -188,16 +258,26 @@ def _scan_backward(ctx: Any, grad_out: Tensor, grad_last: Tensor, _: Tensor) -> 
     return (*(g if need else None for g, need in zip(found, wanted, strict=True)), None, None)
 
 
-def _scan_grad_impl(
+def scan_backward(
     grad_out: Tensor, grad_last: Tensor, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
     z: Tensor | None, delta_bias: Tensor | None, first: Tensor | None, chunks: Tensor, softplus: bool,
-    wanted: list[bool],
+    wanted: list[bool], into: tuple[Tensor, Tensor, Tensor | None] | None = None, again: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients in the order of the inputs.
+
+    Those of u, delta and z are written to `into` where that is given (grad_out and delta may be among them); `again`
+    receives the forward's out.
+    """
     kernels = _kernels(u)
     if kernels is None:
-        return _scan_backward_ref(grad_out, grad_last, u, delta, a, b, c, d, z, delta_bias, first, softplus)
-    grad_u, grad_delta = _empty_like(u), _empty_like(delta)
-    grad_z = torch.empty(0, dtype=u.dtype) if z is None else _empty_like(z)
+        found = _scan_backward_ref(grad_out, grad_last, u, delta, a, b, c, d, z, delta_bias, first, softplus, again)
+        for to, place in zip(into or (), (0, 1, 6), strict=False):
+            if to is not None:
+                to.copy_(found[place])
+        return found
+    grad_u, grad_delta, grad_z = (empty_like(u), empty_like(delta), None) if into is None else into
+    if z is not None and grad_z is None:
+        grad_z = empty_like(z)
     sums = [
         torch.zeros_like(x) if x is not None and need else None
         for x, need in zip((a, b, c, d, delta_bias), (*wanted[2:6], wanted[7]), strict=True)
@@ -206,11 +286,12 @@ def _scan_grad_impl(
     forward = _native_args(u, delta, a, b, c, d, z, delta_bias, first, softplus, grad_out, None, chunks)
     workspace = torch.empty(kernels.selective_scan_workspace(forward) + 64, dtype=torch.uint8)
     kernels.selective_scan_backward(
-        forward, *(_strided(x) for x in (grad_u, grad_delta, None if z is None else grad_z)),
+        forward, *(strided(x) for x in (grad_u, grad_delta, grad_z, again)),
         *(address(x) for x in sums), address(grad_first), (address(workspace) + 63) // 64 * 64,
     )  # fmt: skip
     empty = torch.empty(0)
     grad_a, grad_b, grad_c, grad_d, grad_bias = (empty.clone() if x is None else x for x in sums)
+    grad_z = torch.empty(0, dtype=u.dtype) if grad_z is None else grad_z
     return grad_u, grad_delta, grad_a, grad_b, grad_c, grad_d, grad_z, grad_bias, grad_first
 
 
@@ -226,13 +307,60 @@ def _scan_grad_fake(
         return torch.empty_like(x) if kept else a.new_empty(0)  # type: ignore[arg-type]
 
     wide = [like(x, need) for x, need in zip((a, b, c, d), wanted[2:6], strict=True)]
-    grad_z = u.new_empty(0) if z is None else (_empty_like(z) if native_runs else z.new_empty(z.shape))
-    grad_u, grad_delta = (_empty_like(x) if native_runs else x.new_empty(x.shape) for x in (u, delta))
+    grad_z = u.new_empty(0) if z is None else (empty_like(z) if native_runs else z.new_empty(z.shape))
+    grad_u, grad_delta = (empty_like(x) if native_runs else x.new_empty(x.shape) for x in (u, delta))
     shape = (u.shape[0], a.shape[0], u.shape[1])
     return grad_u, grad_delta, *wide, grad_z, like(delta_bias, wanted[7]), a.new_empty(shape)
 
 
+def _update_impl(
+    state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None,
+    bias: Tensor | None, softplus: bool, slots: Tensor | None,
+) -> Tensor:  # fmt: skip
+    kernels = backend("selective_state_update", x) if x.device.type == "cpu" or x.dtype == torch.float64 else None
+    if kernels is None or state.dtype not in DTYPE_CODES:
+        out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        rows = torch.arange(x.shape[0], device=x.device) if slots is None else (slots >= 0).nonzero().squeeze(1)
+        own = rows if slots is None else slots[rows]
+        given = (None if t is None else t[rows] for t in (x, dt, b, c, z))
+        x1, dt1, b1, c1, z1 = given
+        out[rows], new = _update_ref(state[own].to(wide_dtype(x)), x1, dt1, a, b1, c1, d, z1, bias, softplus)
+        state[own] = new.to(state.dtype)
+        return out
+    batch, heads, head_dim = x.shape
+    out, held = torch.empty(x.shape, dtype=x.dtype), state.contiguous()
+    a = a if a.stride(2) in (0, 1) and a.shape[2] > 1 else a.contiguous()
+    b, c = b.contiguous(), c.contiguous()
+
+    def by_head(t: Tensor | None, batched: bool = True) -> tuple[int, int, int, int]:
+        return (0, 0, 0, 0) if t is None else (address(t), *((0,) * (not batched)), *t.stride()[: 2 + batched])
+
+    kernels.selective_state_update(
+        address(held), address(slots), by_head(x), by_head(dt), by_head(z), address(out), by_head(a, False),
+        a.stride(2), address(b), address(c), by_head(d, False), by_head(bias, False), batch, heads, head_dim,
+        a.shape[2], b.shape[1], DTYPE_CODES[x.dtype], DTYPE_CODES[state.dtype], softplus,
+    )  # fmt: skip
+    if held is not state:
+        state.copy_(held)
+    return out
+
+
 # ---------------------------------------------------------------------------- references
+
+
+def _update_ref(
+    state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None,
+    bias: Tensor | None, softplus: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out and the new state [B, H, P, N]; differentiable."""
+    wide, per_group = a.dtype, x.shape[1] // b.shape[1]
+    step = dt.to(wide) if bias is None else dt.to(wide) + bias
+    step = (F.softplus(step) if softplus else step).unsqueeze(-1)
+    b, c = (t.to(wide).repeat_interleave(per_group, dim=1).unsqueeze(2) for t in (b, c))
+    new = torch.exp(step * a) * state + step * b * x.to(wide).unsqueeze(-1)
+    y = (c * new).sum(-1)
+    y = y if d is None else y + d * x.to(wide)
+    return (y if z is None else y * F.silu(z.to(wide))).to(x.dtype), new
 
 
 def selective_scan_ref(
@@ -301,7 +429,7 @@ def _gather(x: Tensor, like: Tensor) -> Tensor:
 
 def _scan_backward_ref(
     grad_out: Tensor, grad_last: Tensor, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
-    z: Tensor | None, delta_bias: Tensor | None, first: Tensor | None, softplus: bool,
+    z: Tensor | None, delta_bias: Tensor | None, first: Tensor | None, softplus: bool, again: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The adjoint recursion, step by step: g_t = c_t dy_t + exp(step_{t+1} a) g_{t+1}."""
     _, _, h, step = _scan_ref(u, delta, a, b, c, d, z, delta_bias, first, softplus)
@@ -315,6 +443,8 @@ def _scan_backward_ref(
         sigmoid = torch.sigmoid(zt)
         grad_z = (dy * y * sigmoid * (1 + zt * (1 - sigmoid))).transpose(1, 2).to(z.dtype).contiguous()
         dy = dy * zt * sigmoid
+        if again is not None:
+            again.copy_((y * zt * sigmoid).transpose(1, 2))
     g = torch.zeros_like(h[:, 1:])
     carry = grad_last.to(a.dtype)
     decay = torch.exp(step.unsqueeze(2) * a)
@@ -342,13 +472,19 @@ _TENSORS = (
 _selective_scan_grad = define(
     f"selective_scan_grad(Tensor grad_out, Tensor grad_last, {_TENSORS}, Tensor chunks, bool softplus, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _scan_grad_impl,
+    scan_backward,
     _scan_grad_fake,
 )
 _selective_scan = define(
     f"selective_scan({_TENSORS}, bool softplus, bool keep) -> (Tensor, Tensor, Tensor)",
-    _scan_impl,
+    scan_forward,
     _scan_fake,
     setup_context=_scan_setup,
     backward=_scan_backward,
+)
+_selective_state_update = define(
+    "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? z, "
+    "Tensor? bias, bool softplus, Tensor? slots) -> Tensor",
+    _update_impl,
+    lambda state, x, *rest: x.new_empty(x.shape),
 )

@@ -11,7 +11,7 @@ import yaml
 
 from deftcore.ops.quantized import BLOCK_SIZES, QUANT_TYPES
 
-METHODS = ("lora", "qlora", "s2ft", "qs2ft", "bottleneck", "prompt", "prefix", "full")
+METHODS = ("lora", "qlora", "s2ft", "qs2ft", "mamba-lora", "bottleneck", "prompt", "prefix", "full")
 QUANTIZED_METHODS = ("qlora", "qs2ft")
 
 

@@ -1,4 +1,5 @@
-// State-space models (Mamba): the selective scan and its backward, linear in length, state in float.
+// State-space models: the selective scan (Mamba), the scalar-decay scan (Mamba-2), the causal convolution before them,
+// and one decoding step of each. Linear in length, states in float.
 #pragma once
 
 #include "deftcore/common.h"
@@ -36,7 +37,8 @@ struct SelectiveScanArgs {
 // Gradients of the above. Null outputs are not computed.
 struct SelectiveScanBackwardArgs {
   SelectiveScanArgs forward;  // `out` holds the gradient of out; `chunks` what the forward wrote; `last` is not read
-  ScanTensor grad_u, grad_delta, grad_z;  // of the forward's dtype; grad_z null without z
+  ScanTensor grad_u, grad_delta, grad_z;  // of the forward's dtype; grad_z null without z; may stand in their inputs
+  ScanTensor out_again;                   // out, computed once more; or null
   float* grad_a;                          // [states, channels] or null; zeroed by the caller, as are the next
   float* grad_b;                          // as b, or null
   float* grad_c;                          // as c, or null
@@ -46,10 +48,102 @@ struct SelectiveScanBackwardArgs {
   void* workspace;                        // selective_scan_workspace(args) bytes, 64-byte aligned
 };
 
+// out_t = f(bias + sum_k weight[k] x_{t - width + 1 + k}), f silu or the identity. x before the start is `first`'s last
+// steps, else 0. Where `sequence` is given, no tap reaches a step of another number; `first` belongs to step 0's.
+struct CausalConv1dArgs {
+  ScanTensor x, out;
+  ScanTensor first;         // [batch, width - 1, channels] or null
+  const float* weight;      // [width, channels]
+  const float* bias;        // [channels] or null
+  const int32_t* sequence;  // [batch, length] or null
+  int64_t batch, length, channels, width;
+  DType dtype;
+  bool silu;
+};
+
+struct CausalConv1dBackwardArgs {
+  CausalConv1dArgs forward;  // `out` holds the gradient of out
+  ScanTensor grad_x;         // may not stand in x or out
+  ScanTensor grad_first;     // or null
+  float* grad_weight;        // [width, channels] or null; zeroed by the caller, as is the next
+  float* grad_bias;          // [channels] or null
+};
+inline constexpr int64_t kMaxConvWidth = 16;
+
+// Mamba-2: heads of `head_dim` channels with one step and one decay each.
+//   h_t = exp(log_decay_t) h_{t-1} + step_t x_t b_t^T,   y_t = h_t c_t + d x_t
+struct SsdArgs {
+  ScanTensor x, out;       // channels are heads * head_dim
+  const float* step;       // [batch, length, heads]
+  const float* log_decay;  // [batch, length, heads], at most 0
+  const float* b;          // [batch, length, groups, states], head h in group h groups / heads
+  const float* c;          // likewise
+  const float* d;          // [heads * head_dim] or null
+  const float* first;      // [batch, heads * head_dim, states] or null for 0
+  float* last;             // likewise, out
+  int64_t batch, length, heads, head_dim, states, groups;
+  DType dtype;
+};
+
+struct SsdBackwardArgs {
+  SsdArgs forward;        // `out` holds the gradient of out; `last` is not read
+  ScanTensor grad_x;      // may stand in out
+  float* grad_step;       // [batch, length, heads]
+  float* grad_log_decay;  // likewise
+  float* grad_b;          // as b, zeroed by the caller
+  float* grad_c;          // likewise
+  float* grad_d;          // as d, zeroed by the caller; or null
+  float* grad_first;      // as first, in: the gradient of `last`; out: of `first`
+  void* workspace;        // ssd_workspace(args) bytes, 64-byte aligned
+};
+
+// A [batch, heads, head_dim] tensor as element strides; any of them may be 0.
+struct HeadTensor {
+  const void* data;  // null: not there
+  int64_t batch, head, channel;
+};
+
+// One step of either scan: state = exp(step a) state + step b x, out = (c . state + d x) silu(z), in place.
+struct StateUpdateArgs {
+  void* state;           // [slots, heads, head_dim, states], contiguous
+  const int64_t* slots;  // [batch], row b's state; negative: out is 0, no state is touched. Null: row b has slot b
+  HeadTensor x, dt, z;
+  void* out;        // [batch, heads, head_dim], contiguous
+  HeadTensor a;     // float, batch unused
+  int64_t a_state;  // stride of a over states
+  const void* b;    // [batch, groups, states], contiguous
+  const void* c;    // likewise
+  HeadTensor d;     // float, batch unused
+  HeadTensor bias;  // float, batch unused
+  int64_t batch, heads, head_dim, states, groups;
+  DType dtype;  // of x, dt, z, b, c, out
+  DType state_dtype;
+  bool softplus;
+};
+
+// x [batch, channels, length] after `state` [batch, channels, window]: out as causal_conv1d's, and the window moves on.
+struct CausalConv1dUpdateArgs {
+  ScanTensor x, out;
+  void* state;           // contiguous, in x's dtype; window >= width - 1
+  const int64_t* slots;  // as above
+  const float* weight;   // [width, channels]
+  const float* bias;     // [channels] or null
+  int64_t batch, length, channels, width, window;
+  DType dtype;
+  bool silu;
+};
+
 namespace cpu {
 void selective_scan(const SelectiveScanArgs& args, Stream stream);
 size_t selective_scan_workspace(const SelectiveScanArgs& args);
 void selective_scan_backward(const SelectiveScanBackwardArgs& args, Stream stream);
+void causal_conv1d(const CausalConv1dArgs& args, Stream stream);
+void causal_conv1d_backward(const CausalConv1dBackwardArgs& args, Stream stream);
+void causal_conv1d_update(const CausalConv1dUpdateArgs& args, Stream stream);
+void ssd(const SsdArgs& args, Stream stream);
+size_t ssd_workspace(const SsdArgs& args);
+void ssd_backward(const SsdBackwardArgs& args, Stream stream);
+void selective_state_update(const StateUpdateArgs& args, Stream stream);
 }  // namespace cpu
 
 }  // namespace deftcore

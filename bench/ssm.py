@@ -1,0 +1,239 @@
+"""Mamba: scans, convolution, whole mixers and decoding against Transformers' PyTorch code and mambapy."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+
+import deftcore
+from bench.harness import alternate, console
+from deftcore import ops
+
+STATES = 16
+# Vector operations per state and step of 16 channels, an exponential included: forward, forward and backward.
+OPERATIONS = {"forward": 13, "both": 13 + 13 + 14}
+
+
+def vector_rate():
+    """Multiply-adds on whole vectors per second, from a matrix product that stays in the caches."""
+    a = torch.randn(1024, 1024)
+    return 1024**3 / 16 / alternate({"mm": lambda: a @ a}, 15)["mm"]["seconds"]
+
+
+def scan_inputs(batch, length, width, dtype=torch.float32):
+    """As a mixer has them: [B, L, D] transposed."""
+
+    def turned(x):
+        return x.to(dtype).transpose(1, 2).requires_grad_()
+
+    return dict(
+        u=turned(torch.randn(batch, length, width)), delta=turned(torch.rand(batch, length, width) - 4.0),
+        A=-torch.arange(1.0, STATES + 1).repeat(width, 1), B=turned(torch.randn(batch, length, STATES)),
+        C=turned(torch.randn(batch, length, STATES)), D=torch.ones(width), z=turned(torch.randn(batch, length, width)),
+    )  # fmt: skip
+
+
+def transformers_scan(mambapy):
+    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+
+    def run(x):
+        return mamba_selective_scan(
+            x["u"], x["delta"], x["A"], x["B"], x["C"], D=x["D"], z=x["z"], delta_softplus=True, use_mambapy=mambapy
+        )
+
+    return run
+
+
+def ours(x):
+    return ops.selective_scan(x["u"], x["delta"], x["A"], x["B"], x["C"], x["D"], x["z"], None, True)
+
+
+def has_mambapy():
+    try:
+        import mambapy.pscan  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def bench_scan(quick):
+    """Peers where they take seconds, ours up to 8192 steps; forward, and forward with backward."""
+    rate, rows = vector_rate(), []
+    cases = [(1, n, 1536) for n in ((256, 1024) if quick else (64, 256, 512, 1024, 2048, 4096, 8192))]
+    cases += [] if quick else [(1, 1024, 5120), (8, 512, 1536), (8, 512, 5120)]
+    for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+        for batch, length, width in track(cases, f"scan {dtype}", console=console):
+            x = scan_inputs(batch, length, width, dtype)
+            leaves = [t for t in x.values() if t.requires_grad]
+            grad = torch.randn(batch, width, length).to(dtype)
+            for what in ("forward", "both"):
+                sides = {"ours": ours}
+                peers = batch == 1 and width == 1536 and dtype == torch.float32
+                if peers and length <= (1024 if what == "forward" else 512):
+                    sides["transformers"] = transformers_scan(False)
+                if peers and length <= 1024 and has_mambapy():
+                    sides["mambapy"] = transformers_scan(True)
+
+                def side(run, x=x, leaves=leaves, grad=grad, what=what):
+                    if what == "forward":
+                        with torch.no_grad():
+                            return run(x)
+                    return torch.autograd.grad(run(x), leaves, grad)
+
+                slow = "transformers" in sides and what == "both"
+                times = alternate(
+                    {name: lambda run=run: side(run) for name, run in sides.items()}, 3 if slow else 5 if peers else 9
+                )
+                seconds = {name: t["seconds"] for name, t in times.items()}
+                bound = OPERATIONS[what] * batch * length * width * STATES / 16 / rate
+                rows.append(
+                    {"what": what, "dtype": str(dtype)[6:], "batch": batch, "length": length, "width": width,
+                     "ours_ms": 1e3 * seconds["ours"], "us_per_token": 1e6 * seconds["ours"] / (batch * length),
+                     "share_of_bound": bound / seconds["ours"]}
+                    | {f"over_{name}": seconds[name] / seconds["ours"] for name in seconds if name != "ours"}
+                )  # fmt: skip
+    return rows
+
+
+def mixers(kind, hidden):
+    """Transformers' mixer, and the same one patched."""
+    import transformers
+
+    if kind == "mamba":
+        config = transformers.MambaConfig(hidden_size=hidden, num_hidden_layers=1, vocab_size=8)
+        model = transformers.MambaModel(config)
+    else:
+        heads = 2 * hidden // 64
+        config = transformers.Mamba2Config(
+            hidden_size=hidden, num_hidden_layers=1, vocab_size=8, num_heads=heads, head_dim=64, n_groups=1
+        )
+        model = transformers.Mamba2Model(config)
+    model.requires_grad_(False)
+    return model.layers[0].mixer, deftcore.patch(copy.deepcopy(model)).layers[0].mixer
+
+
+def products(mixer, tokens, backward):
+    """Seconds of the block's matrix products alone: forward, and with the gradients of their inputs."""
+    layers = [m for m in mixer.modules() if isinstance(m, torch.nn.Linear)]
+    inputs = [torch.randn(tokens, m.in_features, dtype=m.weight.dtype) for m in layers]
+    grads = [torch.randn(tokens, m.out_features, dtype=m.weight.dtype) for m in layers]
+
+    def run():
+        for m, x, g in zip(layers, inputs, grads, strict=True):
+            F.linear(x, m.weight)
+            if backward:
+                g @ m.weight
+
+    return run
+
+
+def bench_mixer(quick):
+    """A frozen mixer, forward and forward with the gradient of its input; beside it its matrix products alone."""
+    rows = []
+    widths = (768,) if quick else (768, 2560)
+    lengths = (256,) if quick else (256, 1024, 4096)
+    for kind in ("mamba", "mamba2"):
+        for hidden in widths:
+            plain, fused = mixers(kind, hidden)
+            for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+                plain, fused = plain.to(dtype), fused.to(dtype)
+                for mixer in (plain, fused):
+                    mixer.A_log.data = mixer.A_log.data.float()
+                for length in track(lengths, f"{kind} {hidden} {dtype}", console=console):
+                    x = torch.randn(1, length, hidden, dtype=dtype, requires_grad=True)
+                    grad = torch.randn(1, length, hidden, dtype=dtype)
+                    for what in ("forward", "both"):
+
+                        def side(mixer, x=x, grad=grad, what=what):
+                            if what == "forward":
+                                with torch.no_grad():
+                                    return mixer(x)
+                            return torch.autograd.grad(mixer(x), x, grad)
+
+                        sides = {
+                            "ours": lambda m=fused, f=side: f(m),
+                            "products": products(fused, length, what == "both"),
+                        }
+                        if length <= 256 and hidden == 768:
+                            sides["transformers"] = lambda m=plain, f=side: f(m)
+                        times = alternate(sides, 5)
+                        seconds = {name: t["seconds"] for name, t in times.items()}
+                        rows.append(
+                            {"kind": kind, "what": what, "dtype": str(dtype)[6:], "hidden": hidden, "length": length,
+                             "ours_ms": 1e3 * seconds["ours"], "products_ms": 1e3 * seconds["products"],
+                             "rest_over_products": seconds["ours"] / seconds["products"] - 1}
+                            | {f"over_{n}": seconds[n] / seconds["ours"] for n in seconds if n == "transformers"}
+                        )  # fmt: skip
+    return rows
+
+
+@torch.no_grad()
+def bench_decode(quick):
+    """One token through a model of 4 layers with a filled cache."""
+    import transformers
+
+    rows = []
+    for kind, hidden in (("mamba", 768), ("mamba2", 768)) if quick else (
+        ("mamba", 768), ("mamba", 2560), ("mamba2", 768), ("mamba2", 2560),
+    ):  # fmt: skip
+        common = dict(hidden_size=hidden, num_hidden_layers=4, vocab_size=64)
+        if kind == "mamba":
+            model = transformers.MambaForCausalLM(transformers.MambaConfig(**common)).eval()
+        else:
+            config = transformers.Mamba2Config(**common, num_heads=2 * hidden // 64, head_dim=64, n_groups=1)
+            model = transformers.Mamba2ForCausalLM(config).eval()
+        patched = deftcore.patch(copy.deepcopy(model))
+        for batch in (1,) if quick else (1, 8):
+            ids = torch.randint(1, 64, (batch, 16))
+            caches = {"transformers": model(ids, use_cache=True), "ours": patched(ids, use_cache=True)}
+
+            def step(m, name, caches=caches, ids=ids):
+                return m(ids[:, :1], cache_params=caches[name].cache_params, use_cache=True)
+
+            times = alternate(
+                {"transformers": lambda: step(model, "transformers"), "ours": lambda: step(patched, "ours")}, 30
+            )
+            weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embed" not in n)
+            seconds = {name: t["seconds"] for name, t in times.items()}
+            rows.append(
+                {"kind": kind, "hidden": hidden, "batch": batch, "ours_ms": 1e3 * seconds["ours"],
+                 "weights_gb_per_s": weights / seconds["ours"] / 1e9,
+                 "ratio": seconds["transformers"] / seconds["ours"]}
+            )  # fmt: skip
+    return rows
+
+
+def bench_chunk_scan(quick):
+    """Mamba-2's scan against Transformers' chunked one."""
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+    rows = []
+    for length in (512,) if quick else (256, 1024, 2048):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(1, length, 24, 64, dtype=dtype, requires_grad=True)
+            dt = (torch.rand(1, length, 24) - 4).to(dtype).requires_grad_()
+            b, c = (torch.randn(1, length, 1, 128, dtype=dtype, requires_grad=True) for _ in range(2))
+            a, d = -torch.arange(1.0, 25.0), torch.ones(24)
+            grad = torch.randn(1, length, 24, 64, dtype=dtype)
+            calls = {
+                "ours": lambda x=x, dt=dt, b=b, c=c: ops.mamba_chunk_scan(x, dt, a, b, c, 256, d, dt_softplus=True),
+                "transformers": lambda x=x, dt=dt, b=b, c=c: mamba2_chunk_scan(
+                    x, dt, a, b, c, 256, D=d, dt_softplus=True
+                ).to(x.dtype),
+            }
+            for what in ("forward", "both"):
+
+                def side(run, leaves=(x, dt, b, c), grad=grad, what=what):
+                    if what == "forward":
+                        with torch.no_grad():
+                            return run()
+                    return torch.autograd.grad(run(), leaves, grad)
+
+                times = alternate({n: lambda run=run, f=side: f(run) for n, run in calls.items()}, 5)
+                seconds = {name: t["seconds"] for name, t in times.items()}
+                rows.append(
+                    {"what": what, "dtype": str(dtype)[6:], "length": length, "ours_ms": 1e3 * seconds["ours"],
+                     "ratio": seconds["transformers"] / seconds["ours"]}
+                )  # fmt: skip
+    return rows

@@ -1,0 +1,68 @@
+// Reading and writing [batch, time, channel] tensors of any layout as tiles [time, kWidth]: one vector of channels per
+// step. Rows of a channels-last tensor are far apart, which defeats the hardware's prefetching: each row read also asks
+// for the line that the next block of channels will want.
+#pragma once
+
+#include <algorithm>
+
+#include "isa.h"
+
+namespace deftcore::cpu {
+namespace {
+
+constexpr int64_t kTile = kScanChunk * kWidth;
+constexpr size_t kAhead = 64;  // bytes
+
+// Channels first .. first + count, at most kWidth.
+struct Lanes {
+  int64_t first, count;
+};
+
+inline Vec load_some(const float* p, int64_t count) { return count == kWidth ? load(p) : load_tail(p, count); }
+inline void store_some(float* p, Vec v, int64_t count) {
+  if (count == kWidth) return store(p, v);
+  store_tail(p, v, count);
+}
+inline void add_to(float* p, Vec v, int64_t count) { store_some(p, load_some(p, count) + v, count); }
+
+// steps x kWidth values of a tensor as floats, lanes past the block zero.
+template <class T>
+void read_tile(const ScanTensor& x, int64_t batch, int64_t start, int64_t steps, Lanes lanes, float* tile) {
+  const T* from = static_cast<const T*>(x.data) + batch * x.batch + start * x.time + lanes.first * x.channel;
+  if (x.channel == 1) {
+    for (int64_t t = 0; t < steps; ++t) {
+      const T* row = from + t * x.time;
+      __builtin_prefetch(row + kAhead / sizeof(T));
+      store(tile + t * kWidth, lanes.count == kWidth ? load(row) : load_tail(row, lanes.count));
+    }
+    return;
+  }
+  if (lanes.count < kWidth) std::fill(tile, tile + steps * kWidth, 0.0f);
+  for (int64_t j = 0; j < lanes.count; ++j) {
+    for (int64_t t = 0; t < steps; ++t) tile[t * kWidth + j] = to_float(from[j * x.channel + t * x.time]);
+  }
+}
+
+template <class T>
+void write_tile(const ScanTensor& x, int64_t batch, int64_t start, int64_t steps, Lanes lanes, const float* tile) {
+  T* to = static_cast<T*>(x.data) + batch * x.batch + start * x.time + lanes.first * x.channel;
+  if (x.channel == 1) {
+    for (int64_t t = 0; t < steps; ++t) {
+      __builtin_prefetch(to + t * x.time + kAhead / sizeof(T), 1);
+      if (lanes.count == kWidth) {
+        store(to + t * x.time, load(tile + t * kWidth));
+      } else {
+        store_tail(to + t * x.time, load(tile + t * kWidth), lanes.count);
+      }
+    }
+    return;
+  }
+  T row[kTile];
+  for (int64_t t = 0; t < steps; ++t) store(row + t * kWidth, load(tile + t * kWidth));
+  for (int64_t j = 0; j < lanes.count; ++j) {
+    for (int64_t t = 0; t < steps; ++t) to[j * x.channel + t * x.time] = row[t * kWidth + j];
+  }
+}
+
+}  // namespace
+}  // namespace deftcore::cpu

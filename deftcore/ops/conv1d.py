@@ -1,0 +1,336 @@
+"""Causal depthwise convolution over time, as in front of Mamba's scans, in causal_conv1d's signatures."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deftcore.ops._layout import empty_like, strided, wide_dtype
+from deftcore.ops._library import DTYPE_CODES, address, backend, check_float, check_like, check_shape, define, native
+
+MAX_WIDTH: int = native.max_conv_width
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    activation: str | None = None,
+    *,
+    seq_idx: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out_t = f(bias + sum_k weight[:, k] x_{t - W + 1 + k}) per channel, f silu or the identity.
+
+    Sums are float32. Every argument but `seq_idx` is differentiable.
+
+    Args:
+        x: [B, C, L], any strides ([B, L, C] transposed needs no copy).
+        weight: [C, W], W up to 16; bias: [C] or None. Any floating dtype.
+        initial_states: [B, C, W - 1] in x's dtype, what came before x; None is 0.
+        return_final_states: also return what the next call takes as `initial_states`.
+        activation: None, "silu" or "swish" (the same).
+        seq_idx: [B, L] integers; no tap reaches a step of another number. `initial_states` belong to the first.
+
+    Returns:
+        out [B, C, L] in x's dtype; with `return_final_states` also the last W - 1 steps, [B, C, W - 1].
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> causal_conv1d(torch.ones(1, 1, 3), torch.ones(1, 2)).tolist()
+    [[[1.0, 2.0, 2.0]]]
+    """
+    check_float("x", x)
+    if x.dim() != 3:
+        raise ValueError(f"x: must be [B, C, L], got shape {tuple(x.shape)}")
+    taps, offset, silu = _parameters(x, weight, bias, activation)
+    reach = weight.shape[1] - 1
+    if initial_states is not None:
+        check_like("initial_states", initial_states, "x", x)
+        check_shape("initial_states", initial_states, (*x.shape[:2], reach), "[B, C, W - 1]")
+    if seq_idx is not None:
+        seq_idx = check_sequence(seq_idx, x.shape[0], x.shape[2], x)
+    out = _causal_conv1d(x, taps, offset, initial_states, seq_idx, silu)
+    if not return_final_states:
+        return out
+    return out, next_window(x, initial_states, reach)
+
+
+def next_window(x: Tensor, window: Tensor | None, reach: int) -> Tensor:
+    """The last `reach` steps of x [B, C, L] and of what came before it, `window` [B, C, reach] or zeros."""
+    if x.shape[2] >= reach:
+        return x[..., x.shape[2] - reach :].clone(memory_format=torch.contiguous_format)
+    before = x.new_zeros((*x.shape[:2], reach)) if window is None else window
+    return torch.cat((before, x), -1)[..., x.shape[2] :].contiguous()
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """`causal_conv1d` for the next step or steps of a sequence; `conv_state` moves on in place.
+
+    Args:
+        x: [B, C] or [B, C, T].
+        conv_state: [B, C, S] in x's dtype, S at least W - 1, the newest step last.
+        weight, bias, activation: as for `causal_conv1d`.
+        conv_state_indices: [B] int64, the row of `conv_state` [slots, C, S] that belongs to each row of x; a negative
+            one is padding: 0 comes out and no state is touched. None is 0..B - 1.
+
+    Returns:
+        As x.
+    """
+    check_float("x", x)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x: must be [B, C] or [B, C, T], got shape {tuple(x.shape)}")
+    steps = x if x.dim() == 3 else x.unsqueeze(-1)
+    taps, offset, silu = _parameters(x, weight, bias, activation)
+    check_like("conv_state", conv_state, "x", x)
+    reach = weight.shape[1] - 1
+    if conv_state.dim() != 3 or conv_state.shape[1] != x.shape[1] or conv_state.shape[2] < reach:
+        raise ValueError(f"conv_state: must be [B, {x.shape[1]}, at least {reach}], got {tuple(conv_state.shape)}")
+    slots = check_slots("conv_state_indices", conv_state_indices, x.shape[0], "conv_state", conv_state)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        if slots is not None:
+            raise ValueError("conv_state_indices: cannot be used where gradients are needed; call causal_conv1d")
+        window = conv_state.detach()[..., conv_state.shape[2] - reach :].clone()
+        out = causal_conv1d(steps, weight, bias, window, activation=activation)
+        with torch.no_grad():
+            conv_state.copy_(torch.cat((conv_state, steps), -1)[..., steps.shape[2] :])
+    else:
+        out = _causal_conv1d_update(steps, conv_state, taps, offset, slots, silu)
+    return out if x.dim() == 3 else out.squeeze(-1)  # type: ignore[union-attr]
+
+
+def _parameters(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> tuple[Tensor, Tensor | None, bool]:
+    """weight as [W, C] and bias in the accumulation's dtype, and whether silu follows."""
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f"activation: must be None, 'silu' or 'swish', got {activation!r}")
+    check_float("weight", weight)
+    channels, wide = x.shape[1], wide_dtype(x)
+    if weight.dim() != 2 or weight.shape[0] != channels or not 1 <= weight.shape[1] <= MAX_WIDTH:
+        raise ValueError(f"weight: shape must be ({channels}, W) with W in 1..{MAX_WIDTH}, got {tuple(weight.shape)}")
+    if bias is not None:
+        check_float("bias", bias)
+        check_shape("bias", bias, (channels,), "one per channel")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name}: must be on {x.device} as x, got {t.device}")
+    return (
+        weight.to(wide).t().contiguous(),
+        None if bias is None else bias.to(wide).contiguous(),
+        activation is not None,
+    )
+
+
+def check_sequence(seq_idx: Any, batch: int, length: int, x: Tensor) -> Tensor:
+    """seq_idx as contiguous int32; raises unless it is [batch, length] integers on x's device."""
+    if not isinstance(seq_idx, Tensor) or seq_idx.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"seq_idx: must be an int32 or int64 tensor, got {getattr(seq_idx, 'dtype', type(seq_idx))}")
+    check_shape("seq_idx", seq_idx, (batch, length), "[B, L]")
+    if seq_idx.device != x.device:
+        raise ValueError(f"seq_idx: must be on {x.device} as x, got {seq_idx.device}")
+    return seq_idx.to(torch.int32).contiguous()
+
+
+def check_slots(name: str, slots: Any, batch: int, state_name: str, state: Tensor) -> Tensor | None:
+    """Slot numbers as contiguous int64, each below the number of states and used once; None where row b has slot b."""
+    if slots is None:
+        if state.shape[0] != batch:
+            raise ValueError(f"{state_name}: must have {batch} rows as x, got {state.shape[0]}")
+        return None
+    if not isinstance(slots, Tensor) or slots.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: must be an int32 or int64 tensor, got {getattr(slots, 'dtype', type(slots))}")
+    check_shape(name, slots, (batch,), "one per row of x")
+    if slots.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+        used = slots[slots >= 0]
+        if used.numel() and int(used.max()) >= state.shape[0]:
+            raise ValueError(f"{name}: must be below {state.shape[0]} (rows of {state_name}), got {int(used.max())}")
+        if used.unique().numel() != used.numel():
+            raise ValueError(f"{name}: two rows cannot share a state")
+    return slots.to(torch.int64).contiguous()
+
+
+# ---------------------------------------------------------------------------- op
+
+
+def conv_forward(
+    x: Tensor, taps: Tensor, bias: Tensor | None, first: Tensor | None, sequence: Tensor | None, silu: bool
+) -> Tensor:
+    kernels = _kernels(x)
+    if kernels is None:
+        total, _, _ = _conv_ref(x, taps, bias, first, sequence)
+        return (F.silu(total) if silu else total).to(x.dtype)
+    out = empty_like(x)
+    kernels.causal_conv1d(_native_args(x, out, taps, bias, first, sequence, silu))
+    return out
+
+
+def conv_backward(
+    grad: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, first: Tensor | None, sequence: Tensor | None,
+    silu: bool, wanted: list[bool], grad_x: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, taps, bias and first; x's is written into `grad_x` where that is given."""
+    kernels, empty = _kernels(x), taps.new_empty(0)
+    grad_x = empty_like(x) if grad_x is None else grad_x
+    if kernels is None:
+        into_x, grad_taps, grad_bias, grad_first = _conv_backward_ref(grad, x, taps, bias, first, sequence, silu)
+        grad_x.copy_(into_x)
+        return grad_x, grad_taps, grad_bias, grad_first
+    grad_taps = torch.zeros_like(taps) if wanted[1] else empty
+    grad_bias = torch.zeros_like(bias) if bias is not None and wanted[2] else empty.clone()
+    grad_first = torch.zeros_like(first) if first is not None and wanted[3] else x.new_empty(0)
+    kernels.causal_conv1d_backward(
+        _native_args(x, grad, taps, bias, first, sequence, silu), strided(grad_x),
+        strided(grad_first if grad_first.numel() else None), address(grad_taps) if wanted[1] else 0,
+        address(grad_bias) if grad_bias.numel() else 0,
+    )  # fmt: skip
+    return grad_x, grad_taps, grad_bias, grad_first
+
+
+def _kernels(x: Tensor) -> Any:
+    """Native functions; there are none for CUDA yet."""
+    return backend("causal_conv1d", x) if x.device.type == "cpu" or x.dtype == torch.float64 else None
+
+
+def _native_args(
+    x: Tensor, out: Tensor, taps: Tensor, bias: Tensor | None, first: Tensor | None, sequence: Tensor | None, silu: bool
+) -> Any:
+    return native.CausalConv1d(
+        strided(x), strided(out), strided(first if first is not None and first.numel() else None), address(taps),
+        address(bias), address(sequence), x.shape[0], x.shape[2], x.shape[1], taps.shape[0], DTYPE_CODES[x.dtype], silu,
+    )  # fmt: skip
+
+
+def _conv_fake(
+    x: Tensor, taps: Tensor, bias: Tensor | None, first: Tensor | None, sequence: Tensor | None, silu: bool
+) -> Tensor:
+    return empty_like(x) if x.device.type == "cpu" and x.dtype != torch.float64 else x.new_empty(x.shape)
+
+
+def _conv_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.silu = inputs[5]
+
+
+def _conv_grad(ctx: Any, grad: Tensor) -> tuple:
+    wanted = [bool(need) for need in ctx.needs_input_grad[:4]]
+    found = _causal_conv1d_grad(grad, *ctx.saved_tensors, ctx.silu, wanted)
+    return (*(g if need else None for g, need in zip(found, wanted, strict=True)), None, None)
+
+
+def _conv_grad_fake(
+    grad: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, first: Tensor | None, sequence: Tensor | None,
+    silu: bool, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    runs = x.device.type == "cpu" and x.dtype != torch.float64
+    empty = taps.new_empty(0)
+    return (
+        empty_like(x), torch.empty_like(taps) if wanted[1] or not runs else empty,
+        torch.empty_like(bias) if bias is not None and (wanted[2] or not runs) else empty.clone(),
+        torch.empty_like(first) if first is not None and (wanted[3] or not runs) else x.new_empty(0),
+    )  # fmt: skip
+
+
+def _update_impl(
+    x: Tensor, state: Tensor, taps: Tensor, bias: Tensor | None, slots: Tensor | None, silu: bool
+) -> Tensor:
+    kernels = _kernels(x)
+    if kernels is None:
+        out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        rows = slice(None) if slots is None else (slots >= 0).nonzero().squeeze(1)
+        own = rows if slots is None else slots[rows]
+        joined = torch.cat((state[own], x[rows]), -1)
+        reach = taps.shape[0] - 1
+        window = joined[..., state.shape[2] - reach : state.shape[2]]
+        out[rows] = conv_forward(x[rows], taps, bias, window, None, silu)
+        state[own] = joined[..., x.shape[2] :]
+        return out
+    out = torch.empty(x.shape, dtype=x.dtype)
+    held = state.contiguous()
+    kernels.causal_conv1d_update(
+        strided(x), strided(out), address(held), address(slots), address(taps), address(bias), x.shape[0], x.shape[2],
+        x.shape[1], taps.shape[0], state.shape[2], DTYPE_CODES[x.dtype], silu,
+    )  # fmt: skip
+    if held is not state:
+        state.copy_(held)
+    return out
+
+
+# ---------------------------------------------------------------------------- references
+
+
+def _reach(sequence: Tensor | None, length: int) -> Tensor | None:
+    """Steps since each step's sequence began, [B, 1, L]; what came before x belongs to the first one."""
+    if sequence is None:
+        return None
+    steps = torch.arange(length, device=sequence.device)
+    begins = F.pad(sequence[:, 1:] != sequence[:, :-1], (1, 0))
+    last = torch.where(begins, steps, -MAX_WIDTH).cummax(1).values
+    return (steps - last).unsqueeze(1)
+
+
+def _conv_ref(
+    x: Tensor, taps: Tensor, bias: Tensor | None, first: Tensor | None, sequence: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The sums before the activation, x with what came before it, and the reach of each step."""
+    width, length = taps.shape[0], x.shape[2]
+    before = x.new_zeros((*x.shape[:2], width - 1)) if first is None else first
+    padded, reach = torch.cat((before, x), -1).to(taps.dtype), _reach(sequence, length)
+    total = torch.zeros(x.shape, dtype=taps.dtype, device=x.device)
+    for k in range(width):
+        term = taps[k, :, None] * padded[..., k : k + length]
+        total = total + (term if reach is None else term * (reach >= width - 1 - k))
+    return total if bias is None else total + bias[:, None], padded, reach
+
+
+def _conv_backward_ref(
+    grad: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, first: Tensor | None, sequence: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    total, padded, reach = _conv_ref(x, taps, bias, first, sequence)
+    grad = grad.to(taps.dtype)
+    if silu:
+        sigmoid = torch.sigmoid(total)
+        grad = grad * sigmoid * (1 + total * (1 - sigmoid))
+    width, length = taps.shape[0], x.shape[2]
+    into, grad_taps = torch.zeros_like(padded), torch.empty_like(taps)
+    for k in range(width):
+        seen = grad if reach is None else grad * (reach >= width - 1 - k)
+        into[..., k : k + length] += taps[k, :, None] * seen
+        grad_taps[k] = (seen * padded[..., k : k + length]).sum((0, 2))
+    empty = taps.new_empty(0)
+    return (
+        into[..., width - 1 :].to(x.dtype), grad_taps, empty if bias is None else grad.sum((0, 2)),
+        x.new_empty(0) if first is None else into[..., : width - 1].to(x.dtype).contiguous(),
+    )  # fmt: skip
+
+
+_TENSORS = "Tensor x, Tensor taps, Tensor? bias, Tensor? first, Tensor? sequence, bool silu"
+_causal_conv1d_grad = define(
+    f"causal_conv1d_grad(Tensor grad, {_TENSORS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    conv_backward,
+    _conv_grad_fake,
+)
+_causal_conv1d = define(
+    f"causal_conv1d({_TENSORS}) -> Tensor",
+    conv_forward,
+    _conv_fake,
+    setup_context=_conv_setup,
+    backward=_conv_grad,
+)
+_causal_conv1d_update = define(
+    "causal_conv1d_update(Tensor x, Tensor(a!) state, Tensor taps, Tensor? bias, Tensor? slots, bool silu) -> Tensor",
+    _update_impl,
+    lambda x, state, taps, bias, slots, silu: x.new_empty(x.shape),
+)
