@@ -36,7 +36,7 @@ def exponents(model: nn.Module, batches: Sequence[Batch]) -> dict[str, dict[str,
     Returns, by layer name: `max`, `min` and `mean` over rows, channels and states, the mean step, the number of steps,
     and the memory length -1 / max in steps.
     """
-    mixers = {name: m for name, m in model.named_modules() if isinstance(m, (MambaBlock, Mamba2Block))}
+    mixers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, (MambaBlock, Mamba2Block))}
     if not mixers:
         raise ValueError(
             f"model: {type(model).__name__} has no Mamba mixer on deftcore's ops; call deftcore.patch first"

@@ -4,6 +4,7 @@ import copy
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -587,6 +588,39 @@ def test_transformers_own_paths_bypass_dt_proj():
     assert not loss.requires_grad
     patched = with_lora("mamba", ["dt_proj"])
     assert patched(input_ids=ids, labels=ids).loss.requires_grad
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fine_tuning_follows_the_unfused_model(family, precision):
+    """Step for step the losses of the unfused model under the same adapters, seeds and data.
+
+    In float32 that is Transformers' own. Under bfloat16 autocast it adds dt's bias and takes softplus in bfloat16; the
+    unfused model is then ours, op by op (a hook on a projection asks for that), and Transformers' only a yardstick.
+    """
+    text = torch.tensor(list(Path(transformers.__file__).read_bytes()[:4096])) % 63 + 1
+    batches = text.view(-1, 2, 32)[:12]
+    targets = ["in_proj", "out_proj"] if family == "mamba2" else ["in_proj", "x_proj", "out_proj"]
+    runs = {}
+    for kind in ("transformers", "op by op", "fused"):
+        model = with_lora(family, targets, patch=kind != "transformers").train()
+        if kind == "op by op":
+            for module in model.modules():
+                if hasattr(module, "A_log"):
+                    module.out_proj.register_forward_hook(lambda *_: None)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+        losses = []
+        for ids in (*batches, batches[0]):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        runs[kind] = losses
+    assert runs["fused"] == pytest.approx(runs["op by op"], rel=1e-3)
+    assert runs["fused"] == pytest.approx(runs["transformers"], rel=1e-3 if precision == "fp32" else 5e-3)
+    assert runs["fused"][-1] < runs["fused"][0] - 0.05
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -95,7 +95,18 @@ def test_alternating_with_pytorch_costs_nothing():
     assert median(ours, theirs) < 2 * (median(ours) + median(theirs)) + 1e-4
 
 
-KERNEL_TESTS = ("density", "sparse_mlp", "quant4", "sparse_mlp4", "partial_linear", "grouped_delta", "ssm")
+KERNEL_TESTS = (
+    "density",
+    "sparse_mlp",
+    "quant4",
+    "sparse_mlp4",
+    "partial_linear",
+    "grouped_delta",
+    "ssm",
+    "ssd",
+    "conv1d",
+    "mamba",
+)
 
 
 @pytest.mark.parametrize("isa", native.isa_available().split())
@@ -173,14 +184,15 @@ def test_bench(capsys):
     assert set(table) == {"1", "2", "4", "8", "16", "32", "64"}
 
 
-def save_base(folder, **sizes):
+def save_base(folder, model=None, **sizes):
+    """A small model (a Llama where none is given), a tokenizer and a text."""
     from conftest import tiny_model
 
     from deftcore.quickstart import _tokenizer
 
     text = "the quick brown fox jumps over the lazy dog. " * 40
     tokenizer = _tokenizer(text, 300)
-    model = tiny_model("llama")
+    model = tiny_model("llama") if model is None else model
     if sizes:
         model.config.update(sizes)
         model = type(model)(model.config)
@@ -245,6 +257,32 @@ def test_train_export_density_4bit(tmp_path, capsys):
     assert [block.kind for block in skipped.deftcore_blocks] == ["gated", "skipped"]
     assert skipped(ids).logits.isfinite().all()
     assert main(["export", str(base), str(tmp_path / "x"), "--merge", "4bit"]) == 2
+
+
+@pytest.mark.parametrize(("family", "precision"), [("mamba", "bf16"), ("falcon_mamba", "fp16"), ("mamba2", "no")])
+def test_train_mamba(tmp_path, capsys, family, precision):
+    """LoRA on a Mamba's buffers from the shipped recipe; the adapter loads; DEFT is refused."""
+    import peft
+    from test_mamba import model_of
+
+    save_base(tmp_path, model_of(family))
+    capsys.readouterr()
+    recipe = Path(__file__).parents[1] / "recipes" / "mamba-lora.yaml"
+    overrides = [f"model={tmp_path}", f"data.train={tmp_path / 'data.txt'}", f"data.validation={tmp_path / 'data.txt'}",
+                 f"output={tmp_path / 'run'}", "training.max_steps=6", "data.max_length=16",
+                 f"training.mixed_precision={precision}", "training.learning_rate=1e-2"]  # fmt: skip
+    assert main(["train", str(recipe), *overrides, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert result["eval_loss"] < next(entry["loss"] for entry in log if "loss" in entry) or precision == "fp16"
+    from deftcore.integrations.checkpoints import load_model
+
+    model = peft.PeftModel.from_pretrained(load_model(str(tmp_path)), tmp_path / "run" / "final")
+    ids = torch.tensor([[1, 2, 3]])
+    before = model(ids).logits
+    torch.testing.assert_close(deftcore.patch(model)(ids).logits, before, rtol=1e-3, atol=1e-4)
+    assert main(["train", str(recipe), *overrides, "deft=true", f"output={tmp_path / 'other'}"]) == 2
+    assert "not defined for Mamba" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["s2ft", "qs2ft"])

@@ -32,7 +32,7 @@ class MambaLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = "MAMBA_LORA"  # type: ignore[assignment]
+        self.peft_type = "MAMBA_LORA"
         if self.use_dora:
             raise ValueError("use_dora: the fused Mamba blocks take plain LoRA")
 
@@ -69,7 +69,8 @@ class SplitLoraLinear(LoraLinear):
             return y
         for name in self.active_adapters:
             if name in self.lora_A:
-                a, b = self.lora_A[name].weight, self.lora_B[name].weight
+                a: Any = self.lora_A[name].weight
+                b: Any = self.lora_B[name].weight
                 low = F.linear(self.lora_dropout[name](x.to(a.dtype)), a) * self.scaling[name]
                 parts = [F.linear(low[..., i:j], b[start:stop, i:j]) for start, stop, i, j in self.blocks(name)]
                 y = y + torch.cat(parts, dim=-1).to(y.dtype)
@@ -91,7 +92,7 @@ class MambaLoraModel(LoraModel):
         if target_name == "conv1d":
             raise ValueError("target_modules: conv1d is a depthwise convolution, LoRA cannot be merged into it")
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self, lora_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str,
         **kwargs: Any,
     ) -> None:  # fmt: skip
@@ -100,7 +101,7 @@ class MambaLoraModel(LoraModel):
             lora_config.rank_pattern.setdefault(current_key, lora_config.r * len(slices))
             lora_config.alpha_pattern.setdefault(current_key, lora_config.lora_alpha * len(slices))
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
-        layer = getattr(parent, target_name)
+        layer: Any = getattr(parent, target_name)
         if len(slices) > 1 and type(layer) is LoraLinear:
             layer.__class__ = SplitLoraLinear
-            layer.slices = slices
+            setattr(layer, "slices", slices)  # noqa: B010

@@ -33,7 +33,9 @@ def lora_projection(module: Any) -> Projection | None:
         if name in module.lora_variant or module.lora_bias[name] or not plain:
             return None
         p = dropout.p if module.training and isinstance(dropout, nn.Dropout) else 0.0
-        a, b, scaling = module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
+        a: Any = module.lora_A[name].weight
+        b: Any = module.lora_B[name].weight
+        scaling = float(module.scaling[name])
         if isinstance(module, SplitLoraLinear):
             blocks = module.blocks(name)
             pairs += [LoraPair(a[i:j], b[start:stop, i:j], scaling, (start, stop), p) for start, stop, i, j in blocks]
@@ -53,7 +55,8 @@ class _Cached:
     ) -> Tensor:
         """[B, L, d] to [B, L, d]. Several tokens after a filled cache continue from its state."""
         layer, length = self.layer_idx, hidden_states.shape[1]
-        conv = ssm = None
+        conv: Any = None
+        ssm: Any = None
         if cache_params is not None:
             conv, ssm = (cache_params.get_conv_state(layer), cache_params.get_recurrent_state(layer))
         single = conv is not None and length == 1 and attention_mask is None and not torch.is_grad_enabled()

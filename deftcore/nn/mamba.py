@@ -147,7 +147,7 @@ class MambaBlock(_Block):
             if torch.is_autocast_enabled(low.device.type) and isinstance(dt_proj.weight, Tensor):
                 low = low.to(torch.get_autocast_dtype(low.device.type))
             delta, bias = project(low, dt_proj._replace(bias=None)), dt_proj.bias
-        return (*(t.to(u.dtype) for t in (delta, b, c)), bias)  # type: ignore[return-value]
+        return (*(t.to(u.dtype) for t in (delta, b, c)), bias)
 
     def steps(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """The scan's steps for hidden [B, L, d]: [B, D, L] float32, after softplus."""

@@ -102,12 +102,12 @@ def causal_conv1d_update(
         if slots is not None:
             raise ValueError("conv_state_indices: cannot be used where gradients are needed; call causal_conv1d")
         window = conv_state.detach()[..., conv_state.shape[2] - reach :].clone()
-        out = causal_conv1d(steps, weight, bias, window, activation=activation)
+        out = _causal_conv1d(steps, taps, offset, window, None, silu)
         with torch.no_grad():
             conv_state.copy_(torch.cat((conv_state, steps), -1)[..., steps.shape[2] :])
     else:
         out = _causal_conv1d_update(steps, conv_state, taps, offset, slots, silu)
-    return out if x.dim() == 3 else out.squeeze(-1)  # type: ignore[union-attr]
+    return out if x.dim() == 3 else out.squeeze(-1)
 
 
 def _parameters(

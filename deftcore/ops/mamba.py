@@ -360,9 +360,9 @@ def _decode(settings: str) -> tuple[list[_Layer], dict[str, Any]]:
 def _parts_of(layer: _Layer, tensors: list[Tensor]) -> Parts:
     assert layer.packed is not None
     own = tensors[layer.at : layer.at + layer.weights]
-    nested = own[3:5] if layer.packed[5] else [None, None]
-    offset, rows, cols, block_size, column_blocks, _ = layer.packed
-    return Parts(own[0], own[1], own[2], *nested, offset, rows, cols, block_size, column_blocks)
+    offset, rows, cols, block_size, column_blocks, nested = layer.packed
+    outer, outer_code = (own[3], own[4]) if nested else (None, None)
+    return Parts(own[0], own[1], own[2], outer, outer_code, offset, rows, cols, block_size, column_blocks)
 
 
 def _dropped(x: Tensor, layer: _Layer, i: int, seeds: Tensor) -> Tensor:

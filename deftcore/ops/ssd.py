@@ -62,7 +62,8 @@ def mamba_chunk_scan(
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size: must be a positive integer, got {chunk_size!r}")
     wide = wide_dtype(x)
-    check_like("dt", dt, "x", x if isinstance(dt, Tensor) and dt.dtype == x.dtype else x.to(wide))
+    float_dt = isinstance(dt, Tensor) and dt.dtype == wide
+    check_like("dt", dt, "x", x.new_empty(0, dtype=wide) if float_dt else x)
     check_shape("dt", dt, (batch, length, heads), "[B, L, H]")
     for name, t in (("B", B), ("C", C)):
         check_like(name, t, "x", x)
@@ -72,15 +73,16 @@ def mamba_chunk_scan(
     if groups == 0 or heads % groups:
         raise ValueError(f"B: the number of groups must divide H = {heads}, got {groups}")
     check_shape("C", C, tuple(B.shape), "as B")
-    for name, t in (("A", A), ("dt_bias", dt_bias)):
-        if t is not None:
-            check_float(name, t)
-            check_shape(name, t, (heads,), "one per head")
     if D is not None:
         check_float("D", D)
         if tuple(D.shape) not in ((heads,), (heads, head_dim)):
             raise ValueError(f"D: shape must be ({heads},) or ({heads}, {head_dim}), got {tuple(D.shape)}")
         D = (D.unsqueeze(-1) if D.dim() == 1 else D).to(wide).expand(heads, head_dim).reshape(-1).contiguous()
+    per_head: tuple[tuple[str, Tensor | None], ...] = (("A", A), ("dt_bias", dt_bias))
+    for name, each in per_head:
+        if each is not None:
+            check_float(name, each)
+            check_shape(name, each, (heads,), "one per head")
     if z is not None:
         check_like("z", z, "x", x)
         check_shape("z", z, tuple(x.shape), "as x")
@@ -88,9 +90,9 @@ def mamba_chunk_scan(
         check_float("initial_states", initial_states)
         check_shape("initial_states", initial_states, (batch, heads, head_dim, states), "[B, H, P, N]")
         initial_states = initial_states.to(wide).contiguous()
-    for name, t in (("A", A), ("D", D), ("dt_bias", dt_bias), ("initial_states", initial_states)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name}: must be on {x.device} as x, got {t.device}")
+    for name, each in (*per_head, ("D", D), ("initial_states", initial_states)):
+        if each is not None and each.device != x.device:
+            raise ValueError(f"{name}: must be on {x.device} as x, got {each.device}")
     step, log_decay = steps_of(dt, A, dt_bias, dt_softplus, dt_limit)
     if seq_idx is not None:
         seq_idx = check_sequence(seq_idx, batch, length, x)

@@ -177,7 +177,7 @@ def selective_state_update(
             raise ValueError(f"{name}: must be on {x.device} as x, got {t.device}")
     slots = check_slots("state_batch_indices", state_batch_indices, x.shape[0], "state", state)
     wide = wide_dtype(x)
-    args = (
+    args: tuple[Any, ...] = (
         heads(x), heads(dt), A.to(wide) if x.dim() == 3 else A.to(wide).unsqueeze(0), B, C,
         None if D is None else heads(D.to(wide)), heads(z), None if dt_bias is None else heads(dt_bias.to(wide)),
         bool(dt_softplus),
@@ -322,9 +322,9 @@ def _update_impl(
         out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         rows = torch.arange(x.shape[0], device=x.device) if slots is None else (slots >= 0).nonzero().squeeze(1)
         own = rows if slots is None else slots[rows]
-        given = (None if t is None else t[rows] for t in (x, dt, b, c, z))
-        x1, dt1, b1, c1, z1 = given
-        out[rows], new = _update_ref(state[own].to(wide_dtype(x)), x1, dt1, a, b1, c1, d, z1, bias, softplus)
+        gate = None if z is None else z[rows]
+        held = state[own].to(wide_dtype(x))
+        out[rows], new = _update_ref(held, x[rows], dt[rows], a, b[rows], c[rows], d, gate, bias, softplus)
         state[own] = new.to(state.dtype)
         return out
     batch, heads, head_dim = x.shape
@@ -332,8 +332,10 @@ def _update_impl(
     a = a if a.stride(2) in (0, 1) and a.shape[2] > 1 else a.contiguous()
     b, c = b.contiguous(), c.contiguous()
 
-    def by_head(t: Tensor | None, batched: bool = True) -> tuple[int, int, int, int]:
-        return (0, 0, 0, 0) if t is None else (address(t), *((0,) * (not batched)), *t.stride()[: 2 + batched])
+    def by_head(t: Tensor | None, batched: bool = True) -> tuple[int, ...]:
+        if t is None:
+            return (0, 0, 0, 0)
+        return (address(t), *t.stride()[:3]) if batched else (address(t), 0, *t.stride()[:2])
 
     kernels.selective_state_update(
         address(held), address(slots), by_head(x), by_head(dt), by_head(z), address(out), by_head(a, False),

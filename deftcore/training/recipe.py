@@ -220,6 +220,8 @@ def _cast(value: Any, hint: Any) -> Any:
         if not isinstance(value, dict):
             raise TypeError
         return value
+    if hint is str and value is False:
+        return "no"  # what YAML 1.1 reads a plain no as
     if hint is bool or isinstance(value, bool):
         if hint is bool and isinstance(value, bool):
             return value

@@ -79,8 +79,18 @@ void test_scan(Problem p) {
   args.out = p.tensor(ones);
   std::vector<double> workspace(cpu::selective_scan_workspace(args) / sizeof(double) + 8);
   char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
-  cpu::selective_scan_backward({args, p.tensor(du), p.tensor(ddelta), p.tensor(dz), da.data(), db.data(), dc.data(),
-                                dd.data(), dbias.data(), dfirst.data(), aligned},
+  cpu::selective_scan_backward({args,
+                                p.tensor(du),
+                                p.tensor(ddelta),
+                                p.tensor(dz),
+                                {},
+                                da.data(),
+                                db.data(),
+                                dc.data(),
+                                dd.data(),
+                                dbias.data(),
+                                dfirst.data(),
+                                aligned},
                                nullptr);
   const auto check = [&](std::vector<float>& values, const std::vector<float>& slopes) {
     for (size_t i = 0; i < values.size(); i += 1 + values.size() / 7) {
