@@ -22,7 +22,7 @@ sanitizer="not found"
 if command -v compute-sanitizer >/dev/null; then
   timeout 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
     python3 -m pytest tests/test_cuda.py -m cuda -q -x -p no:cacheprovider \
-    -k "bundled or poisoned or side_stream or density or 4bit or gated_linear or grouped" >"$work/sanitizer.log" 2>&1
+    -k "bundled or poisoned or side_stream or density or 4bit or gated_linear or grouped or scan or conv1d or steps" >"$work/sanitizer.log" 2>&1
   sanitizer="exit $?"
   tail -n 3 "$work/sanitizer.log"
 fi

@@ -66,7 +66,7 @@ def bench_scan(quick):
         for batch, length, width in track(cases, f"scan {dtype}", console=console):
             x = scan_inputs(batch, length, width, dtype)
             leaves = [t for t in x.values() if t.requires_grad]
-            grad = torch.randn(batch, width, length).to(dtype)
+            grad = torch.randn(batch, length, width).to(dtype).transpose(1, 2)  # as out_proj gives it
             for what in ("forward", "both"):
                 sides = {"ours": ours}
                 peers = batch == 1 and width == 1536 and dtype == torch.float32

@@ -270,3 +270,118 @@ def deltas_as(deltas, dtype):
         return delta and SliceDelta(delta.axis, delta.indices, delta.block.to(dtype))
 
     return [cast(delta) for delta in deltas]
+
+
+# ---------------------------------------------------------------------------- state-space models
+
+
+def on_cuda(tensors):
+    return [t.detach().cuda().requires_grad_() if isinstance(t, torch.Tensor) else t for t in tensors]
+
+
+def agree(mine, wanted, dtype):
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for ours, ref in zip(mine, wanted, strict=True):
+        scale = ref.abs().max().item() if ref.numel() else 0.0
+        assert ours.shape == ref.shape
+        assert ref.numel() == 0 or (ours.cpu().double() - ref).abs().max().item() <= tolerance * max(scale, 1e-3)
+
+
+def check_op(call, tensors, dtype):
+    """Values and gradients on the device against float64 on the host."""
+    device = on_cuda(tensors)
+    host = [t.detach().double().requires_grad_() if isinstance(t, torch.Tensor) else t for t in tensors]
+    mine, wanted = call(*device), call(*host)
+    weights = [torch.randn(o.shape) for o in wanted]
+    leaves = [[t for t in side if isinstance(t, torch.Tensor)] for side in (device, host)]
+    found = torch.autograd.grad(mine, leaves[0], [w.to(o) for w, o in zip(weights, mine, strict=True)])
+    exact = [w.to(o.dtype).double() for w, o in zip(weights, mine, strict=True)]
+    agree((*mine, *found), (*wanted, *torch.autograd.grad(wanted, leaves[1], exact)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["last", "first"])
+@pytest.mark.parametrize("sizes", [{}, {"length": 1}, {"channels": 130, "states": 16, "length": 70}, {"groups": 4,
+                         "channels": 36}, {"states": 40}, {"fixed": "BC"}, {"batch": 0}])  # fmt: skip
+def test_selective_scan(dtype, layout, sizes):
+    from test_ssm import inputs
+
+    def scan(u, delta, a, b, c, d, z, bias, first):
+        return ops.selective_scan(u, delta, a, b, c, d, z, bias, True, True, initial_state=first)
+
+    check_op(scan, inputs(dtype=dtype, layout=layout, **sizes), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [{}, {"length": 1}, {"head_dim": 80, "states": 20, "length": 40}, {"groups": 1},
+                         {"batch": 0}, {"length": 0}])  # fmt: skip
+def test_mamba_chunk_scan(dtype, sizes):
+    from test_ssd import inputs
+
+    tensors, _ = inputs(dtype=dtype, **sizes)
+    tensors[6] = None
+
+    def scan(x, dt, a, b, c, d, z, bias, first):
+        return ops.mamba_chunk_scan(x, dt, a, b, c, 64, d, z, bias, first, None, True, return_final_states=True)
+
+    check_op(scan, tensors, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["last", "first"])
+@pytest.mark.parametrize("sizes", [{}, {"packed": True}, {"length": 2}, {"width": 7, "length": 100}, {"batch": 0}])
+def test_causal_conv1d(dtype, layout, sizes):
+    from test_conv1d import inputs
+
+    tensors, seq_idx = inputs(dtype=dtype, layout=layout, **sizes)
+
+    def conv(x, weight, bias, first):
+        index = None if seq_idx is None else seq_idx.to(x.device)
+        return (ops.causal_conv1d(x, weight, bias, first, activation="silu", seq_idx=index),)
+
+    check_op(conv, tensors, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoding_steps(dtype):
+    """Both updates, with slots, against the host."""
+    torch.manual_seed(0)
+    slots = torch.tensor([2, -1, 0])
+    x, dt, z = (torch.randn(3, 20).to(dtype) for _ in range(3))
+    a, b, c = -torch.rand(20, 5), torch.randn(3, 5).to(dtype), torch.randn(3, 5).to(dtype)
+    state, window = torch.randn(4, 20, 5), torch.randn(4, 20, 4).to(dtype)
+    weight = torch.randn(20, 4)
+    results = []
+    for device in ("cpu", "cuda"):
+        s, w = state.clone().to(device), window.clone().to(device)
+        index = slots.to(device)
+        moved = [t.to(device) for t in (x, dt, a, b, c)]
+        y = ops.selective_state_update(s, *moved, None, z.to(device), None, True, state_batch_indices=index)
+        u = ops.causal_conv1d_update(x.to(device), w, weight.to(device), None, "silu", conv_state_indices=index)
+        results.append([t.cpu().double() for t in (y, s, u, w)])
+    agree(results[1], results[0], dtype)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_fused_blocks(kind):
+    """The whole block with LoRA inside: device against host."""
+    from test_mamba import KINDS, leaves_of
+
+    fused, _, inputs = KINDS[kind]
+    host = inputs()
+
+    def move(value):
+        if isinstance(value, torch.Tensor):
+            return value.detach().cuda().requires_grad_(value.requires_grad)
+        if isinstance(value, tuple):
+            moved = [move(v) for v in value]
+            return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+        return value
+
+    device = {k: move(v) for k, v in host.items()}
+    results = []
+    for side in (host, device):
+        out, last = fused(**side)
+        grads = torch.autograd.grad(out.sum() + last.sum(), leaves_of(side))
+        results.append([t.detach().cpu().double() for t in (out, last, *grads)])
+    agree(results[1], results[0], torch.float32)

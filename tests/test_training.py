@@ -37,7 +37,7 @@ def examples(count=30):
     return [{"input_ids": torch.randint(2, 64, (n,), generator=generator).tolist()} for n in lengths]
 
 
-def run(folder, *, pause=0.0, validation=True, model=None, **options):
+def run(folder, *, pause=0.0, validation=True, model=None, resume=True, **options):
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "gate_proj"], task_type="CAUSAL_LM")
     model = model or peft.get_peft_model(tiny_model("llama"), config)
@@ -46,7 +46,7 @@ def run(folder, *, pause=0.0, validation=True, model=None, **options):
         model.register_forward_hook(lambda *_: time.sleep(pause))
     options = {"max_steps": 8, "batch_size": 4, "learning_rate": 1e-2, "log_every": 1} | options
     return train(
-        model, examples(), TrainingConfig(**options), folder, objective=objective,
+        model, examples(), TrainingConfig(**options), folder, objective=objective, resume=resume,
         validation=examples(9) if validation else None, save_model=lambda m, where: m.save_pretrained(where),
     )  # fmt: skip
 
@@ -89,6 +89,17 @@ def test_resume_is_exact(tmp_path, accumulation):
         checkpoint.rmdir()
     run(tmp_path / "parts", **options)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_starting_over_forgets_the_earlier_run(tmp_path):
+    """A later checkpoint of the earlier run must not be what an interrupted new one continues from."""
+    run(tmp_path / "fresh", max_steps=4, save_every=2)
+    run(tmp_path / "again", max_steps=8, save_every=2)
+    run(tmp_path / "again", max_steps=4, save_every=2, resume=False)
+    assert_same_run(tmp_path / "fresh", tmp_path / "again")
+    assert {p.name for p in (tmp_path / "again" / "checkpoints").iterdir()} == {
+        p.name for p in (tmp_path / "fresh" / "checkpoints").iterdir()
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

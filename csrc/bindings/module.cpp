@@ -24,6 +24,17 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Address and strides over batch, time and channel; over batch, head and channel.
+using Strides = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+ScanTensor strided(const Strides& x) {
+  return {pointer<void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
+}
+
+HeadTensor by_head(const Strides& x) {
+  return {pointer<const void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
+}
+
 // The back end's functions, as one type, so that both devices are bound by the same text.
 struct Backend {
   void (*act_density)(const ActDensityArgs&, Stream);
@@ -44,6 +55,16 @@ struct Backend {
   void (*gated_act_backward)(const GatedActBackwardArgs&, Stream);
   size_t (*grouped_delta_workspace)(const GroupedDeltaArgs&);
   void (*grouped_delta)(const GroupedDeltaArgs&, Stream);
+  void (*selective_scan)(const SelectiveScanArgs&, Stream);
+  size_t (*selective_scan_workspace)(const SelectiveScanArgs&);
+  void (*selective_scan_backward)(const SelectiveScanBackwardArgs&, Stream);
+  void (*selective_state_update)(const StateUpdateArgs&, Stream);
+  void (*causal_conv1d)(const CausalConv1dArgs&, Stream);
+  void (*causal_conv1d_backward)(const CausalConv1dBackwardArgs&, Stream);
+  void (*causal_conv1d_update)(const CausalConv1dUpdateArgs&, Stream);
+  void (*ssd)(const SsdArgs&, Stream);
+  size_t (*ssd_workspace)(const SsdArgs&);
+  void (*ssd_backward)(const SsdBackwardArgs&, Stream);
 };
 
 void bind(py::module_ m, Backend backend) {
@@ -247,6 +268,93 @@ void bind(py::module_ m, Backend backend) {
                               pointer<void>(stream));
       },
       release);
+
+  m.def(
+      "selective_scan",
+      [backend](const SelectiveScanArgs& args, uintptr_t stream) {
+        backend.selective_scan(args, pointer<void>(stream));
+      },
+      release);
+  m.def("selective_scan_workspace", backend.selective_scan_workspace);
+  m.def(
+      "selective_scan_backward",
+      [backend](const SelectiveScanArgs& forward, const Strides& grad_u, const Strides& grad_delta,
+                const Strides& grad_z, const Strides& out_again, uintptr_t grad_a, uintptr_t grad_b, uintptr_t grad_c,
+                uintptr_t grad_d, uintptr_t grad_delta_bias, uintptr_t grad_first, uintptr_t workspace,
+                uintptr_t stream) {
+        backend.selective_scan_backward(
+            {forward, strided(grad_u), strided(grad_delta), strided(grad_z), strided(out_again), pointer<float>(grad_a),
+             pointer<float>(grad_b), pointer<float>(grad_c), pointer<float>(grad_d), pointer<float>(grad_delta_bias),
+             pointer<float>(grad_first), pointer<void>(workspace)},
+            pointer<void>(stream));
+      },
+      release);
+  m.def("ssd", [backend](const SsdArgs& args, uintptr_t stream) { backend.ssd(args, pointer<void>(stream)); }, release);
+  m.def("ssd_workspace", backend.ssd_workspace);
+  m.def(
+      "ssd_backward",
+      [backend](const SsdArgs& forward, const Strides& grad_x, uintptr_t grad_step, uintptr_t grad_log_decay,
+                uintptr_t grad_b, uintptr_t grad_c, uintptr_t grad_d, uintptr_t grad_first, uintptr_t workspace,
+                uintptr_t stream) {
+        backend.ssd_backward({forward, strided(grad_x), pointer<float>(grad_step), pointer<float>(grad_log_decay),
+                              pointer<float>(grad_b), pointer<float>(grad_c), pointer<float>(grad_d),
+                              pointer<float>(grad_first), pointer<void>(workspace)},
+                             pointer<void>(stream));
+      },
+      release);
+  m.def(
+      "causal_conv1d",
+      [backend](const CausalConv1dArgs& args, uintptr_t stream) { backend.causal_conv1d(args, pointer<void>(stream)); },
+      release);
+  m.def(
+      "causal_conv1d_backward",
+      [backend](const CausalConv1dArgs& forward, const Strides& grad_x, const Strides& grad_first,
+                uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t stream) {
+        backend.causal_conv1d_backward(
+            {forward, strided(grad_x), strided(grad_first), pointer<float>(grad_weight), pointer<float>(grad_bias)},
+            pointer<void>(stream));
+      },
+      release);
+  m.def(
+      "causal_conv1d_update",
+      [backend](const Strides& x, const Strides& out, uintptr_t state, uintptr_t slots, uintptr_t weight,
+                uintptr_t bias, int64_t batch, int64_t length, int64_t channels, int64_t width, int64_t window,
+                int dtype, bool silu, uintptr_t stream) {
+        backend.causal_conv1d_update({strided(x), strided(out), pointer<void>(state), pointer<const int64_t>(slots),
+                                      pointer<const float>(weight), pointer<const float>(bias), batch, length, channels,
+                                      width, window, static_cast<DType>(dtype), silu},
+                                     pointer<void>(stream));
+      },
+      release);
+  m.def(
+      "selective_state_update",
+      [backend](uintptr_t state, uintptr_t slots, const Strides& x, const Strides& dt, const Strides& z, uintptr_t out,
+                const Strides& a, int64_t a_state, uintptr_t b, uintptr_t c, const Strides& d, const Strides& bias,
+                int64_t batch, int64_t heads, int64_t head_dim, int64_t states, int64_t groups, int dtype,
+                int state_dtype, bool softplus, uintptr_t stream) {
+        backend.selective_state_update({pointer<void>(state),
+                                        pointer<const int64_t>(slots),
+                                        by_head(x),
+                                        by_head(dt),
+                                        by_head(z),
+                                        pointer<void>(out),
+                                        by_head(a),
+                                        a_state,
+                                        pointer<const void>(b),
+                                        pointer<const void>(c),
+                                        by_head(d),
+                                        by_head(bias),
+                                        batch,
+                                        heads,
+                                        head_dim,
+                                        states,
+                                        groups,
+                                        static_cast<DType>(dtype),
+                                        static_cast<DType>(state_dtype),
+                                        softplus},
+                                       pointer<void>(stream));
+      },
+      release);
 }
 
 }  // namespace
@@ -293,15 +401,11 @@ PYBIND11_MODULE(_C, m) {
     return std::vector<float>(book, book + 16);
   });
   m.attr("nested_block") = kNestedBlock;
-  using Strided = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
-  const auto strided = [](const Strided& x) {
-    return ScanTensor{pointer<void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
-  };
   py::class_<SelectiveScanArgs>(m, "SelectiveScan")
-      .def(py::init([strided](const Strided& u, const Strided& delta, const Strided& z, const Strided& out, uintptr_t a,
-                              uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t delta_bias, uintptr_t first,
-                              uintptr_t last, uintptr_t chunks, int64_t batch, int64_t length, int64_t channels,
-                              int64_t states, int64_t groups, int dtype, bool softplus, bool fixed_b, bool fixed_c) {
+      .def(py::init([](const Strides& u, const Strides& delta, const Strides& z, const Strides& out, uintptr_t a,
+                       uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t delta_bias, uintptr_t first, uintptr_t last,
+                       uintptr_t chunks, int64_t batch, int64_t length, int64_t channels, int64_t states,
+                       int64_t groups, int dtype, bool softplus, bool fixed_b, bool fixed_c) {
         return SelectiveScanArgs{strided(u),
                                  strided(delta),
                                  strided(z),
@@ -326,14 +430,10 @@ PYBIND11_MODULE(_C, m) {
       }));
   m.attr("scan_chunk") = kScanChunk;
   m.attr("max_conv_width") = kMaxConvWidth;
-  using Heads = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
-  const auto by_head = [](const Heads& x) {
-    return HeadTensor{pointer<const void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
-  };
   py::class_<SsdArgs>(m, "Ssd").def(
-      py::init([strided](const Strided& x, const Strided& out, uintptr_t step, uintptr_t log_decay, uintptr_t b,
-                         uintptr_t c, uintptr_t d, uintptr_t first, uintptr_t last, int64_t batch, int64_t length,
-                         int64_t heads, int64_t head_dim, int64_t states, int64_t groups, int dtype) {
+      py::init([](const Strides& x, const Strides& out, uintptr_t step, uintptr_t log_decay, uintptr_t b, uintptr_t c,
+                  uintptr_t d, uintptr_t first, uintptr_t last, int64_t batch, int64_t length, int64_t heads,
+                  int64_t head_dim, int64_t states, int64_t groups, int dtype) {
         return SsdArgs{strided(x),
                        strided(out),
                        pointer<const float>(step),
@@ -352,9 +452,9 @@ PYBIND11_MODULE(_C, m) {
                        static_cast<DType>(dtype)};
       }));
   py::class_<CausalConv1dArgs>(m, "CausalConv1d")
-      .def(py::init([strided](const Strided& x, const Strided& out, const Strided& first, uintptr_t weight,
-                              uintptr_t bias, uintptr_t sequence, int64_t batch, int64_t length, int64_t channels,
-                              int64_t width, int dtype, bool silu) {
+      .def(py::init([](const Strides& x, const Strides& out, const Strides& first, uintptr_t weight, uintptr_t bias,
+                       uintptr_t sequence, int64_t batch, int64_t length, int64_t channels, int64_t width, int dtype,
+                       bool silu) {
         return CausalConv1dArgs{strided(x),
                                 strided(out),
                                 strided(first),
@@ -368,96 +468,62 @@ PYBIND11_MODULE(_C, m) {
                                 static_cast<DType>(dtype),
                                 silu};
       }));
-  bind(m.def_submodule("cpu"),
-       {cpu::act_density, cpu::act_density_backward, cpu::density, cpu::sparse_down_workspace, cpu::sparse_down,
-        cpu::sparse_mlp_workspace, cpu::sparse_mlp, cpu::sparse_mlp_4bit_workspace, cpu::sparse_mlp_4bit,
-        cpu::quantize_4bit, cpu::dequantize_4bit, cpu::linear_4bit_workspace, cpu::linear_4bit,
-        cpu::linear_4bit_backward, cpu::gated_act, cpu::gated_act_backward, cpu::grouped_delta_workspace,
-        cpu::grouped_delta});
-  const auto release = py::call_guard<py::gil_scoped_release>();
-  py::module_ cpu_module = m.attr("cpu");
-  cpu_module.def("selective_scan", [](const SelectiveScanArgs& args) { cpu::selective_scan(args, nullptr); }, release);
-  cpu_module.def("selective_scan_workspace", &cpu::selective_scan_workspace);
-  cpu_module.def(
-      "selective_scan_backward",
-      [strided](const SelectiveScanArgs& forward, const Strided& grad_u, const Strided& grad_delta,
-                const Strided& grad_z, const Strided& out_again, uintptr_t grad_a, uintptr_t grad_b, uintptr_t grad_c,
-                uintptr_t grad_d, uintptr_t grad_delta_bias, uintptr_t grad_first, uintptr_t workspace) {
-        cpu::selective_scan_backward(
-            {forward, strided(grad_u), strided(grad_delta), strided(grad_z), strided(out_again), pointer<float>(grad_a),
-             pointer<float>(grad_b), pointer<float>(grad_c), pointer<float>(grad_d), pointer<float>(grad_delta_bias),
-             pointer<float>(grad_first), pointer<void>(workspace)},
-            nullptr);
-      },
-      release);
-  cpu_module.def("ssd", [](const SsdArgs& args) { cpu::ssd(args, nullptr); }, release);
-  cpu_module.def("ssd_workspace", &cpu::ssd_workspace);
-  cpu_module.def(
-      "ssd_backward",
-      [strided](const SsdArgs& forward, const Strided& grad_x, uintptr_t grad_step, uintptr_t grad_log_decay,
-                uintptr_t grad_b, uintptr_t grad_c, uintptr_t grad_d, uintptr_t grad_first, uintptr_t workspace) {
-        cpu::ssd_backward({forward, strided(grad_x), pointer<float>(grad_step), pointer<float>(grad_log_decay),
-                           pointer<float>(grad_b), pointer<float>(grad_c), pointer<float>(grad_d),
-                           pointer<float>(grad_first), pointer<void>(workspace)},
-                          nullptr);
-      },
-      release);
-  cpu_module.def("causal_conv1d", [](const CausalConv1dArgs& args) { cpu::causal_conv1d(args, nullptr); }, release);
-  cpu_module.def(
-      "causal_conv1d_backward",
-      [strided](const CausalConv1dArgs& forward, const Strided& grad_x, const Strided& grad_first,
-                uintptr_t grad_weight, uintptr_t grad_bias) {
-        cpu::causal_conv1d_backward(
-            {forward, strided(grad_x), strided(grad_first), pointer<float>(grad_weight), pointer<float>(grad_bias)},
-            nullptr);
-      },
-      release);
-  cpu_module.def(
-      "causal_conv1d_update",
-      [strided](const Strided& x, const Strided& out, uintptr_t state, uintptr_t slots, uintptr_t weight,
-                uintptr_t bias, int64_t batch, int64_t length, int64_t channels, int64_t width, int64_t window,
-                int dtype, bool silu) {
-        cpu::causal_conv1d_update({strided(x), strided(out), pointer<void>(state), pointer<const int64_t>(slots),
-                                   pointer<const float>(weight), pointer<const float>(bias), batch, length, channels,
-                                   width, window, static_cast<DType>(dtype), silu},
-                                  nullptr);
-      },
-      release);
-  cpu_module.def(
-      "selective_state_update",
-      [by_head](uintptr_t state, uintptr_t slots, const Heads& x, const Heads& dt, const Heads& z, uintptr_t out,
-                const Heads& a, int64_t a_state, uintptr_t b, uintptr_t c, const Heads& d, const Heads& bias,
-                int64_t batch, int64_t heads, int64_t head_dim, int64_t states, int64_t groups, int dtype,
-                int state_dtype, bool softplus) {
-        cpu::selective_state_update({pointer<void>(state),
-                                     pointer<const int64_t>(slots),
-                                     by_head(x),
-                                     by_head(dt),
-                                     by_head(z),
-                                     pointer<void>(out),
-                                     by_head(a),
-                                     a_state,
-                                     pointer<const void>(b),
-                                     pointer<const void>(c),
-                                     by_head(d),
-                                     by_head(bias),
-                                     batch,
-                                     heads,
-                                     head_dim,
-                                     states,
-                                     groups,
-                                     static_cast<DType>(dtype),
-                                     static_cast<DType>(state_dtype),
-                                     softplus},
-                                    nullptr);
-      },
-      release);
+  bind(m.def_submodule("cpu"), {cpu::act_density,
+                                cpu::act_density_backward,
+                                cpu::density,
+                                cpu::sparse_down_workspace,
+                                cpu::sparse_down,
+                                cpu::sparse_mlp_workspace,
+                                cpu::sparse_mlp,
+                                cpu::sparse_mlp_4bit_workspace,
+                                cpu::sparse_mlp_4bit,
+                                cpu::quantize_4bit,
+                                cpu::dequantize_4bit,
+                                cpu::linear_4bit_workspace,
+                                cpu::linear_4bit,
+                                cpu::linear_4bit_backward,
+                                cpu::gated_act,
+                                cpu::gated_act_backward,
+                                cpu::grouped_delta_workspace,
+                                cpu::grouped_delta,
+                                cpu::selective_scan,
+                                cpu::selective_scan_workspace,
+                                cpu::selective_scan_backward,
+                                cpu::selective_state_update,
+                                cpu::causal_conv1d,
+                                cpu::causal_conv1d_backward,
+                                cpu::causal_conv1d_update,
+                                cpu::ssd,
+                                cpu::ssd_workspace,
+                                cpu::ssd_backward});
 #if defined(DEFTCORE_WITH_CUDA)
-  bind(m.def_submodule("cuda"),
-       {cuda::act_density, cuda::act_density_backward, cuda::density, cuda::sparse_down_workspace, cuda::sparse_down,
-        cuda::sparse_mlp_workspace, cuda::sparse_mlp, cuda::sparse_mlp_4bit_workspace, cuda::sparse_mlp_4bit,
-        cuda::quantize_4bit, cuda::dequantize_4bit, cuda::linear_4bit_workspace, cuda::linear_4bit,
-        cuda::linear_4bit_backward, cuda::gated_act, cuda::gated_act_backward, cuda::grouped_delta_workspace,
-        cuda::grouped_delta});
+  bind(m.def_submodule("cuda"), {cuda::act_density,
+                                 cuda::act_density_backward,
+                                 cuda::density,
+                                 cuda::sparse_down_workspace,
+                                 cuda::sparse_down,
+                                 cuda::sparse_mlp_workspace,
+                                 cuda::sparse_mlp,
+                                 cuda::sparse_mlp_4bit_workspace,
+                                 cuda::sparse_mlp_4bit,
+                                 cuda::quantize_4bit,
+                                 cuda::dequantize_4bit,
+                                 cuda::linear_4bit_workspace,
+                                 cuda::linear_4bit,
+                                 cuda::linear_4bit_backward,
+                                 cuda::gated_act,
+                                 cuda::gated_act_backward,
+                                 cuda::grouped_delta_workspace,
+                                 cuda::grouped_delta,
+                                 cuda::selective_scan,
+                                 cuda::selective_scan_workspace,
+                                 cuda::selective_scan_backward,
+                                 cuda::selective_state_update,
+                                 cuda::causal_conv1d,
+                                 cuda::causal_conv1d_backward,
+                                 cuda::causal_conv1d_update,
+                                 cuda::ssd,
+                                 cuda::ssd_workspace,
+                                 cuda::ssd_backward});
 #endif
 }

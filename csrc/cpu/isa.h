@@ -209,8 +209,9 @@ inline Vec at_most(Vec x, Vec bound) { return _mm256_min_ps(bound.v, x.v); }
 inline Vec at_least(Vec x, Vec bound) { return _mm256_max_ps(bound.v, x.v); }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
 inline Vec round(Vec a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline Vec scale2(Vec a, Vec n) {  // n in [-252, 252]: two halves, so that neither factor leaves the normal range
-  const __m256i k = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(k, 1), bias = _mm256_set1_epi32(127);
+inline Vec scale2(Vec a, Vec n) {  // two halves, so that neither factor leaves the normal range; n is held at +-252
+  const __m256 held = _mm256_max_ps(_mm256_min_ps(n.v, _mm256_set1_ps(252.0f)), _mm256_set1_ps(-252.0f));
+  const __m256i k = _mm256_cvtps_epi32(held), half = _mm256_srai_epi32(k, 1), bias = _mm256_set1_epi32(127);
   const auto pow2 = [&](__m256i e) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, bias), 23)); };
   return _mm256_mul_ps(_mm256_mul_ps(a.v, pow2(half)), pow2(_mm256_sub_epi32(k, half)));
 }

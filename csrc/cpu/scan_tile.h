@@ -13,6 +13,21 @@ namespace {
 constexpr int64_t kTile = kScanChunk * kWidth;
 constexpr size_t kAhead = 64;  // bytes
 
+constexpr float kLog2E = 1.44269504088896341f;
+
+// 2^x for decays. 1 at 0 exactly and never above 1 for x <= 0 (the constant term is 1, so that long memories cannot
+// grow); 2 ulp for |x| <= 1.44; 0 below -150. Coefficients from the specification of the scan.
+#if defined(__AVX512F__) || defined(__AVX2__)
+inline Vec exp2_decay(Vec x) {
+  const Vec held = at_least(x, Vec(-152.0f));
+  const Vec n = round(held), f = held - n;
+  return scale2(
+      horner(f, 1.0f, 0.693147203f, 0.240226479f, 0.0555033247f, 9.61843736e-3f, 1.33988747e-3f, 1.53533612e-4f), n);
+}
+#else
+inline Vec exp2_decay(Vec x) { return exp2f(x); }
+#endif
+
 // Channels first .. first + count, at most kWidth.
 struct Lanes {
   int64_t first, count;

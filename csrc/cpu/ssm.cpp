@@ -66,7 +66,7 @@ void scan_block(const SelectiveScanArgs& args, int64_t batch, int64_t chunk, con
   Vec a[kStates > 0 ? kStates : kMaxStates], h[kStates > 0 ? kStates : kMaxStates];
   float* kept = args.last + batch * states * width + block.first;
   for (int64_t n = 0; n < states; ++n) {
-    a[n] = load_some(args.a + n * width + block.first, block.count);
+    a[n] = load_some(args.a + n * width + block.first, block.count) * Vec(kLog2E);
     h[n] = load_some(kept + n * width, block.count);
   }
   if (args.chunks != nullptr) {
@@ -82,11 +82,14 @@ void scan_block(const SelectiveScanArgs& args, int64_t batch, int64_t chunk, con
   const Coefficients<kFixedC> c(args, args.c, batch, block);
   for (int64_t t = 0; t < steps; ++t) {
     const Vec s = load(step + t * kWidth), ut = load(u + t * kWidth), su = s * ut;
-    Vec y = d * ut;
+    Vec even = d * ut, odd(0.0f);
+#pragma GCC unroll 16
     for (int64_t n = 0; n < states; ++n) {
-      h[n] = fma(exp(s * a[n]), h[n], su * b.at(start + t, n));
-      y = fma(c.at(start + t, n), h[n], y);
+      h[n] = fma(exp2_decay(s * a[n]), h[n], su * b.at(start + t, n));
+      Vec& sum = n % 2 ? odd : even;
+      sum = fma(c.at(start + t, n), h[n], sum);
     }
+    Vec y = even + odd;
     if (args.z.data != nullptr) y = y * math::activate<Activation::kSilu>(load(z + t * kWidth));
     store(u + t * kWidth, y);
   }
@@ -130,9 +133,7 @@ void scan(const SelectiveScanArgs& args) {
 
 // A thread's own memory.
 struct Scratch {
-  Vec* h;         // [kScanChunk + 1, states], row 0 the state before the chunk
-  Vec* decay;     // [kScanChunk, states]
-  Vec* sums_b;    // [kScanChunk, states], over the blocks of a group
+  Vec* sums_b;    // [states, kScanChunk], over the blocks of a group
   Vec* sums_c;    // likewise
   float* part_b;  // [length, states]
   float* part_c;
@@ -140,7 +141,7 @@ struct Scratch {
 
 size_t scratch_bytes(const SelectiveScanArgs& args) {
   const size_t states = static_cast<size_t>(args.states), chunk = static_cast<size_t>(kScanChunk);
-  const size_t vectors = (4 * chunk + 1) * states * 64, floats = 2 * static_cast<size_t>(args.length) * states * 4;
+  const size_t vectors = 2 * chunk * states * 64, floats = 2 * static_cast<size_t>(args.length) * states * 4;
   return (vectors + floats + 63) / 64 * 64;
 }
 
@@ -148,9 +149,7 @@ Scratch scratch_of(const SelectiveScanArgs& args, void* workspace, int thread) {
   const int64_t states = args.states, rows = kScanChunk * states;
   char* base = static_cast<char*>(workspace) + static_cast<size_t>(thread) * scratch_bytes(args);
   Scratch own;
-  own.h = reinterpret_cast<Vec*>(base);
-  own.decay = own.h + rows + states;
-  own.sums_b = own.decay + rows;
+  own.sums_b = reinterpret_cast<Vec*>(base);
   own.sums_c = own.sums_b + rows;
   own.part_b = reinterpret_cast<float*>(own.sums_c + rows);
   own.part_c = own.part_b + args.length * states;
@@ -175,61 +174,67 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
   const Vec zero(0.0f), one(1.0f);
   const Vec d = args.d == nullptr ? zero : load_some(args.d + block.first, block.count);
   const float* saved = args.chunks + (batch * chunk_count(args) + chunk) * states * args.channels + block.first;
-  for (int64_t n = 0; n < states; ++n) own.h[n] = load_some(saved + n * args.channels, block.count);
-  for (int64_t n = 0; n < states; ++n) {
-    const Vec a = load_some(args.a + n * args.channels + block.first, block.count);
-    for (int64_t t = 0; t < steps; ++t) {
-      const Vec s = load(step + t * kWidth), decay = exp(s * a);
-      own.decay[t * states + n] = decay;
-      own.h[(t + 1) * states + n] = fma(decay, own.h[t * states + n], s * load(u + t * kWidth) * b.at(start + t, n));
-    }
-  }
   Vec sum_d = zero, sum_bias = zero;
-  Vec dy[kScanChunk], grad_u[kScanChunk], grad_step[kScanChunk];
+  Vec dy[kScanChunk], y[kScanChunk], grad_u[kScanChunk], grad_step[kScanChunk], gate_grad[kScanChunk];
   for (int64_t t = 0; t < steps; ++t) {
     const Vec ut = load(u + t * kWidth), dout = load(grad + t * kWidth);
     dy[t] = dout;
     if (args.z.data != nullptr) {
-      Vec y = d * ut;
-      for (int64_t n = 0; n < states; ++n) y = fma(c.at(start + t, n), own.h[(t + 1) * states + n], y);
       const auto gate = math::activate_grad<Activation::kSilu>(load(z + t * kWidth));
       dy[t] = dout * gate.value;
-      store(z + t * kWidth, dout * y * gate.grad);
-      store(grad + t * kWidth, y * gate.value);
+      gate_grad[t] = dout * gate.grad;
+      store(grad + t * kWidth, gate.value);
     }
     sum_d = fma(dy[t], ut, sum_d);
+    y[t] = d * ut;
     grad_u[t] = zero;
     grad_step[t] = zero;
   }
   for (int64_t n = 0; n < states; ++n) {
-    const Vec a = load_some(args.a + n * args.channels + block.first, block.count);
+    const Vec a = load_some(args.a + n * args.channels + block.first, block.count), a2 = a * Vec(kLog2E);
+    Vec h[kScanChunk + 1], decay[kScanChunk];
+    h[0] = load_some(saved + n * args.channels, block.count);
+    for (int64_t t = 0; t < steps; ++t) {
+      const Vec s = load(step + t * kWidth);
+      decay[t] = exp2_decay(s * a2);
+      h[t + 1] = fma(decay[t], h[t], s * load(u + t * kWidth) * b.at(start + t, n));
+      y[t] = fma(c.at(start + t, n), h[t + 1], y[t]);
+    }
     float* kept = carry + n * args.channels + block.first;
+    Vec* sums_b = own.sums_b + n * kScanChunk;
+    Vec* sums_c = own.sums_c + n * kScanChunk;
     Vec g = load_some(kept, block.count), sum_a = zero, sum_b = zero, sum_c = zero;
     for (int64_t t = steps - 1; t >= 0; --t) {
-      const Vec s = load(step + t * kWidth), ut = load(u + t * kWidth), decay = own.decay[t * states + n];
-      const Vec bt = b.at(start + t, n), decayed = decay * own.h[t * states + n];
+      const Vec s = load(step + t * kWidth), ut = load(u + t * kWidth), bt = b.at(start + t, n);
+      const Vec decayed = decay[t] * h[t];
       g = fma(c.at(start + t, n), dy[t], g);
       grad_u[t] = fma(g, bt, grad_u[t]);
       grad_step[t] = fma(g, fma(a, decayed, bt * ut), grad_step[t]);
       sum_a = fma(s * g, decayed, sum_a);
-      const Vec into_b = g * (s * ut), into_c = dy[t] * own.h[(t + 1) * states + n];
+      const Vec into_b = g * (s * ut), into_c = dy[t] * h[t + 1];
       if constexpr (kFixedB) {
         sum_b = sum_b + into_b;
       } else {
-        own.sums_b[t * states + n] = own.sums_b[t * states + n] + into_b;
+        sums_b[t] = sums_b[t] + into_b;
       }
       if constexpr (kFixedC) {
         sum_c = sum_c + into_c;
       } else {
-        own.sums_c[t * states + n] = own.sums_c[t * states + n] + into_c;
+        sums_c[t] = sums_c[t] + into_c;
       }
-      g = decay * g;
+      g = decay[t] * g;
     }
     store_some(kept, g, block.count);
     const int64_t place = n * args.channels + block.first;
     if (back.grad_a != nullptr) add_to(back.grad_a + place, sum_a, block.count);
     if (kFixedB && back.grad_b != nullptr) add_to(back.grad_b + place, sum_b, block.count);
     if (kFixedC && back.grad_c != nullptr) add_to(back.grad_c + place, sum_c, block.count);
+  }
+  if (args.z.data != nullptr) {
+    for (int64_t t = 0; t < steps; ++t) {
+      store(z + t * kWidth, gate_grad[t] * y[t]);
+      store(grad + t * kWidth, load(grad + t * kWidth) * y[t]);
+    }
   }
   const Vec bias = args.delta_bias == nullptr ? zero : load_some(args.delta_bias + block.first, block.count);
   for (int64_t t = 0; t < steps; ++t) {
@@ -250,7 +255,11 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
 
 // The sums over a group's channels, [steps, states], from lanes to this thread's part.
 void reduce_sums(const SelectiveScanArgs& args, int64_t start, int64_t steps, const Vec* sums, float* part) {
-  for (int64_t i = 0; i < steps * args.states; ++i) part[start * args.states + i] = reduce_add(sums[i]);
+  for (int64_t t = 0; t < steps; ++t) {
+    for (int64_t n = 0; n < args.states; ++n) {
+      part[(start + t) * args.states + n] = reduce_add(sums[n * kScanChunk + t]);
+    }
+  }
 }
 
 // grad [batch, length, groups, states] of one batch and group: the threads' parts, added in their order.

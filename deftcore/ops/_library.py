@@ -122,6 +122,11 @@ def backend(op: str, x: Tensor) -> ModuleType | None:
     return None
 
 
+def has_kernel(op: str, x: Tensor) -> bool:
+    """Whether `backend` gives native functions, without its warning."""
+    return x.dtype in DTYPE_CODES and (x.device.type == "cpu" or (x.device.type == "cuda" and cuda_enabled(op)))
+
+
 def stream(x: Tensor) -> int:
     """The current CUDA stream of x's device as an address; 0 on the CPU."""
     return torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else 0

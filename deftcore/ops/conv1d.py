@@ -7,7 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deftcore.ops._layout import empty_like, strided, wide_dtype
-from deftcore.ops._library import DTYPE_CODES, address, backend, check_float, check_like, check_shape, define, native
+from deftcore.ops._library import (
+    DTYPE_CODES,
+    address,
+    backend,
+    check_float,
+    check_like,
+    check_shape,
+    define,
+    has_kernel,
+    native,
+    stream,
+)
 
 MAX_WIDTH: int = native.max_conv_width
 
@@ -167,12 +178,12 @@ def check_slots(name: str, slots: Any, batch: int, state_name: str, state: Tenso
 def conv_forward(
     x: Tensor, taps: Tensor, bias: Tensor | None, first: Tensor | None, sequence: Tensor | None, silu: bool
 ) -> Tensor:
-    kernels = _kernels(x)
+    kernels = backend("causal_conv1d", x)
     if kernels is None:
         total, _, _ = _conv_ref(x, taps, bias, first, sequence)
         return (F.silu(total) if silu else total).to(x.dtype)
     out = empty_like(x)
-    kernels.causal_conv1d(_native_args(x, out, taps, bias, first, sequence, silu))
+    kernels.causal_conv1d(_native_args(x, out, taps, bias, first, sequence, silu), stream(x))
     return out
 
 
@@ -181,7 +192,7 @@ def conv_backward(
     silu: bool, wanted: list[bool], grad_x: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, taps, bias and first; x's is written into `grad_x` where that is given."""
-    kernels, empty = _kernels(x), taps.new_empty(0)
+    kernels, empty = backend("causal_conv1d", x), taps.new_empty(0)
     grad_x = empty_like(x) if grad_x is None else grad_x
     if kernels is None:
         into_x, grad_taps, grad_bias, grad_first = _conv_backward_ref(grad, x, taps, bias, first, sequence, silu)
@@ -193,14 +204,9 @@ def conv_backward(
     kernels.causal_conv1d_backward(
         _native_args(x, grad, taps, bias, first, sequence, silu), strided(grad_x),
         strided(grad_first if grad_first.numel() else None), address(grad_taps) if wanted[1] else 0,
-        address(grad_bias) if grad_bias.numel() else 0,
+        address(grad_bias) if grad_bias.numel() else 0, stream(x),
     )  # fmt: skip
     return grad_x, grad_taps, grad_bias, grad_first
-
-
-def _kernels(x: Tensor) -> Any:
-    """Native functions; there are none for CUDA yet."""
-    return backend("causal_conv1d", x) if x.device.type == "cpu" or x.dtype == torch.float64 else None
 
 
 def _native_args(
@@ -215,7 +221,7 @@ def _native_args(
 def _conv_fake(
     x: Tensor, taps: Tensor, bias: Tensor | None, first: Tensor | None, sequence: Tensor | None, silu: bool
 ) -> Tensor:
-    return empty_like(x) if x.device.type == "cpu" and x.dtype != torch.float64 else x.new_empty(x.shape)
+    return empty_like(x) if has_kernel("causal_conv1d", x) else x.new_empty(x.shape)
 
 
 def _conv_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -233,7 +239,7 @@ def _conv_grad_fake(
     grad: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, first: Tensor | None, sequence: Tensor | None,
     silu: bool, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    runs = x.device.type == "cpu" and x.dtype != torch.float64
+    runs = has_kernel("causal_conv1d", x)
     empty = taps.new_empty(0)
     return (
         empty_like(x), torch.empty_like(taps) if wanted[1] or not runs else empty,
@@ -245,7 +251,7 @@ def _conv_grad_fake(
 def _update_impl(
     x: Tensor, state: Tensor, taps: Tensor, bias: Tensor | None, slots: Tensor | None, silu: bool
 ) -> Tensor:
-    kernels = _kernels(x)
+    kernels = backend("causal_conv1d", x)
     if kernels is None:
         out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         rows = slice(None) if slots is None else (slots >= 0).nonzero().squeeze(1)
@@ -256,11 +262,11 @@ def _update_impl(
         out[rows] = conv_forward(x[rows], taps, bias, window, None, silu)
         state[own] = joined[..., x.shape[2] :]
         return out
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = x.new_empty(x.shape)
     held = state.contiguous()
     kernels.causal_conv1d_update(
         strided(x), strided(out), address(held), address(slots), address(taps), address(bias), x.shape[0], x.shape[2],
-        x.shape[1], taps.shape[0], state.shape[2], DTYPE_CODES[x.dtype], silu,
+        x.shape[1], taps.shape[0], state.shape[2], DTYPE_CODES[x.dtype], silu, stream(x),
     )  # fmt: skip
     if held is not state:
         state.copy_(held)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deftcore.ops._layout import wide_dtype
-from deftcore.ops._library import check_float, check_like, check_number, check_shape, define, native
+from deftcore.ops._library import check_float, check_like, check_number, check_shape, define, has_kernel, native
 from deftcore.ops.conv1d import conv_backward, conv_forward
 from deftcore.ops.quant4 import Parts, check_weight, multiply, multiply_backward, parts
 from deftcore.ops.quantized import QuantizedTensor
@@ -488,7 +488,7 @@ def _mamba_fake(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, a: Te
     (x_proj, _, out_proj), _ = _decode(settings)
     batch, length = xz.shape[:2]
     outputs = [tensors[layer.at].shape[0] if layer.packed is None else layer.packed[1] for layer in (x_proj, out_proj)]
-    native_runs = xz.device.type == "cpu" and xz.dtype != torch.float64
+    native_runs = has_kernel("selective_scan", xz)
     chunks = (batch, -(-length // native.scan_chunk), *a.shape) if keep and native_runs else (0,)
     return (
         xz.new_empty((batch, length, outputs[1])), a.new_empty((batch, *a.shape)),

@@ -7,7 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deftcore.ops._layout import wide_dtype
-from deftcore.ops._library import DTYPE_CODES, address, backend, check_float, check_like, check_shape, define, native
+from deftcore.ops._library import (
+    DTYPE_CODES,
+    address,
+    backend,
+    check_float,
+    check_like,
+    check_shape,
+    define,
+    has_kernel,
+    native,
+    stream,
+)
 from deftcore.ops.conv1d import check_sequence
 from deftcore.ops.ssm import MAX_STATES
 
@@ -129,13 +140,13 @@ def collapsible(x: Tensor) -> Tensor:
 def ssd_forward(
     x: Tensor, step: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, d: Tensor | None, first: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    kernels = _kernels(x)
+    kernels = backend("mamba_chunk_scan", x)
     if kernels is None:
         out, states = _ssd_ref(x, step, log_decay, b, c, d, first)
         return out, states[:, -1].clone()
-    out = torch.empty(x.shape, dtype=x.dtype)
-    last = torch.empty((x.shape[0], *x.shape[2:], b.shape[3]))
-    kernels.ssd(_native_args(x, step, log_decay, b, c, d, first, out, last))
+    out = x.new_empty(x.shape)
+    last = b.new_empty((x.shape[0], *x.shape[2:], b.shape[3]))
+    kernels.ssd(_native_args(x, step, log_decay, b, c, d, first, out, last), stream(x))
     return out, last
 
 
@@ -144,26 +155,22 @@ def ssd_backward(
     d: Tensor | None, first: Tensor | None, want_d: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients in the order of the inputs."""
-    kernels = _kernels(x)
+    kernels = backend("mamba_chunk_scan", x)
     if kernels is None:
         return _ssd_backward_ref(grad_out, grad_last, x, step, log_decay, b, c, d, first)
     grad_out = collapsible(grad_out)
-    grad_x, grad_step, grad_decay = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(step), torch.empty_like(step)
+    grad_x, grad_step, grad_decay = x.new_empty(x.shape), torch.zeros_like(step), torch.zeros_like(step)
     grad_b, grad_c = torch.zeros_like(b), torch.zeros_like(c)
-    grad_d = torch.zeros_like(d) if d is not None and want_d else torch.empty(0)
+    grad_d = torch.zeros_like(d) if d is not None and want_d else b.new_empty(0)
     grad_first = grad_last.to(torch.float32).clone(memory_format=torch.contiguous_format)
     forward = _native_args(x, step, log_decay, b, c, d, first, grad_out, None)
-    workspace = torch.empty(kernels.ssd_workspace(forward) + 64, dtype=torch.uint8)
+    workspace = torch.empty(kernels.ssd_workspace(forward) + 64, dtype=torch.uint8, device=x.device)
     kernels.ssd_backward(
         forward, _strided(grad_x), address(grad_step), address(grad_decay), address(grad_b), address(grad_c),
         address(grad_d) if grad_d.numel() else 0, address(grad_first), (address(workspace) + 63) // 64 * 64,
+        stream(x),
     )  # fmt: skip
     return grad_x, grad_step, grad_decay, grad_b, grad_c, grad_d, grad_first
-
-
-def _kernels(x: Tensor) -> Any:
-    """Native functions; there are none for CUDA yet."""
-    return backend("mamba_chunk_scan", x) if x.device.type == "cpu" or x.dtype == torch.float64 else None
 
 
 def _strided(x: Tensor) -> tuple[int, int, int, int]:
@@ -200,7 +207,7 @@ def _ssd_grad_fake(
     grad_out: Tensor, grad_last: Tensor, x: Tensor, step: Tensor, log_decay: Tensor, b: Tensor, c: Tensor,
     d: Tensor | None, first: Tensor | None, want_d: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    runs = x.device.type == "cpu" and x.dtype != torch.float64
+    runs = has_kernel("mamba_chunk_scan", x)
     grad_d = torch.empty_like(d) if d is not None and (want_d or not runs) else b.new_empty(0)
     return (
         x.new_empty(x.shape), torch.empty_like(step), torch.empty_like(step), torch.empty_like(b), torch.empty_like(c),

@@ -7,7 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deftcore.ops._layout import empty_like, strided, wide_dtype
-from deftcore.ops._library import DTYPE_CODES, address, backend, check_float, check_like, check_shape, define, native
+from deftcore.ops._library import (
+    DTYPE_CODES,
+    address,
+    backend,
+    check_float,
+    check_like,
+    check_shape,
+    define,
+    has_kernel,
+    native,
+    stream,
+)
 from deftcore.ops.conv1d import check_slots
 
 MAX_STATES = 256
@@ -201,22 +212,18 @@ def scan_forward(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, first: Tensor | None, softplus: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    kernels = _kernels(u)
+    kernels = backend("selective_scan", u)
     batch, channels, length = u.shape
     states = a.shape[0]
     if kernels is None:
         out, last = _scan_ref(u, delta, a, b, c, d, z, delta_bias, first, softplus)[:2]
         return out, last, u.new_empty(0)
     out = empty_like(u)
-    last = torch.empty((batch, states, channels))
-    chunks = torch.empty((batch, -(-length // native.scan_chunk), states, channels) if keep else (0,))
-    kernels.selective_scan(_native_args(u, delta, a, b, c, d, z, delta_bias, first, softplus, out, last, chunks))
+    last = a.new_empty((batch, states, channels))
+    chunks = a.new_empty((batch, -(-length // native.scan_chunk), states, channels) if keep else (0,))
+    args = _native_args(u, delta, a, b, c, d, z, delta_bias, first, softplus, out, last, chunks)
+    kernels.selective_scan(args, stream(u))
     return out, last, chunks
-
-
-def _kernels(u: Tensor) -> Any:
-    """Native functions; there are none for CUDA yet."""
-    return backend("selective_scan", u) if u.device.type == "cpu" or u.dtype == torch.float64 else None
 
 
 def _native_args(
@@ -235,8 +242,7 @@ def _scan_fake(u: Tensor, delta: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor,
     batch, channels, length = u.shape
     wide = wide_dtype(u)
     last = u.new_empty((batch, a.shape[0], channels), dtype=wide)
-    native_runs = u.device.type == "cpu" and u.dtype != torch.float64
-    if not native_runs:
+    if not has_kernel("selective_scan", u):
         return u.new_empty(u.shape), last, u.new_empty(0)
     shape = (batch, -(-length // native.scan_chunk), a.shape[0], channels) if rest[-1] else (0,)
     return empty_like(u), last, u.new_empty(shape, dtype=torch.float32)
@@ -268,7 +274,7 @@ def scan_backward(
     Those of u, delta and z are written to `into` where that is given (grad_out and delta may be among them); `again`
     receives the forward's out.
     """
-    kernels = _kernels(u)
+    kernels = backend("selective_scan", u)
     if kernels is None:
         found = _scan_backward_ref(grad_out, grad_last, u, delta, a, b, c, d, z, delta_bias, first, softplus, again)
         for to, place in zip(into or (), (0, 1, 6), strict=False):
@@ -284,14 +290,14 @@ def scan_backward(
     ]
     grad_first = grad_last.to(torch.float32).clone(memory_format=torch.contiguous_format)
     forward = _native_args(u, delta, a, b, c, d, z, delta_bias, first, softplus, grad_out, None, chunks)
-    workspace = torch.empty(kernels.selective_scan_workspace(forward) + 64, dtype=torch.uint8)
+    workspace = torch.empty(kernels.selective_scan_workspace(forward) + 64, dtype=torch.uint8, device=u.device)
     kernels.selective_scan_backward(
         forward, *(strided(x) for x in (grad_u, grad_delta, grad_z, again)),
-        *(address(x) for x in sums), address(grad_first), (address(workspace) + 63) // 64 * 64,
+        *(address(x) for x in sums), address(grad_first), (address(workspace) + 63) // 64 * 64, stream(u),
     )  # fmt: skip
-    empty = torch.empty(0)
+    empty = a.new_empty(0)
     grad_a, grad_b, grad_c, grad_d, grad_bias = (empty.clone() if x is None else x for x in sums)
-    grad_z = torch.empty(0, dtype=u.dtype) if grad_z is None else grad_z
+    grad_z = u.new_empty(0) if grad_z is None else grad_z
     return grad_u, grad_delta, grad_a, grad_b, grad_c, grad_d, grad_z, grad_bias, grad_first
 
 
@@ -300,7 +306,7 @@ def _scan_grad_fake(
     z: Tensor | None, delta_bias: Tensor | None, first: Tensor | None, chunks: Tensor, softplus: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    native_runs = u.device.type == "cpu" and u.dtype != torch.float64
+    native_runs = has_kernel("selective_scan", u)
 
     def like(x: Tensor | None, need: bool) -> Tensor:
         kept = x is not None and (need or not native_runs)
@@ -317,7 +323,7 @@ def _update_impl(
     state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None,
     bias: Tensor | None, softplus: bool, slots: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    kernels = backend("selective_state_update", x) if x.device.type == "cpu" or x.dtype == torch.float64 else None
+    kernels = backend("selective_state_update", x)
     if kernels is None or state.dtype not in DTYPE_CODES:
         out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         rows = torch.arange(x.shape[0], device=x.device) if slots is None else (slots >= 0).nonzero().squeeze(1)
@@ -328,7 +334,7 @@ def _update_impl(
         state[own] = new.to(state.dtype)
         return out
     batch, heads, head_dim = x.shape
-    out, held = torch.empty(x.shape, dtype=x.dtype), state.contiguous()
+    out, held = x.new_empty(x.shape), state.contiguous()
     a = a if a.stride(2) in (0, 1) and a.shape[2] > 1 else a.contiguous()
     b, c = b.contiguous(), c.contiguous()
 
@@ -340,7 +346,7 @@ def _update_impl(
     kernels.selective_state_update(
         address(held), address(slots), by_head(x), by_head(dt), by_head(z), address(out), by_head(a, False),
         a.stride(2), address(b), address(c), by_head(d, False), by_head(bias, False), batch, heads, head_dim,
-        a.shape[2], b.shape[1], DTYPE_CODES[x.dtype], DTYPE_CODES[state.dtype], softplus,
+        a.shape[2], b.shape[1], DTYPE_CODES[x.dtype], DTYPE_CODES[state.dtype], softplus, stream(x),
     )  # fmt: skip
     if held is not state:
         state.copy_(held)

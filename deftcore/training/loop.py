@@ -117,8 +117,7 @@ def train(
         atexit.register(PartialState().destroy_process_group)
     set_seed(config.seed)
     run = _Run(model, examples, config, output, validation, objective, pad_token_id, label, save_model, accelerator)
-    if resume:
-        run.restore()
+    run.restore() if resume else run.start_over()
     try:
         return run.train()
     finally:
@@ -371,6 +370,13 @@ class _Run:
             partial = log.with_suffix(".tmp")
             partial.write_text("".join(f"{line}\n" for line in lines))
             os.replace(partial, log)
+
+    def start_over(self) -> None:
+        """Forgets an earlier run in the same folder: its checkpoints would otherwise be taken for this one's."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.output / "checkpoints", ignore_errors=True)
+            (self.output / "log.jsonl").unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
 
     def _trainable(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {name: p for name, p in self.plain_model.named_parameters() if p.requires_grad}

@@ -146,4 +146,17 @@ void ssd_backward(const SsdBackwardArgs& args, Stream stream);
 void selective_state_update(const StateUpdateArgs& args, Stream stream);
 }  // namespace cpu
 
+namespace cuda {
+void selective_scan(const SelectiveScanArgs& args, Stream stream);
+size_t selective_scan_workspace(const SelectiveScanArgs& args);
+void selective_scan_backward(const SelectiveScanBackwardArgs& args, Stream stream);
+void causal_conv1d(const CausalConv1dArgs& args, Stream stream);
+void causal_conv1d_backward(const CausalConv1dBackwardArgs& args, Stream stream);
+void causal_conv1d_update(const CausalConv1dUpdateArgs& args, Stream stream);
+void ssd(const SsdArgs& args, Stream stream);
+size_t ssd_workspace(const SsdArgs& args);
+void ssd_backward(const SsdBackwardArgs& args, Stream stream);
+void selective_state_update(const StateUpdateArgs& args, Stream stream);
+}  // namespace cuda
+
 }  // namespace deftcore
