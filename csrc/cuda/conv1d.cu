@@ -32,6 +32,7 @@ __device__ int64_t reach_of(const CausalConv1dArgs& args, int64_t batch, int64_t
 template <class T>
 __device__ float convolve(const CausalConv1dArgs& args, int64_t batch, int64_t time, int64_t channel) {
   float sum = args.bias == nullptr ? 0.0f : args.bias[channel];
+#pragma unroll 1  // unrolled inside another loop it spills registers
   for (int64_t back = reach_of(args, batch, time); back >= 0; --back) {
     sum +=
         args.weight[(args.width - 1 - back) * args.channels + channel] * input_at<T>(args, batch, time - back, channel);
@@ -66,7 +67,6 @@ __global__ void __launch_bounds__(kThreads) input_kernel(CausalConv1dBackwardArg
   const int64_t batch = i / args.channels / rows;
   if (time < 0 && back.grad_first.data == nullptr) return;
   float sum = 0.0f;
-#pragma unroll 1  // unrolling the nested loops spills registers
   for (int64_t j = time < 0 ? -time : 0; j <= most && time + j < args.length; ++j) {
     if (j > reach_of(args, batch, time + j)) continue;
     sum += args.weight[(most - j) * args.channels + channel] * slope_at<T>(args, batch, time + j, channel);
