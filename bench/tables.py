@@ -86,6 +86,32 @@ def main():
                     lambda r, k=key: f"{r[f'{k}_over_base']:.2f}x", [1, 4, 16, 64]))  # fmt: skip
     for r in results.get("s2ft_switching", []):
         print(f"\nswitching {r['layers']} x {r['width']}: S2FT {r['s2ft_ms']:.0f} ms, LoRA {r['lora_ms']:.0f} ms")
+    scans = results.get("selective_scan", [])
+    print("\n| `selective_scan`, 1 x length x width, N 16 | us a token | share of the arithmetic bound | over Transformers |"
+          " over mambapy |")  # fmt: skip
+    print("|---" * 5 + "|")
+    for r in scans:
+        over = " | ".join(f"{r[k]:.1f}x" if k in r else "" for k in ("over_transformers", "over_mambapy"))
+        kind = "forward" if r["what"] == "forward" else "forward + backward"
+        size = f"{r['batch']} x {r['length']} x {r['width']}"
+        print(f"| {kind}, {r['dtype']}, {size} | {r['us_per_token']:.1f} | {r['share_of_bound']:.2f} | {over} |")
+    print("\n| `mamba_chunk_scan`, 24 heads x 64, N 128 | length | ms | over Transformers |\n|---|---|---|---|")
+    for r in results.get("mamba_chunk_scan", []):
+        kind = "forward" if r["what"] == "forward" else "forward + backward"
+        print(f"| {kind}, {r['dtype']} | {r['length']} | {r['ours_ms']:.1f} | {r['ratio']:.1f}x |")
+    print(
+        "\n| frozen mixer | width | length | ms | its matrix products alone, ms | over Transformers |\n"
+        + "|---" * 6
+        + "|"
+    )
+    for r in results.get("mamba_mixer", []):
+        kind = "forward" if r["what"] == "forward" else "forward + backward"
+        over = f"{r['over_transformers']:.1f}x" if "over_transformers" in r else ""
+        print(f"| {r['kind']} {kind}, {r['dtype']} | {r['hidden']} | {r['length']} | {r['ours_ms']:.1f} "
+              f"| {r['products_ms']:.1f} | {over} |")  # fmt: skip
+    print("\n| decode, 4 layers, float32 | width | batch | ms a token | over Transformers |\n" + "|---" * 5 + "|")
+    for r in results.get("mamba_decode", []):
+        print(f"| {r['kind']} | {r['hidden']} | {r['batch']} | {r['ours_ms']:.2f} | {r['ratio']:.2f}x |")
     print("\n| `act_density` forward + backward, 8x128x11008 | time over plain | over the composed expression |")
     print("|---|---|---|")
     for r in results.get("act_density", []):

@@ -44,16 +44,23 @@ void to_steps(const SelectiveScanArgs& args, const Block& block, int64_t steps, 
 template <bool kFixed>
 struct Coefficients {
   const float* base;
-  int64_t row;  // between steps, or between states where fixed
+  int64_t time, state;  // strides
   int64_t count;
-  Coefficients(const SelectiveScanArgs& args, const float* data, int64_t batch, const Block& block) {
-    row = kFixed ? args.channels : args.groups * args.states;
-    base = data + (kFixed ? block.first : batch * args.length * row + block.group * args.states);
+  Coefficients(const SelectiveScanArgs& args, const float* data, int64_t batch, int64_t start, const Block& block) {
+    time = args.groups * args.states;
+    state = kFixed ? args.channels : 1;
+    base = data + (kFixed ? block.first : (batch * args.length + start) * time + block.group * args.states);
     count = block.count;
   }
-  Vec at(int64_t time, int64_t state) const {
-    if constexpr (kFixed) return load_some(base + state * row, count);
-    return Vec(base[time * row + state]);
+  // From a copy as [states, kScanChunk].
+  void read_from(const float* turned) {
+    base = turned;
+    time = 1;
+    state = kScanChunk;
+  }
+  Vec at(int64_t t, int64_t n) const {
+    if constexpr (kFixed) return load_some(base + n * state, count);
+    return Vec(base[t * time + n * state]);
   }
 };
 
@@ -78,16 +85,16 @@ void scan_block(const SelectiveScanArgs& args, int64_t batch, int64_t chunk, con
   if (args.z.data != nullptr) read_tile<T>(args.z, batch, start, steps, block, z);
   to_steps(args, block, steps, step);
   const Vec d = args.d == nullptr ? Vec(0.0f) : load_some(args.d + block.first, block.count);
-  const Coefficients<kFixedB> b(args, args.b, batch, block);
-  const Coefficients<kFixedC> c(args, args.c, batch, block);
+  const Coefficients<kFixedB> b(args, args.b, batch, start, block);
+  const Coefficients<kFixedC> c(args, args.c, batch, start, block);
   for (int64_t t = 0; t < steps; ++t) {
     const Vec s = load(step + t * kWidth), ut = load(u + t * kWidth), su = s * ut;
     Vec even = d * ut, odd(0.0f);
 #pragma GCC unroll 16
     for (int64_t n = 0; n < states; ++n) {
-      h[n] = fma(exp2_decay(s * a[n]), h[n], su * b.at(start + t, n));
+      h[n] = fma(exp2_decay(s * a[n]), h[n], su * b.at(t, n));
       Vec& sum = n % 2 ? odd : even;
-      sum = fma(c.at(start + t, n), h[n], sum);
+      sum = fma(c.at(t, n), h[n], sum);
     }
     Vec y = even + odd;
     if (args.z.data != nullptr) y = y * math::activate<Activation::kSilu>(load(z + t * kWidth));
@@ -131,17 +138,22 @@ void scan(const SelectiveScanArgs& args) {
 
 // ---------------------------------------------------------------------------- backward
 
-// A thread's own memory.
+// A thread's own memory. What the inner loops touch is laid out so that it always fits L1's sets: the two sums side by
+// side, b and c turned so that a state's steps are neighbours.
+struct Sums {
+  Vec b, c;
+};
 struct Scratch {
-  Vec* sums_b;    // [states, kScanChunk], over the blocks of a group
-  Vec* sums_c;    // likewise
+  Sums* sums;  // [states, kScanChunk], over the blocks of a group
+  float* b;    // [states, kScanChunk] of the chunk
+  float* c;
   float* part_b;  // [length, states]
   float* part_c;
 };
 
 size_t scratch_bytes(const SelectiveScanArgs& args) {
   const size_t states = static_cast<size_t>(args.states), chunk = static_cast<size_t>(kScanChunk);
-  const size_t vectors = 2 * chunk * states * 64, floats = 2 * static_cast<size_t>(args.length) * states * 4;
+  const size_t vectors = 2 * chunk * states * 64, floats = 2 * (static_cast<size_t>(args.length) + chunk) * states * 4;
   return (vectors + floats + 63) / 64 * 64;
 }
 
@@ -149,9 +161,10 @@ Scratch scratch_of(const SelectiveScanArgs& args, void* workspace, int thread) {
   const int64_t states = args.states, rows = kScanChunk * states;
   char* base = static_cast<char*>(workspace) + static_cast<size_t>(thread) * scratch_bytes(args);
   Scratch own;
-  own.sums_b = reinterpret_cast<Vec*>(base);
-  own.sums_c = own.sums_b + rows;
-  own.part_b = reinterpret_cast<float*>(own.sums_c + rows);
+  own.sums = reinterpret_cast<Sums*>(base);
+  own.b = reinterpret_cast<float*>(own.sums + rows);
+  own.c = own.b + rows;
+  own.part_b = own.c + rows;
   own.part_c = own.part_b + args.length * states;
   return own;
 }
@@ -169,8 +182,10 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
   if (args.z.data != nullptr) read_tile<T>(args.z, batch, start, steps, block, z);
   std::copy(raw, raw + steps * kWidth, step);
   to_steps(args, block, steps, step);
-  const Coefficients<kFixedB> b(args, args.b, batch, block);
-  const Coefficients<kFixedC> c(args, args.c, batch, block);
+  Coefficients<kFixedB> b(args, args.b, batch, start, block);
+  Coefficients<kFixedC> c(args, args.c, batch, start, block);
+  if constexpr (!kFixedB) b.read_from(own.b);
+  if constexpr (!kFixedC) c.read_from(own.c);
   const Vec zero(0.0f), one(1.0f);
   const Vec d = args.d == nullptr ? zero : load_some(args.d + block.first, block.count);
   const float* saved = args.chunks + (batch * chunk_count(args) + chunk) * states * args.channels + block.first;
@@ -197,17 +212,16 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
     for (int64_t t = 0; t < steps; ++t) {
       const Vec s = load(step + t * kWidth);
       decay[t] = exp2_decay(s * a2);
-      h[t + 1] = fma(decay[t], h[t], s * load(u + t * kWidth) * b.at(start + t, n));
-      y[t] = fma(c.at(start + t, n), h[t + 1], y[t]);
+      h[t + 1] = fma(decay[t], h[t], s * load(u + t * kWidth) * b.at(t, n));
+      y[t] = fma(c.at(t, n), h[t + 1], y[t]);
     }
     float* kept = carry + n * args.channels + block.first;
-    Vec* sums_b = own.sums_b + n * kScanChunk;
-    Vec* sums_c = own.sums_c + n * kScanChunk;
+    Sums* sums = own.sums + n * kScanChunk;
     Vec g = load_some(kept, block.count), sum_a = zero, sum_b = zero, sum_c = zero;
     for (int64_t t = steps - 1; t >= 0; --t) {
-      const Vec s = load(step + t * kWidth), ut = load(u + t * kWidth), bt = b.at(start + t, n);
+      const Vec s = load(step + t * kWidth), ut = load(u + t * kWidth), bt = b.at(t, n);
       const Vec decayed = decay[t] * h[t];
-      g = fma(c.at(start + t, n), dy[t], g);
+      g = fma(c.at(t, n), dy[t], g);
       grad_u[t] = fma(g, bt, grad_u[t]);
       grad_step[t] = fma(g, fma(a, decayed, bt * ut), grad_step[t]);
       sum_a = fma(s * g, decayed, sum_a);
@@ -215,12 +229,12 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
       if constexpr (kFixedB) {
         sum_b = sum_b + into_b;
       } else {
-        sums_b[t] = sums_b[t] + into_b;
+        sums[t].b = sums[t].b + into_b;
       }
       if constexpr (kFixedC) {
         sum_c = sum_c + into_c;
       } else {
-        sums_c[t] = sums_c[t] + into_c;
+        sums[t].c = sums[t].c + into_c;
       }
       g = decay[t] * g;
     }
@@ -253,12 +267,23 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
   if (back.grad_delta_bias != nullptr) add_to(back.grad_delta_bias + block.first, sum_bias, block.count);
 }
 
-// The sums over a group's channels, [steps, states], from lanes to this thread's part.
-void reduce_sums(const SelectiveScanArgs& args, int64_t start, int64_t steps, const Vec* sums, float* part) {
+// The sums over a group's channels, from lanes to this thread's parts, [steps, states].
+void reduce_sums(const SelectiveScanArgs& args, int64_t start, int64_t steps, const Scratch& own) {
   for (int64_t t = 0; t < steps; ++t) {
     for (int64_t n = 0; n < args.states; ++n) {
-      part[(start + t) * args.states + n] = reduce_add(sums[n * kScanChunk + t]);
+      const Sums& sums = own.sums[n * kScanChunk + t];
+      own.part_b[(start + t) * args.states + n] = reduce_add(sums.b);
+      own.part_c[(start + t) * args.states + n] = reduce_add(sums.c);
     }
+  }
+}
+
+// b or c of one group over a chunk, turned.
+void turn(const SelectiveScanArgs& args, const float* data, int64_t batch, int64_t group, int64_t start, int64_t steps,
+          float* turned) {
+  for (int64_t t = 0; t < steps; ++t) {
+    const float* row = data + ((batch * args.length + start + t) * args.groups + group) * args.states;
+    for (int64_t n = 0; n < args.states; ++n) turned[n * kScanChunk + t] = row[n];
   }
 }
 
@@ -289,13 +314,14 @@ void scan_backward(const SelectiveScanBackwardArgs& back) {
       for (int64_t group = 0; group < args.groups; ++group) {
         for (int64_t chunk = chunk_count(args) - 1; chunk >= 0; --chunk) {
           const int64_t start = chunk * kScanChunk, steps = std::min(args.length - start, kScanChunk);
-          std::fill(own.sums_b, own.sums_b + 2 * kScanChunk * args.states, Vec(0.0f));
+          std::fill(own.sums, own.sums + kScanChunk * args.states, Sums{Vec(0.0f), Vec(0.0f)});
+          if (!kFixedB) turn(args, args.b, batch, group, start, steps, own.b);
+          if (!kFixedC) turn(args, args.c, batch, group, start, steps, own.c);
           for (int64_t i = mine.begin; i < mine.end; ++i) {
             backward_block<kFixedB, kFixedC, T>(back, batch, chunk, block_of(args, group * per_group + i),
                                                 back.grad_first + batch * plane, own);
           }
-          if (!kFixedB && back.grad_b != nullptr) reduce_sums(args, start, steps, own.sums_b, own.part_b);
-          if (!kFixedC && back.grad_c != nullptr) reduce_sums(args, start, steps, own.sums_c, own.part_c);
+          if (!kFixedB || !kFixedC) reduce_sums(args, start, steps, own);
         }
 #pragma omp barrier
         const Range times = share(args.length, threads, thread);

@@ -45,3 +45,16 @@ inline std::vector<float> random_floats(size_t count, unsigned seed) {
 inline bool close(double ours, double ref, double tolerance) {
   return std::fabs(ours - ref) <= tolerance * (1 + std::fabs(ref));
 }
+// Some of the slopes of `total` in `values`, against symmetric differences.
+template <class Total>
+void check_slopes(std::vector<float>& values, const std::vector<float>& slopes, Total&& total) {
+  for (size_t i = 0; i < values.size(); i += 1 + values.size() / 7) {
+    const float before = values[i], h = 1e-2f;
+    values[i] = before + h;
+    const double up = total(), high = values[i];
+    values[i] = before - h;
+    const double down = total(), low = values[i];
+    values[i] = before;
+    CHECK(close(slopes[i], (up - down) / (high - low), 1e-2));
+  }
+}

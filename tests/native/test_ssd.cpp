@@ -79,15 +79,7 @@ void test_scan(Problem p) {
       {args, p.tensor(dx), dstep.data(), ddecay.data(), db.data(), dc.data(), dd.data(), dfirst.data(), aligned},
       nullptr);
   const auto check = [&](std::vector<float>& values, const std::vector<float>& slopes) {
-    for (size_t i = 0; i < values.size(); i += 1 + values.size() / 7) {
-      const float before = values[i], h = 1e-2f;
-      values[i] = before + h;
-      const double up = p.total(nullptr), high = values[i];
-      values[i] = before - h;
-      const double down = p.total(nullptr), low = values[i];
-      values[i] = before;
-      CHECK(close(slopes[i], (up - down) / (high - low), 1e-2));
-    }
+    check_slopes(values, slopes, [&] { return p.total(nullptr); });
   };
   check(p.x, dx);
   check(p.step, dstep);
