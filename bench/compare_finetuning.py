@@ -23,10 +23,10 @@ from deftcore.training import TrainingConfig, encode, train
 
 SETTINGS = Settings(hidden_size=768, intermediate_size=2048, num_layers=6, base_steps=80)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-METHODS = {  # method, options, learning rate
+METHODS = {  # method, options, learning rate (the better of those tried on this task)
     "full": ("full", {}, 3e-4),
-    "LoRA": ("lora", {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": LINEARS}, 2e-3),
-    "S2FT": ("s2ft", {"channel_ratio": 0.069, "targets": ["down"]}, 2e-3),
+    "LoRA": ("lora", {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": LINEARS}, 6e-3),
+    "S2FT": ("s2ft", {"channel_ratio": 0.069, "targets": ["down"]}, 1.5e-2),
 }
 RESULTS = Path(__file__).parent / "results"
 

@@ -87,8 +87,7 @@ def main():
     for r in results.get("s2ft_switching", []):
         print(f"\nswitching {r['layers']} x {r['width']}: S2FT {r['s2ft_ms']:.0f} ms, LoRA {r['lora_ms']:.0f} ms")
     scans = results.get("selective_scan", [])
-    print("\n| `selective_scan`, 1 x length x width, N 16 | us a token | share of the arithmetic bound | over Transformers |"
-          " over mambapy |")  # fmt: skip
+    print("\n| `selective_scan`, N 16 | us a token | share of the bound | over Transformers | over mambapy |")
     print("|---" * 5 + "|")
     for r in scans:
         over = " | ".join(f"{r[k]:.1f}x" if k in r else "" for k in ("over_transformers", "over_mambapy"))

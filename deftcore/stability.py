@@ -180,7 +180,8 @@ def _protocol(
     if seeds == 1:
         runs.append(("fp32", 1))  # the yardstick: another seed in float32
     report: dict[str, Any] = {
-        "mamba": is_mamba(base), "parameters": sum(p.numel() for p in base.parameters()),
+        "mamba": is_mamba(base), "type": base.config.model_type,
+        "parameters": sum(p.numel() for p in base.parameters()),
         "evaluation_tokens": sum(len(e["input_ids"]) for e in fixed), "checkpoints": [],
     }  # fmt: skip
     models = {}
@@ -275,14 +276,15 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for name, result in report["models"].items():
+    for result in report["models"].values():
+        kind = result["type"]
         last = result["checkpoints"][-1]
         if "lyapunov" in last:
             layers = last["lyapunov"].values()
-            left.plot([-layer["max"] for layer in layers], "o-", label=f"{Path(name).name}: largest")
-            left.plot([-layer["mean"] for layer in layers], "x:", label=f"{Path(name).name}: mean")
+            left.plot([-layer["max"] for layer in layers], "o-", label=f"{kind}: largest")
+            left.plot([-layer["mean"] for layer in layers], "x:", label=f"{kind}: mean")
         for each in last["runs"]:
-            right.plot(each["deviation"][-1], label=f"{Path(name).name} {each['precision']} seed {each['seed']}")
+            right.plot(each["deviation"][-1], label=f"{kind} {each['precision']} seed {each['seed']}")
     left.set(xlabel="layer", ylabel="-exponent (nats per token)", yscale="log", title="Lyapunov exponents")
     right.set(
         xlabel="token", ylabel="|h - h'| / |h|, last layer", yscale="log", title=f"after {report['steps'][-1]} steps"
