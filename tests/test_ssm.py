@@ -131,6 +131,53 @@ def test_extreme_steps():
     assert bool((long <= 1).all())
 
 
+def test_decay():
+    """Exactly 1 at 0, never above 1, 2 ulp near 0 (and the rounding of the exponent), rising, 0 below the underflow."""
+
+    def decay(x):
+        """exp(x) as the scan computes it, from a state of 1 and no input."""
+        count = x.numel()
+        one, nothing = torch.ones(1, count, 1), torch.zeros(1, 1, 1)
+        _, last = ops.selective_scan(
+            0 * one, -x.view(1, count, 1), -torch.ones(count, 1), nothing, nothing, return_last_state=True,
+            initial_state=one,
+        )  # fmt: skip
+        return last.flatten()
+
+    near = torch.linspace(-1, 0, 40001)
+    ulp = torch.finfo(torch.float32).eps / 2
+    exact = near.double().exp()
+    assert decay(torch.zeros(3)).tolist() == [1.0] * 3
+    assert ((decay(near).double() - exact).abs() / exact).max() <= 3 * ulp * 2
+    far = torch.cat((torch.linspace(-120, 0, 60001), torch.tensor([-1e-8, -1e-20, -1e4, -1e30])))
+    values = decay(far)
+    assert bool((values <= 1).all())
+    assert values[far < -105].max() == 0
+    rising = values[:60001]
+    assert bool((rising[1:] >= rising[:-1] * (1 - 4 * ulp)).all())
+    wanted = far[:60001].double().exp()
+    normal = wanted > 2e-38
+    assert ((values[:60001].double() - wanted).abs() / wanted)[normal].max() < 2e-5  # |x| ulp of the exponent
+
+
+def test_algebra():
+    """Causal to the bit; channels are independent; linear in u; C scales what D does not add."""
+    u, delta, a, b, c, d, z, bias, _ = inputs(length=40)
+    scan = lambda u, c=c, d=d: ops.selective_scan(u, delta, a, b, c, d, z, bias, True)  # noqa: E731
+    base = scan(u)
+    later = u.clone()
+    later[..., 25] += 1
+    assert torch.equal(scan(later)[..., :25], base[..., :25])
+    order = torch.randperm(20)
+    permuted = ops.selective_scan(
+        u[:, order], delta[:, order], a[order], b, c, d[order], z[:, order], bias[order], True
+    )
+    torch.testing.assert_close(permuted, base[:, order])
+    other = torch.randn_like(u)
+    torch.testing.assert_close(scan(2 * u - 3 * other), 2 * base - 3 * scan(other), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(scan(u, c=4 * c, d=None), 4 * scan(u, d=None), rtol=1e-4, atol=1e-4)
+
+
 def test_chunks_continue():
     """Two halves with the state carried over are the whole."""
     tensors = inputs(length=50)
