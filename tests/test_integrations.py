@@ -92,7 +92,7 @@ def test_autocast_and_bf16():
 
 
 def test_says_what_it_leaves_alone(caplog):
-    with pytest.raises(ValueError, match="no PEFT LoRA and no bitsandbytes 4-bit layer"):
+    with pytest.raises(ValueError, match="no PEFT LoRA, no bitsandbytes 4-bit layer and no Mamba mixer"):
         deftcore.patch(tiny_model("llama"))
     model = lora_model(use_dora=True)
     with caplog.at_level(logging.WARNING, logger="deftcore"):
