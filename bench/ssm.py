@@ -189,7 +189,8 @@ def bench_decode(quick):
             caches = {"transformers": model(ids, use_cache=True), "ours": patched(ids, use_cache=True)}
 
             def step(m, name, caches=caches, ids=ids):
-                return m(ids[:, :1], cache_params=caches[name].cache_params, use_cache=True)
+                cache = "cache" if "cache" in caches[name] else "cache_params"  # Transformers renamed it
+                return m(ids[:, :1], **{cache: caches[name][cache]}, use_cache=True)
 
             times = alternate(
                 {"transformers": lambda: step(model, "transformers"), "ours": lambda: step(patched, "ours")}, 30

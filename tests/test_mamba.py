@@ -443,6 +443,12 @@ def pair_of(family, **options):
     return plain, deftcore.patch(copy.deepcopy(plain))
 
 
+def cache_of(output):
+    """An output's cache as the model takes it: Transformers renamed it."""
+    name = "cache" if hasattr(output, "cache") else "cache_params"
+    return {name: output[name]}
+
+
 def padded_batch():
     ids = torch.randint(1, 64, (2, 19))
     mask = torch.ones_like(ids)
@@ -476,13 +482,51 @@ def test_cached_decoding_equals_transformers(family):
         token = torch.randint(1, 64, (2, 1))
         for _ in range(32):
             caches = [
-                model(input_ids=token, cache_params=c.cache_params, use_cache=True)
+                model(input_ids=token, **cache_of(c), use_cache=True)
                 for model, c in zip((plain, patched), caches, strict=True)
             ]
             torch.testing.assert_close(caches[1].logits, caches[0].logits, rtol=1e-4, atol=1e-4)
             token = caches[0].logits[:, -1].argmax(-1, keepdim=True)
-    generated = [m.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=0) for m in (plain, patched)]
-    assert torch.equal(*generated)
+    for beams in (1, 3):
+        generated = [
+            m.generate(**batch, max_new_tokens=8, do_sample=False, num_beams=beams, pad_token_id=0)
+            for m in (plain, patched)
+        ]
+        assert torch.equal(*generated)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["cache", "cache_params"])
+def test_both_names_of_the_cache(family, name):
+    """A patched mixer fills and reads the cache under either name, by place too; two names at once are refused."""
+    plain, patched = pair_of(family)
+    layers = [model.backbone.layers[0].mixer for model in (plain, patched)]
+    x = torch.randn(2, 9, 32)
+    with torch.no_grad():
+        whole = layers[0](x)
+        caches = [transformers.DynamicCache(config=plain.config) for _ in range(2)]
+        first = layers[1](x[:, :6], **{name: caches[0]})
+        layers[1](x[:, :6], caches[1])
+        steps = [layers[1](x[:, t : t + 1], **{name: caches[0]}) for t in range(6, 9)]
+        torch.testing.assert_close(torch.cat((first, *steps), 1), whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layers[1](x[:, 6:], caches[1]), whole[:, 6:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="cache, cache_params"):
+        layers[1](x, cache=caches[0], cache_params=caches[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mask_of_the_whole_sequence_beside_the_cache(family):
+    """What a loop by hand passes: the mask grows with the sequence, the tokens are the new ones."""
+    plain, patched = pair_of(family)
+    batch = padded_batch()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        whole = plain(**batch).logits
+        out = patched(input_ids=ids[:, :15], attention_mask=mask[:, :15], use_cache=True)
+        for stop in (16, 19):
+            start = 15 if stop == 16 else 16
+            out = patched(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], **cache_of(out), use_cache=True)
+            torch.testing.assert_close(out.logits, whole[:, start:stop], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -492,7 +536,7 @@ def test_several_tokens_continue_from_the_cache(family):
     with torch.no_grad():
         whole = patched(input_ids=ids).logits
         filled = patched(input_ids=ids[:, :9], use_cache=True)
-        rest = patched(input_ids=ids[:, 9:], cache_params=filled.cache_params, use_cache=True)
+        rest = patched(input_ids=ids[:, 9:], **cache_of(filled), use_cache=True)
     torch.testing.assert_close(torch.cat((filled.logits, rest.logits), 1), whole, rtol=1e-4, atol=1e-4)
 
 
@@ -726,7 +770,8 @@ for family, extra in (("Mamba", {}), ("FalconMamba", {}), ("Mamba2", dict(num_he
     assert {scan, "_causal_conv1d"} <= called, called
     with torch.no_grad():
         filled = model(input_ids=ids, use_cache=True)
-        step = model(input_ids=ids[:, :1], cache_params=filled.cache_params, use_cache=True)
+        name = "cache" if "cache" in filled else "cache_params"  # Transformers renamed it
+        step = model(input_ids=ids[:, :1], **{name: filled[name]}, use_cache=True)
         whole = model(input_ids=torch.cat((ids, ids[:, :1]), 1))
     assert {"_selective_state_update", "_causal_conv1d_update"} <= called, called
     torch.testing.assert_close(step.logits[:, 0], whole.logits[:, -1], rtol=1e-4, atol=1e-4)

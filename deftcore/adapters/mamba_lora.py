@@ -63,7 +63,8 @@ class SplitLoraLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs:
-            raise ValueError("split: mixed batches of adapters are not supported")
+            given = ", ".join([*(type(a).__name__ for a in args), *kwargs])
+            raise TypeError(f"split: the layer takes x alone, no mixed batches of adapters; got {given} as well")
         y = self.base_layer(x)
         if self.disable_adapters or self.merged:
             return y

@@ -273,9 +273,9 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
 
     # ------------------------------------------------------------------ forward
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if self.split:
-            y = self.base_layer(x, *args, **kwargs)
+            y = self.base_layer(x)
             return y if self.disable_adapters or self.merged else self._add_delta(x, y)
         weight, slices, starts = self._operands()
         return partial_linear(

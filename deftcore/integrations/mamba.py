@@ -12,6 +12,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as HfMamba2Mi
 
 from deftcore.adapters.mamba_lora import SplitLoraLinear
 from deftcore.nn.mamba import Mamba2Block, MambaBlock, MixerState, plain_projection
+from deftcore.ops.conv1d import next_window
 from deftcore.ops.mamba import LoraPair, Projection
 
 
@@ -51,32 +52,62 @@ class _Cached:
         return lora_projection(module)
 
     def forward(
-        self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        *,
+        cache_params: Any = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """[B, L, d] to [B, L, d]. Several tokens after a filled cache continue from its state."""
-        layer, length = self.layer_idx, hidden_states.shape[1]
-        conv: Any = None
-        ssm: Any = None
+        """[B, L, d] to [B, L, d]. Several tokens after a filled cache continue from its state.
+
+        Every argument stands here by name: a keyword that a later Transformers adds raises a TypeError. `cache_params`
+        is the name of `cache` before Transformers 5.23. Of an `attention_mask` longer than L the last L columns count.
+
+        Raises:
+            ValueError: cache and cache_params both given; packed sequences that the mixer cannot cut.
+        """
         if cache_params is not None:
-            conv, ssm = (cache_params.get_conv_state(layer), cache_params.get_recurrent_state(layer))
-        single = conv is not None and length == 1 and attention_mask is None and not torch.is_grad_enabled()
-        if single and not cache_params.is_recording_past(layer):
-            return self.step(hidden_states, MixerState(conv, ssm))
-        reach, state = self.conv1d.weight.shape[2] - 1, None
+            if cache is not None:
+                raise ValueError("cache, cache_params: are two names of one argument; pass one of them")
+            cache = cache_params
+        return self.mixed(hidden_states, cache, attention_mask, **self.packed(seq_idx, cu_seqlens))
+
+    def mixed(self: Any, hidden: Tensor, cache: Any, mask: Tensor | None, **packed: Tensor) -> Tensor:
+        layer, length, width = self.layer_idx, hidden.shape[1], self.conv1d.weight.shape[2]
+        conv, ssm = (None, None) if cache is None else _held(cache, layer)
+        recording = hasattr(cache, "is_recording_past") and cache.is_recording_past(layer)
+        if mask is not None:
+            mask = mask[:, -length:]
+        if conv is not None and length == 1 and mask is None and not (recording or torch.is_grad_enabled()):
+            return self.step(hidden, MixerState(conv, ssm))
+        state = None
         if conv is not None:
-            window = conv[..., max(conv.shape[2] - reach, 0) :].clone()
-            state = MixerState(F.pad(window, (reach - window.shape[2], 0)), ssm.clone())
-        out, conv_input, last = self.mix(hidden_states, state, attention_mask, **self.extra(kwargs))
-        if cache_params is not None:
-            cache_params.update_conv_state(conv_input.detach(), layer, conv_kernel_size=self.conv_kernel_size)
-            cache_params.update_recurrent_state(last.detach(), layer)
+            conv = F.pad(conv, (max(width - conv.shape[2], 0), 0))[..., -width:]
+            state = MixerState(conv[..., 1:].clone(), ssm.clone())
+        out, conv_input, last = self.mix(hidden, state, mask, **packed)
+        if cache is not None:
+            inputs = conv_input.detach()
+            window = inputs if recording else next_window(inputs, conv, width)
+            cache.update_conv_state(window, layer, conv_kernel_size=width)
+            cache.update_recurrent_state(last.detach(), layer)
         return out
 
-    def extra(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Keywords that `mix` takes."""
-        if kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None:
+    def packed(self, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
+        """What `mix` takes for packed sequences."""
+        if seq_idx is not None or cu_seqlens is not None:
             raise ValueError("seq_idx, cu_seqlens: packed sequences are not supported by the patched Mamba mixers")
         return {}
+
+
+def _held(cache: Any, layer: int) -> tuple[Tensor | None, Tensor | None]:
+    """The convolution's inputs and the scan's state that a cache holds for a layer; None before the first tokens."""
+    if hasattr(cache, "get_conv_state"):
+        return cache.get_conv_state(layer), cache.get_recurrent_state(layer)
+    held = cache.layers[layer]  # Transformers before 5.22
+    return (held.conv_states, held.recurrent_states) if held.has_previous_state else (None, None)
 
 
 class FusedMambaMixer(_Cached, MambaBlock, HfMambaMixer):  # type: ignore[misc]
@@ -90,10 +121,10 @@ class FusedFalconMambaMixer(_Cached, MambaBlock, HfFalconMambaMixer):  # type: i
 class FusedMamba2Mixer(_Cached, Mamba2Block, HfMamba2Mixer):  # type: ignore[misc]
     """Transformers' Mamba2Mixer, likewise."""
 
-    def extra(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if kwargs.get("cu_seqlens") is not None and kwargs.get("seq_idx") is None:
+    def packed(self, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
+        if cu_seqlens is not None and seq_idx is None:
             raise ValueError("cu_seqlens: pass seq_idx as well; the patched Mamba2 mixer cuts sequences by it")
-        return {"seq_idx": kwargs.get("seq_idx")}
+        return {} if seq_idx is None else {"seq_idx": seq_idx}
 
 
 _FUSED: dict[type, type] = {
