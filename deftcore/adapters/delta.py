@@ -1,6 +1,5 @@
 """S2FT updates as adapters (arXiv 2412.06289, section 6.2): extract, apply, remove, switch, fuse, serve many."""
 
-import hashlib
 import json
 import os
 import weakref
@@ -13,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deftcore.adapters.s2ft import S2ftLayer
+from deftcore.adapters.bases import check_base, fingerprints
+from deftcore.adapters.s2ft_layer import S2ftLayer
 from deftcore.nn.coupled import is_transposed
 from deftcore.nn.linear import Linear4bit
 from deftcore.ops.grouped_delta import Delta, DeltaBank, LowRankDelta, SliceDelta, grouped_delta_linear
 from deftcore.ops.quantized import QuantizedTensor
 
-_FORMAT = "deftcore-delta-1"
+_FORMAT = "deftcore-delta-2"
 
 
 @dataclass(eq=False)
@@ -28,12 +28,12 @@ class DeltaAdapter:
 
     Args:
         deltas: by module name of the base model.
-        hashes: SHA-256 of each slice of the base that the delta belongs to; empty for a fused adapter's overlaps.
+        hashes: SHA-256, by dtype, of each slice of the base that the delta belongs to; none where fused adapters meet.
         details: family, method options and the like, saved along.
     """
 
     deltas: dict[str, SliceDelta]
-    hashes: dict[str, str] = field(default_factory=dict)
+    hashes: dict[str, dict[str, str]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -94,7 +94,7 @@ def extract_adapter(model: Any, *, dtype: torch.dtype | None = None) -> DeltaAda
         ValueError: when the model has no S2FT layer.
     """
     deltas: dict[str, SliceDelta] = {}
-    hashes: dict[str, str] = {}
+    hashes: dict[str, dict[str, str]] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, S2ftLayer):
             continue
@@ -102,7 +102,7 @@ def extract_adapter(model: Any, *, dtype: torch.dtype | None = None) -> DeltaAda
         order = layer.indices.argsort()
         before, after = layer.original[order], layer.trained()[order]
         deltas[name] = SliceDelta(1 if layer.dim == 1 else 0, layer.indices[order], _difference(before, after, dtype))
-        hashes[name] = _digest(before)
+        hashes[name] = fingerprints({name: before})
     if not deltas:
         raise ValueError(f"model: {type(model).__name__} has no S2FT layer; wrap it with S2ftConfig first")
     config: Any = model.peft_config[model.active_adapter]
@@ -124,12 +124,6 @@ def _sum(before: Tensor, delta: Tensor) -> Tensor:
     """before + delta, added in the wider of float32 and delta's dtype, rounded once."""
     wide = torch.promote_types(delta.dtype, torch.float32)
     return (before.to(wide) + delta.to(wide)).to(before.dtype)
-
-
-def _digest(block: Tensor) -> str:
-    """SHA-256 of a slice's dtype and bytes."""
-    bytes_ = block.detach().contiguous().cpu().flatten().view(torch.uint8)
-    return hashlib.sha256(str(block.dtype).encode() + bytes_.numpy().tobytes()).hexdigest()
 
 
 # ---------------------------------------------------------------------------- on a model's weights
@@ -193,8 +187,8 @@ class DeltaHost:
             _check_fits(name, delta, (lines.shape[0], lines.shape[1]))
             index = delta.indices.to(lines.device, torch.int64)
             own[name] = index, lines.index_select(0, index)
-            if name in adapter.hashes and _digest(own[name][1]) != adapter.hashes[name]:
-                raise ValueError(f"adapter: {name} of this model is not the base (or not in the dtype) it was made for")
+            if name in adapter.hashes:
+                check_base(name, adapter.hashes[name], fingerprints({name: own[name][1]}))
         return own
 
     def _lines(self, name: str, delta: SliceDelta) -> Tensor:
@@ -251,7 +245,7 @@ def fuse(adapters: Sequence[DeltaAdapter], weights: Sequence[float] | None = Non
         raise ValueError(f"weights: must be one per adapter ({len(adapters)}, at least 1), got {len(weights)}")
     fused: dict[str, SliceDelta] = {}
     met: dict[str, int] = {}
-    hashes: dict[str, str] = {}
+    hashes: dict[str, dict[str, str]] = {}
     for name in sorted({name for adapter in adapters for name in adapter.deltas}):
         parts = [(a.deltas[name], w) for a, w in zip(adapters, weights, strict=True) if name in a.deltas]
         first = parts[0][0]
