@@ -44,10 +44,11 @@ def bench_sparse_down(device, quick, bandwidth):
         nbytes = width * neurons * dtype.itemsize
 
         def dense_weight(width=width, neurons=neurons, dtype=dtype):
-            return (torch.randn(width, neurons) / 100).to(device, dtype)
+            return (torch.randn(width, neurons, device=device) / 100).to(dtype)
 
         dense = Rotating(dense_weight, nbytes)
-        turned = Rotating(lambda f=dense_weight: f().t().contiguous(), nbytes)
+        # A GPU's graph repeats what it has read: the rows of a tenth must be cold too.
+        turned = Rotating(lambda f=dense_weight: f().t().contiguous(), nbytes // (10 if device == "cuda" else 1))
         for density in densities:
             a = union_activations(tokens, neurons, density, dtype, device)
             sides = {
@@ -58,7 +59,7 @@ def bench_sparse_down(device, quick, bandwidth):
             }
             if dtype == torch.float16 and device == "cpu":
                 del sides["matmul"]  # 27 to 100 times slower than linear on this layout
-            times = alternate(sides, 5 if quick or tokens > 16 else 9)
+            times = alternate(sides, 5 if quick or tokens > 16 else 9, device)
             best = min(times[s]["seconds"] for s in ("linear", "matmul") if s in times)
             sparse, auto = times["sparse"]["seconds"], times["auto"]["seconds"]
             read = density * nbytes
@@ -78,16 +79,19 @@ def bench_sparse_down(device, quick, bandwidth):
 def bench_gated(device, quick, bandwidth):
     rows = []
     width, neurons = 4096, 11008
+    copies = 8 if device == "cuda" else 2
     cases = [(d, t) for d in (torch.float32, torch.bfloat16) for t in ((1,) if quick else (1, 4, 16))]
     for dtype, tokens in track(cases, "sparse_gated_mlp", console=console):
-        gates, ups, downs = ([(torch.randn(neurons, width) / 64).to(device, dtype) for _ in range(2)] for _ in range(3))
+        gates, ups, downs = (
+            [(torch.randn(neurons, width, device=device) / 64).to(dtype) for _ in range(copies)] for _ in range(3)
+        )
         wide_downs = [w.t().contiguous() for w in downs]
         bundles = [ops.bundle_rows(u, d) for u, d in zip(ups, downs, strict=True)]
         x = torch.randn(tokens, width).to(device, dtype)
         turn = [0]
 
         def pick(items, turn=turn):
-            return items[turn[0] % 2]
+            return items[turn[0] % copies]
 
         for u in (0.05, 0.1, 0.2, 0.5, 1.0):
             # A threshold at the right quantile sets the density without touching the dense side's work.
@@ -106,7 +110,7 @@ def bench_gated(device, quick, bandwidth):
                     x, pick(gates), *pick(bundles), activation=activation, tau=tau, path="sparse"
                 )
 
-            times = alternate({"dense": dense, "sparse": sparse}, 5 if quick else 9)
+            times = alternate({"dense": dense, "sparse": sparse}, 5 if quick else 9, device)
             a, b = times["dense"]["seconds"], times["sparse"]["seconds"]
             read = (1 + 2 * u) * gates[0].nbytes
             rows.append(
@@ -125,7 +129,7 @@ def bench_act_density(device, quick):
     plain = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "silu": F.silu}
     cases = [(d, n) for d in (torch.float32, torch.bfloat16) for n in plain]
     for dtype, name in track(cases, "act_density", console=console):
-        z = torch.randn(8, 128, 11008, device=device).to(dtype).requires_grad_()
+        z = torch.randn(8, 128, 11008, device=device, dtype=dtype).requires_grad_()
         grad, one = torch.randn_like(z), torch.tensor(0.1, device=device)
 
         def ours(z=z, grad=grad, name=name, one=one):
@@ -140,7 +144,7 @@ def bench_act_density(device, quick):
             square = a.float().square()
             torch.autograd.grad([a, (square / (square + 1e-7)).sum()], z, [grad, one])
 
-        times = alternate({"plain": theirs, "ours": ours, "composed": composed}, 5 if quick else 9)
+        times = alternate({"plain": theirs, "ours": ours, "composed": composed}, 5 if quick else 9, device)
         p, o, c = (times[k]["seconds"] for k in ("plain", "ours", "composed"))
         rows.append(
             {"activation": name, "dtype": str(dtype)[6:], "plain_ms": p * 1e3, "ours_ms": o * 1e3,
@@ -175,6 +179,8 @@ def bench_overhead(device):
             start = time.perf_counter()
             for _ in range(2000):
                 call()
+            if device == "cuda":
+                torch.cuda.synchronize()
             rows.append({"op": name, "microseconds": (time.perf_counter() - start) / 2000 * 1e6})
     return rows
 
@@ -295,13 +301,13 @@ def main():
         "gated": lambda: bench_gated(args.device, args.quick, bandwidth),
         "act_density": lambda: bench_act_density(args.device, args.quick),
         "overhead": lambda: bench_overhead(args.device),
-        "s2ft_training": lambda: s2ft.bench_training(args.quick),
-        "s2ft_serving": lambda: s2ft.bench_serving(args.quick),
+        "s2ft_training": lambda: s2ft.bench_training(args.device, args.quick),
+        "s2ft_serving": lambda: s2ft.bench_serving(args.device, args.quick),
         "s2ft_switching": lambda: s2ft.bench_switching(args.quick),
-        "selective_scan": lambda: ssm.bench_scan(args.quick),
-        "mamba_chunk_scan": lambda: ssm.bench_chunk_scan(args.quick),
-        "mamba_mixer": lambda: ssm.bench_mixer(args.quick),
-        "mamba_decode": lambda: ssm.bench_decode(args.quick),
+        "selective_scan": lambda: ssm.bench_scan(args.device, args.quick),
+        "mamba_chunk_scan": lambda: ssm.bench_chunk_scan(args.device, args.quick),
+        "mamba_mixer": lambda: ssm.bench_mixer(args.device, args.quick),
+        "mamba_decode": lambda: ssm.bench_decode(args.device, args.quick),
         "train_step": lambda: bench_train_step(args.quick),
     }
     families = default | tuned

@@ -28,7 +28,8 @@ if command -v compute-sanitizer >/dev/null; then
 fi
 
 echo "== benchmarks"
-timeout 150 python3 -m bench --device cuda --quick --only sparse_down gated act_density overhead \
+timeout 200 python3 -m bench --device cuda --quick --only linear_4bit quantise sparse_4bit sparse_down gated act_density \
+  overhead selective_scan mamba_chunk_scan mamba_mixer mamba_decode s2ft_serving s2ft_training \
   --output "$work/figures.json"
 
 cd "$OLDPWD" && python3 - "$work" "$tests" "$sanitizer" <<'PY'

@@ -7,26 +7,61 @@ import time
 import torch
 from rich.console import Console
 
-COLD_BYTES = 128 << 20  # rotate over at least this much, four times this machine's last-level cache
+COLD_BYTES = 128 << 20  # rotate over at least this much, more than twice a last-level cache (an H100's: 50 MB)
+GRAPH_CALLS = 16  # calls in one CUDA graph, over rotating weights
 console = Console(stderr=True)
 
 
-def alternate(sides, repeats):
-    """Median seconds per side and the quartiles' spread; the first round does not count."""
+def alternate(sides, repeats, device="cpu"):
+    """Median seconds per side and the quartiles' spread; the first round does not count.
+
+    On "cuda" a side is a graph of GRAPH_CALLS calls timed by events, so that the device's time is seen and not the
+    interpreter's; what a call costs the host is the family `overhead`.
+    """
+    clock = {name: _graph_clock(run) if device == "cuda" else _wall_clock(run) for name, run in sides.items()}
     times = {name: [] for name in sides}
     for repeat in range(repeats + 1):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+        for name, seconds in clock.items():
+            found = seconds()
             if repeat:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(found)
     result = {}
     for name, values in times.items():
         low, middle, high = statistics.quantiles(values, n=4)
         result[name] = {"seconds": middle, "spread": (high - low) / middle}
     return result
+
+
+def _wall_clock(run):
+    def seconds():
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def _graph_clock(run):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def seconds():
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / GRAPH_CALLS
+
+    return seconds
 
 
 class Rotating:
@@ -54,7 +89,7 @@ def keep_freed_memory():
 def streaming_bandwidth(device):
     """Bytes per second of a plain read of 256 MB: the roofline of one-token products."""
     x = torch.ones(64 << 20, device=device)
-    return x.nbytes / alternate({"sum": lambda: x.sum()}, 9)["sum"]["seconds"]
+    return x.nbytes / alternate({"sum": lambda: x.sum()}, 9, device)["sum"]["seconds"]
 
 
 def over(calls, run):

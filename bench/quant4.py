@@ -36,7 +36,7 @@ def bench_linear(device, quick, bandwidth):
     shapes = [(11008, 4096)] if quick else [(4096, 1024), (4096, 4096), (11008, 4096)]
     cases = [(s, d) for s in shapes for d in (torch.float32, torch.bfloat16)]
     for (outputs, inputs), dtype in track(cases, "linear_4bit", console=console):
-        w = (torch.randn(outputs, inputs) / inputs**0.5).to(device, dtype)
+        w = (torch.randn(outputs, inputs, device=device) / inputs**0.5).to(dtype)
         dense = Rotating(lambda w=w: w.clone(), w.nbytes)
         q = ops.quantize_4bit(w)
         packed = Rotating(lambda w=w: ops.quantize_4bit(w), q.nbytes)
@@ -56,7 +56,7 @@ def bench_linear(device, quick, bandwidth):
                 sides["bnb_repacked"] = over(CALLS, lambda x=x: layers()(x))
                 sides["bnb_exact"] = lambda x=x: exact()(x)
                 sides["bnb_dequantise"] = lambda x=x, p=plain: F.linear(x, bnb.functional.dequantize_4bit(*p))
-            times = alternate(sides, 5 if tokens > 16 else 13)
+            times = alternate(sides, 5 if tokens > 16 else 13, device)
             batched = {k: t for k, t in times.items() if k in ("torch", "ours", "bnb_repacked")}
             found = {k: t["seconds"] for k, t in times.items()} | per_call(batched, CALLS)
             row = {
@@ -82,11 +82,11 @@ def bench_sparse(device, quick):
     """Gated MLP, 4096x11008: sparse 4-bit against dense 4-bit (this library) and dense PyTorch."""
     rows = []
     width, neurons = 4096, 11008
-    weights = [torch.randn(neurons, width) / 64 for _ in range(3)]
-    packed = [[ops.quantize_4bit(w.to(device)) for w in weights[:2]] for _ in range(3)]
-    downs = [ops.quantize_4bit(weights[2].t().contiguous().to(device)) for _ in range(3)]
+    weights = [torch.randn(neurons, width, device=device) / 64 for _ in range(3)]
+    packed = [[ops.quantize_4bit(w) for w in weights[:2]] for _ in range(3)]
+    downs = [ops.quantize_4bit(weights[2].t().contiguous()) for _ in range(3)]
     turned = [q.t() for q in downs]
-    float_weights = [w.to(device) for w in (*weights[:2], weights[2].t().contiguous())]
+    float_weights = [*weights[:2], weights[2].t().contiguous()]
     turn = [0]
 
     def pick(items):
@@ -120,7 +120,7 @@ def bench_sparse(device, quick):
                 "dense4": over(CALLS, dense4),
                 "sparse4": over(CALLS, sparse4),
             }
-            times = alternate(sides, 5 if quick else 7)
+            times = alternate(sides, 5 if quick else 7, device)
             ours, dense_4bit = (times[k]["seconds"] / CALLS for k in ("sparse4", "dense4"))
             rows.append(
                 {
@@ -148,7 +148,7 @@ def bench_lora(device, quick):
     shapes = [(11008, 4096)] if quick else [(4096, 1024), (4096, 4096), (11008, 4096)]
     cases = [(s, d) for s in shapes for d in (torch.float32, torch.bfloat16)]
     for (outputs, inputs), dtype in track(cases, "QLoRA layer", console=console):
-        w = (torch.randn(outputs, inputs) / inputs**0.5).to(device, dtype)
+        w = (torch.randn(outputs, inputs, device=device) / inputs**0.5).to(dtype)
         config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["0"], init_lora_weights=False)
 
         def adapted(base, config=config, dtype=dtype, device=device):
@@ -173,7 +173,7 @@ def bench_lora(device, quick):
                 model.zero_grad(set_to_none=True)
 
             sides = {"ours": lambda: step(ours), "theirs": lambda: step(theirs)}
-            times = alternate(sides, 5)
+            times = alternate(sides, 5, device)
             a, b = times["ours"]["seconds"], times["theirs"]["seconds"]
             rows.append(
                 {
@@ -205,7 +205,7 @@ def bench_quantise(device, quick):
     """NF4, block 64: quantise with nested scales, and dequantise."""
     rows, bnb = [], _bitsandbytes()
     for dtype in (torch.float32, torch.bfloat16):
-        w = torch.randn(11008, 4096).to(device, dtype)
+        w = torch.randn(11008, 4096, device=device, dtype=dtype)
         q = ops.quantize_4bit(w)
         sides = {"quantise": lambda w=w: ops.quantize_4bit(w), "dequantise": lambda q=q: q.dequantize()}
         if bnb:
@@ -214,7 +214,7 @@ def bench_quantise(device, quick):
                 "bnb_quantise": lambda w=w: bnb.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True),
                 "bnb_dequantise": lambda p=packed, s=state: bnb.functional.dequantize_4bit(p, s),
             }
-        times = alternate(sides, 3 if quick else 5)
+        times = alternate(sides, 3 if quick else 5, device)
         for name in ("quantise", "dequantise"):
             row = {"op": name, "dtype": str(dtype)[6:], "weights": w.numel(), "ours_ms": times[name]["seconds"] * 1e3}
             if bnb:

@@ -1,6 +1,6 @@
 """S2FT against full fine-tuning and PEFT's LoRA: training steps, memory, switching and serving adapters.
 
-`python -m bench.s2ft METHOD WIDTH LAYERS LENGTH BATCH DTYPE` is one process of the memory comparison.
+`python -m bench.s2ft DEVICE METHOD WIDTH LAYERS LENGTH BATCH DTYPE` is one process of the memory comparison.
 """
 
 import itertools
@@ -35,7 +35,7 @@ def lora_rank(width):
     return max(1, round((channels + heads) * width / (4 * 2 * width + 3 * (width + mlp_width(width)))))
 
 
-def make(method, width, layers, dtype):
+def make(device, method, width, layers, dtype):
     """A stack of Llama blocks and an optimiser, torch's fused AdamW, over what the method trains."""
     import peft
     from transformers import LlamaConfig, LlamaModel
@@ -48,7 +48,8 @@ def make(method, width, layers, dtype):
         num_attention_heads=width // 64,
     )  # fmt: skip
     torch.set_default_dtype(dtype)  # built in the dtype that it trains in: a float32 copy would be the peak
-    model = LlamaModel(config)
+    with torch.device(device):
+        model = LlamaModel(config)
     torch.set_default_dtype(torch.float32)
     model.config.use_cache = False
     if method == "LoRA":
@@ -62,14 +63,20 @@ def make(method, width, layers, dtype):
 
 def step(model, optimizer, x):
     """Seconds of forward, backward and optimiser."""
-    marks = [time.perf_counter()]
+
+    def now():
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    marks = [now()]
     loss = model(inputs_embeds=x).last_hidden_state.float().square().mean()
-    marks.append(time.perf_counter())
+    marks.append(now())
     loss.backward()
-    marks.append(time.perf_counter())
+    marks.append(now())
     optimizer.step()
     optimizer.zero_grad()
-    marks.append(time.perf_counter())
+    marks.append(now())
     return [b - a for a, b in itertools.pairwise(marks)]
 
 
@@ -89,18 +96,18 @@ def multiply_adds(method, width, layers, length, batch):
     return layers * (2 * linears + slices + 3.5 * attention) - lowest
 
 
-def bench_training(quick):
+def bench_training(device, quick):
     cases = [(1024, 8, 512, 1), (2048, 4, 512, 1), (2048, 4, 512, 4), (1024, 8, 256, 8)]
     cases = [(1024, 4, 512, 1)] if quick else cases
     dtypes = [torch.float32] if quick else [torch.float32, torch.bfloat16]
     both = [(*case, dtype) for case in cases for dtype in dtypes]
-    return [row for case in track(both, "S2FT training", console=console) for row in training_case(*case)]
+    return [row for case in track(both, "S2FT training", console=console) for row in training_case(device, *case)]
 
 
-def training_case(width, layers, length, batch, dtype):
+def training_case(device, width, layers, length, batch, dtype):
     """A row per method: the three train in turn, step by step, in one process, and alone in one each for the memory."""
-    x = torch.randn(batch, length, width).to(dtype)
-    sides = {method: make(method, width, layers, dtype) for method in METHODS}
+    x = torch.randn(batch, length, width).to(device, dtype)
+    sides = {method: make(device, method, width, layers, dtype) for method in METHODS}
     times = {method: [] for method in METHODS}
     for _ in range(STEPS + WARM):
         for method, (model, optimizer, _) in sides.items():
@@ -109,7 +116,7 @@ def training_case(width, layers, length, batch, dtype):
     del sides
     phases = {m: [statistics.median(p) for p in zip(*t[WARM:], strict=True)] for m, t in times.items()}
     total = {m: statistics.median(sum(p) for p in t[WARM:]) for m, t in times.items()}
-    peak = {m: peak_mb(m, width, layers, length, batch, str(dtype)[6:]) for m in ("idle", *METHODS)}
+    peak = {m: peak_mb(device, m, width, layers, length, batch, str(dtype)[6:]) for m in ("idle", *METHODS)}
     work = {m: multiply_adds(m, width, layers, length, batch) for m in METHODS}
     rows = []
     for method in METHODS:
@@ -130,21 +137,24 @@ def training_case(width, layers, length, batch, dtype):
 
 
 def peak_mb(*arguments):
-    """High-water mark of a fresh process's memory; "idle" only imports."""
+    """High-water mark of a fresh process's memory (of the device's, on a GPU); "idle" only imports."""
     command = [sys.executable, "-m", "bench.s2ft", *map(str, arguments)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def run_for_memory(method, width, layers, length, batch, dtype):
+def run_for_memory(device, method, width, layers, length, batch, dtype):
     dtype = getattr(torch, dtype)
-    x = torch.randn(int(batch), int(length), int(width)).to(dtype)
+    x = torch.randn(int(batch), int(length), int(width)).to(device, dtype)
     if method == "idle":
-        model, optimizer, _ = make("LoRA", 64, 1, dtype)  # so that every module is imported
-        x = torch.randn(1, 8, 64).to(dtype)
+        model, optimizer, _ = make(device, "LoRA", 64, 1, dtype)  # so that every module is imported
+        x = torch.randn(1, 8, 64).to(device, dtype)
     else:
-        model, optimizer, _ = make(method, int(width), int(layers), dtype)
+        model, optimizer, _ = make(device, method, int(width), int(layers), dtype)
     for _ in range(WARM + 1):
         step(model, optimizer, x)
+    if x.is_cuda:
+        print(torch.cuda.max_memory_allocated() / 2**20)
+        return
     with open("/proc/self/status") as status:
         print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024)
 
@@ -153,15 +163,15 @@ def run_for_memory(method, width, layers, length, batch, dtype):
 
 
 @torch.no_grad()
-def bench_serving(quick):
+def bench_serving(device, quick):
     rows = []
     shapes = [(2048, 2048)] if quick else [(2048, 2048), (2048, 5504), (5504, 2048)]
     counts = [16] if quick else [1, 4, 16, 64]
     cases = [(s, n, d) for s in shapes for n in counts for d in (torch.float32, torch.bfloat16)]
     for (outputs, inputs), count, dtype in track(cases, "serving", console=console):
         nbytes = outputs * inputs * dtype.itemsize
-        base = Rotating(lambda o=outputs, i=inputs, d=dtype: (torch.randn(o, i) / 50).to(d), nbytes)
-        x, index = torch.randn(count, inputs).to(dtype), torch.arange(count)
+        base = Rotating(lambda o=outputs, i=inputs, d=dtype: (torch.randn(o, i) / 50).to(device, d), nbytes)
+        x, index = torch.randn(count, inputs).to(device, dtype), torch.arange(count, device=device)
 
         def bank(kind, outputs=outputs, inputs=inputs, dtype=dtype, count=count):
             def delta():
@@ -170,14 +180,14 @@ def bench_serving(quick):
                 size, length = (inputs, outputs) if kind == "input" else (outputs, inputs)
                 return SliceDelta(int(kind == "input"), torch.randperm(size)[:64], torch.randn(64, length).to(dtype))
 
-            return DeltaBank([delta() for _ in range(count)], (outputs, inputs))
+            return DeltaBank([delta() for _ in range(count)], (outputs, inputs), device=device)
 
         own = 64 * count * outputs * dtype.itemsize
         banks = {kind: Rotating(lambda k=kind: bank(k), own) for kind in ("input", "output", "LoRA")}
         sides = {"base": lambda: F.linear(x, base())}
         for kind, rotating in banks.items():
             sides[kind] = lambda r=rotating: ops.grouped_delta_linear(x, base(), r(), index)
-        times = {name: found["seconds"] for name, found in alternate(sides, 9 if quick else 25).items()}
+        times = {name: found["seconds"] for name, found in alternate(sides, 9 if quick else 25, device).items()}
         rows.append(
             {
                 "shape": f"{inputs}x{outputs}", "dtype": str(dtype)[6:], "adapters": count,

@@ -21,16 +21,17 @@ def vector_rate():
     return 1024**3 / 16 / alternate({"mm": lambda: a @ a}, 15)["mm"]["seconds"]
 
 
-def scan_inputs(batch, length, width, dtype=torch.float32):
+def scan_inputs(device, batch, length, width, dtype=torch.float32):
     """As a mixer has them: [B, L, D] transposed."""
 
     def turned(x):
-        return x.to(dtype).transpose(1, 2).requires_grad_()
+        return x.to(device, dtype).transpose(1, 2).requires_grad_()
 
     return dict(
         u=turned(torch.randn(batch, length, width)), delta=turned(torch.rand(batch, length, width) - 4.0),
-        A=-torch.arange(1.0, STATES + 1).repeat(width, 1), B=turned(torch.randn(batch, length, STATES)),
-        C=turned(torch.randn(batch, length, STATES)), D=torch.ones(width), z=turned(torch.randn(batch, length, width)),
+        A=-torch.arange(1.0, STATES + 1, device=device).repeat(width, 1), B=turned(torch.randn(batch, length, STATES)),
+        C=turned(torch.randn(batch, length, STATES)), D=torch.ones(width, device=device),
+        z=turned(torch.randn(batch, length, width)),
     )  # fmt: skip
 
 
@@ -57,16 +58,16 @@ def has_mambapy():
     return True
 
 
-def bench_scan(quick):
+def bench_scan(device, quick):
     """Peers where they take seconds, ours up to 8192 steps; forward, and forward with backward."""
-    rate, rows = vector_rate(), []
+    rate, rows = vector_rate() if device == "cpu" else None, []
     cases = [(1, n, 1536) for n in ((256, 1024) if quick else (64, 256, 512, 1024, 2048, 4096, 8192))]
     cases += [] if quick else [(1, 1024, 5120), (8, 512, 1536), (8, 512, 5120)]
     for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
         for batch, length, width in track(cases, f"scan {dtype}", console=console):
-            x = scan_inputs(batch, length, width, dtype)
+            x = scan_inputs(device, batch, length, width, dtype)
             leaves = [t for t in x.values() if t.requires_grad]
-            grad = torch.randn(batch, length, width).to(dtype).transpose(1, 2)  # as out_proj gives it
+            grad = torch.randn(batch, length, width).to(device, dtype).transpose(1, 2)  # as out_proj gives it
             for what in ("forward", "both"):
                 sides = {"ours": ours}
                 peers = batch == 1 and width == 1536 and dtype == torch.float32
@@ -83,20 +84,21 @@ def bench_scan(quick):
 
                 slow = "transformers" in sides and what == "both"
                 times = alternate(
-                    {name: lambda run=run: side(run) for name, run in sides.items()}, 3 if slow else 5 if peers else 9
-                )
+                    {name: lambda run=run: side(run) for name, run in sides.items()}, 3 if slow else 5 if peers else 9,
+                    device,
+                )  # fmt: skip
                 seconds = {name: t["seconds"] for name, t in times.items()}
-                bound = OPERATIONS[what] * batch * length * width * STATES / 16 / rate
+                bound = rate and OPERATIONS[what] * batch * length * width * STATES / 16 / rate
                 rows.append(
                     {"what": what, "dtype": str(dtype)[6:], "batch": batch, "length": length, "width": width,
                      "ours_ms": 1e3 * seconds["ours"], "us_per_token": 1e6 * seconds["ours"] / (batch * length),
-                     "share_of_bound": bound / seconds["ours"]}
+                     "share_of_bound": bound and bound / seconds["ours"]}
                     | {f"over_{name}": seconds[name] / seconds["ours"] for name in seconds if name != "ours"}
                 )  # fmt: skip
     return rows
 
 
-def mixers(kind, hidden):
+def mixers(device, kind, hidden):
     """Transformers' mixer, and the same one patched."""
     import transformers
 
@@ -109,15 +111,15 @@ def mixers(kind, hidden):
             hidden_size=hidden, num_hidden_layers=1, vocab_size=8, num_heads=heads, head_dim=64, n_groups=1
         )
         model = transformers.Mamba2Model(config)
-    model.requires_grad_(False)
+    model.to(device).requires_grad_(False)
     return model.layers[0].mixer, deftcore.patch(copy.deepcopy(model)).layers[0].mixer
 
 
 def products(mixer, tokens, backward):
     """Seconds of the block's matrix products alone: forward, and with the gradients of their inputs."""
     layers = [m for m in mixer.modules() if isinstance(m, torch.nn.Linear)]
-    inputs = [torch.randn(tokens, m.in_features, dtype=m.weight.dtype) for m in layers]
-    grads = [torch.randn(tokens, m.out_features, dtype=m.weight.dtype) for m in layers]
+    inputs = [torch.randn(tokens, m.in_features).to(m.weight) for m in layers]
+    grads = [torch.randn(tokens, m.out_features).to(m.weight) for m in layers]
 
     def run():
         for m, x, g in zip(layers, inputs, grads, strict=True):
@@ -128,21 +130,21 @@ def products(mixer, tokens, backward):
     return run
 
 
-def bench_mixer(quick):
+def bench_mixer(device, quick):
     """A frozen mixer, forward and forward with the gradient of its input; beside it its matrix products alone."""
     rows = []
     widths = (768,) if quick else (768, 2560)
     lengths = (256,) if quick else (256, 1024, 4096)
     for kind in ("mamba", "mamba2"):
         for hidden in widths:
-            plain, fused = mixers(kind, hidden)
+            plain, fused = mixers(device, kind, hidden)
             for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
                 plain, fused = plain.to(dtype), fused.to(dtype)
                 for mixer in (plain, fused):
                     mixer.A_log.data = mixer.A_log.data.float()
                 for length in track(lengths, f"{kind} {hidden} {dtype}", console=console):
-                    x = torch.randn(1, length, hidden, dtype=dtype, requires_grad=True)
-                    grad = torch.randn(1, length, hidden, dtype=dtype)
+                    x = torch.randn(1, length, hidden, dtype=dtype, device=device, requires_grad=True)
+                    grad = torch.randn(1, length, hidden, dtype=dtype, device=device)
                     for what in ("forward", "both"):
 
                         def side(mixer, x=x, grad=grad, what=what):
@@ -157,7 +159,7 @@ def bench_mixer(quick):
                         }
                         if length <= 256 and hidden == 768:
                             sides["transformers"] = lambda m=plain, f=side: f(m)
-                        times = alternate(sides, 5)
+                        times = alternate(sides, 5, device)
                         seconds = {name: t["seconds"] for name, t in times.items()}
                         rows.append(
                             {"kind": kind, "what": what, "dtype": str(dtype)[6:], "hidden": hidden, "length": length,
@@ -169,7 +171,7 @@ def bench_mixer(quick):
 
 
 @torch.no_grad()
-def bench_decode(quick):
+def bench_decode(device, quick):
     """One token through a model of 4 layers with a filled cache."""
     import transformers
 
@@ -183,9 +185,10 @@ def bench_decode(quick):
         else:
             config = transformers.Mamba2Config(**common, num_heads=2 * hidden // 64, head_dim=64, n_groups=1)
             model = transformers.Mamba2ForCausalLM(config).eval()
+        model = model.to(device)
         patched = deftcore.patch(copy.deepcopy(model))
         for batch in (1,) if quick else (1, 8):
-            ids = torch.randint(1, 64, (batch, 16))
+            ids = torch.randint(1, 64, (batch, 16), device=device)
             caches = {"transformers": model(ids, use_cache=True), "ours": patched(ids, use_cache=True)}
 
             def step(m, name, caches=caches, ids=ids):
@@ -193,8 +196,9 @@ def bench_decode(quick):
                 return m(ids[:, :1], **{cache: caches[name][cache]}, use_cache=True)
 
             times = alternate(
-                {"transformers": lambda: step(model, "transformers"), "ours": lambda: step(patched, "ours")}, 30
-            )
+                {"transformers": lambda: step(model, "transformers"), "ours": lambda: step(patched, "ours")}, 30,
+                device,
+            )  # fmt: skip
             weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embed" not in n)
             seconds = {name: t["seconds"] for name, t in times.items()}
             rows.append(
@@ -205,18 +209,18 @@ def bench_decode(quick):
     return rows
 
 
-def bench_chunk_scan(quick):
+def bench_chunk_scan(device, quick):
     """Mamba-2's scan against Transformers' chunked one."""
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
     rows = []
     for length in (512,) if quick else (256, 1024, 2048):
         for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(1, length, 24, 64, dtype=dtype, requires_grad=True)
-            dt = (torch.rand(1, length, 24) - 4).to(dtype).requires_grad_()
-            b, c = (torch.randn(1, length, 1, 128, dtype=dtype, requires_grad=True) for _ in range(2))
-            a, d = -torch.arange(1.0, 25.0), torch.ones(24)
-            grad = torch.randn(1, length, 24, 64, dtype=dtype)
+            x = torch.randn(1, length, 24, 64, dtype=dtype, device=device, requires_grad=True)
+            dt = (torch.rand(1, length, 24) - 4).to(device, dtype).requires_grad_()
+            b, c = (torch.randn(1, length, 1, 128, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
+            a, d = -torch.arange(1.0, 25.0, device=device), torch.ones(24, device=device)
+            grad = torch.randn(1, length, 24, 64, dtype=dtype, device=device)
             calls = {
                 "ours": lambda x=x, dt=dt, b=b, c=c: ops.mamba_chunk_scan(x, dt, a, b, c, 256, d, dt_softplus=True),
                 "transformers": lambda x=x, dt=dt, b=b, c=c: mamba2_chunk_scan(
@@ -231,7 +235,7 @@ def bench_chunk_scan(quick):
                             return run()
                     return torch.autograd.grad(run(), leaves, grad)
 
-                times = alternate({n: lambda run=run, f=side: f(run) for n, run in calls.items()}, 5)
+                times = alternate({n: lambda run=run, f=side: f(run) for n, run in calls.items()}, 5, device)
                 seconds = {name: t["seconds"] for name, t in times.items()}
                 rows.append(
                     {"what": what, "dtype": str(dtype)[6:], "length": length, "ours_ms": 1e3 * seconds["ours"],

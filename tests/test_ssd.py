@@ -327,3 +327,16 @@ def test_fuzz(batch, length, groups, per_group, head_dim, states):
     ref, ref_last = run(mamba_chunk_scan_ref, [t.double() for t in tensors], seq_idx)
     torch.testing.assert_close(out.double(), ref, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(last.double(), ref_last, rtol=1e-4, atol=1e-4)
+
+
+def test_reference_backward_of_nothing():
+    """Length 0: the adjoint of the carried state alone, in float64 (the reference)."""
+    tensors, _ = inputs(dtype=torch.float64, length=0)
+    x, dt, a, b, c, d, _, bias, first = (t.double() for t in tensors)
+    leaves = [t.detach().requires_grad_() for t in (x, b, c, first)]
+    x, b, c, first = leaves
+    y, last = ops.mamba_chunk_scan(x, dt, a, b, c, 64, d, None, bias, first, None, True, return_final_states=True)
+    weight = torch.randn_like(last)
+    found = torch.autograd.grad(y.sum() + (last * weight).sum(), leaves)
+    assert torch.equal(found[3], weight)
+    assert [g.shape for g in found] == [leaf.shape for leaf in leaves]

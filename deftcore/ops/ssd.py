@@ -267,7 +267,7 @@ def _ssd_backward_ref(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The adjoint recursion, step by step: g_t = dy_t c_t^T + exp(log_decay_{t+1}) g_{t+1}."""
     _, h = _ssd_ref(x, step, log_decay, b, c, d, first)
-    batch, length, heads, head_dim = x.shape
+    _, length, heads, head_dim = x.shape
     groups, per_group = b.shape[2], heads // b.shape[2]
     bt, ct = (t.repeat_interleave(per_group, dim=2).unsqueeze(3) for t in (b, c))  # [B, L, H, 1, N]
     wide, dy, decay = x.to(b.dtype), grad_out.to(b.dtype), torch.exp(log_decay)
@@ -277,7 +277,7 @@ def _ssd_backward_ref(
         carry = decay[:, t, :, None, None] * g[:, t]
 
     def by_group(t: Tensor) -> Tensor:
-        return t.reshape(batch, length, groups, per_group, -1).sum(3)
+        return t.unflatten(2, (groups, per_group)).sum(3)
 
     into = (g * bt).sum(-1)
     skip = 0 if d is None else d.view(heads, head_dim) * dy
