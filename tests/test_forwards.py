@@ -11,7 +11,7 @@ from conftest import tiny_model
 from torch import nn
 
 import deftcore
-from deftcore.adapters import BottleneckConfig, MambaLoraConfig
+from deftcore.adapters import BottleneckConfig
 from deftcore.integrations import kernel_aliases
 from deftcore.integrations.transformers import DensityTrainerMixin
 
@@ -39,19 +39,8 @@ def bottleneck():
     return layer_of(peft.get_peft_model(tiny_model("llama"), BottleneckConfig()), "BottleneckLayer")
 
 
-def split_lora():
-    import transformers
-
-    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, state_size=8, num_hidden_layers=1)
-    model = transformers.MambaForCausalLM(config)
-    return layer_of(peft.get_peft_model(model, MambaLoraConfig(r=2, split=True)), "SplitLoraLinear")
-
-
 # Those whose forward takes arguments of any name, and how to make one.
-OPEN = {
-    "FusedLoraLinear": fused_lora, "FusedBnbLora": fused_bnb_lora, "BottleneckLayer": bottleneck,
-    "SplitLoraLinear": split_lora,
-}  # fmt: skip
+OPEN = {"FusedLoraLinear": fused_lora, "FusedBnbLora": fused_bnb_lora, "BottleneckLayer": bottleneck}
 
 
 def classes_with_a_forward():

@@ -10,7 +10,7 @@ from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMi
 from transformers.models.mamba.modeling_mamba import MambaMixer as HfMambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as HfMamba2Mixer
 
-from deftcore.adapters.mamba_lora import SplitLoraLinear
+from deftcore.adapters.mamba_lora import factors
 from deftcore.nn.mamba import Mamba2Block, MambaBlock, MixerState, plain_projection
 from deftcore.ops.conv1d import next_window
 from deftcore.ops.mamba import LoraPair, Projection
@@ -23,6 +23,8 @@ def lora_projection(module: Any) -> Projection | None:
     if module._forward_hooks or module._forward_pre_hooks:  # mixed batches of adapters come as hooks
         return None
     base = plain_projection(module.get_base_layer())
+    if module.merged and module.disable_adapters:
+        return None  # PEFT's forward takes the update out of the weight first
     if base is None or module.merged or module.disable_adapters:
         return base
     pairs = []
@@ -34,14 +36,7 @@ def lora_projection(module: Any) -> Projection | None:
         if name in module.lora_variant or module.lora_bias[name] or not plain:
             return None
         p = dropout.p if module.training and isinstance(dropout, nn.Dropout) else 0.0
-        a: Any = module.lora_A[name].weight
-        b: Any = module.lora_B[name].weight
-        scaling = float(module.scaling[name])
-        if isinstance(module, SplitLoraLinear):
-            blocks = module.blocks(name)
-            pairs += [LoraPair(a[i:j], b[start:stop, i:j], scaling, (start, stop), p) for start, stop, i, j in blocks]
-        else:
-            pairs.append(LoraPair(a, b, scaling, None, p))
+        pairs += [LoraPair(a, b, float(module.scaling[name]), rows, p) for a, b, rows in factors(module, name)]
     return base._replace(lora=tuple(pairs))
 
 
@@ -102,7 +97,7 @@ class _Cached:
         return {}
 
 
-def _held(cache: Any, layer: int) -> tuple[Tensor | None, Tensor | None]:
+def _held(cache: Any, layer: int) -> tuple[Any, Any]:
     """The convolution's inputs and the scan's state that a cache holds for a layer; None before the first tokens."""
     if hasattr(cache, "get_conv_state"):
         return cache.get_conv_state(layer), cache.get_recurrent_state(layer)

@@ -11,6 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from deftcore.adapters.mamba_lora import factors
 from deftcore.adapters.s2ft import S2ftLayer
 from deftcore.nn.linear import Linear4bit, MergeReport, merged_4bit, merged_16bit
 from deftcore.ops.lora import lora_linear
@@ -236,6 +237,7 @@ def _delta(name: str, layer: Any, q: QuantizedTensor) -> Tensor | None:
     for adapter in active:
         if adapter in layer.lora_variant or layer.lora_bias[adapter]:
             raise ValueError(f"{name}: only plain LoRA without a bias can be merged")
-        a, b = (getattr(layer, part)[adapter].weight.detach().float() for part in ("lora_A", "lora_B"))
-        total += layer.scaling[adapter] * (b @ a)
+        for a, b, rows in factors(layer, adapter):
+            part = total if rows is None else total[slice(*rows)]
+            part += layer.scaling[adapter] * (b.detach().float() @ a.detach().float())
     return total
