@@ -18,9 +18,10 @@ from deftcore.integrations.peft import merge as merge_adapters
 from deftcore.integrations.peft import patch
 from deftcore.nn.linear import Linear4bit
 from deftcore.objectives import DensityLoss
-from deftcore.training.data import Batches, Example, encode, read_records
+from deftcore.training.data import Batches, Example, encode
 from deftcore.training.loop import TrainResult, train
 from deftcore.training.recipe import QUANTIZED_METHODS, DataConfig, DeftConfig, Recipe
+from deftcore.training.records import read_records
 
 _CALIBRATION_EXAMPLES = 32  # at least, where there are so many; the paper takes 1 % of the training set
 _TASK_TYPES = {True: "SEQ_2_SEQ_LM", False: "CAUSAL_LM"}
@@ -122,7 +123,8 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
 
 
 def load_examples(path: str, tokenizer: Any, data: DataConfig, is_encoder_decoder: bool) -> list[Example]:
-    return encode(read_records(path), tokenizer, data.max_length, is_encoder_decoder=is_encoder_decoder)
+    options = {"is_encoder_decoder": is_encoder_decoder, "chat": data.chat}
+    return encode(read_records(path), tokenizer, data.max_length, **options)
 
 
 def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:

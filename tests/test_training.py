@@ -1,4 +1,4 @@
-"""The loop, data and recipes: exact resume, two processes, mistakes reported."""
+"""The loop and recipes: exact resume, two processes, mistakes reported."""
 
 import json
 import os
@@ -19,7 +19,7 @@ import deftcore
 from deftcore.adapters import S2ftConfig
 from deftcore.objectives import DensityLoss
 from deftcore.pipeline import add_adapter
-from deftcore.training import TrainingConfig, encode, load_recipe, read_records, train
+from deftcore.training import TrainingConfig, load_recipe, train
 from deftcore.training.data import Batches
 
 SCRIPT = """
@@ -253,53 +253,6 @@ def test_wrong_checkpoint_is_refused(tmp_path):
         run(tmp_path, save_every=2, model=other)
     with pytest.raises(ValueError, match="examples"):
         train(other, [], TrainingConfig(), tmp_path)
-
-
-# ---------------------------------------------------------------------------- data
-
-
-class Letters:
-    eos_token_id = 1
-
-    def __call__(self, text, **_):
-        return {"input_ids": [ord(c) for c in text]}
-
-
-def test_formats(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"prompt": "ab", "completion": "cd"}\n\n{"prompt": "x", "completion": "y"}\n')
-    (tmp_path / "a.csv").write_text("prompt,completion\nab,cd\nx,y\n")
-    (tmp_path / "a.txt").write_text("abcdefg")
-    records = read_records(tmp_path / "a.jsonl")
-    assert records == read_records(tmp_path / "a.csv")
-    first = encode(records, Letters(), 10, is_encoder_decoder=False)[0]
-    assert first == {"input_ids": [97, 98, 99, 100, 1], "labels": [-100, -100, 99, 100, 1]}
-    assert encode(records, Letters(), 10, is_encoder_decoder=True)[0] == {"input_ids": [97, 98], "labels": [99, 100, 1]}
-    blocks = encode(read_records(tmp_path / "a.txt"), Letters(), 3, is_encoder_decoder=False)
-    assert [b["input_ids"] for b in blocks] == [[97, 98, 99], [100, 101, 102], [103, 1]]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "error", "message"),
-    [
-        ("a.jsonl", "{nope", ValueError, "a.jsonl:1"),
-        ("a.jsonl", "[1]", ValueError, "must be an object"),
-        ("a.txt", "", ValueError, "empty"),
-        ("a.xml", "x", ValueError, "must end in"),
-        ("missing", None, FileNotFoundError, "no such file"),
-    ],
-)
-def test_bad_files(tmp_path, name, text, error, message):
-    if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(error, match=message):
-        read_records(tmp_path / name)
-
-
-def test_records_without_text():
-    with pytest.raises(ValueError, match="record 1"):
-        encode([{"body": "x"}], Letters(), 8, is_encoder_decoder=False)
-    with pytest.raises(ValueError, match="encoder-decoder"):
-        encode([{"text": "x"}], Letters(), 8, is_encoder_decoder=True)
 
 
 def test_batches_share_and_return():

@@ -1,7 +1,8 @@
 """A small training loop on Accelerate, recipes and data. Needs `deftcore[train]`."""
 
-from deftcore.training.data import encode, read_records
+from deftcore.training.data import encode
 from deftcore.training.loop import TrainResult, train
 from deftcore.training.recipe import Recipe, TrainingConfig, load_recipe
+from deftcore.training.records import read_records
 
 __all__ = ["Recipe", "TrainResult", "TrainingConfig", "encode", "load_recipe", "read_records", "train"]

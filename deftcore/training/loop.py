@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from deftcore.adapters.s2ft import S2ftLayer
 from deftcore.nn.linear import PackedModule
 from deftcore.objectives import DensityLoss
-from deftcore.training.data import Batches, Example
+from deftcore.training.data import Batches, Example, predicts
 from deftcore.training.recipe import TrainingConfig
 
 _KEEP_CHECKPOINTS = 2
@@ -95,7 +95,7 @@ def train(
         save_model: writes the trained part of the model into a folder.
 
     Raises:
-        ValueError: no examples, no trainable parameter, a checkpoint of another model.
+        ValueError: no examples, an example without labels, no trainable parameter, a checkpoint of another model.
     """
     problems = config.problems()
     if problems:
@@ -149,6 +149,11 @@ class _Run:
             if validation
             else None
         )
+        silent = [i for i, example in enumerate(examples) if not predicts(example, self.pair)]
+        if silent:  # the mean loss of a batch of them is NaN
+            raise ValueError(
+                f"examples: {len(silent)} of {len(examples)} have nothing to predict, first example {silent[0]}"
+            )
         if len(self.batches) == 0:
             raise ValueError(f"examples: {len(examples)} are too few for {accelerator.num_processes} processes")
         per_epoch = math.ceil(len(self.batches) / config.gradient_accumulation_steps)

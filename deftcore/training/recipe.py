@@ -64,6 +64,7 @@ class DataConfig:
     train: str = ""
     validation: str = ""
     max_length: int = 512
+    chat: bool = False  # prompt and completion are messages for the tokenizer's chat template
 
     def problems(self) -> list[str]:
         found = [] if self.train else ["data.train: a .jsonl, .csv or .txt file is needed"]
