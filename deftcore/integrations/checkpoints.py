@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection
@@ -95,31 +96,43 @@ def load_quantized(
         stored = stored if isinstance(stored, dict) else stored.to_dict()
         del config.quantization_config
         skip = stored.get("llm_int8_skip_modules") or ("lm_head",)
-    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    dtype = dtype or getattr(config, "dtype", None) or _stored_dtype(files)
     with init_empty_weights(include_buffers=False):
         model = _kind(config).from_config(config, dtype=dtype)
     model.tie_weights()
     expected = set(model.state_dict())
+    files = _as_in(model, files, expected)
     packed = {f"{name}.weight" for name in linears_to_quantize(model, skip)}
     grouped = {key: [k for k in files if k.startswith(f"{key}.")] for key in packed}
     allowed = tuple(missing_ok)
-    missing = sorted(k for k in expected - files.keys() if not (k.startswith(allowed) or _is_tied(model, k, files)))
-    unexpected = sorted(files.keys() - expected - {k for keys in grouped.values() for k in keys})
+    missing = sorted(
+        k
+        for k in expected - files.keys()
+        if not (k.startswith(allowed) or _is_tied(model, k, files) or _is_made(model, k))
+    )
+    known = expected | {k for keys in grouped.values() for k in keys}
+    unexpected = sorted(k for k in files.keys() - known if not _is_left_over(model, k))
     if missing or unexpected:
         raise ValueError(f"path: {folder} is of another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
 
     def read(name: str) -> Tensor:
         # The file is only mapped: a model that kept the mapping would crash once the file is written again.
-        return files[name].get_tensor(name).clone()
+        return mapped(name).clone()
+
+    def mapped(name: str) -> Tensor:
+        file, stored_name = files[name]
+        return file.get_tensor(stored_name)
 
     options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
     keys = sorted(expected & files.keys())
     for key in track(keys, "loading into 4 bits", console=Console(stderr=True), transient=True):
         if key not in packed:
             value = read(key)
-            wide = dtype == torch.float16 and is_named(key, getattr(model, "_keep_in_fp32_modules", None) or ())
-            kept = torch.float32 if wide else dtype
-            set_module_tensor_to_device(model, key, "cpu", value.to(kept) if value.is_floating_point() else value)
+            kept = torch.float32 if is_named(key, _kept_wide(model, dtype)) else dtype
+            try:
+                set_module_tensor_to_device(model, key, "cpu", value.to(kept) if value.is_floating_point() else value)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
             continue
         name = key.removesuffix(".weight")
         holder, _, attribute = name.rpartition(".")
@@ -127,7 +140,7 @@ def load_quantized(
             if grouped[key]:
                 q = QuantizedTensor.from_state_dict({k: read(k) for k in (key, *grouped[key])}, key)
             else:
-                q = quantize_4bit(files[key].get_tensor(key).to(dtype), **options)  # straight from the mapped file
+                q = quantize_4bit(mapped(key).to(dtype), **options)  # straight from the mapped file
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         linear = model.get_submodule(name)
@@ -155,8 +168,8 @@ def _snapshot(path: str | os.PathLike) -> Path:
     return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
 
 
-def _weight_files(folder: Path) -> dict[str, Any]:
-    """The open safetensors file of each weight."""
+def _weight_files(folder: Path) -> dict[str, tuple[Any, str]]:
+    """The open safetensors file of each weight, and the name that it has there."""
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
@@ -174,8 +187,46 @@ def _weight_files(folder: Path) -> dict[str, Any]:
             file = safe_open(folder / name, "pt")
         except SafetensorError as error:
             raise ValueError(f"path: {folder / name} is damaged: {error}") from error
-        found.update(dict.fromkeys(file.keys(), file))
+        found.update({key: (file, key) for key in file.keys()})  # noqa: SIM118  a handle, not a dictionary
     return found
+
+
+def _as_in(model: Any, files: dict[str, tuple[Any, str]], expected: set[str]) -> dict[str, tuple[Any, str]]:
+    """The files' weights under the model's names: a checkpoint of the bare model lacks the prefix."""
+    prefix = f"{model.base_model_prefix}."
+    bare = any(key.startswith(prefix) for key in expected) and not any(key.startswith(prefix) for key in files)
+    return {f"{prefix}{key}" if bare and key not in expected else key: value for key, value in files.items()}
+
+
+def _stored_dtype(files: dict[str, tuple[Any, str]]) -> torch.dtype:
+    """The type of the first floating weight; Transformers takes it where the configuration is silent."""
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    stored = (file.get_slice(name).get_dtype() for file, name in files.values())
+    return next((types[kind] for kind in stored if kind in types), torch.float32)
+
+
+def _kept_wide(model: Any, dtype: torch.dtype) -> list[str]:
+    """Modules that Transformers keeps in float32 in a model of this dtype."""
+    names = list(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else []
+    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return [*names, *strict] if dtype in (torch.float16, torch.bfloat16) else []
+
+
+def _is_left_over(model: Any, key: str) -> bool:
+    """Whether Transformers passes over a stored name that the model lacks: an older version's buffers, or heads that
+    the model's class names."""
+    patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    buffers = dict(model.named_buffers())
+    for last in ("rotary_emb.inv_freq", "position_ids"):  # were stored, in each layer, and are computed now
+        if any(name.endswith(last) for name in buffers):
+            patterns.append(rf"(^|\.){re.escape(last)}$")
+    return key in buffers or any(re.search(pattern, key) for pattern in patterns)
+
+
+def _is_made(model: Any, key: str) -> bool:
+    """Whether Transformers lets a buffer be missing: it stands in the model as made."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return key in dict(model.named_buffers()) and any(re.search(pattern, key) for pattern in patterns)
 
 
 def _is_tied(model: nn.Module, key: str, files: dict[str, Any]) -> bool:
@@ -200,7 +251,8 @@ def _checked(path: str | os.PathLike) -> str:
 
 
 def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Any:
-    """The PEFT model of a base and an adapter folder; strict, where PEFT only warns.
+    """The PEFT model of a base and an adapter folder; strict, where PEFT only warns: everything stored, embeddings of a
+    resized vocabulary among it, stands in the model with its value, and nothing of the adapter is missing.
 
     Raises:
         FileNotFoundError: when the folder holds no adapter.
@@ -219,12 +271,17 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Any:
     try:
         stored = load_file(file)
         adapted = PeftModel.from_pretrained(model, folder)
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"adapter: {file} is damaged or of another model: {error}") from error
-    expected = get_peft_model_state_dict(adapted)
-    missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    needed_keys = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    loaded = get_peft_model_state_dict(adapted, save_embedding_layers=True)
+    missing, unexpected = sorted(needed_keys - stored.keys()), sorted(stored.keys() - loaded.keys())
     if missing or unexpected:
         raise ValueError(f"adapter: {file} is of another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
+    for key, value in stored.items():
+        here = loaded[key].cpu()
+        if here.shape != value.shape or not torch.allclose(here, value.to(here.dtype), rtol=0, atol=0, equal_nan=True):
+            raise ValueError(f"adapter: {file}: {key} did not reach the model, which ties it to another weight")
     return adapted
 
 
