@@ -97,9 +97,6 @@ def train(
     Raises:
         ValueError: no examples, an example without labels, no trainable parameter, a checkpoint of another model.
     """
-    problems = config.problems()
-    if problems:
-        raise ValueError("; ".join(problems))
     if not examples:
         raise ValueError("examples: must not be empty")
     output = Path(output)

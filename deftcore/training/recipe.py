@@ -1,150 +1,128 @@
 """Recipes: one YAML file says what is trained, on what, and how. Mistakes are reported all at once."""
 
 import dataclasses
-import difflib
+import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, create_model, field_validator
+from pydantic.dataclasses import dataclass
 
+from deftcore.ops.density import SURROGATES
 from deftcore.ops.quantized import BLOCK_SIZES, QUANT_TYPES
+from deftcore.training.fields import (
+    OPTIONS,
+    Count,
+    Integer,
+    Length,
+    Mistakes,
+    Needed,
+    NonNegative,
+    Number,
+    Positive,
+    Seed,
+    Share,
+    Text,
+    Whole,
+    one_of,
+    problems,
+)
 
 METHODS = ("lora", "qlora", "s2ft", "qs2ft", "mamba-lora", "bottleneck", "prompt", "prefix", "full")
 QUANTIZED_METHODS = ("qlora", "qs2ft")
 
 
-@dataclass
+@dataclass(frozen=True, config=OPTIONS)
 class TrainingConfig:
     """How the loop runs. Sizes are per process; a step is one optimizer update."""
 
-    max_steps: int = 0  # 0: epochs decide
-    epochs: float = 1.0
-    batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.0
-    warmup_ratio: float = 0.06
-    schedule: str = "linear"  # or "cosine", "constant"
-    max_grad_norm: float = 1.0
-    mixed_precision: str = "no"  # or "bf16", "fp16"
+    max_steps: Whole = 0  # 0: epochs decide
+    epochs: Positive = 1.0
+    batch_size: Count = 8
+    gradient_accumulation_steps: Count = 1
+    learning_rate: Positive = 3e-4
+    weight_decay: NonNegative = 0.0
+    warmup_ratio: Share = 0.06
+    schedule: Annotated[Text, one_of("linear", "cosine", "constant")] = "linear"
+    max_grad_norm: NonNegative = 1.0  # 0: no clipping
+    mixed_precision: Annotated[Text, one_of("no", "bf16", "fp16")] = "no"
     gradient_checkpointing: bool = False
-    seed: int = 0
-    eval_every: int = 0  # steps; 0: at the end only
-    save_every: int = 0  # steps; 0: no checkpoints to resume from
-    log_every: int = 10
-    logger: str = "jsonl"  # or "tensorboard", beside it
-
-    def problems(self) -> list[str]:
-        found = []
-        for name in ("batch_size", "gradient_accumulation_steps", "log_every"):
-            if getattr(self, name) < 1:
-                found.append(f"training.{name}: must be at least 1, got {getattr(self, name)}")
-        for name in ("max_steps", "weight_decay", "warmup_ratio", "eval_every", "save_every", "max_grad_norm"):
-            if getattr(self, name) < 0:
-                found.append(f"training.{name}: must not be negative, got {getattr(self, name)}")
-        for name in ("epochs", "learning_rate"):
-            if getattr(self, name) <= 0:
-                found.append(f"training.{name}: must be above 0, got {getattr(self, name)}")
-        for name, choices in (
-            ("schedule", ("linear", "cosine", "constant")),
-            ("mixed_precision", ("no", "bf16", "fp16")),
-            ("logger", ("jsonl", "tensorboard")),
-        ):
-            if getattr(self, name) not in choices:
-                found.append(f"training.{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        return found
+    seed: Seed = 0
+    eval_every: Whole = 0  # steps; 0: at the end only
+    save_every: Whole = 0  # steps; 0: no checkpoints to resume from
+    log_every: Count = 10
+    logger: Annotated[Text, one_of("jsonl", "tensorboard")] = "jsonl"  # tensorboard: beside the other
 
 
-@dataclass
+@dataclass(frozen=True, config=OPTIONS)
 class DataConfig:
     """Files of records; see `deftcore.training.data`."""
 
-    train: str = ""
-    validation: str = ""
-    max_length: int = 512
+    train: Needed
+    validation: Text = ""
+    max_length: Length = 512
     chat: bool = False  # prompt and completion are messages for the tokenizer's chat template
 
-    def problems(self) -> list[str]:
-        found = [] if self.train else ["data.train: a .jsonl, .csv or .txt file is needed"]
-        return found + ([] if self.max_length > 1 else [f"data.max_length: must be above 1, got {self.max_length}"])
 
-
-@dataclass
+@dataclass(frozen=True, config=OPTIONS)
 class DeftConfig:
     """The density objective; fields as in `deftcore.objectives.DensityLoss`."""
 
     enabled: bool = False
-    alpha: float = 1.0
-    surrogate: str = "l0"
-    eps: float = 1e-7
-    beta: float = 20.0
-    mask_policy: str = "exclude_padding"
-    ramp: float = 0.0
-    adaptive: str = ""
-    gamma: float = 0.0
-
-    def problems(self) -> list[str]:
-        found = []
-        for name, choices in (
-            ("surrogate", ("l0", "tanh", "l1")),
-            ("mask_policy", ("exclude_padding", "count_padding")),
-            ("adaptive", ("", "gate")),
-        ):
-            if getattr(self, name) not in choices:
-                found.append(
-                    f"deft.{name}: must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}"
-                )
-        for name in ("alpha", "ramp", "gamma"):
-            if getattr(self, name) < 0:
-                found.append(f"deft.{name}: must not be negative, got {getattr(self, name)}")
-        for name in ("eps", "beta"):
-            if getattr(self, name) <= 0:
-                found.append(f"deft.{name}: must be above 0, got {getattr(self, name)}")
-        return found
+    alpha: NonNegative = 1.0
+    surrogate: Annotated[Text, one_of(*SURROGATES)] = "l0"
+    eps: Positive = 1e-7
+    beta: Positive = 20.0
+    mask_policy: Annotated[Text, one_of("exclude_padding", "count_padding")] = "exclude_padding"
+    ramp: NonNegative = 0.0
+    adaptive: Annotated[Text, one_of("", "gate")] = ""
+    gamma: NonNegative = 0.0
 
 
-@dataclass
+@dataclass(frozen=True, config=OPTIONS)
 class QuantizeConfig:
     """The frozen base of `method: qlora` and `qs2ft`; fields as in `deftcore.quantize`."""
 
-    quant_type: str = "nf4"
-    block_size: int = 64
+    quant_type: Annotated[Text, one_of(*QUANT_TYPES)] = "nf4"
+    block_size: Annotated[Integer, one_of(*BLOCK_SIZES)] = 64
     double_quant: bool = True
     skip: list[str] = field(default_factory=lambda: ["lm_head"])
 
-    def problems(self) -> list[str]:
-        found = []
-        if self.quant_type not in QUANT_TYPES:
-            found.append(f"quantize.quant_type: must be one of {', '.join(QUANT_TYPES)}, got {self.quant_type!r}")
-        if self.block_size not in BLOCK_SIZES:
-            found.append(
-                f"quantize.block_size: must be one of {', '.join(map(str, BLOCK_SIZES))}, got {self.block_size}"
-            )
-        return found
 
-
-@dataclass
+@dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class Recipe:
     """One training run."""
 
-    model: str = ""  # a local Transformers folder or a hub id
-    output: str = ""  # the run's folder
-    method: str = "lora"
+    model: Needed  # a local Transformers folder or a hub id
+    output: Needed  # the run's folder
+    data: DataConfig
+    device: Text = "auto"  # the machine's accelerator where there is one; or "cpu", "cuda" ...
+    method: Annotated[Text, one_of(*METHODS)] = "lora"
     adapter: dict[str, Any] = field(default_factory=dict)  # fields of the method's PEFT config
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)  # qlora and qs2ft only
-    data: DataConfig = field(default_factory=DataConfig)
     deft: DeftConfig = field(default_factory=DeftConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
-    def problems(self) -> list[str]:
-        found = [f"{name}: is needed" for name in ("model", "output") if not getattr(self, name)]
-        if self.method not in METHODS:
-            found.append(f"method: must be one of {', '.join(METHODS)}, got {self.method!r}")
-        if self.method not in QUANTIZED_METHODS and self.quantize != QuantizeConfig():
-            found.append(f"quantize: goes with method {' or '.join(QUANTIZED_METHODS)}, got {self.method!r}")
-        return found + self.quantize.problems() + self.data.problems() + self.deft.problems() + self.training.problems()
+    @field_validator("deft", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"enabled": value} if isinstance(value, bool) else value
+
+    @field_validator("adapter")
+    @classmethod
+    def _of_the_method(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return adapter_options(info.data["method"], value) if "method" in info.data else value
+
+    @field_validator("quantize")
+    @classmethod
+    def _where_it_is_used(cls, value: QuantizeConfig, info: ValidationInfo) -> QuantizeConfig:
+        method = info.data.get("method", "qlora")
+        if method not in QUANTIZED_METHODS and value != QuantizeConfig():
+            raise Mistakes([f": goes with method {' or '.join(QUANTIZED_METHODS)}, got {method!r}"])
+        return value
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -159,78 +137,99 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"recipe: no such file: {path}")
+        raise FileNotFoundError(f"recipe: {'is a folder' if path.is_dir() else 'no such file'}: {path}")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe: {path} is not YAML: {error}") from error
+        raw = _read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ValueError(f"recipe: {path}: {error}") from error
+    raw = {} if raw is None else raw
     if not isinstance(raw, dict):
-        raise ValueError(f"recipe: {path} must be a mapping, got {type(raw).__name__}")
-    problems: list[str] = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            problems.append(f"override: must be key=value, got {override!r}")
-            continue
-        node = raw
-        *parents, last = key.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                problems.append(f"override: {parent} in {key!r} holds no fields")
-                node = {}
-        node[last] = yaml.safe_load(value) if value else ""
-    recipe = _build(Recipe, raw, "", problems)
-    problems += recipe.problems() if not problems else []
-    if problems:
-        raise ValueError(f"recipe: {path}:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise ValueError(f"recipe: {path}: must be a mapping, got {type(raw).__name__}")
+    found = [problem for override in overrides if (problem := _apply(raw, override))]
+    raw.setdefault("data", {})
+    try:
+        recipe = TypeAdapter(Recipe).validate_python({str(key): value for key, value in raw.items()})
+    except ValidationError as error:
+        found += problems(error, Recipe)
+    if found:
+        lines = f" {found[0]}" if len(found) == 1 else "".join(f"\n  {problem}" for problem in found)
+        raise ValueError(f"recipe: {path}:{lines}")
     return recipe
 
 
-def _build(kind: type, raw: dict[str, Any], prefix: str, problems: list[str]) -> Any:
-    """A dataclass from a mapping; wrong names and types are added to `problems`."""
-    hints, values = get_type_hints(kind), {}
-    for key, value in raw.items():
-        where = f"{prefix}{key}"
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1)
-            problems.append(f"{where}: unknown" + (f"; did you mean {prefix}{near[0]}?" if near else ""))
-            continue
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            if isinstance(value, bool) and key == "deft":  # `deft: true` is short for its defaults
-                value = {"enabled": value}
-            if not isinstance(value, dict):
-                problems.append(f"{where}: must be a mapping, got {value!r}")
-                continue
-            values[key] = _build(hint, value, f"{where}.", problems)  # type: ignore[arg-type]
-            continue
-        try:
-            values[key] = _cast(value, hint)
-        except (TypeError, ValueError):
-            problems.append(f"{where}: must be {getattr(hint, '__name__', hint)}, got {value!r}")
-    return kind(**values)
+def _read_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"is not YAML: {where}{what or str(error).splitlines()[0]}") from error
 
 
-def _cast(value: Any, hint: Any) -> Any:
-    if get_origin(hint) is list:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise TypeError
-        return value
-    if get_origin(hint) is dict or get_args(hint):
-        if not isinstance(value, dict):
-            raise TypeError
-        return value
-    if hint is str and value is False:
-        return "no"  # what YAML 1.1 reads a plain no as
-    if hint is bool or isinstance(value, bool):
-        if hint is bool and isinstance(value, bool):
-            return value
-        raise TypeError
-    if hint is int:
-        if int(value) != float(value):
-            raise ValueError
-        return int(value)
-    if hint is str and value is None:
-        return ""
-    return hint(value)  # YAML reads 3e-4 as a string; float() mends that
+def _apply(raw: dict[str, Any], override: str) -> str:
+    """Sets one `key=value`; returns what is wrong with it, if anything."""
+    key, equals, value = override.partition("=")
+    *parents, last = key.split(".")
+    if not equals or not all((*parents, last)):
+        return f"override: must be key=value, got {override!r}"
+    node: Any = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if isinstance(node, bool) and parent == "deft":  # its short form
+            node = raw[parent] = {"enabled": node}
+        if not isinstance(node, dict):
+            return f"{key}: {parent} holds no fields, got {node!r}"
+    try:
+        node[last] = _read_yaml(value) if value else ""
+    except ValueError as error:
+        return f"{key}: {value!r} {error}"
+    return ""
+
+
+# ---------------------------------------------------------------------------- adapters
+
+
+def adapter_kinds() -> dict[str, Any]:
+    """The PEFT config class of each method that has one."""
+    import peft
+
+    from deftcore.adapters import BottleneckConfig, MambaLoraConfig, S2ftConfig
+
+    return {
+        "lora": peft.LoraConfig, "qlora": peft.LoraConfig, "s2ft": S2ftConfig, "qs2ft": S2ftConfig,
+        "mamba-lora": MambaLoraConfig, "bottleneck": BottleneckConfig, "prompt": peft.PromptTuningConfig,
+        "prefix": peft.PrefixTuningConfig,
+    }  # fmt: skip
+
+
+def adapter_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a method's PEFT config, in its fields' types.
+
+    Raises:
+        Mistakes: (a ValueError) naming every field that is unknown or whose value does not fit.
+    """
+    if method == "full":
+        if options:
+            raise Mistakes([f": method full has no adapter, got {', '.join(options)}"])
+        return options
+    import peft
+
+    kind = adapter_kinds()[method]
+    common = {each.name for each in dataclasses.fields(peft.PeftConfig)}  # set on wrapping
+    numbers = {int: Integer, float: Number}
+    hints: dict[str, Any] = {name: numbers.get(hint, hint) for name, hint in typing.get_type_hints(kind).items()}
+    initial = "init_lora_weights"
+    if initial in hints:  # PEFT's own hint holds a placeholder for these
+        hints[initial] = typing.Union[hints[initial], Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]]  # noqa: UP007
+    own = [each.name for each in dataclasses.fields(kind) if each.init and each.name not in common]
+    fields: dict[str, Any] = {name: (hints[name], None) for name in own}
+    model = create_model("adapter", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
+    try:
+        given = model.model_validate({str(name): value for name, value in options.items()})
+        values = {name: getattr(given, name) for name in given.model_fields_set}
+        kind(**values)
+    except ValidationError as error:
+        raise Mistakes([f".{line}" for line in problems(error, model)]) from error
+    except (ValueError, TypeError) as error:
+        raise Mistakes([f": {error}"]) from error
+    return values
