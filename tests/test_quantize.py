@@ -212,6 +212,50 @@ def test_unpatched_qlora_equals_patched():
     assert all(torch.equal(t, state[k]) for k, t in peft.get_peft_model_state_dict(model).items())
 
 
+def test_quantize_conv1d(tmp_path, bnb):
+    """GPT-2's layers, which store [in, out]: in memory, from files and back, in Transformers, merged, all of them equal
+    to the decoded weights in float64."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    batch = tiny_batch("gpt2")
+    dense = {name: m.weight.detach().t() for name, m in model.named_modules() if type(m).__name__ == "Conv1D"}
+    model.save_pretrained(tmp_path / "dense")
+    reference = copy.deepcopy(model).double()
+    deftcore.quantize(model, double_quant=False)
+    assert len(dense) == 8
+    for name, weight in dense.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, Linear4bit)
+        expected = quantize_4bit(weight.contiguous(), double_quant=False).dequantize(torch.float64)
+        assert torch.equal(layer.quantized.dequantize(torch.float64), expected)
+        reference.get_submodule(name).weight.data = expected.t().contiguous()
+    with torch.no_grad():
+        exact = reference(**batch).logits
+        assert (model(**batch).logits - exact).abs().max() < 1e-5
+        model.save_pretrained(tmp_path / "packed")
+        for folder, options in (("dense", {"double_quant": False}), ("packed", {})):
+            again = deftcore.load_quantized(tmp_path / folder, **options)
+            assert (again(**batch).logits - exact).abs().max() < 1e-5
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    for name in dense:
+        weight = theirs.get_submodule(name).weight
+        decoded = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        assert torch.equal(decoded, model.get_submodule(name).quantized.dequantize())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **LORA))
+    logits = deftcore.patch(adapted).eval()(**batch).logits
+    before = {name: m.quantized for name, m in adapted.named_modules() if isinstance(m, Linear4bit)}
+    requantised = deftcore.merge(copy.deepcopy(adapted), to="4bit")
+    merged = deftcore.merge(adapted, to="16bit", dtype=torch.float32)
+    assert len(before) == 8
+    torch.testing.assert_close(merged(**batch).logits, logits, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(again(**batch).logits, logits, rtol=1e-4, atol=1e-5)
+    from_4bit = deftcore.merge(peft.get_peft_model(requantised, peft.LoraConfig(**LORA | {"init_lora_weights": True})))
+    assert {type(from_4bit.get_submodule(name)).__name__ for name in dense} == {"Conv1D"}
+
+
 def test_quantize_options(caplog):
     model = tiny_model("llama")
     deftcore.quantize(model, quant_type="fp4", block_size=128, double_quant=False, skip=["lm_head", "mlp.down_proj"])
@@ -258,6 +302,46 @@ def test_prepare_for_training():
     for name, parameter in adapted.named_parameters():
         if name in checkpointed:
             torch.testing.assert_close(parameter.grad, checkpointed[name])
+
+
+@pytest.mark.parametrize("source", ["in memory", "from files"])
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "opt", "t5"])
+def test_qlora_flow(tmp_path, family, dtype, prepared, source):
+    """The README's, in each dtype of a checkpoint: quantise, prepare, adapt, patch, train, merge; logits and gradients
+    are as near to the float32 model's as the dense 16-bit model's with the same weights are."""
+    model = tiny_model(family).to(dtype)
+    if source == "from files":
+        model.save_pretrained(tmp_path)
+        model = deftcore.load_quantized(tmp_path, block_size=32)
+    else:
+        deftcore.quantize(model, block_size=32)
+    exact = lora(dequantised(model).float(), family, init_lora_weights=False)
+    low = lora(dequantised(model).to(dtype), family, init_lora_weights=False)
+    if prepared:
+        deftcore.prepare_for_training(model, gradient_checkpointing=source == "in memory")
+    adapted = deftcore.patch(lora(model, family, init_lora_weights=False))
+    for other in (exact, low):
+        peft.set_peft_model_state_dict(other, peft.get_peft_model_state_dict(adapted))
+    batch = tiny_batch(family)
+    results = []
+    for each in (adapted, low, exact):
+        output = each.train()(**batch)
+        output.loss.float().backward()
+        grads = torch.cat([p.grad.flatten().double() for p in each.parameters() if p.grad is not None])
+        results.append((output.logits.detach().double(), grads))
+    assert adapted(**batch).logits.dtype == dtype
+    for ours, plain, reference in zip(*results, strict=True):
+        assert ours.isfinite().all()
+        assert (ours - reference).norm() <= 2 * (plain - reference).norm() + 1e-5 * reference.norm()
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3)
+    optimizer.step()
+    logits = adapted.eval()(**batch).logits
+    merged = deftcore.merge(adapted, to="16bit", dtype=dtype)(**batch).logits
+    assert merged.dtype == dtype
+    rounding = (results[1][0] - results[2][0]).norm()  # each side may be twice as far off as the dense 16-bit model
+    assert (merged - logits).double().norm() <= 4 * rounding + 1e-5 * logits.double().norm()
 
 
 # ---------------------------------------------------------------------------- files

@@ -23,7 +23,7 @@ from transformers import (
 
 from deftcore.integrations.peft import patch
 from deftcore.nn.blocks import find_mlp_blocks
-from deftcore.nn.linear import Linear4bit, is_named, linears_to_quantize, set_quantization_config
+from deftcore.nn.linear import Linear4bit, is_named, linears_to_quantize, out_by_in, set_quantization_config
 from deftcore.nn.mlp import sparsify
 from deftcore.ops.quant4 import quantize_4bit
 from deftcore.ops.quantized import QuantizedTensor
@@ -136,17 +136,18 @@ def load_quantized(
             continue
         name = key.removesuffix(".weight")
         holder, _, attribute = name.rpartition(".")
+        linear = model.get_submodule(name)
         try:
             if grouped[key]:
                 q = QuantizedTensor.from_state_dict({k: read(k) for k in (key, *grouped[key])}, key)
             else:
-                q = quantize_4bit(mapped(key).to(dtype), **options)  # straight from the mapped file
+                q = quantize_4bit(out_by_in(linear, mapped(key)).to(dtype), **options)  # straight from the mapped file
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        linear = model.get_submodule(name)
-        if q.shape != (linear.out_features, linear.in_features):
-            raise ValueError(f"{key}: shape must be {(linear.out_features, linear.in_features)}, got {tuple(q.shape)}")
-        layer = Linear4bit(q, compute_dtype=compute_dtype)
+        expected_shape = out_by_in(linear, linear.weight).shape  # on the meta device
+        if q.shape != expected_shape:
+            raise ValueError(f"{key}: shape must be {tuple(expected_shape)}, got {tuple(q.shape)}")
+        layer = Linear4bit(q, compute_dtype=compute_dtype, source_cls=type(linear))
         layer.bias = linear.bias  # on the meta device until its own turn
         setattr(model.get_submodule(holder), attribute, layer)
     model.tie_weights()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deftcore.adapters.mamba_lora import factors
 from deftcore.adapters.s2ft import S2ftLayer
-from deftcore.nn.linear import Linear4bit, MergeReport, merged_4bit, merged_16bit
+from deftcore.nn.linear import Linear4bit, MergeReport, dense_layer, merged_4bit, merged_16bit
 from deftcore.ops.lora import lora_linear
 from deftcore.ops.quantized import QuantizedTensor
 
@@ -196,16 +196,13 @@ def merge(model: Any, *, to: str = "16bit", dtype: torch.dtype | None = None) ->
                 continue
             merged, reports[name] = merged_4bit(q, delta)
             bias = None if base.bias is None else base.bias.detach()
-            replaced[name] = Linear4bit(merged, bias, compute_dtype=base.compute_dtype)
+            source: Any = getattr(base, "source_cls", nn.Linear)
+            replaced[name] = Linear4bit(merged, bias, compute_dtype=base.compute_dtype, source_cls=source)
             continue
         weight, report = merged_16bit(q, delta, dtype or q.dtype)
         if report is not None:
             reports[name] = report
-        dense = nn.Linear(q.shape[1], q.shape[0], bias=base.bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight, requires_grad=False)
-        if base.bias is not None:
-            dense.bias = nn.Parameter(base.bias.detach().to(weight.dtype), requires_grad=False)
-        replaced[name] = dense
+        replaced[name] = dense_layer(base, weight)
     for name, new in replaced.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, new)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deftcore.nn.linear import PackedModule
+from deftcore.nn.linear import PackedModule, is_transposed
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "gpt2", "bert", "roberta", "t5")
 HEAD_ROLES = ("q", "k", "v", "o")
@@ -150,11 +150,6 @@ def _both(model: nn.Module, module: str, role: str, **place: Any) -> list[Axis]:
     """A producer's rows: its weight's and, where there is one, its bias's."""
     names = ["weight"] if getattr(model.get_submodule(module), "bias", None) is None else ["weight", "bias"]
     return [Axis(module, tensor, role, 0, **place) for tensor in names]
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether the layer stores [in, out] (GPT-2's Conv1D)."""
-    return type(module).__name__ == "Conv1D"
 
 
 def _shape(module: Any) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import difflib
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,16 +108,27 @@ class PackedModule(nn.Module):
             self.set_quantized(q if self.weight.device.type == "meta" else q.to(self.weight.device))
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the layer stores [in, out] (Transformers' Conv1D, as in GPT-2)."""
+    return type(module).__name__ == "Conv1D"
+
+
 class Linear4bit(PackedModule, nn.Linear):
     """y = x W^T + bias with a packed, frozen W; files are those of bitsandbytes' layer of the same name.
 
     float32 and bfloat16 inputs are computed in their own dtype, float16 in `compute_dtype` (None: float16).
+    `source_cls` is the class of the layer that it stands for: W is [out, in] here also where that one stores [in, out].
 
     Shapes: x [..., in_features] -> [..., out_features].
     """
 
     def __init__(
-        self, weight: QuantizedTensor, bias: Tensor | None = None, *, compute_dtype: torch.dtype | None = None
+        self,
+        weight: QuantizedTensor,
+        bias: Tensor | None = None,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        source_cls: type[nn.Module] = nn.Linear,
     ) -> None:
         if weight.dim() != 2:
             raise ValueError(f"weight: must be a matrix [M, K], got shape {tuple(weight.shape)}")
@@ -124,16 +136,15 @@ class Linear4bit(PackedModule, nn.Linear):
             raise ValueError(f"bias: shape must be {(weight.shape[0],)}, got {tuple(bias.shape)}")
         super().__init__(weight)
         self.out_features, self.in_features = weight.shape
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.source_cls = compute_dtype, source_cls
         frozen = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_parameter("bias", frozen)
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, *, compute_dtype: torch.dtype | None = None, **options: Any
-    ) -> "Linear4bit":
-        """A quantised copy; `options` are those of `deftcore.ops.quantize_4bit`."""
-        return cls(quantize_4bit(linear.weight.detach(), **options), linear.bias, compute_dtype=compute_dtype)
+    def from_linear(cls, linear: Any, *, compute_dtype: torch.dtype | None = None, **options: Any) -> "Linear4bit":
+        """A quantised copy of a linear layer or Conv1D; `options` are those of `deftcore.ops.quantize_4bit`."""
+        q = quantize_4bit(out_by_in(linear, linear.weight.detach()), **options)
+        return cls(q, linear.bias, compute_dtype=compute_dtype, source_cls=type(linear))
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_packed(x, self.quantized, self.bias, self.compute_dtype)
@@ -144,6 +155,23 @@ class Linear4bit(PackedModule, nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{self._fields['quant_type']}, block_size={self._fields['block_size']}{nested}"
         )
+
+
+def out_by_in(layer: nn.Module, weight: Any) -> Tensor:
+    """The weight that a layer's files hold, as a dense [out, in]."""
+    return weight.t().contiguous() if is_transposed(layer) else weight
+
+
+def dense_layer(packed: Any, weight: Tensor) -> nn.Module:
+    """The frozen layer that a 4-bit one (ours or bitsandbytes') stands for, with a weight [out, in] and its bias."""
+    kind = getattr(packed, "source_cls", nn.Linear)
+    rows, columns = weight.shape
+    with torch.device("meta"):
+        layer: Any = kind(rows, columns) if kind.__name__ == "Conv1D" else nn.Linear(columns, rows)
+    layer.weight = nn.Parameter(out_by_in(layer, weight), requires_grad=False)
+    bias = None if packed.bias is None else packed.bias.detach().to(weight.dtype)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return layer
 
 
 def linear_packed(x: Tensor, q: QuantizedTensor, bias: Tensor | None, compute_dtype: torch.dtype | None) -> Tensor:
@@ -164,7 +192,8 @@ def quantize(
     skip: Collection[str] = ("lm_head",),
     compute_dtype: torch.dtype | None = None,
 ) -> Any:
-    """Replaces the linear layers of a model in memory by `Linear4bit`, one at a time, in place.
+    """Replaces the linear layers (GPT-2's Conv1D among them) of a model in memory by `Linear4bit`, one at a time, in
+    place.
 
     For QLoRA: `quantize`, then `peft.get_peft_model`, then `deftcore.patch`. To load a checkpoint straight into 4 bits,
     without the dense model ever in memory, use `deftcore.load_quantized`.
@@ -208,7 +237,7 @@ def linears_to_quantize(model: nn.Module, skip: Collection[str]) -> list[str]:
     Raises:
         ValueError: when there is none, or a name in `skip` (other than lm_head) matches nothing.
     """
-    found = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    found = [name for name, module in model.named_modules() if type(module) is nn.Linear or is_transposed(module)]
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -226,7 +255,7 @@ def linears_to_quantize(model: nn.Module, skip: Collection[str]) -> list[str]:
         if not is_named(name, kept) and owners[id(model.get_submodule(name).weight)] == 1  # not tied
     ]
     if not chosen:
-        raise ValueError(f"model: {type(model).__name__} has no linear layer to quantise")
+        raise ValueError(f"model: {type(model).__name__} has no linear layer (nn.Linear, Conv1D) to quantise")
     return chosen
 
 
@@ -261,7 +290,9 @@ def set_quantization_config(
 
 
 def prepare_for_training(model: Any, *, gradient_checkpointing: bool = True) -> Any:
-    """Readies a quantised model for adapters, in place: all weights frozen, norms in float32.
+    """Readies a quantised model for adapters, in place: all weights frozen, norms computed in float32.
+
+    A norm still returns its input's dtype: what follows it, the dense head among them, is in the checkpoint's.
 
     Args:
         model: a Transformers model after `quantize`.
@@ -274,10 +305,15 @@ def prepare_for_training(model: Any, *, gradient_checkpointing: bool = True) -> 
     for module in model.modules():
         if "Norm" in type(module).__name__:
             module.float()
+            setattr(module, "forward", partial(_norm_in_float32, module.forward))  # noqa: B010
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.config.use_cache = False
     return model
+
+
+def _norm_in_float32(forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return forward(x.float(), *args, **kwargs).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------- merging a low-rank update
