@@ -18,7 +18,8 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from deftcore.integrations.checkpoints import load_model, load_tokenizer
-from deftcore.nn.mamba import Mamba2Block, MambaBlock
+from deftcore.nn.mamba import MambaBlock
+from deftcore.nn.mamba2 import Mamba2Block
 from deftcore.ops.lyapunov import lyapunov_exponents
 from deftcore.pipeline import add_adapter, is_mamba, load_examples, write_json
 from deftcore.training.data import Batches

@@ -17,7 +17,7 @@ import deftcore
 from deftcore import ops
 from deftcore.adapters import MambaLoraConfig
 from deftcore.adapters.mamba_lora import slices_of
-from deftcore.nn import Mamba2Mixer, MambaMixer
+from deftcore.nn import Mamba2Mixer, MambaMixer, MixerState
 from deftcore.ops.mamba import LoraPair, Projection, project
 from deftcore.ops.ssd import mamba_chunk_scan_ref
 from deftcore.ops.ssm import selective_scan_ref
@@ -377,12 +377,43 @@ def test_mixer_padding_and_causality(kind):
     mask = torch.cat((torch.zeros(1, 5), torch.ones(1, 12)), 1)
     padded = module(torch.cat((torch.randn(1, 5, 16), x), 1), attention_mask=mask)
     torch.testing.assert_close(padded[:, 5:], alone)
-    right, state = module(torch.cat((x, torch.randn(1, 5, 16)), 1), None, mask.flip(1), True)
+    right = module(torch.cat((x, torch.randn(1, 5, 16)), 1), None, mask.flip(1))
     torch.testing.assert_close(right[:, :12], alone)
-    torch.testing.assert_close(state.ssm, module(x, return_state=True)[1].ssm)
+    with pytest.raises(ValueError, match=r"attention_mask: must be \[B, L\]"):
+        module(x, attention_mask=mask)
     changed = x.clone()
     changed[:, 8] += 1
     assert torch.equal(module(changed)[:, :8], alone[:, :8])
+
+
+PADDED = {  # rows of 9 steps: full, padded right, left and inside, shorter than the window, nothing at all
+    "full": "111111111", "right": "111110000", "left": "000011111", "both": "000111100", "one": "100000000",
+    "two": "000000011", "inside": "110010011", "none": "000000000",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("carried", [False, True])
+def test_state_after_padding_is_that_of_the_row_alone(kind, carried):
+    """Window and scan state of each padded row, and what follows, equal those of its unmasked steps by themselves."""
+    module = mixer(kind).requires_grad_(False)
+    rows = {k: v for k, v in PADDED.items() if carried or k != "inside"}  # inside a first piece pads count as zeros
+    mask = torch.tensor([[int(c) for c in row] for row in rows.values()])
+    x, after = torch.randn(len(rows), 9, 16), torch.randn(len(rows), 4, 16)
+    before = module(torch.randn(len(rows), 5, 16), return_state=True)[1] if carried else None
+    out, state = module(x, before, mask, True)
+    for i, name in enumerate(rows):
+        first = None if before is None else MixerState(before.conv[i : i + 1], before.ssm[i : i + 1])
+        own, own_state = x[i : i + 1, mask[i].bool()], first
+        if own.shape[1]:
+            wanted, own_state = module(own, first, return_state=True)
+            torch.testing.assert_close(out[i, mask[i].bool()], wanted[0], rtol=1e-4, atol=1e-5, msg=name)
+        if own_state is None:
+            own_state = MixerState(torch.zeros_like(state.conv[:1]), torch.zeros_like(state.ssm[:1]))
+        torch.testing.assert_close(state.conv[i : i + 1], own_state.conv, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(state.ssm[i : i + 1], own_state.ssm, rtol=1e-4, atol=1e-5, msg=name)
+        follows = module(after, state)[i : i + 1]
+        torch.testing.assert_close(follows, module(after[i : i + 1], own_state), rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -528,6 +559,25 @@ def test_a_mask_of_the_whole_sequence_beside_the_cache(family):
             start = 15 if stop == 16 else 16
             out = patched(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], **cache_of(out), use_cache=True)
             torch.testing.assert_close(out.logits, whole[:, start:stop], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_decoding_of_padded_rows_equals_transformers_on_each_row(family):
+    """Padding right, left or both, in the prefill and in a second piece: as Transformers decodes each row alone."""
+    plain, patched = pair_of(family)
+    ids = torch.randint(1, 64, (6, 9))
+    rows = ("111111111", "111100000", "000011111", "001110000", "100000000", "000000011")
+    masks = [torch.tensor([[int(c) for c in row] for row in rows[k:] + rows[:k]]) for k in (0, 2)]
+    tokens = torch.randint(1, 64, (6, 3))
+    with torch.no_grad():
+        out = patched(input_ids=ids, attention_mask=masks[0], use_cache=True)
+        out = patched(input_ids=ids, attention_mask=torch.cat(masks, 1), **cache_of(out), use_cache=True)
+        for t in range(3):
+            out = patched(input_ids=tokens[:, t : t + 1], **cache_of(out), use_cache=True)
+            for i in range(6):
+                row = torch.cat((*(ids[i, m[i].bool()] for m in masks), tokens[i, : t + 1]))
+                wanted = plain(input_ids=row.unsqueeze(0)).logits[0, -1]
+                torch.testing.assert_close(out.logits[i, 0], wanted, rtol=1e-4, atol=1e-4, msg=f"row {i}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

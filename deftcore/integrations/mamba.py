@@ -11,8 +11,9 @@ from transformers.models.mamba.modeling_mamba import MambaMixer as HfMambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as HfMamba2Mixer
 
 from deftcore.adapters.mamba_lora import factors
-from deftcore.nn.mamba import Mamba2Block, MambaBlock, MixerState, plain_projection
-from deftcore.ops.conv1d import next_window
+from deftcore.nn.mamba import MambaBlock
+from deftcore.nn.mamba2 import Mamba2Block
+from deftcore.nn.mixer import MixerState, plain_projection
 from deftcore.ops.mamba import LoraPair, Projection
 
 
@@ -72,21 +73,22 @@ class _Cached:
 
     def mixed(self: Any, hidden: Tensor, cache: Any, mask: Tensor | None, **packed: Tensor) -> Tensor:
         layer, length, width = self.layer_idx, hidden.shape[1], self.conv1d.weight.shape[2]
-        conv, ssm = (None, None) if cache is None else _held(cache, layer)
+        conv: Any = None
+        ssm: Any = None
+        if cache is not None:
+            conv, ssm = _held(cache, layer)
         recording = hasattr(cache, "is_recording_past") and cache.is_recording_past(layer)
         if mask is not None:
-            mask = mask[:, -length:]
+            mask = mask[:, mask.shape[1] - length :]
         if conv is not None and length == 1 and mask is None and not (recording or torch.is_grad_enabled()):
             return self.step(hidden, MixerState(conv, ssm))
-        state = None
-        if conv is not None:
-            conv = F.pad(conv, (max(width - conv.shape[2], 0), 0))[..., -width:]
-            state = MixerState(conv[..., 1:].clone(), ssm.clone())
-        out, conv_input, last = self.mix(hidden, state, mask, **packed)
+        kept = length if recording else width
+        if conv is not None:  # copies: the cache moves on in place
+            conv = F.pad(conv, (max(width, kept) - conv.shape[2], 0)).clone()
+            ssm = ssm.clone()
+        out, window, last = self.advance(hidden, conv, ssm, mask, kept, **packed)
         if cache is not None:
-            inputs = conv_input.detach()
-            window = inputs if recording else next_window(inputs, conv, width)
-            cache.update_conv_state(window, layer, conv_kernel_size=width)
+            cache.update_conv_state(window.detach(), layer, conv_kernel_size=width)
             cache.update_recurrent_state(last.detach(), layer)
         return out
 
