@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deftcore import ops
-from deftcore.nn.blocks import MlpBlock, Slot, activation_of, find_mlp_blocks
-from deftcore.nn.linear import PackedModule
+from deftcore.nn.blocks import MlpBlock, Slot, activation_of, base_of, find_mlp_blocks
+from deftcore.nn.gates import Gates, gates_of
+from deftcore.nn.tokens import positions, token_masks, virtual_tokens
 from deftcore.ops._library import check_choice, check_number
 from deftcore.ops.density import DEFAULT_EPS, SURROGATES, active_count, default_tau
 
@@ -130,9 +131,10 @@ class DensityLoss(nn.Module):
         block_weights: one weight per block, scaled to mean 1; None is 1 each.
         ramp: share of the training steps over which alpha rises linearly from 0; needs `set_progress`.
         adaptive: "gate" learns one scalar per block, w = sigmoid(theta), that scales the block's output (theta starts
-            at 4; see `gate_values`, `skippable`, `fold_gates`). The gate is this project's definition, not the paper's.
+            at 4; see `gate_values`, `skippable`, `fold_gates`). Gates that the model has already are taken over. They
+            stay on the model after `detach`. The gate is this project's definition, not the paper's.
         gamma: weight of mean(w) in the loss, for `adaptive="gate"`.
-        modules: activation modules to watch instead of the model's MLP blocks, by name.
+        modules: activation modules to watch instead of the model's MLP blocks, by name; not with gates.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -166,7 +168,8 @@ class DensityLoss(nn.Module):
         self.gamma = check_number("gamma", gamma, minimum=0.0)
         self.ramp = check_number("ramp", ramp, minimum=0.0)
         self.progress = 1.0
-        self.adaptive = adaptive
+        if adaptive and modules is not None:
+            raise ValueError("modules: adaptive gates are of MLP blocks; give modules or adaptive, not both")
         self._recorder = _Recorder(_Options(alpha, surrogate, float(eps), float(beta), tau, mask_policy))
         self._handles: list[Any] = []
         self._blocks = find_mlp_blocks(model) if modules is None else _named_blocks(model, modules)
@@ -175,24 +178,17 @@ class DensityLoss(nn.Module):
             raise ValueError(f"block_weights: must be {len(self._blocks)} weights >= 0, not all 0, got {block_weights}")
         mean = sum(weights) / len(weights)
         self._weights = [w / mean for w in weights]
+        self.gates = (gates_of(model) or Gates(model)) if adaptive == "gate" else None
         observed = [ObservedActivation(_unobserved(b), b.side, self._recorder) for b in self._blocks]
         for block, activation in zip(self._blocks, observed, strict=True):
             activation.train(model.training)
             block.activation.set(activation)
         self._observed = tuple(observed)  # a tuple: the model owns them, not this module
-        if adaptive == "gate":
-            device = next(model.parameters()).device
-            self.theta = nn.Parameter(torch.full((len(self._blocks),), 4.0, device=device))
-            for index, block in enumerate(self._blocks):
-                self._handles.append(block.output.get().register_forward_hook(self._gate_hook(index)))
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         self._signature = inspect.signature(base.forward)
-        self._config = getattr(base, "config", None)
-        prompt = getattr(model, "active_peft_config", None) if hasattr(model, "get_base_model") else None
-        is_prompt = getattr(prompt, "is_prompt_learning", False) and str(getattr(prompt, "peft_type", "")).endswith(
-            "PROMPT_TUNING"
-        )
-        self.virtual_tokens = prompt.num_virtual_tokens if is_prompt and prompt is not None else 0
+        self._pair = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+        self._expected: Mapping[str, Any] | None = None
+        self.virtual_tokens = virtual_tokens(model)
         self._handles.append(base.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(base.register_forward_hook(self._end, always_call=True))
 
@@ -206,18 +202,17 @@ class DensityLoss(nn.Module):
         recorder = self._recorder
         recorder.masks = {}
         if recorder.options.mask_policy == "exclude_padding":
-            given = self._signature.bind_partial(*args, **kwargs).arguments
-            recorder.masks = token_masks(given, bool(getattr(self._config, "is_encoder_decoder", False)))
+            given = self._expected or self._signature.bind_partial(*args, **kwargs).arguments
+            recorder.masks = token_masks(given, self._pair)
+        self._expected = None
         recorder.open = True
 
     def _end(self, *_: object) -> None:
         self._recorder.open = False  # the masks stay: a recomputation under checkpointing needs them
 
-    def _gate_hook(self, index: int) -> Callable[..., Tensor]:
-        def scale(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            return output * torch.sigmoid(self.theta[index]).to(output.dtype)
-
-        return scale
+    def expect(self, batch: Mapping[str, Any]) -> None:
+        """Reads which tokens count in the next forward from this batch, not from what the model is called with."""
+        self._expected = dict(batch)
 
     # ------------------------------------------------------------------ loss
 
@@ -231,12 +226,14 @@ class DensityLoss(nn.Module):
         full = self._recorder.options.alpha
         return full * min(self.progress / self.ramp, 1.0) if self.ramp > 0 else full
 
-    def loss(self, *, tokens: Mapping[str, float] | None = None) -> Tensor:
+    def loss(self, *, tokens: Mapping[str, float] | None = None, parts: int = 1) -> Tensor:
         """alpha * density loss of the last forward (+ gamma * mean gate), a scalar; reads each forward once.
 
         Args:
-            tokens: unmasked tokens per side in the whole global batch, where gradient accumulation splits it. The
-                result is then this micro-batch's share, to be summed (not averaged) over micro-batches.
+            tokens: unmasked tokens per side in the whole global batch, where gradient accumulation splits it (see
+                `window_tokens`). The result is then this micro-batch's share, to be summed (not averaged) over
+                micro-batches.
+            parts: how many micro-batches are summed.
 
         In a process group the counts are summed over processes, and the result is scaled so that the mean of the
         processes' gradients, as DistributedDataParallel takes it, is the gradient of the global ratio.
@@ -246,7 +243,7 @@ class DensityLoss(nn.Module):
         """
         device = self._device()
         if self._recorder.options.alpha == 0:
-            return self._gate_loss(device)
+            return self._gate_loss(device) / parts
         tallies = [activation.tally for activation in self._observed]
         if any(tally.blind for tally in tallies):
             raise RuntimeError(
@@ -255,7 +252,7 @@ class DensityLoss(nn.Module):
             )
         if not all(tally.sums for tally in tallies):
             raise RuntimeError("DensityLoss.loss: no training forward of the model has run since the last call")
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        world = _world()
         local = torch.stack([torch.as_tensor(sum(t.tokens), dtype=torch.float64, device=device) for t in tallies])
         if tokens is not None:
             calls = [len(t.tokens) for t in tallies]
@@ -282,12 +279,12 @@ class DensityLoss(nn.Module):
         for tally in tallies:
             tally.sums.clear()
             tally.tokens.clear()
-        return self.alpha * world * result + self._gate_loss(device)
+        return self.alpha * world * result + self._gate_loss(device) / parts
 
     def _gate_loss(self, device: torch.device) -> Tensor:
-        if self.adaptive != "gate" or self.gamma == 0:
+        if self.gates is None or self.gamma == 0:
             return torch.zeros((), device=device)
-        return self.gamma * torch.sigmoid(self.theta).mean()
+        return self.gamma * self.gates.mean().to(device)
 
     def _device(self) -> torch.device:
         for activation in self._observed:
@@ -299,12 +296,33 @@ class DensityLoss(nn.Module):
 
     def count_tokens(self, batch: Mapping[str, Any], is_encoder_decoder: bool) -> dict[str, float]:
         """Tokens per side of a batch that the loss will count, for `loss(tokens=...)`."""
-        masks = token_masks(batch, is_encoder_decoder)
-        if self._recorder.options.mask_policy == "count_padding":
-            masks = {side: None if mask is None else torch.ones_like(mask) for side, mask in masks.items()}
-        inputs = batch["input_ids"]
-        counts = {side: float(inputs.numel() if mask is None else mask.sum()) for side, mask in masks.items()}
-        return {side: count + inputs.shape[0] * self.virtual_tokens for side, count in counts.items()}
+        counts = {}
+        for side, mask in token_masks(batch, is_encoder_decoder).items():
+            if mask is None or self._recorder.options.mask_policy == "count_padding":
+                count = positions(batch, side)
+            else:
+                count = int(mask.sum())
+            # PEFT puts virtual tokens before the input alone: a decoder's own positions stay as they are.
+            rows = 0 if side == "decoder" else positions(batch, side, rows=True)
+            counts[side] = float(count + rows * self.virtual_tokens)
+        return counts
+
+    def window_tokens(
+        self, batches: Iterable[Mapping[str, Any]], *, device: torch.device | None = None
+    ) -> dict[str, float]:
+        """Tokens per side that the loss will count in the micro-batches of one step, over all processes.
+
+        Args:
+            device: where the process group sums; None is the CPU.
+        """
+        sides = ("encoder", "decoder") if self._pair else ("model",)
+        totals = torch.zeros(len(sides), dtype=torch.float64, device=device)
+        for batch in batches:
+            counts = self.count_tokens(batch, self._pair)
+            totals += torch.tensor([counts[side] for side in sides], dtype=torch.float64, device=device)
+        if _world() > 1:
+            dist.all_reduce(totals)
+        return dict(zip(sides, totals.tolist(), strict=True))
 
     def report(self, reduce: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Any]:
         """Densities since the last `reset`: model (unweighted mean of blocks), sides, blocks; and what was counted.
@@ -337,7 +355,7 @@ class DensityLoss(nn.Module):
             activation.tally = _Tally()
 
     def detach(self) -> None:
-        """Puts the model's own activations back and removes every hook."""
+        """Puts the model's own activations back and stops watching. Gates stay: the model was trained with them."""
         for block in self._blocks:
             block.activation.set(_unobserved(block))
         for handle in self._handles:
@@ -348,9 +366,7 @@ class DensityLoss(nn.Module):
 
     def gate_values(self) -> dict[str, float]:
         """w = sigmoid(theta) per block name; empty without `adaptive="gate"`."""
-        if self.adaptive != "gate":
-            return {}
-        return dict(zip((b.name for b in self._blocks), torch.sigmoid(self.theta).tolist(), strict=True))
+        return {} if self.gates is None else self.gates.values()
 
     def skippable(
         self,
@@ -367,58 +383,26 @@ class DensityLoss(nn.Module):
             evaluate: validation loss with the named blocks left out; a block is kept when leaving it out as well
                 raises the loss by more than `margin` over that with none left out.
         """
-        gates = self.gate_values()
-        candidates = sorted((name for name in gates if gates[name] < w_skip), key=gates.__getitem__)
-        if evaluate is None:
-            return candidates[:max_skip]
-        accepted: list[str] = []
-        limit = evaluate([]) + margin
-        for name in candidates:
-            if max_skip is not None and len(accepted) >= max_skip:
-                break
-            if evaluate([*accepted, name]) <= limit:
-                accepted.append(name)
-        return accepted
+        return [] if self.gates is None else self.gates.skippable(w_skip, max_skip, evaluate, margin)
 
-    @torch.no_grad()
     def fold_gates(self) -> None:
-        """Multiplies each gate into its block's down projection (weight, bias and LoRA B), and removes the gates."""
-        for block, w in zip(self._blocks, self.gate_values().values(), strict=False):
-            down = block.down.get()
-            base: Any = getattr(down, "base_layer", down)
-            weight = None
-            if isinstance(base, PackedModule):
-                base.set_quantized(base.quantized.scaled(float(w)))
-            elif base.weight.is_floating_point():
-                weight = base.weight
-            else:
-                raise ValueError(f"{block.name}: gates fold into plain and deftcore's 4-bit layers, not {type(base)}")
-            for tensor in (weight, base.bias, *(b.weight for b in getattr(down, "lora_B", {}).values())):
-                if tensor is not None:
-                    tensor.mul_(w)
-        if self.adaptive == "gate":
-            for handle in self._handles[: len(self._blocks)]:
-                handle.remove()
-            del self._handles[: len(self._blocks)], self.theta
-            self.adaptive = None
+        """Multiplies each gate into its block's down projection (adapters inside the block included), and removes the
+        gates. From then on base and adapter belong together: save the merged or exported model.
+
+        Raises:
+            ValueError: naming a layer that cannot take its gate in; nothing was changed then.
+        """
+        if self.gates is not None:
+            self.gates.fold()
+            self.gates = None
 
     def extra_repr(self) -> str:
         options = self._recorder.options
         return f"blocks={len(self._blocks)}, alpha={options.alpha}, surrogate={options.surrogate}"
 
 
-def token_masks(batch: Mapping[str, Any], is_encoder_decoder: bool) -> dict[str, Tensor | None]:
-    """Which tokens of a batch count, per side: [B, K] boolean, or None where the batch does not say."""
-    attention = batch.get("attention_mask")
-    if isinstance(attention, Tensor) and attention.dim() != 2:  # a mask per query and key says nothing of tokens
-        attention = None
-    padding = None if attention is None else attention != 0
-    if not is_encoder_decoder:
-        return {"model": padding}
-    decoder, labels = batch.get("decoder_attention_mask"), batch.get("labels")
-    if decoder is None and labels is not None:
-        decoder = labels != -100
-    return {"encoder": padding, "decoder": None if decoder is None else decoder != 0}
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _unobserved(block: MlpBlock) -> nn.Module:

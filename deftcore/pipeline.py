@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from deftcore.integrations.checkpoints import load_adapter, load_model, load_sparse, load_tokenizer, save_sparse
+from deftcore.integrations.checkpoints import load_adapter, load_model, load_tokenizer, save_sparse
 from deftcore.integrations.peft import merge as merge_adapters
 from deftcore.integrations.peft import patch
 from deftcore.nn.linear import Linear4bit
@@ -152,13 +152,13 @@ def export(
 ) -> dict[str, Any]:
     """Writes a folder for `load_sparse`; the model must be one that `sparsify` knows.
 
-    An adapter is merged into a dense base. Over a 4-bit base (`quantize`, or a checkpoint that is 4-bit) LoRA stays
-    beside it unmerged, unless `merge` says "16bit" or "4bit"; S2FT is merged into 16 bits unless it says "4bit".
-    Adaptive gates beside the adapter (density_gates.safetensors) are folded into the weights.
+    An adapter is merged into a dense base. What cannot be merged (bottlenecks, prompts) stays beside it; so does LoRA
+    over a 4-bit base (`quantize`, or a checkpoint that is 4-bit), unless `merge` says "16bit" or "4bit"; S2FT is merged
+    into 16 bits unless it says "4bit". Adaptive gates beside the adapter are folded into the weights.
     """
-    from safetensors.torch import load_file
-
-    from deftcore.nn import find_mlp_blocks, sparsify
+    from deftcore.nn import find_mlp_blocks
+    from deftcore.nn.gates import gates_of
+    from deftcore.nn.mlp import check_sparsify
 
     base: Any = load_model(model, quantize=quantize)
     packed = any(isinstance(module, Linear4bit) for module in base.modules())
@@ -166,33 +166,30 @@ def export(
         raise ValueError(f"merge: is for an adapter over a 4-bit base, got {merge!r}")
     with tempfile.TemporaryDirectory() as temporary:
         kept = None
+        adapted: Any = load_adapter(base, adapter) if adapter else base
+        gates = gates_of(adapted)
+        if gates is not None:
+            gates.fold()
         if adapter:
-            adapted: Any = load_adapter(base, adapter)
-            in_place = adapted.active_peft_config.peft_type == "S2FT"
-            adapted = patch(adapted) if packed and not in_place else adapted
-            gates = Path(adapter) / "density_gates.safetensors"
-            if gates.exists():
-                objective = DensityLoss(adapted, adaptive="gate")
-                with torch.no_grad():
-                    objective.theta.copy_(load_file(gates)["theta"])
-                objective.fold_gates()
-                objective.detach()
-            if not packed:
+            kind = adapted.active_peft_config.peft_type
+            mergeable = hasattr(adapted, "merge_and_unload") and kind != "BOTTLENECK"
+            if merge and not mergeable:
+                raise ValueError(f"merge: a {getattr(kind, 'value', kind)} adapter cannot be merged, got {merge!r}")
+            if mergeable and not packed:
                 base = adapted.merge_and_unload()
-            elif merge or in_place:
-                base = merge_adapters(adapted, to=merge or "16bit")
+            elif mergeable and (merge or kind == "S2FT"):
+                base = merge_adapters(patch(adapted) if kind != "S2FT" else adapted, to=merge or "16bit")
             else:
                 kept = Path(temporary) / "adapter"
                 adapted.save_pretrained(kept)
-                base = adapted.unload()
+                check_sparsify(adapted, skip=skip, merge=False)
+                base = adapted.unload() if hasattr(adapted, "unload") else adapted.get_base_model()
+        if kept is None:
+            check_sparsify(base, skip=skip)
         tokenizer = load_tokenizer(model)
         save_sparse(base, output, skip=skip, adapter=kept)
     tokenizer.save_pretrained(output)
     blocks = [block.name for block in find_mlp_blocks(base)]
-    if kept is None:
-        sparsify(base, skip=skip)  # refuses now, not at load time
-    else:
-        load_sparse(output)
     return {"output": output, "blocks": blocks, "skipped": sorted(skip), "unmerged_adapter": kept is not None}
 
 

@@ -121,7 +121,7 @@ class DeftTrainer(DensityTrainerMixin, Trainer):
     pass
 
 
-def trainer_for(family, method, folder, **options):
+def trainer_for(family, method, folder, adaptive=None, **options):
     torch.manual_seed(0)
     task = {"task_type": task_type(family)}
     config = {
@@ -136,7 +136,8 @@ def trainer_for(family, method, folder, **options):
         str(folder), per_device_train_batch_size=4, max_steps=6, save_steps=3, learning_rate=1e-2, logging_steps=2,
         report_to=[], use_cpu=True, seed=1, disable_tqdm=True, **options,
     )  # fmt: skip
-    return DeftTrainer(model, arguments, train_dataset=Rows(family), density=DensityLoss(model, surrogate="tanh"))
+    density = DensityLoss(model, surrogate="tanh", adaptive=adaptive)
+    return DeftTrainer(model, arguments, train_dataset=Rows(family), density=density)
 
 
 @pytest.mark.parametrize("method", ["lora", "bottleneck", "s2ft"])

@@ -210,9 +210,9 @@ def test_gates():
         model = tiny_model(family).train()
         objective = DensityLoss(model, adaptive="gate", gamma=0.5)
         (model(**tiny_batch(family)).loss + objective.loss()).backward()
-        assert (objective.theta.grad != 0).all()
+        assert (objective.gates.theta.grad != 0).all()
         with torch.no_grad():
-            objective.theta[1] = -6.0
+            objective.gates.theta[1] = -6.0
         model.eval()
         batch = tiny_batch(family)
         with torch.no_grad():

@@ -58,6 +58,7 @@ class BottleneckConfig(PeftConfig):
 class BottleneckLayer(nn.Module, BaseTunerLayer):
     """Wraps the module that returns an MLP's output. `up` starts at zero: the model is unchanged at first."""
 
+    adds_to_block = True  # to the block's output: gates and the sparse form go beneath
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("configs",)
 
@@ -78,7 +79,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         reference = _output_projection(base)
         width = reference.out_features
         size = max(width // config.reduction_factor, 1)
-        options: dict[str, Any] = {"device": reference.weight.device, "dtype": reference.weight.dtype}
+        options: dict[str, Any] = {"device": reference.weight.device, "dtype": _dtype_of(reference)}
         self.configs[adapter_name] = config
         up = nn.Linear(size, width, **options)
         self.bottleneck_down[adapter_name] = nn.Linear(width, size, **options)
@@ -196,3 +197,11 @@ def _output_projection(module: nn.Module) -> nn.Linear:
     if isinstance(module, nn.Linear):
         return module
     raise ValueError(f"target_modules: {type(module).__name__} is neither a linear layer nor an MLP module")
+
+
+def _dtype_of(linear: Any) -> torch.dtype:
+    """The dtype of a layer's weight; of what was quantised, where the weight is packed bytes."""
+    if linear.weight.is_floating_point():
+        return linear.weight.dtype
+    packed = getattr(linear, "quantized", None) or getattr(linear.weight, "quant_state", None)
+    return getattr(packed, "dtype", torch.float32)

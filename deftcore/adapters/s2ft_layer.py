@@ -268,6 +268,24 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
             self._write_split(self.original)
         self.merged_adapters.clear()
 
+    @torch.no_grad()
+    def scale_output_(self, factor: float) -> None:
+        """Multiplies what the layer returns by a number: base weight, bias, slices and their original values alike."""
+        base: Any = self.base_layer
+        if isinstance(base, Linear4bit):
+            base.scale_output_(factor)
+            if self.merged:
+                self._unmerged = self._unmerged.scaled(factor)
+        else:
+            base.weight.mul_(factor)  # slices in place with it
+            if base.bias is not None:
+                base.bias.mul_(factor)
+        if self.split or self.master:
+            for part in self.slices:
+                part.mul_(factor)
+        self.original.mul_(factor)
+        self.sync()
+
     def _write_split(self, values: Tensor) -> None:
         self._lines().index_copy_(0, self.indices.long(), values)
 

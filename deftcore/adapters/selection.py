@@ -21,6 +21,7 @@ from deftcore.nn.coupled import (
     selected_first,
 )
 from deftcore.nn.linear import Linear4bit, PackedModule
+from deftcore.nn.tokens import token_masks
 
 if TYPE_CHECKING:
     from deftcore.adapters.s2ft import S2ftConfig
@@ -261,7 +262,7 @@ def select_channels(
     Args:
         model: a Transformers model, not yet wrapped.
         batches: inputs of the model, for the strategies activation, product and gradient (then with labels). Padding,
-            by attention_mask, does not count.
+            by attention_mask, and by labels in a decoder with an encoder, does not count.
 
     Raises:
         ValueError: when the strategy needs batches and there are none.
@@ -290,12 +291,15 @@ def _activation_scores(
 ) -> Scores:
     """Norm over tokens of each unit's input to its consumer (o or down)."""
     sums: dict[str, Tensor] = {}
-    mask: Tensor | None = None
+    masks: dict[str, Tensor | None] = {}
+    pair = bool(getattr(model.config, "is_encoder_decoder", False))
     handles = []
 
     def watch(name: str) -> Any:
+        side = ("decoder" if ".decoder." in f".{name}" else "encoder") if pair else "model"
+
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
+            x, mask = args[0], masks[side]
             if mask is not None and x.shape[:-1] == mask.shape:
                 x = x[mask]
             total = x.reshape(-1, x.shape[-1]).double().square().sum(0).cpu()
@@ -310,8 +314,7 @@ def _activation_scores(
             handles += [model.get_submodule(a.module).register_forward_pre_hook(watch(a.module)) for a in axes]
         model.eval()
         for batch in batches:
-            given = batch.get("attention_mask")
-            mask = given.bool() if given is not None and given.dim() == 2 else None
+            masks.update(token_masks(batch, pair))
             model(**batch)
     finally:
         model.train(training)

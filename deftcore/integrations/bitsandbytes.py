@@ -51,6 +51,20 @@ class FusedBnbLinear(bnb.nn.Linear4bit):
     def forward(self, x: Tensor) -> Tensor:
         return linear_packed(x, quantized_of(self), self.bias, self.compute_dtype)
 
+    @torch.no_grad()
+    def scale_output_(self, factor: float) -> None:
+        """Multiplies what the layer returns by a number, through the scales and the bias."""
+        weight: Any = self.weight
+        state = weight.quant_state
+        if state.nested:
+            state.state2.absmax.mul_(factor)
+            state.offset = state.offset * factor
+        else:
+            state.absmax.mul_(factor)
+        if self.bias is not None:
+            self.bias.mul_(factor)
+        self.__dict__.pop("_deftcore_quantized", None)
+
 
 class FusedBnbLora(LoraBnbLinear):
     """PEFT's LoRA layer over a 4-bit layer with its plain forward fused; unmerging restores the saved weight."""

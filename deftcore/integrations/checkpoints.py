@@ -23,6 +23,7 @@ from transformers import (
 
 from deftcore.integrations.peft import patch
 from deftcore.nn.blocks import find_mlp_blocks
+from deftcore.nn.gates import gates_of, load_gates
 from deftcore.nn.linear import Linear4bit, is_named, linears_to_quantize, out_by_in, set_quantization_config
 from deftcore.nn.mlp import sparsify
 from deftcore.ops.quant4 import quantize_4bit
@@ -33,7 +34,8 @@ ADAPTER_FOLDER = "adapter"
 
 
 def load_model(path: str | os.PathLike, *, quantize: dict[str, Any] | None = None, **kwargs: Any) -> PreTrainedModel:
-    """A causal or sequence-to-sequence language model from a local Transformers folder or a hub id.
+    """A causal or sequence-to-sequence language model from a local Transformers folder or a hub id, with the adaptive
+    gates that it was trained with, where the folder holds any.
 
     Args:
         quantize: options of `load_quantized`, to load into 4 bits. A checkpoint that is 4-bit already stays so.
@@ -44,8 +46,11 @@ def load_model(path: str | os.PathLike, *, quantize: dict[str, Any] | None = Non
     path = _checked(path)
     config = AutoConfig.from_pretrained(path)
     if quantize is not None or is_4bit(config):
-        return load_quantized(path, **(quantize or {}), **kwargs)
-    return _kind(config).from_pretrained(path, **kwargs)
+        model = load_quantized(path, **(quantize or {}), **kwargs)
+    else:
+        model = _kind(config).from_pretrained(path, **kwargs)
+    load_gates(model, path)
+    return model
 
 
 def is_4bit(config: Any) -> bool:
@@ -252,8 +257,9 @@ def _checked(path: str | os.PathLike) -> str:
 
 
 def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Any:
-    """The PEFT model of a base and an adapter folder; strict, where PEFT only warns: everything stored, embeddings of a
-    resized vocabulary among it, stands in the model with its value, and nothing of the adapter is missing.
+    """The PEFT model of a base and an adapter folder, with its adaptive gates where it has any; strict, where PEFT only
+    warns: everything stored, embeddings of a resized vocabulary among it, stands in the model with its value, and
+    nothing of the adapter is missing.
 
     Raises:
         FileNotFoundError: when the folder holds no adapter.
@@ -283,6 +289,7 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Any:
         here = loaded[key].cpu()
         if here.shape != value.shape or not torch.allclose(here, value.to(here.dtype), rtol=0, atol=0, equal_nan=True):
             raise ValueError(f"adapter: {file}: {key} did not reach the model, which ties it to another weight")
+    load_gates(adapted, folder)
     return adapted
 
 
@@ -302,12 +309,16 @@ def save_sparse(
     Args:
         tau: threshold per block name; a missing block uses its activation's default.
         skip: names of blocks to leave out.
-        adapter: folder of a LoRA adapter to keep beside the model, unmerged; for 4-bit models.
+        adapter: folder of an adapter to keep beside the model, unmerged: LoRA over 4 bits, bottlenecks, prompts.
         extra_files: files to copy beside the model, such as the tokenizer's.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"folder: {folder} exists and is not empty")
+    if hasattr(model, "deftcore_blocks"):
+        raise ValueError("model: is in its sparse form already; write it before sparsify")
+    if gates_of(model) is not None:
+        raise ValueError("model: has adaptive gates, which its files do not hold; fold them first (fold_gates)")
     names = [block.name for block in find_mlp_blocks(model)]
     unknown = sorted((set(skip) | set(tau or ())) - set(names))
     if unknown:
@@ -361,10 +372,10 @@ def load_sparse(folder: str | os.PathLike, *, path: str = "auto", **kwargs: Any)
             raise ValueError(f"folder: missing weights {missing}, unexpected {sorted(info['unexpected_keys'])}")
     if not (Path(folder) / ADAPTER_FOLDER).is_dir():
         return sparsify(model, tau=tau, path=path, skip=skip)
-    adapted = patch(load_adapter(model, Path(folder) / ADAPTER_FOLDER))
-    prefix = "base_model.model."
-    tau = {f"{prefix}{name}": value for name, value in tau.items()}
-    return sparsify(adapted, tau=tau, path=path, skip=[f"{prefix}{name}" for name in skip], merge=False)
+    adapted = load_adapter(model, Path(folder) / ADAPTER_FOLDER)
+    if adapted.active_peft_config.peft_type == "LORA":
+        patch(adapted)
+    return sparsify(adapted, tau=tau, path=path, skip=skip, merge=False)
 
 
 def _kind(config: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deftcore.adapters.mamba_lora import factors
 from deftcore.adapters.s2ft import S2ftLayer
+from deftcore.nn.gates import gates_of
 from deftcore.nn.linear import Linear4bit, MergeReport, dense_layer, merged_4bit, merged_16bit
 from deftcore.ops.lora import lora_linear
 from deftcore.ops.quantized import QuantizedTensor
@@ -161,7 +162,7 @@ def _module_patches(name: str) -> list[Any]:
 
 
 def merge(model: Any, *, to: str = "16bit", dtype: torch.dtype | None = None) -> Any:
-    """Merges the active LoRA or S2FT adapters of a model over 4-bit bases, and unloads PEFT.
+    """Merges the active LoRA or S2FT adapters of a model over 4-bit bases, and unloads PEFT; adaptive gates too.
 
     Weights of a quantised model sit on code points, so that a small update is rounded away by a merge into 4 bits; the
     report says how much of it is left. The update was trained on the decoded weights: merging it into the original
@@ -182,6 +183,9 @@ def merge(model: Any, *, to: str = "16bit", dtype: torch.dtype | None = None) ->
         raise ValueError(f"to: must be '16bit' or '4bit', got {to!r}")
     if not hasattr(model, "merge_and_unload"):
         raise ValueError(f"model: must be a PEFT model, got {type(model).__name__}")
+    gates = gates_of(model)
+    if gates is not None:  # the merged weights are what gets saved
+        gates.fold()
     reports: dict[str, MergeReport] = {}
     replaced: dict[str, nn.Module] = {}
     for name, module in model.named_modules():

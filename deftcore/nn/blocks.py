@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -39,7 +40,7 @@ class Slot:
 class MlpBlock:
     """One MLP block: y = down(act(up(x))), or y = down(act(gate(x)) * up(x)) when `gate` is there."""
 
-    name: str
+    name: str  # in the base model, whatever wraps it
     side: str  # "encoder" or "decoder" of an encoder-decoder model, "model" otherwise
     activation: Slot
     gate: Slot | None
@@ -49,8 +50,8 @@ class MlpBlock:
 
     @property
     def output(self) -> Slot:
-        """The slot whose module returns the block's output."""
-        return self.container or self.down
+        """The slot whose module returns the block's output, beneath adapters that add to it."""
+        return beneath_adapters(self.container or self.down)
 
 
 def activation_of(module: nn.Module) -> str:
@@ -65,16 +66,37 @@ def activation_of(module: nn.Module) -> str:
     return activation_name(name)
 
 
+def base_of(model: Any) -> nn.Module:
+    """The model beneath PEFT's wrapper, where there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def beneath_adapters(slot: Slot) -> Slot:
+    """The slot of the block's own module, beneath adapters that add to the block's output (bottlenecks)."""
+    while getattr(slot.get(), "adds_to_block", False):
+        slot = Slot(slot.get(), "base_layer")
+    return slot
+
+
 def find_mlp_blocks(model: nn.Module) -> list[MlpBlock]:
     """MLP blocks in forward order: Llama-like (Mistral, Qwen2, Gemma ...), OPT, BERT, RoBERTa, T5.
 
+    Their names are those of the base model, so that they stay the same when an adapter is put on, merged or taken off.
+
     Raises:
-        ValueError: naming the model's class, when it has none that is understood.
+        ValueError: naming the model's class, when it has none that is understood, or experts that would be left out.
     """
-    blocks = list(_blocks(model))
+    base = base_of(model)
+    experts = [name for name, module in base.named_modules() if "Experts" in type(module).__name__]
+    if experts:
+        raise ValueError(
+            f"model: {type(base).__name__} is a mixture of experts, whose experts are not covered: {experts[0]} and "
+            f"{len(experts) - 1} more. DensityLoss(modules=...) watches single activations by name"
+        )
+    blocks = list(_blocks(base))
     if not blocks:
         raise ValueError(
-            f"model: {type(model).__name__} has no MLP block of a known family "
+            f"model: {type(base).__name__} has no MLP block of a known family "
             "(Llama-like gate_proj/up_proj/down_proj, OPT fc1/fc2, BERT intermediate/output, T5 wi/wo)"
         )
     return blocks
@@ -82,11 +104,12 @@ def find_mlp_blocks(model: nn.Module) -> list[MlpBlock]:
 
 def _blocks(model: nn.Module) -> Iterator[MlpBlock]:
     modules = dict(model.named_modules())
-    for name, module in modules.items():
+    for path, module in modules.items():
         container = None
-        if "." in name:
-            parent, attribute = name.rsplit(".", 1)
+        if "." in path:
+            parent, attribute = path.rsplit(".", 1)
             container = Slot(modules[parent], attribute)
+        name = path.replace(".base_layer", "")
         side = next((s for s in ("encoder", "decoder") if f".{s}." in f".{name}." and _is_pair(model)), "model")
         if _has(module, "gate_proj", "up_proj", "down_proj", "act_fn"):
             yield MlpBlock(name, side, *_slots(module, "act_fn", "gate_proj", "up_proj", "down_proj"), container)
@@ -95,10 +118,11 @@ def _blocks(model: nn.Module) -> Iterator[MlpBlock]:
         elif _has(module, "wi", "wo", "act"):
             yield MlpBlock(name, side, *_slots(module, "act", None, "wi", "wo"), container)
         elif _has(module, "fc1", "fc2", "activation_fn"):
-            yield MlpBlock(name, side, *_slots(module, "activation_fn", None, "fc1", "fc2"), None)
+            act, gate, up, down = _slots(module, "activation_fn", None, "fc1", "fc2")
+            yield MlpBlock(name, side, act, gate, up, beneath_adapters(down), None)
         elif _has(module, "intermediate", "output") and _has(module.intermediate, "dense", "intermediate_act_fn"):
             act, up = Slot(module.intermediate, "intermediate_act_fn"), Slot(module.intermediate, "dense")
-            yield MlpBlock(name, side, act, None, up, Slot(module.output, "dense"), None)
+            yield MlpBlock(name, side, act, None, up, beneath_adapters(Slot(module.output, "dense")), None)
 
 
 def _slots(module: nn.Module, act: str, gate: str | None, up: str, down: str) -> tuple[Slot, Slot | None, Slot, Slot]:

@@ -149,6 +149,13 @@ class Linear4bit(PackedModule, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear_packed(x, self.quantized, self.bias, self.compute_dtype)
 
+    @torch.no_grad()
+    def scale_output_(self, factor: float) -> None:
+        """Multiplies what the layer returns by a number, through the scales and the bias."""
+        self.set_quantized(self.quantized.scaled(factor))
+        if self.bias is not None:
+            self.bias.mul_(factor)
+
     def extra_repr(self) -> str:
         nested = ", double_quant" if self.nested_absmax is not None else ""
         return (

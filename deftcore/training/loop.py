@@ -245,7 +245,7 @@ class _Run:
             [self._predicted(batch) for batch in window], dtype=torch.float64, device=accelerator.device
         )
         total = accelerator.reduce(counts.sum(), "sum").clamp(min=1)
-        tokens = self._mask_tokens(window) if objective is not None else None
+        tokens = objective.window_tokens(window, device=accelerator.device) if objective is not None else None
         if objective is not None:
             objective.reset()
             objective.set_progress(self.state.step / self.total)
@@ -259,11 +259,13 @@ class _Run:
                 task = output.loss.float() * (counts[i] / total * accelerator.num_processes).float()
                 loss = task
                 if objective is not None:
-                    extra = objective.loss(tokens=tokens).to(task.device)
+                    extra = objective.loss(tokens=tokens, parts=len(window)).to(task.device)
                     loss = task + extra
                     extra_loss += float(extra.detach()) / accelerator.num_processes
                 accelerator.backward(loss)
             task_loss += float(task.detach()) / accelerator.num_processes
+        if objective is not None and objective.gates is not None:
+            objective.gates.reduce_gradient()
         if self.config.max_grad_norm:
             accelerator.clip_grad_norm_(self._parameters(), self.config.max_grad_norm)
         rate = self.scheduler.get_last_lr()[0]
@@ -285,16 +287,6 @@ class _Run:
         """Number of labels that the model's mean loss runs over; decoder-only models shift them by one."""
         labels = batch["labels"] if self.pair else batch["labels"][:, 1:]
         return int((labels != -100).sum())
-
-    def _mask_tokens(self, window: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Unmasked tokens per side in the whole global batch, virtual prompt tokens included."""
-        assert self.objective is not None
-        sums: dict[str, float] = {}
-        for batch in window:
-            for side, count in self.objective.count_tokens(batch, self.pair).items():
-                sums[side] = sums.get(side, 0.0) + count
-        values = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.accelerator.device)
-        return dict(zip(sums, self.accelerator.reduce(values, "sum").tolist(), strict=True))
 
     # ------------------------------------------------------------------ evaluation and files
 
@@ -341,8 +333,8 @@ class _Run:
         if self.save_model is not None and self.accelerator.is_main_process:
             with _replacing(self.output / name) as folder:
                 self.save_model(self.plain_model, folder)
-                if self.objective is not None and self.objective.adaptive:
-                    save_file({"theta": self.objective.theta.detach().cpu()}, folder / "density_gates.safetensors")
+                if self.objective is not None and self.objective.gates is not None:
+                    self.objective.gates.save(folder)
         self.accelerator.wait_for_everyone()
 
     def _checkpoint(self) -> None:
