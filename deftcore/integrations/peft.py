@@ -183,6 +183,9 @@ def merge(model: Any, *, to: str = "16bit", dtype: torch.dtype | None = None) ->
         raise ValueError(f"to: must be '16bit' or '4bit', got {to!r}")
     if not hasattr(model, "merge_and_unload"):
         raise ValueError(f"model: must be a PEFT model, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, (LoraLayer, S2ftLayer)) and hasattr(module.get_base_layer(), "quantized"):
+            _check_delta(name, module)
     gates = gates_of(model)
     if gates is not None:  # the merged weights are what gets saved
         gates.fold()
@@ -194,7 +197,7 @@ def merge(model: Any, *, to: str = "16bit", dtype: torch.dtype | None = None) ->
         q = getattr(base, "quantized", None)
         if not isinstance(q, QuantizedTensor) or any(name.startswith(f"{done}.") for done in replaced):
             continue
-        delta = None if tuned is None else _delta(name, tuned, q)
+        delta = None if tuned is None else _delta(tuned, q)
         if to == "4bit":
             if delta is None:
                 continue
@@ -223,10 +226,18 @@ def merge(model: Any, *, to: str = "16bit", dtype: torch.dtype | None = None) ->
     return result
 
 
-def _delta(name: str, layer: Any, q: QuantizedTensor) -> Tensor | None:
-    """The update of a layer's active adapters, float32 [M, K]; None where there is none."""
+def _check_delta(name: str, layer: Any) -> None:
+    """Raises ValueError, naming the layer, where `_delta` does not cover it."""
     if layer.merged:
         raise ValueError(f"{name}: is merged already; unmerge first")
+    if isinstance(layer, LoraLayer) and not layer.disable_adapters:
+        active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+        if any(adapter in layer.lora_variant or layer.lora_bias[adapter] for adapter in active):
+            raise ValueError(f"{name}: only plain LoRA without a bias can be merged")
+
+
+def _delta(layer: Any, q: QuantizedTensor) -> Tensor | None:
+    """The update of a layer's active adapters, float32 [M, K]; None where there is none."""
     if layer.disable_adapters:
         return None
     if isinstance(layer, S2ftLayer):
@@ -236,8 +247,6 @@ def _delta(name: str, layer: Any, q: QuantizedTensor) -> Tensor | None:
         return None
     total = torch.zeros(q.shape, device=q.device)
     for adapter in active:
-        if adapter in layer.lora_variant or layer.lora_bias[adapter]:
-            raise ValueError(f"{name}: only plain LoRA without a bias can be merged")
         for a, b, rows in factors(layer, adapter):
             part = total if rows is None else total[slice(*rows)]
             part += layer.scaling[adapter] * (b.detach().float() @ a.detach().float())
