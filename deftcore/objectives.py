@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -215,6 +215,16 @@ class DensityLoss(nn.Module):
         self._expected = dict(batch)
 
     # ------------------------------------------------------------------ loss
+
+    def settings(self) -> dict[str, Any]:
+        """What the loss was made with, as plain values: equal settings, equal loss."""
+        return asdict(self._recorder.options) | {
+            "blocks": [block.name for block in self._blocks],
+            "block_weights": self._weights,
+            "ramp": self.ramp,
+            "adaptive": self.adaptive,
+            "gamma": self.gamma,
+        }
 
     def set_progress(self, progress: float) -> None:
         """Tells how much of training is done, 0 to 1, for `ramp`."""

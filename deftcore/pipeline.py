@@ -1,7 +1,6 @@
 """Whole tasks over models on disk: train from a recipe, measure density, export for sparse inference."""
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -19,9 +18,11 @@ from deftcore.integrations.peft import patch
 from deftcore.nn.linear import Linear4bit
 from deftcore.objectives import DensityLoss
 from deftcore.training.data import Batches, Example, encode
+from deftcore.training.identity import digest_tensors
 from deftcore.training.loop import TrainResult, train
 from deftcore.training.recipe import QUANTIZED_METHODS, DataConfig, DeftConfig, Recipe
 from deftcore.training.records import read_records
+from deftcore.training.run_folder import write_text
 
 _CALIBRATION_EXAMPLES = 32  # at least, where there are so many; the paper takes 1 % of the training set
 _TASK_TYPES = {True: "SEQ_2_SEQ_LM", False: "CAUSAL_LM"}
@@ -94,32 +95,36 @@ def make_objective(model: nn.Module, config: DeftConfig) -> DensityLoss | None:
 
 
 def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
-    """Runs a recipe; its output folder gets final/, best/, log.jsonl, recipe.yaml and result.json."""
+    """Runs a recipe; its output folder gets final/, best/, log.jsonl, recipe.yaml and result.json.
+
+    Raises:
+        ValueError: the output folder holds another recipe's run, or the same over other data or another base model.
+    """
     import yaml
 
     tokenizer = load_tokenizer(recipe.model)
     torch.manual_seed(recipe.training.seed)  # adapters start from the recipe's seed
     quantize = asdict(recipe.quantize) if recipe.method in QUANTIZED_METHODS else None
     base: Any = load_model(recipe.model, quantize=quantize)
+    depends_on = {
+        "method": recipe.method,
+        "model": digest_tensors([*base.named_parameters(), *base.named_buffers()]),  # where it lies does not matter
+        **{f"quantize.{name}": value for name, value in (quantize or {}).items()},
+        "data.max_length": recipe.data.max_length,
+        "data.chat": recipe.data.chat,
+    }
     pair, padding = base.config.is_encoder_decoder, tokenizer.pad_token_id or 0
     examples = load_examples(recipe.data.train, tokenizer, recipe.data, pair)
     few = examples[: max(len(examples) // 100, min(len(examples), _CALIBRATION_EXAMPLES))]
     calibration = Batches(few, recipe.training.batch_size, padding, pair, shuffle=False).epoch(0)
     model = add_adapter(base, recipe.method, recipe.adapter, calibration=calibration)
     validation = load_examples(recipe.data.validation, tokenizer, recipe.data, pair) if recipe.data.validation else None
-    output = Path(recipe.output)
-    output.mkdir(parents=True, exist_ok=True)
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    if is_main:
-        write_text(output / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-    result = train(
-        model, examples, recipe.training, output, validation=validation, objective=make_objective(model, recipe.deft),
-        pad_token_id=padding, resume=resume, label=recipe.method,
-        save_model=lambda trained, folder: save_adapter(trained, tokenizer, folder),
+    return train(
+        model, examples, recipe.training, recipe.output, validation=validation,
+        objective=make_objective(model, recipe.deft), pad_token_id=padding, resume=resume, label=recipe.method,
+        save_model=lambda trained, folder: save_adapter(trained, tokenizer, folder), depends_on=depends_on,
+        files={"recipe.yaml": yaml.safe_dump(recipe.to_dict(), sort_keys=False)},
     )  # fmt: skip
-    if is_main:
-        write_json(output / "result.json", result.to_dict())
-    return result
 
 
 def load_examples(path: str, tokenizer: Any, data: DataConfig, is_encoder_decoder: bool) -> list[Example]:
@@ -224,13 +229,6 @@ def measure_density(
     return objective.report() | {"loss": total / max(count, 1), "dtype": str(next(loaded.parameters()).dtype)[6:]}
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes under a temporary name and renames."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def write_json(path: Path, value: Any) -> None:
-    """As `write_text`."""
+    """Writes under a temporary name and renames."""
     write_text(path, json.dumps(value, indent=1))

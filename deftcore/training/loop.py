@@ -5,14 +5,12 @@ so is the density loss (sums and counts are reduced, not ratios).
 """
 
 import atexit
-import json
+import logging
 import math
-import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -31,10 +29,11 @@ from deftcore.adapters.s2ft import S2ftLayer
 from deftcore.nn.linear import PackedModule
 from deftcore.objectives import DensityLoss
 from deftcore.training.data import Batches, Example, predicts
+from deftcore.training.identity import dependences
 from deftcore.training.recipe import TrainingConfig
+from deftcore.training.run_folder import RunFolder, load_parameters, replacing, save_parameters
 
-_KEEP_CHECKPOINTS = 2
-_TRAINABLE_FILE = "trainable.safetensors"
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -80,26 +79,37 @@ def train(
     resume: bool = True,
     label: str = "train",
     save_model: Callable[[nn.Module, Path], None] | None = None,
+    depends_on: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> TrainResult:
     """Trains every parameter that requires a gradient, and the objective's own.
 
-    `output` receives log.jsonl, checkpoints/ (the newest two), and, with `save_model`, final/ and best/ (lowest
-    validation loss). Everything is written under a temporary name and renamed.
+    `output` receives run.json (what the run depends on), log.jsonl, checkpoints/ (the newest two), at the end
+    result.json and trained/ (the trained parameters), and, with `save_model`, final/ and best/ (lowest validation
+    loss). Everything is written under a temporary name and renamed.
+
+    A second call with the same `output` continues the run from its newest checkpoint, exactly; after the run's end it
+    loads the trained parameters, says that the run has finished, and returns its result. It must be the same run: the
+    same settings (but for logging, evaluating, saving and activation checkpointing), number of steps and of processes,
+    examples, objective, adapter, frozen weights, trained parameters by name and shape, and `depends_on`. Other
+    versions of PyTorch and the like are only warned of.
 
     Args:
         model: takes input_ids, attention_mask, labels and returns an object with `.loss` (mean over labels).
         examples, validation: token sequences; see `deftcore.training.data`.
         objective: added to the task loss, and reported.
-        resume: continue from the newest checkpoint in `output`, if there is one.
+        resume: whether to continue; False forgets the run that `output` holds.
         label: what the progress bar says.
         save_model: writes the trained part of the model into a folder.
+        depends_on: what else makes this run another one, as plain values by name.
+        files: texts to write into `output` once the run may begin, by name.
 
     Raises:
-        ValueError: no examples, an example without labels, no trainable parameter, a checkpoint of another model.
+        ValueError: no examples, an example without labels, no trainable parameter; `output` holds another run (naming
+            what differs, old and new).
     """
     if not examples:
         raise ValueError("examples: must not be empty")
-    output = Path(output)
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     constant = any(isinstance(module, (PackedModule, S2ftLayer)) for module in model.modules())
     accelerator = Accelerator(
@@ -113,10 +123,14 @@ def train(
         # An interpreter that exits under Gloo's threads may abort; a group its owner already destroyed is left alone.
         atexit.register(PartialState().destroy_process_group)
     set_seed(config.seed)
-    run = _Run(model, examples, config, output, validation, objective, pad_token_id, label, save_model, accelerator)
-    run.restore() if resume else run.start_over()
+    run = _Run(
+        model, examples, config, Path(output), validation, objective, pad_token_id, label, save_model, accelerator,
+        depends_on or {},
+    )  # fmt: skip
     try:
-        return run.train()
+        run.folder.check() if resume else run.start_over()
+        done = run.finished()
+        return done if done is not None else run.train(files or {})
     finally:
         # Accelerate leaves its autocast around `forward`; afterwards the model computes in its own dtypes again.
         accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
@@ -135,8 +149,9 @@ class _Run:
         label: str,
         save_model: Callable[[nn.Module, Path], None] | None,
         accelerator: Accelerator,
+        depends_on: Mapping[str, Any],
     ) -> None:
-        self.config, self.output, self.objective, self.label = config, output, objective, label
+        self.config, self.objective, self.label = config, objective, label
         self.save_model, self.accelerator = save_model, accelerator
         self.pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         where = {"process": accelerator.process_index, "processes": accelerator.num_processes}
@@ -162,6 +177,11 @@ class _Run:
         gates = list(objective.parameters()) if objective is not None else []
         if not trainable:
             raise ValueError("model: no parameter requires a gradient")
+        found = dependences(
+            model, config, objective, examples, validation, steps=self.total, processes=accelerator.num_processes
+        )
+        self.folder = RunFolder(output, {**depends_on, **found})
+        self.log: Callable[[Mapping[str, Any]], None] | None = None  # the main process opens it
         groups = [{"params": trainable, "weight_decay": config.weight_decay}]
         if gates:
             groups.append({"params": gates, "weight_decay": 0.0})
@@ -186,12 +206,26 @@ class _Run:
 
     # ------------------------------------------------------------------ steps
 
-    def train(self) -> TrainResult:
+    def finished(self) -> TrainResult | None:
+        """The result of this run where it has come to its end already; its trained parameters are loaded."""
+        result = self.folder.result()
+        if result is None:
+            return None
+        if self.accelerator.is_main_process:
+            _log.warning("%s: already finished, in %d steps; nothing was trained", self.folder.path, result["steps"])
+        load_parameters(self._trainable(), self.folder.path / "trained")
+        return TrainResult(**result)
+
+    def train(self, files: Mapping[str, str]) -> TrainResult:
         config, state = self.config, self.state
         start = time.perf_counter()
+        if self.accelerator.is_main_process:
+            self.folder.begin(files)
+            self.log = self.folder.open_log(config.logger)
+        self.accelerator.wait_for_everyone()
+        self._restore()
         last = {"loss": state.train_loss}
         self.model.train()
-        writer = self._writer()
         with self._progress() as progress:
             task = progress.add_task(self.label, total=self.total, completed=state.step, note="")
             while state.step < self.total:
@@ -205,19 +239,17 @@ class _Run:
                         note += f"  density {last['density']:.3f}"
                     progress.update(task, completed=state.step, note=note)
                     if state.step % config.log_every == 0 or state.step == self.total:
-                        self._log(writer, {"step": state.step, **last})
+                        self._log({"step": state.step, **last})
                     if config.eval_every and state.step % config.eval_every == 0 and state.step < self.total:
-                        self._evaluate_and_keep(writer)
+                        self._evaluate_and_keep()
                     if config.save_every and state.step % config.save_every == 0 and state.step < self.total:
                         self._checkpoint()
                     if state.step >= self.total:
                         break
-            evaluated = self._evaluate_and_keep(writer)
-        if writer is not None:
-            writer.close()
+            evaluated = self._evaluate_and_keep()
         self._save("final")
         report = evaluated.get("report") or (self.objective.report() if self.objective is not None else None)
-        return TrainResult(
+        result = TrainResult(
             steps=state.step,
             train_loss=state.train_loss,
             eval_loss=evaluated.get("eval_loss"),
@@ -226,6 +258,12 @@ class _Run:
             density_blocks=None if report is None else report["blocks"],
             seconds=time.perf_counter() - start,
         )
+        if self.accelerator.is_main_process:
+            with replacing(self.folder.path / "trained") as folder:
+                save_parameters(self._trainable(), folder)
+            self.folder.finish(result.to_dict())
+        self.accelerator.wait_for_everyone()
+        return result
 
     def _windows(self, epoch: int, first: int) -> Iterator[list[dict[str, Tensor]]]:
         """The micro-batches of each step, from step `first` of the epoch on."""
@@ -317,13 +355,13 @@ class _Run:
         assert self.objective is not None
         return self.objective.report(reduce=lambda x: self.accelerator.reduce(x.to(self.accelerator.device), "sum"))
 
-    def _evaluate_and_keep(self, writer: Any) -> dict[str, Any]:
+    def _evaluate_and_keep(self) -> dict[str, Any]:
         evaluated = self._evaluate()
         if evaluated:
             entry = {"step": self.state.step, "eval_loss": evaluated["eval_loss"]}
             if "report" in evaluated:
                 entry |= {"eval_density": evaluated["report"]["density"]}
-            self._log(writer, entry)
+            self._log(entry)
             if evaluated["eval_loss"] < self.state.best:
                 self.state.best = evaluated["eval_loss"]
                 self._save("best")
@@ -331,45 +369,35 @@ class _Run:
 
     def _save(self, name: str) -> None:
         if self.save_model is not None and self.accelerator.is_main_process:
-            with _replacing(self.output / name) as folder:
+            with replacing(self.folder.path / name) as folder:
                 self.save_model(self.plain_model, folder)
                 if self.objective is not None and self.objective.gates is not None:
                     self.objective.gates.save(folder)
         self.accelerator.wait_for_everyone()
 
     def _checkpoint(self) -> None:
-        target = self.output / "checkpoints" / f"step-{self.state.step:08d}"
-        partial = target.with_name(f".{target.name}.partial")
+        partial = self.folder.partial_checkpoint(self.state.step)
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
+            partial.parent.mkdir(exist_ok=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(partial))  # every process writes its random state
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(partial, target)
-            for old in sorted(target.parent.glob("step-*"))[:-_KEEP_CHECKPOINTS]:
-                shutil.rmtree(old, ignore_errors=True)
+            self.folder.keep_checkpoint(self.state.step)
         self.accelerator.wait_for_everyone()
 
-    def restore(self) -> None:
-        """Continues from the newest checkpoint, and forgets log lines written after it."""
-        found = sorted((self.output / "checkpoints").glob("step-*"))
+    def _restore(self) -> None:
+        """Continues from the newest checkpoint, if there is one."""
+        found = self.folder.checkpoints()
         if found:
             self.accelerator.load_state(str(found[-1]))
-        log = self.output / "log.jsonl"
-        if self.accelerator.is_main_process and log.exists():
-            lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.state.step]
-            partial = log.with_suffix(".tmp")
-            partial.write_text("".join(f"{line}\n" for line in lines))
-            os.replace(partial, log)
+        if self.accelerator.is_main_process:
+            self.folder.trim_log(self.state.step)
 
     def start_over(self) -> None:
-        """Forgets an earlier run in the same folder: its checkpoints would otherwise be taken for this one's."""
         if self.accelerator.is_main_process:
-            shutil.rmtree(self.output / "checkpoints", ignore_errors=True)
-            (self.output / "log.jsonl").unlink(missing_ok=True)
+            self.folder.clear()
         self.accelerator.wait_for_everyone()
 
     def _trainable(self) -> dict[str, Tensor]:
@@ -378,44 +406,17 @@ class _Run:
         return state | {f"objective.{name}": p for name, p in gates}
 
     def _save_trainable(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
-        """Only what is trained goes into a checkpoint; the base is where the recipe says."""
-        weights.clear()
+        weights.clear()  # in place of the whole model
         if self.accelerator.is_main_process:
-            save_file(
-                {k: v.detach().contiguous().cpu() for k, v in self._trainable().items()}, Path(folder) / _TRAINABLE_FILE
-            )
+            save_parameters(self._trainable(), Path(folder))
 
     def _load_trainable(self, models: list[nn.Module], folder: str) -> None:
         models.clear()
-        state, here = load_file(Path(folder) / _TRAINABLE_FILE), self._trainable()
-        missing, unexpected = sorted(here.keys() - state.keys()), sorted(state.keys() - here.keys())
-        if missing or unexpected:
-            raise ValueError(
-                f"checkpoint {folder} is of another model: missing {missing[:5]}, unexpected {unexpected[:5]}"
-            )
-        with torch.no_grad():
-            for name, parameter in here.items():
-                parameter.copy_(state[name])
+        load_parameters(self._trainable(), Path(folder))
 
-    def _log(self, writer: Any, entry: dict[str, Any]) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        self.output.mkdir(parents=True, exist_ok=True)
-        with (self.output / "log.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        if writer is not None:
-            for key, value in entry.items():
-                if key != "step":
-                    writer.add_scalar(key, value, entry["step"])
-
-    def _writer(self) -> Any:
-        if self.config.logger != "tensorboard" or not self.accelerator.is_main_process:
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("training.logger: tensorboard is not installed: pip install tensorboard") from error
-        return SummaryWriter(str(self.output / "tensorboard"))
+    def _log(self, entry: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log(entry)
 
     def _progress(self) -> Progress:
         columns = (
@@ -423,17 +424,3 @@ class _Run:
             TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
         )  # fmt: skip
         return Progress(*columns, console=Console(stderr=True), disable=not self.accelerator.is_main_process)
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A folder under a temporary name that takes its place when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,69 @@
+"""What a run depends on: two runs are the same run when all of this is the same."""
+
+import hashlib
+from array import array
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deftcore.objectives import DensityLoss
+from deftcore.training.data import Example
+from deftcore.training.recipe import TrainingConfig
+
+# What may change while a run is interrupted: what is written and when, and how memory is saved. The number of steps may
+# not, and counts as "steps": the schedule depends on it.
+_FREE = ("max_steps", "epochs", "log_every", "logger", "eval_every", "save_every", "gradient_checkpointing")
+_OF_THE_MACHINE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")  # fields of PEFT's configs
+
+
+def dependences(
+    model: Any,
+    config: TrainingConfig,
+    objective: DensityLoss | None,
+    examples: list[Example],
+    validation: list[Example] | None,
+    *,
+    steps: int,
+    processes: int,
+) -> dict[str, Any]:
+    """Names as in a recipe, and values. What the trained parameters start from is not among them: their values come
+    from the checkpoint."""
+    parameters = list(model.named_parameters())
+    trained = {name: [str(p.dtype), *p.shape] for name, p in parameters if p.requires_grad}
+    frozen = [*((name, p) for name, p in parameters if not p.requires_grad), *model.named_buffers()]
+    found = {f"training.{f.name}": getattr(config, f.name) for f in fields(config) if f.name not in _FREE}
+    found |= {"steps": steps, "processes": processes}
+    found |= {"data.train": digest_examples(examples), "data.validation": digest_examples(validation)}
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        prefix = "adapter" if name == "default" else f"adapter.{name}"
+        found |= {f"{prefix}.{k}": v for k, v in adapter.to_dict().items() if k not in _OF_THE_MACHINE}
+    found |= {f"deft.{name}": value for name, value in (objective.settings() if objective is not None else {}).items()}
+    return found | {"model.trained": trained, "model.frozen": digest_tensors(frozen)}
+
+
+def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A short hash of names, shapes, dtypes and every bit."""
+
+    def digest(item: tuple[str, Tensor]) -> bytes:
+        name, tensor = item
+        found = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.digest()
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets go of the interpreter
+        return hashlib.sha256(b"".join(pool.map(digest, tensors))).hexdigest()[:16]
+
+
+def digest_examples(examples: list[Example] | None) -> str | None:
+    """Their number, and a short hash of all tokens and labels in their order."""
+    if examples is None:
+        return None
+    found = hashlib.sha256()
+    for example in examples:
+        for ids in (example["input_ids"], example.get("labels", example["input_ids"])):
+            found.update(array("q", [len(ids), *ids]).tobytes())
+    return f"{len(examples)} examples, {found.hexdigest()[:16]}"
