@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -314,18 +315,25 @@ def main():
     unknown = sorted(set(args.only or ()) - families.keys())
     if unknown:
         parser.error(f"--only: unknown {', '.join(unknown)}; known: {', '.join(families)}")
+    RESULTS.mkdir(exist_ok=True)
+    failed = []
     for name in [n for n in families if n in (args.only or families)]:
         if name in tuned:
             keep_freed_memory()
-        results[name] = families[name]()
+        try:
+            results[name] = families[name]()
+        except Exception:  # one family's failure must not cost the others' hour
+            traceback.print_exc()
+            failed.append(name)
+        partial = output.with_suffix(".tmp")
+        partial.write_text(json.dumps(results, indent=1))
+        os.replace(partial, output)
     print_tables(results)
     print(f"\nstreaming read {bandwidth / 1e9:.1f} GB/s on {results['machine']}")
-    RESULTS.mkdir(exist_ok=True)
-    partial = output.with_suffix(".tmp")
-    partial.write_text(json.dumps(results, indent=1))
-    os.replace(partial, output)
     if results.get("sparse_down") and not args.quick:
         plot(results, RESULTS / f"sparse_down_{args.device}.png")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

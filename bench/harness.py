@@ -12,13 +12,14 @@ GRAPH_CALLS = 16  # calls in one CUDA graph, over rotating weights
 console = Console(stderr=True)
 
 
-def alternate(sides, repeats, device="cpu"):
+def alternate(sides, repeats, device="cpu", graph=True):
     """Median seconds per side and the quartiles' spread; the first round does not count.
 
     On "cuda" a side is a graph of GRAPH_CALLS calls timed by events, so that the device's time is seen and not the
-    interpreter's; what a call costs the host is the family `overhead`.
+    interpreter's (what a call costs the host is the family `overhead`); calls that read a value back cannot be in one.
     """
-    clock = {name: _graph_clock(run) if device == "cuda" else _wall_clock(run) for name, run in sides.items()}
+    in_graph = graph and device == "cuda"
+    clock = {name: _graph_clock(run) if in_graph else _wall_clock(run, device) for name, run in sides.items()}
     times = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, seconds in clock.items():
@@ -32,10 +33,12 @@ def alternate(sides, repeats, device="cpu"):
     return result
 
 
-def _wall_clock(run):
+def _wall_clock(run, device):
     def seconds():
         start = time.perf_counter()
         run()
+        if device == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     return seconds

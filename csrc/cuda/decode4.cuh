@@ -23,8 +23,37 @@ __device__ inline float weight_at(const Quant4& q, const float* code, int64_t fl
 // Rows that start on a block.
 __host__ __device__ inline bool is_regular(const Quant4& q) { return !q.column_blocks && q.cols % q.block_size == 0; }
 
+// Eight code values of a 32-bit word; element 0 is the high nibble of its first byte. The code book lies in shared
+// memory: its 16 entries stand in 16 banks, so that lanes never wait for each other.
+__device__ inline void decode8(uint32_t word, const float* code, float (&w)[8]) {
+  const uint32_t even = word >> 2 & 0x3c3c3c3cu, odd = word << 2 & 0x3c3c3c3cu;  // byte offsets into the book
+  const char* book = reinterpret_cast<const char*>(code);
+#pragma unroll
+  for (int b = 0; b < 4; ++b) {
+    w[2 * b] = *reinterpret_cast<const float*>(book + __byte_perm(even, 0, 0x4440 + b));
+    w[2 * b + 1] = *reinterpret_cast<const float*>(book + __byte_perm(odd, 0, 0x4440 + b));
+  }
+}
+
+// Sixteen packed bytes. kVector: their address is a multiple of 16.
+template <bool kVector>
+__device__ inline uint4 load_codes(const uint8_t* p) {
+  if constexpr (kVector) {
+    return *reinterpret_cast<const uint4*>(p);
+  } else {
+    uint32_t word[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      word[w] = p[4 * w] | p[4 * w + 1] << 8 | p[4 * w + 2] << 16 | static_cast<uint32_t>(p[4 * w + 3]) << 24;
+    }
+    return make_uint4(word[0], word[1], word[2], word[3]);
+  }
+}
+
+__device__ inline uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
 // out[m] = x[m] . row for `tokens` tokens of x [tokens, cols], by one warp over a regular matrix; lanes stride over the
-// row 32 weights at a time, and every lane gets the totals. kVector: the packed bytes are 16-byte aligned.
+// row 32 weights at a time, and every lane gets the totals.
 template <bool kVector, class T, int kCount>
 __device__ void row_dots4(const Quant4& q, const float* code, int64_t row, const T* x, int tokens,
                           float (&out)[kCount]) {
@@ -33,26 +62,17 @@ __device__ void row_dots4(const Quant4& q, const float* code, int64_t row, const
   for (float& o : out) o = 0.0f;
   for (int64_t k = threadIdx.x % 32 * 32; k < q.cols; k += 32 * 32) {
     const float scale = scale_at(q, (row * q.cols + k) / q.block_size);
-    uint32_t word[4];
-    if constexpr (kVector) {
-      const uint4 words = *reinterpret_cast<const uint4*>(bytes + k / 2);
-      word[0] = words.x, word[1] = words.y, word[2] = words.z, word[3] = words.w;
-    } else {
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const uint8_t* p = bytes + k / 2 + 4 * w;
-        word[w] = p[0] | p[1] << 8 | p[2] << 16 | static_cast<uint32_t>(p[3]) << 24;
-      }
-    }
+    const uint4 codes = load_codes<kVector>(bytes + k / 2);
     float part[kCount] = {};
 #pragma unroll
-    for (int b = 0; b < 16; ++b) {
-      const uint32_t byte = word[b / 4] >> (8 * (b % 4));
-      const float even = code[byte >> 4 & 15], odd = code[byte & 15];
+    for (int i = 0; i < 4; ++i) {
+      float w[8];
+      decode8(word_of(codes, i), code, w);
 #pragma unroll
       for (int m = 0; m < kCount; ++m) {  // past the last token: the last one again, its result unused
-        const T* xm = x + (m < tokens ? m : tokens - 1) * q.cols + k + 2 * b;
-        part[m] += even * to_float(xm[0]) + odd * to_float(xm[1]);
+        const T* xm = x + (m < tokens ? m : tokens - 1) * q.cols + k + 8 * i;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) part[m] += w[c] * to_float(xm[c]);
       }
     }
 #pragma unroll

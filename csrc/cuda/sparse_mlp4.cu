@@ -31,9 +31,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         float value = to_float(act[m * args.neurons + neuron]);
         value = fabsf(value) <= args.tau ? 0.0f : value;
         if (gated) {
-          float mine = dot[0];
-#pragma unroll
-          for (int t = 1; t < kTileTokens; ++t) mine = lane == t ? dot[t] : mine;
+          float mine = value_of(dot, lane);
           for (int64_t r = 0; r < args.up_rank; ++r) {
             mine += to_float(low[m * args.up_rank + r]) * to_float(lora[neuron * args.up_rank + r]);
           }
@@ -65,11 +63,9 @@ __global__ void __launch_bounds__(kThreads)
         const uint32_t word = *reinterpret_cast<const uint32_t*>(q.packed + flat / 2);
         const float scale = q.column_blocks ? 0.0f : scale_at(q, flat / q.block_size);
         const float* scales = static_cast<const float*>(q.absmax) + list[k] / q.block_size * q.cols + j;
+        decode8(word, code, w);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const uint32_t nibble = word >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15;
-          w[i] = __fmul_rn(code[nibble], q.column_blocks ? scales[i] : scale);
-        }
+        for (int i = 0; i < 8; ++i) w[i] = __fmul_rn(w[i], q.column_blocks ? scales[i] : scale);
       } else {
         for (int i = 0; i < kPack; ++i) w[i] = weight_at(q, code, flat + i);
       }
@@ -101,14 +97,14 @@ void down4_and_reduce(const SparseMlp4bitArgs& args, const Buffers& b, cudaStrea
   const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
   (words ? down4_kernel<8> : down4_kernel<2>)<<<blocks, kThreads, 0, stream>>>(q, b.list, args.rows_read, b.h,
                                                                                args.tokens, b.partial);
-  reduce_kernel<T><<<grid(args.tokens * q.cols, kThreads), kThreads, 0, stream>>>(
-      b.partial, splits, static_cast<const T*>(args.b_down), args.tokens, q.cols, static_cast<T*>(args.y));
+  reduce<T>(b.partial, nullptr, splits, static_cast<const T*>(args.b_down), args.capacity, args.tokens, q.cols,
+            args.rows_read, static_cast<T*>(args.y), stream);
 }
 
 template <class T>
 void sparse_mlp_4bit_impl(const SparseMlp4bitArgs& args, cudaStream_t stream) {
   const int64_t widest = args.width > args.down_rank ? args.width : args.down_rank;
-  const Buffers b = carve(args.workspace, args.tokens, args.neurons, widest);
+  const Buffers b = carve(args.workspace, args.tokens, args.neurons, widest, true);
   const T* z = static_cast<const T*>(args.z);
   const bool vector = args.w_up.packed == nullptr || aligned16(args.w_up.packed);
   const int blocks = grid(args.neurons, kThreads / 32);
@@ -127,8 +123,8 @@ void sparse_mlp_4bit_impl(const SparseMlp4bitArgs& args, cudaStream_t stream) {
   }
   down4_and_reduce<T>(args, b, stream);
   if (args.down_rank > 0) {
-    down_and_reduce<T>(static_cast<const T*>(args.down_lora), args.down_rank, nullptr, args.rows_read, b, args.tokens,
-                       args.down_rank, static_cast<T*>(args.down_low), stream);
+    down_and_reduce<T>(static_cast<const T*>(args.down_lora), args.down_rank, nullptr, args.capacity, args.rows_read, b,
+                       args.tokens, args.down_rank, static_cast<T*>(args.down_low), stream);
   }
 }
 
