@@ -5,6 +5,16 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner
 
 
+class MethodName(str):
+    """A `peft_type` beside PEFT's enum, that reads as its members do."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
 def register_with_peft(name: str, config: type[PeftConfig], model: type[BaseTuner]) -> None:
     """Makes `config` and `model` known under the string `name`; raises ValueError if the name is taken."""
     tables: tuple[tuple[dict, object], ...] = (

@@ -9,9 +9,14 @@ from torch import Tensor
 _LOADED_IN = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether other processes hold parts of the tensor (FSDP2's DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor that a shard (FSDP2's DTensor) belongs to; every process of the mesh must call it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """The tensor that a shard belongs to; every process of the mesh must call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
+from deftcore.adapters._register import MethodName
+
 # Model types whose MLP is one module, and those whose layer calls the projections itself.
 _TARGETS: dict[str, list[str] | str] = {
     **{key: ["mlp"] for key in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")},
@@ -44,7 +46,7 @@ class BottleneckConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = "BOTTLENECK"
+        self.peft_type = MethodName("BOTTLENECK")
         if not isinstance(self.reduction_factor, int) or self.reduction_factor < 1:
             raise ValueError(f"reduction_factor: must be an integer of at least 1, got {self.reduction_factor!r}")
         if self.non_linearity not in _NON_LINEARITIES:
@@ -60,7 +62,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     adds_to_block = True  # to the block's output: gates and the sparse form go beneath
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
-    other_param_names = ("configs",)
+    other_param_names = ("configs", "bottleneck_dropout")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
         super().__init__()

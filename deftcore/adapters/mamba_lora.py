@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from deftcore.adapters._register import MethodName
 from deftcore.nn.linear import Linear4bit
 
 _SPLIT_INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
@@ -44,7 +45,7 @@ class MambaLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = "MAMBA_LORA"
+        self.peft_type = MethodName("MAMBA_LORA")
         if self.use_dora:
             raise ValueError("use_dora: the fused Mamba blocks take plain LoRA")
         init = self.init_lora_weights

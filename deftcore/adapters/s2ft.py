@@ -12,6 +12,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from deftcore.adapters._register import MethodName
 from deftcore.adapters.bases import check_base, fingerprints, whole
 from deftcore.adapters.gated_mlp import FusedGatedMlp
 from deftcore.adapters.s2ft_layer import S2ftLayer
@@ -71,7 +72,7 @@ class S2ftConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = "S2FT"
+        self.peft_type = MethodName("S2FT")
         for name in ("channel_ratio", "head_ratio"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
@@ -114,6 +115,11 @@ class S2ftModel(BaseTuner):
         super()._check_new_adapter_config(config)
         if len(self.peft_config) > 1:
             raise ValueError("adapter_name: S2FT trains one adapter at a time, in place; extract it, then switch")
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.peft_config:
+            raise ValueError("delete_adapter: an S2FT adapter lives in the weights; use unload()")
+        super().delete_adapter(adapter_name)
 
     def _prepare_model(self, peft_config: S2ftConfig, model: nn.Module) -> None:  # type: ignore[override]
         self.plan = make_plan(model, peft_config)

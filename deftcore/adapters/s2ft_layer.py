@@ -4,13 +4,14 @@ Weights whose input channels train are stored neuron-major, so that the slice is
 strides (torch's fused AdamW on the CPU) would destroy frozen weights otherwise.
 """
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from deftcore.adapters.bases import whole
+from deftcore.adapters.bases import is_sharded, whole
 from deftcore.nn.coupled import is_transposed, runs
 from deftcore.nn.linear import Linear4bit, MergeReport, merged_4bit
 from deftcore.ops.partial_linear import gated_linear, partial_linear
@@ -236,18 +237,24 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """In place, the weight is merged already; beside it, the slice is written into it."""
-        if self.merged:
+        names = check_adapters_to_merge(self, adapter_names)
+        for name in names:
+            if name not in self.s2ft_slices:
+                raise ValueError(f"adapter_names: this model has {', '.join(self.s2ft_slices)}, got {name!r}")
+        if not names:
             return
         if safe_merge and not bool(torch.isfinite(self.trained()).all()):
-            raise ValueError("NaNs detected in the merged weights. The adapter seems to be broken")
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
         if isinstance(self.base_layer, Linear4bit):
             self._unmerged = self.base_layer.quantized
             merged, self.merge_report = merged_4bit(self._unmerged, self.get_delta_weight())
             self.base_layer.set_quantized(merged)
         elif self.split:
+            if is_sharded(self.base_layer.weight):  # type: ignore[arg-type]
+                raise ValueError("merge: the weights are sharded over processes; merge into a model on one")
             self._write_split(self.trained())
         self.sync()
-        self.merged_adapters.extend(self.s2ft_slices)
+        self.merged_adapters.extend(names)
 
     merge_report: MergeReport
 
@@ -262,6 +269,8 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         if isinstance(self.base_layer, Linear4bit) and self.merged:
             self.base_layer.set_quantized(self._unmerged)
         elif self.split and self.merged:
@@ -293,11 +302,11 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         if merge:
-            self.merge(safe_merge)
+            self.merge(safe_merge, adapter_names)
         elif self.merged:
             self.unmerge()
         if not self.split:
-            if not merge:
+            if not self.merged:
                 self._write(self.original)
             weight: Any = self.base_layer.weight
             weight.data = weight.data.contiguous()
