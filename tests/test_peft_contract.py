@@ -314,7 +314,8 @@ def test_merge(tmp_path, case, dtype):
     assert same(logits(merged), want, tolerance)
     assert merged.state_dict().keys() == base(case).state_dict().keys()
     merged.save_pretrained(tmp_path)
-    assert torch.equal(logits(type(merged).from_pretrained(tmp_path)), logits(merged))
+    again = type(merged).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[key], value) for key, value in merged.state_dict().items())
 
 
 @MERGES
