@@ -432,8 +432,16 @@ def _named_blocks(model: nn.Module, names: Iterable[str]) -> list[MlpBlock]:
                 f"modules: the model has no module {name!r}" + (f"; near: {', '.join(near)}" if near else "")
             )
         parent, _, attribute = name.rpartition(".")
+        if any("Experts" in type(modules[path]).__name__ for path in _paths(parent)):
+            raise ValueError(f"modules: {name} is inside experts, which regroup the tokens: no mask applies there")
         slot = Slot(modules[parent], attribute)
         blocks.append(MlpBlock(name, "model", slot, None, slot, slot, None))
     if not blocks:
         raise ValueError("modules: must name at least one activation module, got none")
     return blocks
+
+
+def _paths(name: str) -> list[str]:
+    """A module's name and those of the modules around it."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]

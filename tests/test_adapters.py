@@ -6,7 +6,7 @@ import torch
 from conftest import FAMILIES, task_type, tiny_batch, tiny_model
 from torch import nn
 
-import deftcore  # noqa: F401
+import deftcore
 from deftcore.adapters import BottleneckConfig
 from deftcore.adapters._register import register_with_peft
 from deftcore.adapters.bottleneck import BottleneckLayer, BottleneckModel
@@ -59,6 +59,45 @@ def test_formula():
         torch.testing.assert_close(layer(x), y + 0.1 * up(torch.relu(down(source))))
         assert down.out_features == 8
         assert "bottleneck" in repr(layer)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_over_4_bits(family, parallel):
+    """The adapter computes in the dtype that was quantised; over the decoded base it gives the same."""
+    from test_nn import whole_blocks
+    from test_quantize import dequantised
+
+    outputs = []
+    packed = deftcore.quantize(whole_blocks(family), block_size=32)
+    for base in (dequantised(packed), packed):
+        torch.manual_seed(0)
+        config = BottleneckConfig(task_type=task_type(family), reduction_factor=4, parallel=parallel)
+        model = randomised(peft.get_peft_model(base, config))
+        assert {p.dtype for name, p in model.named_parameters() if "bottleneck_" in name} == {torch.float32}
+        output = model(**tiny_batch(family))
+        output.loss.backward()
+        grads = [p.grad for name, p in model.named_parameters() if "bottleneck_" in name]
+        outputs.append((output.logits, *grads))
+    for ours, reference in zip(outputs[1], outputs[0], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        sparse = deftcore.sparsify(model)
+        torch.testing.assert_close(sparse(**tiny_batch(family)).logits, outputs[0][0], rtol=1e-3, atol=1e-4)
+
+
+def test_over_bitsandbytes(tmp_path):
+    import transformers
+
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    tiny_model("opt").to(torch.bfloat16).save_pretrained(tmp_path)
+    options = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=options, dtype=torch.bfloat16
+    )
+    model = peft.get_peft_model(base, BottleneckConfig(), autocast_adapter_dtype=False)
+    assert {p.dtype for name, p in model.named_parameters() if "bottleneck_" in name} == {torch.bfloat16}
+    deftcore.patch(model)(**tiny_batch("opt")).loss.backward()
 
 
 def test_only_the_adapter_trains():

@@ -170,6 +170,84 @@ def test_trainer_accumulation_keeps_the_scale(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
 
+class Ragged(Rows):
+    """Rows of unequal length: ten, so that windows of two micro-batches of two leave a short last one."""
+
+    def __init__(self, family):
+        super().__init__(family)
+        self.rows = [{name: value.clone() for name, value in row.items()} for row in self.rows[:10]]
+        for i, row in enumerate(self.rows):
+            length = (6, 2, 3, 6, 1, 6, 2, 2, 5, 1)[i]
+            row["attention_mask"][length:] = 0
+            row["labels"][7 - length :] = -100
+            if family == "t5":  # what its collator makes of the labels
+                row["decoder_input_ids"] = torch.cat(
+                    (torch.zeros(1, dtype=torch.int64), row["labels"][:-1].clamp(min=0))
+                )
+
+
+class NoTask(Trainer):
+    """The density loss alone is left, and what the Trainer was given is kept."""
+
+    def get_batch_samples(self, *args):
+        samples, items = super().get_batch_samples(*args)
+        self.windows = [*getattr(self, "windows", []), samples]
+        return samples, items
+
+    def compute_loss(self, *args, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(*args, return_outputs=True, **kwargs)
+        return (loss * 0, outputs) if return_outputs else loss * 0
+
+
+class DensityOnlyTrainer(DensityTrainerMixin, NoTask):
+    pass
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_trainer_takes_the_ratio_of_the_windows_sums(family, smoothing, tmp_path):
+    """Unequal padding and a short last window, against sums in float64; T5 takes no `num_items_in_batch`, and label
+    smoothing takes the labels away before the model sees them."""
+    model = tiny_model(family)
+    reference = copy.deepcopy(model).double().train()
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=1, optim="sgd",
+        learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, report_to=[], use_cpu=True, save_steps=100,
+        disable_tqdm=True, label_smoothing_factor=smoothing,
+    )  # fmt: skip
+    trainer = DensityOnlyTrainer(
+        model, arguments, train_dataset=Ragged(family), density=DensityLoss(model, surrogate="tanh")
+    )
+    trainer.train()
+    assert [len(window) for window in trainer.windows] == [2, 2, 1]
+    seen = []
+    for name, module in reference.named_modules():
+        if name.endswith((".act_fn", ".DenseReluDense.act")):
+            side = name.split(".")[0]
+            module.register_forward_hook(lambda m, x, a, side=side: seen.append((side, a)))
+    for window in trainer.windows:
+        blocks, tokens = {}, {"model": 0.0, "encoder": 0.0, "decoder": 0.0}
+        for batch in window:
+            masks = {"model": batch["attention_mask"] != 0, "encoder": batch["attention_mask"] != 0}
+            masks["decoder"] = batch["labels"] != -100
+            for side in tokens:
+                tokens[side] += masks[side].sum()
+            seen.clear()
+            reference(**{name: value for name, value in batch.items() if name != "decoder_input_ids"})
+            for i, (side, a) in enumerate(seen):
+                blocks[side, i] = blocks.get((side, i), 0) + torch.tanh(20 * a.abs())[masks[side]].sum()
+        loss = sum(total / (tokens[side] * 72) / 2 for (side, _), total in blocks.items())
+        assert len(blocks) == (4 if family == "t5" else 2)
+        reference.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for p in reference.parameters():
+                if p.grad is not None:
+                    p -= 0.1 * p.grad
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.detach().double(), q.detach(), rtol=1e-5, atol=1e-6, msg=name)
+
+
 # ---------------------------------------------------------------------------- sparse models on disk
 
 

@@ -11,6 +11,7 @@ from conftest import FAMILIES, tiny_batch, tiny_model
 from torch import nn
 
 import deftcore
+from deftcore.adapters import BottleneckConfig
 from deftcore.nn import SparseMLP, SparseMLP4bit, find_mlp_blocks
 
 
@@ -181,3 +182,87 @@ def test_gates_fold_into_4bit():
         expected = model(**tiny_batch("llama")).logits
         objective.fold_gates()
         torch.testing.assert_close(model(**tiny_batch("llama")).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_skippable_names_fit_an_adapted_model():
+    """Blocks have the base model's names, so that they survive the merge; a skipped block gives zero."""
+    from deftcore import DensityLoss
+
+    config = peft.LoraConfig(r=4, target_modules=["gate_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("llama"), config).eval()
+    objective = DensityLoss(model, adaptive="gate")
+    batch = tiny_batch("llama")
+    with torch.no_grad():
+        objective.gates.theta.copy_(torch.tensor([1.0, -9.0]))
+        assert objective.skippable() == ["model.layers.1.mlp"]
+        reference = copy.deepcopy(model)
+        down = reference.base_model.model.model.layers[1].mlp.down_proj
+        down.base_layer.weight.zero_()
+        down.lora_B["default"].weight.zero_()
+        sparse = deftcore.sparsify(model, skip=objective.skippable())
+        torch.testing.assert_close(sparse(**batch).logits, reference(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_sparsify_checks_before_it_merges():
+    """What is refused leaves adapter, gates and weights alone."""
+    from deftcore import DensityLoss
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("llama"), config).eval()
+    objective = DensityLoss(model, adaptive="gate")
+    batch = tiny_batch("llama")
+    with torch.no_grad():
+        before = model(**batch).logits
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        for wrong in ({"skip": ["nope"]}, {"tau": {"nope": 0.1}}, {"path": "fast"}):
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                deftcore.sparsify(model, **wrong)
+        last = model.base_model.model.model.layers[1].mlp
+        last.up_proj = nn.Sequential(last.up_proj)
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: must be"):
+            deftcore.sparsify(model)
+        last.up_proj = last.up_proj[0]
+        last.act_fn = nn.Tanh()
+        objective.detach()
+        with pytest.raises(ValueError, match="Tanh has no kernel"):
+            deftcore.sparsify(model)
+        last.act_fn = nn.ReLU()
+        assert torch.equal(model(**batch).logits, before)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+        bottleneck = peft.get_peft_model(tiny_model("llama"), BottleneckConfig())
+        with pytest.raises(ValueError, match="merge: a bottleneck adapter is not linear"):
+            deftcore.sparsify(bottleneck, merge=True)
+
+
+@pytest.mark.parametrize("method", ["none", "lora", "bottleneck"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_sparse_form_is_not_saved_as_if_it_were_dense(family, method, tmp_path):
+    """Its names are not Transformers': loading would fill the MLPs with random numbers."""
+    model = tiny_model(family)
+    if method != "none":
+        config = peft.LoraConfig(r=2) if method == "lora" else BottleneckConfig()
+        model = peft.get_peft_model(model, config)
+    sparse = deftcore.sparsify(model, merge=False)
+    for saved in (sparse, sparse.base_model, sparse if method == "none" else sparse.get_base_model()):
+        with pytest.raises(ValueError, match=r"save_pretrained: the model is in its sparse form.*save_sparse"):
+            saved.save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="in its sparse form already"):
+        deftcore.sparsify(sparse)
+    with pytest.raises(ValueError, match="in its sparse form already"):
+        deftcore.save_sparse(sparse, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    pickle.loads(pickle.dumps(sparse))
+
+
+@pytest.mark.parametrize("family", ["opt", "bert"])
+def test_unmerged_lora_keeps_its_bias(family):
+    """PEFT's `lora_bias` adds scaling * B.bias."""
+    config = peft.LoraConfig(r=4, lora_alpha=7, lora_bias=True, target_modules=r".*(fc1|fc2|dense)")
+    model = peft.get_peft_model(tiny_model(family), config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(p, std=0.2)
+        ref = model(**tiny_batch(family)).logits
+        sparse = deftcore.sparsify(model, merge=False)
+        torch.testing.assert_close(sparse(**tiny_batch(family)).logits, ref, rtol=1e-4, atol=1e-5)

@@ -7,10 +7,12 @@ import pickle
 import peft
 import pytest
 import torch
+import transformers
 from conftest import FAMILIES, task_type, tiny_batch, tiny_model
 
 import deftcore
 from deftcore.adapters import BottleneckConfig
+from deftcore.nn import find_mlp_blocks
 from deftcore.objectives import DensityLoss
 
 METHODS = {
@@ -224,9 +226,76 @@ def test_gates():
             objective.fold_gates()
             torch.testing.assert_close(model(**batch).logits, gated, rtol=1e-4, atol=1e-5)
             objective.detach()
+            dropped = copy.deepcopy(model)
+            for p in find_mlp_blocks(dropped)[1].down.get().parameters():
+                p.zero_()
+            without_second = dropped(**batch).logits
             sparse = deftcore.sparsify(model, skip=[names[1]])
-            assert (sparse(**batch).logits - gated).abs().max() < 0.5
+            torch.testing.assert_close(sparse(**batch).logits, without_second, rtol=1e-4, atol=1e-5)
             assert sparse.deftcore_blocks[1].kind == "skipped"
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_weights_ramp_and_gamma(gamma):
+    """alpha(progress) * sum_b w_b D_b / sum_b w_b + gamma * mean gate, against captured activations in float64."""
+    model = tiny_model("llama").train()
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight.mul_(0.1)
+    options = {"adaptive": "gate", "gamma": gamma} if gamma else {}
+    objective = DensityLoss(model, alpha=3.0, surrogate="tanh", block_weights=[1.0, 4.0], ramp=0.4, **options)
+    captured = []
+    for activation in objective._observed:
+        activation.register_forward_hook(lambda m, args, out: captured.append(out.detach().double()))
+    batch = tiny_batch("llama")
+    for progress, share in ((0.0, 0.0), (0.1, 0.25), (0.3, 0.75), (0.4, 1.0), (0.9, 1.0)):
+        objective.set_progress(progress)
+        captured.clear()
+        model(**batch)
+        first, second = ((20 * a[batch["attention_mask"] != 0]).abs().tanh().mean().item() for a in captured)
+        assert first < 0.8 * second
+        expected = 3.0 * share * (first + 4 * second) / 5 + gamma * torch.sigmoid(torch.tensor(4.0)).item()
+        assert objective.loss().item() == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_tokens_of_a_batch_are_those_that_the_loss_counts(kind, family):
+    """Virtual tokens stand before the input alone, whatever kind of prompt they come from."""
+    config = getattr(peft, kind)(task_type=task_type(family), num_virtual_tokens=3)
+    model = peft.get_peft_model(tiny_model(family), config).train()
+    objective = DensityLoss(model, surrogate="tanh")
+    batch = tiny_batch(family)
+    virtual = 0 if kind == "PrefixTuningConfig" else 2 * 3
+    counts = objective.count_tokens(batch, family == "t5")
+    assert counts == ({"encoder": 12 + virtual, "decoder": 12} if family == "t5" else {"model": 12 + virtual})
+    assert objective.window_tokens([batch, batch]) == {side: 2 * count for side, count in counts.items()}
+    model(**batch)
+    share = objective.loss(tokens=counts).item()
+    model(**batch)
+    assert share == pytest.approx(objective.loss().item(), rel=1e-6)
+    bare = {"input_ids": batch["input_ids"], "decoder_input_ids": batch["input_ids"][:, :4]}
+    counts = objective.count_tokens(bare, family == "t5")
+    assert counts == ({"encoder": 14 + virtual, "decoder": 8} if family == "t5" else {"model": 14 + virtual})
+    with pytest.raises(ValueError, match="batch: must have one of input_ids, inputs_embeds, got labels"):
+        objective.count_tokens({"labels": batch["labels"]}, False)
+
+
+def test_experts_are_refused_by_name():
+    """A mixture of experts would get a density of its shared experts alone."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32, "num_experts": 4}
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2,
+        shared_expert_intermediate_size=32, **sizes,
+    )  # fmt: skip
+    model = transformers.Qwen2MoeForCausalLM(config).train()
+    for use in (DensityLoss, deftcore.sparsify):
+        with pytest.raises(ValueError, match=r"mixture of experts, .*: model\.layers\.0\.mlp\.experts and 1 more"):
+            use(model)
+    with pytest.raises(ValueError, match=r"modules: model\.layers\.0\.mlp\.experts\.act_fn is inside experts"):
+        DensityLoss(model, modules=["model.layers.0.mlp.experts.act_fn"])
+    objective = DensityLoss(model, modules=["model.layers.0.mlp.shared_expert.act_fn"])
+    model(**tiny_batch("llama"))
+    assert objective.report()["tokens"] == 12
 
 
 def test_detach_restores_and_state_is_untouched():

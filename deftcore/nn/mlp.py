@@ -238,9 +238,9 @@ def sparsify(
     model.eval()
     base: Any = base_of(model)
     base.deftcore_blocks = [report for _, _, report in planned]
-    for saved in (model, base):
-        if hasattr(saved, "save_pretrained"):
-            saved.save_pretrained = _refuse_to_save
+    for holder in model.modules():
+        if hasattr(holder, "save_pretrained"):
+            holder.save_pretrained = _refuse_to_save
     logger.info("sparsify: %d blocks, %d skipped", len(planned), len(skip))
     return model
 
