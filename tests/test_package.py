@@ -106,6 +106,7 @@ KERNEL_TESTS = (
     "ssd",
     "conv1d",
     "mamba",
+    "extremes",
 )
 
 
@@ -121,6 +122,13 @@ def test_kernels_on_every_isa(isa):
         env=os.environ | {"DEFTCORE_CPU_ISA": isa}, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_kernels_leave_threads_to_one_place():
+    """A kernel that asks OpenMP itself can size its buffers by one number and split its work by another."""
+    sources = [p for p in (TESTS.parent / "csrc" / "cpu").iterdir() if p.name != "threads.h"]
+    assert len(sources) > 10
+    assert [p.name for p in sources if "omp_" in p.read_text() or "pragma omp" in p.read_text()] == []
 
 
 def test_unknown_isa_is_refused():

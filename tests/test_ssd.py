@@ -158,7 +158,7 @@ def test_views_and_what_is_kept():
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("empty", [{"batch": 0}, {"length": 0}])
+@pytest.mark.parametrize("empty", [{"batch": 0}, {"length": 0}, {"length": 0, "head_dim": 64, "states": 128}])
 def test_empty(empty):
     tensors, _ = inputs(**empty)
     leaves = [t.detach().requires_grad_() for t in tensors]

@@ -139,18 +139,17 @@ void backward_block(const CausalConv1dBackwardArgs& back, const Chunk& chunk, co
   write_tile<T>(back.grad_x, chunk.batch, chunk.start, chunk.steps, lanes, x);
 }
 
-// Chunks to threads; blocks of channels where sums over all steps are wanted, so that each has one owner.
+// Chunks to parts; blocks of channels where sums over all steps are wanted, so that each has one owner.
 template <int kTaps, class T>
 void backward(const CausalConv1dBackwardArgs& back) {
   const CausalConv1dArgs& args = back.forward;
   const int64_t chunks = args.batch * ((args.length + kScanChunk - 1) / kScanChunk);
   const int64_t blocks = (args.channels + kWidth - 1) / kWidth;
   const bool by_block = back.grad_weight != nullptr || back.grad_bias != nullptr;
-#pragma omp parallel num_threads(threads_for(args.batch* args.length* args.channels * 8))
-  {
-    const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    const Range own_chunks = by_block ? Range{0, chunks} : share(chunks, threads, thread);
-    const Range own_blocks = by_block ? share(blocks, threads, thread) : Range{0, blocks};
+  const int parts = parts_for(args.batch * args.length * args.channels * 8);
+  for_parts(parts, [&](int part) {
+    const Range own_chunks = by_block ? Range{0, chunks} : share(chunks, parts, part);
+    const Range own_blocks = by_block ? share(blocks, parts, part) : Range{0, blocks};
     int64_t reach[kRows];
     for (int64_t i = own_chunks.begin; i < own_chunks.end; ++i) {
       const Chunk chunk = chunk_of(args, i);
@@ -160,7 +159,7 @@ void backward(const CausalConv1dBackwardArgs& back) {
         backward_block<kTaps, T>(back, chunk, reach, lanes_of(args.channels, block));
       }
     }
-  }
+  });
 }
 
 template <class T>
@@ -216,8 +215,8 @@ void DEFTCORE_KERNEL(causal_conv1d)(const CausalConv1dArgs& args) {
   const int64_t chunks = args.batch * ((args.length + kScanChunk - 1) / kScanChunk);
   dispatch_dtype(args.dtype, [&](auto t) {
     dispatch_taps(args, [&](auto taps) {
-#pragma omp parallel for num_threads(threads_for(args.batch* args.length* args.channels * 8)) schedule(static)
-      for (int64_t i = 0; i < chunks; ++i) forward_chunk<taps(), decltype(t)>(args, chunk_of(args, i));
+      for_range(chunks, args.batch * args.length * args.channels * 8,
+                [&](int64_t i) { forward_chunk<taps(), decltype(t)>(args, chunk_of(args, i)); });
     });
   });
 }
@@ -231,8 +230,7 @@ void DEFTCORE_KERNEL(causal_conv1d_update)(const CausalConv1dUpdateArgs& args) {
   const int64_t blocks = (args.channels + kWidth - 1) / kWidth;
   dispatch_dtype(args.dtype, [&](auto t) {
     using T = decltype(t);
-#pragma omp parallel for num_threads(threads_for(args.batch* args.channels* args.window * 8)) schedule(static)
-    for (int64_t i = 0; i < args.batch * blocks; ++i) {
+    for_range(args.batch * blocks, args.batch * args.channels * args.window * 8, [&](int64_t i) {
       const int64_t batch = i / blocks, slot = args.slots == nullptr ? batch : args.slots[batch];
       const Lanes lanes = lanes_of(args.channels, i % blocks);
       if (slot < 0) {
@@ -240,7 +238,7 @@ void DEFTCORE_KERNEL(causal_conv1d_update)(const CausalConv1dUpdateArgs& args) {
       } else {
         update_block<T>(args, batch, slot, lanes);
       }
-    }
+    });
   });
 }
 

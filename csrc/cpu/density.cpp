@@ -2,6 +2,8 @@
 //   dz = f'(z) * (da + c * m * s'(f(z))),  c = grad_sum[0].
 // Bound by memory traffic for ReLU and by the transcendental for GELU and SiLU. Work is cut into pieces of one row so
 // that a masked row costs no branch inside the loop; sums are float within a piece and double across pieces.
+#include <vector>
+
 #include "isa.h"
 
 namespace deftcore::cpu {
@@ -9,30 +11,34 @@ namespace {
 
 constexpr int64_t kPiece = 2048;  // elements: small enough that float lanes stay exact to 1e-7, large enough to stream
 
-// Runs body(row, first, count) over every piece of a [rows, width] array, in parallel; `init` and `finish` see a
-// thread's accumulator.
-template <class Acc, class Body, class Finish>
-void for_pieces(int64_t rows, int64_t width, int64_t bytes, Body&& body, Finish&& finish) {
-  const int64_t per_row = (width + kPiece - 1) / kPiece, pieces = rows * per_row;
-  const int threads = threads_for(bytes);
-#pragma omp parallel num_threads(threads)
-  {
-    Acc acc{};
-    const Range mine = share(pieces, omp_get_num_threads(), omp_get_thread_num());
-    for (int64_t p = mine.begin; p < mine.end; ++p) {
-      const int64_t row = p / per_row, first = p % per_row * kPiece;
-      body(acc, row, first, width - first < kPiece ? width - first : kPiece);
-    }
-#pragma omp critical
-    finish(acc);
-  }
-}
-
 struct SumCount {
   double sum = 0;
   int64_t count = 0;
 };
-struct Nothing {};
+
+// Runs body(acc, row, first, count) over every piece of a [rows, width] array, in parallel. Returns the sum of the
+// parts' accumulators, taken in the order of the parts so that repeats are bit-equal.
+template <class Body>
+SumCount for_pieces(int64_t rows, int64_t width, int64_t bytes, Body&& body) {
+  const int64_t per_row = (width + kPiece - 1) / kPiece, pieces = rows * per_row;
+  const int parts = parts_for(bytes);
+  std::vector<SumCount> sums(static_cast<size_t>(parts));
+  for_parts(parts, [&](int part) {
+    SumCount acc;
+    const Range mine = share(pieces, parts, part);
+    for (int64_t p = mine.begin; p < mine.end; ++p) {
+      const int64_t row = p / per_row, first = p % per_row * kPiece;
+      body(acc, row, first, width - first < kPiece ? width - first : kPiece);
+    }
+    sums[static_cast<size_t>(part)] = acc;
+  });
+  SumCount total;
+  for (const SumCount& acc : sums) {
+    total.sum += acc.sum;
+    total.count += acc.count;
+  }
+  return total;
+}
 
 template <Activation kF, Surrogate kS, class T>
 void act_density_piece(const ActDensityArgs& args, SumCount& acc, int64_t row, int64_t first, int64_t n) {
@@ -99,53 +105,42 @@ void density_piece(const DensityArgs& args, SumCount& acc, int64_t row, int64_t 
 // ----------------------------------------------------------------------------
 
 void DEFTCORE_KERNEL(act_density)(const ActDensityArgs& args) {
-  double sum = 0;
-  int64_t count = 0;
+  SumCount total;
   dispatch_dtype(args.dtype, [&](auto t) {
     dispatch(args.activation, [&](auto f) {
       dispatch(args.surrogate, [&](auto s) {
-        for_pieces<SumCount>(
-            args.rows, args.width, args.rows * args.width * 2 * static_cast<int64_t>(sizeof(t)),
-            [&](SumCount& acc, int64_t row, int64_t first, int64_t n) {
-              act_density_piece<f(), s(), decltype(t)>(args, acc, row, first, n);
-            },
-            [&](const SumCount& acc) {
-              sum += acc.sum;
-              count += acc.count;
-            });
+        total = for_pieces(args.rows, args.width, args.rows * args.width * 2 * static_cast<int64_t>(sizeof(t)),
+                           [&](SumCount& acc, int64_t row, int64_t first, int64_t n) {
+                             act_density_piece<f(), s(), decltype(t)>(args, acc, row, first, n);
+                           });
       });
     });
   });
-  *args.surrogate_sum = static_cast<float>(sum);
-  *args.active_count = count;
+  *args.surrogate_sum = static_cast<float>(total.sum);
+  *args.active_count = total.count;
 }
 
 void DEFTCORE_KERNEL(act_density_backward)(const ActDensityBackwardArgs& args) {
   dispatch_dtype(args.dtype, [&](auto t) {
     dispatch(args.activation, [&](auto f) {
       dispatch(args.surrogate, [&](auto s) {
-        for_pieces<Nothing>(
-            args.rows, args.width, args.rows * args.width * 3 * static_cast<int64_t>(sizeof(t)),
-            [&](Nothing&, int64_t row, int64_t first, int64_t n) {
-              act_density_backward_piece<f(), s(), decltype(t)>(args, row, first, n);
-            },
-            [](Nothing) {});
+        for_pieces(args.rows, args.width, args.rows * args.width * 3 * static_cast<int64_t>(sizeof(t)),
+                   [&](SumCount&, int64_t row, int64_t first, int64_t n) {
+                     act_density_backward_piece<f(), s(), decltype(t)>(args, row, first, n);
+                   });
       });
     });
   });
 }
 
 void DEFTCORE_KERNEL(density)(const DensityArgs& args) {
-  int64_t count = 0;
   dispatch_dtype(args.dtype, [&](auto t) {
-    for_pieces<SumCount>(
-        args.rows, args.width, args.rows * args.width * static_cast<int64_t>(sizeof(t)),
-        [&](SumCount& acc, int64_t row, int64_t first, int64_t n) {
-          density_piece<decltype(t)>(args, acc, row, first, n);
-        },
-        [&](const SumCount& acc) { count += acc.count; });
+    const SumCount total = for_pieces(args.rows, args.width, args.rows * args.width * static_cast<int64_t>(sizeof(t)),
+                                      [&](SumCount& acc, int64_t row, int64_t first, int64_t n) {
+                                        density_piece<decltype(t)>(args, acc, row, first, n);
+                                      });
+    *args.active_count = total.count;
   });
-  *args.active_count = count;
 }
 
 }  // namespace deftcore::cpu

@@ -253,11 +253,11 @@ void ssd_backward(const SsdBackwardArgs& args, Stream) {
   kernels().ssd_backward(args);
 }
 
-// In order: active list, counts per thread, h and its bfloat16 pairs, output accumulators (see sparse_mlp.cpp).
+// In order: active list, counts per part, h and its bfloat16 pairs, output accumulators (see sparse_mlp.cpp).
 size_t sparse_down_workspace(const SparseDownArgs& args) {
-  const size_t threads = static_cast<size_t>(omp_get_max_threads()), neurons = static_cast<size_t>(args.neurons) + 64,
+  const size_t parts = static_cast<size_t>(most_parts()), neurons = static_cast<size_t>(args.neurons) + 64,
                tokens = static_cast<size_t>(args.tokens), width = static_cast<size_t>(args.width) + 80;
-  return align64(neurons * 4) + align64(threads * 8) + align64((neurons * tokens + 64) * 4) +
+  return align64(neurons * 4) + align64(parts * 8) + align64((neurons * tokens + 64) * 4) +
          align64((neurons * tokens / 2 + 64) * 4) + align64(tokens * width * 4);
 }
 
@@ -272,7 +272,7 @@ size_t sparse_mlp_workspace(const SparseMlpArgs& args) {
          align64(tokens * (static_cast<size_t>(args.width) + 80) * 4);
 }
 
-// Further: inputs in the order of the dots, the low-rank output and, per thread, scales of a panel's and a group's
+// Further: inputs in the order of the dots, the low-rank output and, per part, scales of a panel's and a group's
 // rows.
 size_t sparse_mlp_4bit_workspace(const SparseMlp4bitArgs& args) {
   SparseMlpArgs plain{};
@@ -280,8 +280,8 @@ size_t sparse_mlp_4bit_workspace(const SparseMlp4bitArgs& args) {
   plain.neurons = args.neurons;
   plain.width = args.width;
   const size_t tokens = static_cast<size_t>(args.tokens), width = static_cast<size_t>(args.width),
-               rank = static_cast<size_t>(args.down_rank), threads = static_cast<size_t>(omp_get_max_threads());
-  return sparse_mlp_workspace(plain) + 4 * (tokens * (width + 128 + rank + 80) + threads * 132 * (width / 32 + 16));
+               rank = static_cast<size_t>(args.down_rank), parts = static_cast<size_t>(most_parts());
+  return sparse_mlp_workspace(plain) + 4 * (tokens * (width + 128 + rank + 80) + parts * 132 * (width / 32 + 16));
 }
 
 }  // namespace deftcore::cpu

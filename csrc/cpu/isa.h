@@ -3,8 +3,6 @@
 // cannot merge the levels.
 #pragma once
 
-#include <omp.h>
-
 #include <cmath>
 #include <cstring>
 
@@ -14,6 +12,7 @@
 #include "deftcore/quant4.h"
 #include "deftcore/sparse_mlp.h"
 #include "deftcore/ssm.h"
+#include "threads.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -209,9 +208,8 @@ inline Vec at_most(Vec x, Vec bound) { return _mm256_min_ps(bound.v, x.v); }
 inline Vec at_least(Vec x, Vec bound) { return _mm256_max_ps(bound.v, x.v); }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
 inline Vec round(Vec a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline Vec scale2(Vec a, Vec n) {  // two halves, so that neither factor leaves the normal range; n is held at +-252
-  const __m256 held = _mm256_max_ps(_mm256_min_ps(n.v, _mm256_set1_ps(252.0f)), _mm256_set1_ps(-252.0f));
-  const __m256i k = _mm256_cvtps_epi32(held), half = _mm256_srai_epi32(k, 1), bias = _mm256_set1_epi32(127);
+inline Vec scale2(Vec a, Vec n) {  // |n| <= 252, in two halves so that neither factor leaves the normal range
+  const __m256i k = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(k, 1), bias = _mm256_set1_epi32(127);
   const auto pow2 = [&](__m256i e) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, bias), 23)); };
   return _mm256_mul_ps(_mm256_mul_ps(a.v, pow2(half)), pow2(_mm256_sub_epi32(k, half)));
 }
@@ -331,9 +329,9 @@ inline Vec horner(Vec x, C... c) {
   return polynomial(x, Vec(static_cast<float>(c))...);
 }
 
-// e^x = 2^n e^r, |r| <= ln 2 / 2. Relative error below 2 ulp; 0 below -104, held at 2.2e38 above 88.3; NaN stays.
+// e^x = 2^n e^r, |r| <= ln 2 / 2. Relative error below 2 ulp; 0 below -104, infinity above 88.72; NaN stays.
 inline Vec exp(Vec x) {
-  const Vec clamped = at_most(at_least(x, Vec(-104.0f)), Vec(88.3f));
+  const Vec clamped = at_most(at_least(x, Vec(-104.0f)), Vec(89.0f));
   const Vec n = round(clamped * Vec(1.44269504088896341f));
   Vec r = fma(n, Vec(-0.693359375f), clamped);
   r = fma(n, Vec(2.12194440e-4f), r);
@@ -374,24 +372,6 @@ inline void dispatch_dtype(DType dtype, Fn&& fn) {
     case DType::kBFloat16: return fn(BFloat16{});
     case DType::kFloat16: return fn(Float16{});
   }
-}
-
-struct Range {
-  int64_t begin, end;
-};
-
-// Share `part` of [0, total) in `parts` nearly equal pieces whose bounds are multiples of `unit`.
-inline Range share(int64_t total, int64_t parts, int64_t part, int64_t unit = 1) {
-  const int64_t units = (total + unit - 1) / unit;
-  const int64_t begin = units * part / parts * unit, end = units * (part + 1) / parts * unit;
-  return {begin < total ? begin : total, end < total ? end : total};
-}
-
-// Threads worth waking for `bytes` of traffic: a parallel region costs about 3 us.
-inline int threads_for(int64_t bytes) {
-  constexpr int64_t kBytesPerThread = 1 << 16;
-  const int64_t wanted = bytes / kBytesPerThread + 1, most = omp_get_max_threads();
-  return static_cast<int>(wanted < most ? wanted : most);
 }
 
 }  // namespace

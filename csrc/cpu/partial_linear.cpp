@@ -1,7 +1,7 @@
 // Partial back-propagation (S2FT): a = f(g) u and its slopes in one pass each, bound by memory traffic (and by exp for
 // SiLU and GELU); and y[t] += delta[adapter[t]] x[t] for a few tokens, bound by reading each delta in use once. Tokens
 // of one delta are taken together in tiles; a dot stage (scatter and low-rank rows) and an axpy stage (gathered and
-// low-rank rows) share the work evenly. Every output is summed by one thread in a fixed order.
+// low-rank rows) share the work evenly. Every output is summed by one part in a fixed order.
 #include "deftcore/partial_linear.h"
 
 #include <algorithm>
@@ -24,11 +24,10 @@ const T* row_of(const void* base, int64_t row, int64_t stride) {
 template <class Body>
 void for_row_pieces(int64_t rows, int64_t width, int64_t bytes, Body&& body) {
   const int64_t per_row = (width + kPiece - 1) / kPiece, pieces = rows * per_row;
-#pragma omp parallel for num_threads(threads_for(bytes)) schedule(static)
-  for (int64_t p = 0; p < pieces; ++p) {
+  for_range(pieces, bytes, [&](int64_t p) {
     const int64_t first = p % per_row * kPiece;
     body(p / per_row, first, std::min(width - first, kPiece));
-  }
+  });
 }
 
 template <Activation kF, class T>
@@ -226,14 +225,13 @@ void run_grouped_delta(const GroupedDeltaArgs& args) {
   }
   const int64_t pieces = (bank.outputs + kPiece - 1) / kPiece;
   const int64_t bytes = (dot_rows * bank.inputs + axpy_rows * bank.outputs) * static_cast<int64_t>(sizeof(T));
-#pragma omp parallel num_threads(threads_for(bytes))
-  {
-    const Range mine = share(dot_rows, omp_get_num_threads(), omp_get_thread_num());
-    dots<T>(args, work, mine.begin, mine.end);
-#pragma omp barrier
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t p = 0; p < work.tile_count * pieces; ++p) axpys<T>(args, work, p / pieces, p % pieces * kPiece);
-  }
+  parallel(parts_for(bytes), [&](Team& team) {
+    team.stage([&](int part) {
+      const Range mine = share(dot_rows, team.parts, part);
+      dots<T>(args, work, mine.begin, mine.end);
+    });
+    team.each(work.tile_count * pieces, [&](int64_t p) { axpys<T>(args, work, p / pieces, p % pieces * kPiece); });
+  });
 }
 
 }  // namespace

@@ -62,11 +62,10 @@ void quantize(const Quantize4bitArgs& args) {
   float thresholds[15];
   for (int j = 0; j < 15; ++j) thresholds[j] = (book[order[j]] + book[order[j + 1]]) * 0.5f;
   const int64_t size = args.block_size, blocks = (args.count + size - 1) / size;
-#pragma omp parallel for num_threads(threads_for(args.count * 4))
-  for (int64_t b = 0; b < blocks; ++b) {
+  for_range(blocks, args.count * 4, [&](int64_t b) {
     const int64_t first = b * size, n = args.count - first < size ? args.count - first : size;
     quantize_block(w + first, n, size, thresholds, order, args.packed + first / 2, args.absmax + b);
-  }
+  });
 }
 
 // ---------------------------------------------------------------------------- dequantise
@@ -77,12 +76,10 @@ void dequantize(const Dequantize4bitArgs& args) {
   const CodeBook book(q.code);
   T* out = static_cast<T*>(args.out);
   const int64_t count = q.rows * q.cols, blocks = (count + q.block_size - 1) / q.block_size;
-#pragma omp parallel num_threads(threads_for(count * 2))
   if (q.column_blocks) {
-    const Range mine = share(q.rows, omp_get_num_threads(), omp_get_thread_num());
-    constexpr int64_t kPiece = 256;
-    float values[kPiece];
-    for (int64_t r = mine.begin; r < mine.end; ++r) {
+    for_range(q.rows, count * 2, [&](int64_t r) {
+      constexpr int64_t kPiece = 256;
+      float values[kPiece];
       for (int64_t c = 0; c < q.cols; c += kPiece) {
         const int64_t n = q.cols - c < kPiece ? q.cols - c : kPiece;
         decode_column_blocks(q, book, r, c, n, values);
@@ -93,10 +90,9 @@ void dequantize(const Dequantize4bitArgs& args) {
           std::memcpy(out + r * q.cols + c + j, lanes, static_cast<size_t>(left) * sizeof(T));
         }
       }
-    }
+    });
   } else {
-    const Range mine = share(blocks, omp_get_num_threads(), omp_get_thread_num());
-    for (int64_t b = mine.begin; b < mine.end; ++b) {
+    for_range(blocks, count * 2, [&](int64_t b) {
       const float scale = scale_of(q, b);
       const int64_t first = b * q.block_size, end = count - first < q.block_size ? count : first + q.block_size;
       int64_t i = first;
@@ -108,7 +104,7 @@ void dequantize(const Dequantize4bitArgs& args) {
         store_ieee(lanes, Vec(q.code[q.packed[i / 2] >> (i % 2 ? 0 : 4) & 15] * scale));
         out[i] = lanes[0];
       }
-    }
+    });
   }
 }
 
@@ -121,7 +117,7 @@ bool is_few(const Linear4bitArgs& args) { return args.tokens <= kFewTokens && is
 
 size_t few_workspace(const Linear4bitArgs& args) {
   const int64_t x = args.tokens * chunks_of(args.w.cols) * kChunk;
-  return static_cast<size_t>(x + omp_get_max_threads() * kDot4Rows * row_scale_size(args.w)) * 4 + 64;
+  return static_cast<size_t>(x + most_parts() * kDot4Rows * row_scale_size(args.w)) * 4 + 64;
 }
 
 template <class T>
@@ -138,10 +134,10 @@ void linear_few(const Linear4bitArgs& args) {
   for (int64_t m = 0; m < tokens; ++m) {
     to_positions<Form>(static_cast<const T*>(args.x) + m * q.cols, q.cols, x + m * x_stride);
   }
-#pragma omp parallel num_threads(threads_for(q.rows* q.cols / 2))
-  {
-    const Range rows = share(q.rows, omp_get_num_threads(), omp_get_thread_num(), kDot4Rows);
-    float* mine = scales + omp_get_thread_num() * kDot4Rows * row_scale_size(q);
+  const int parts = parts_for(q.rows * q.cols / 2);
+  for_parts(parts, [&](int part) {
+    const Range rows = share(q.rows, parts, part, kDot4Rows);
+    float* mine = scales + part * kDot4Rows * row_scale_size(q);
     dots4<Form>(
         q, [](int64_t n) { return n; }, rows, x, x_stride, tokens, mine,
         [&](int64_t n, int64_t m, float dot) {
@@ -149,7 +145,7 @@ void linear_few(const Linear4bitArgs& args) {
           for (int64_t r = 0; r < rank; ++r) dot += to_float(low[m * rank + r]) * to_float(lora[n * rank + r]);
           store_tail(y + m * q.rows + n, Vec(dot), 1);
         });
-  }
+  });
 }
 
 }  // namespace

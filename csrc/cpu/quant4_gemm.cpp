@@ -5,7 +5,7 @@
 //   forward    i = output n,   r = input k:   A[i, r] = tile[n][k],  C^T = y
 //   backward   i = input k,    r = output n:  A[i, r] = tile[n][k],  C^T = grad x
 // A tile stays in the second-level cache and serves every token of a block; the float copy of W never exists. The
-// low-rank term is one more tile, copied instead of decoded. Threads own outputs, so repeats are bit-equal.
+// low-rank term is one more tile, copied instead of decoded. Parts own outputs, so repeats are bit-equal.
 #include "decode4.h"
 
 namespace deftcore::cpu {
@@ -211,11 +211,11 @@ void codes_to_words(const Quant4& q, const CodeBook& book, int64_t row, int64_t 
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// The workspace in floats (a word is as large): B with the low-rank rows, then what each thread has of its own.
+// The workspace in floats (a word is as large): B with the low-rank rows, then what each part has of its own.
 struct Layout {
   int64_t b_rows, low_rows;             // words of B along the reduction
-  int64_t tile, row, c, scales, lines;  // per thread
-  int64_t threads;
+  int64_t tile, row, c, scales, lines;  // per part
+  int64_t parts;
   int64_t tokens;  // per pass
 
   template <class Word>
@@ -225,9 +225,9 @@ struct Layout {
     l.b_rows = (backward ? args.w.rows : args.w.cols) / Word::kElements + 1;
     l.low_rows = (args.rank + Word::kElements - 1) / Word::kElements;
     const int64_t rank = round_up(args.rank, 2), padded = round_up(l.tokens, kWidth);
-    l.threads = threads_for(args.w.rows * args.w.cols * args.tokens / 16);
+    l.parts = parts_for(args.w.rows * args.w.cols * args.tokens / 16);
     if (backward) {
-      const int64_t most = round_up((round_up(args.w.cols, kBackOutputs) + l.threads - 1) / l.threads, kBackOutputs);
+      const int64_t most = round_up((round_up(args.w.cols, kBackOutputs) + l.parts - 1) / l.parts, kBackOutputs);
       l.tile = (rank > kBackDepth ? rank : kBackDepth) * kBackOutputs;
       l.row = 2 * kBackOutputs;
       l.c = most * padded;
@@ -242,10 +242,10 @@ struct Layout {
     return l;
   }
   int64_t b_floats() const { return round_up((b_rows + low_rows) * round_up(tokens, kWidth), 16); }
-  int64_t thread_floats() const {
+  int64_t part_floats() const {
     return round_up(tile, 16) + round_up(row, 16) + round_up(c, 16) + round_up(scales, 16) + round_up(lines, 16);
   }
-  int64_t bytes() const { return 4 * (b_floats() + threads * thread_floats()); }
+  int64_t bytes() const { return 4 * (b_floats() + parts * part_floats()); }
 };
 
 struct Scratch {
@@ -258,7 +258,7 @@ struct Scratch {
         lines(scales + round_up(l.scales, 16)) {}
 };
 
-// One thread's share of a pass over W, forward: outputs `mine` for the panel's tokens.
+// One part of a pass over W, forward: outputs `mine` for the panel's tokens.
 template <class Word, class T>
 void forward_pass(const Linear4bitArgs& args, const Layout& layout, const Scratch& scratch, Range mine, Panels panels,
                   const typename Word::Type* b, const typename Word::Type* b_low, T* y) {
@@ -335,7 +335,7 @@ void forward_pass(const Linear4bitArgs& args, const Layout& layout, const Scratc
   }
 }
 
-// One thread's share of a pass over W, backward: columns `mine` of W. Rows a power of two apart fall on the same cache
+// One part of a pass over W, backward: columns `mine` of W. Rows a power of two apart fall on the same cache
 // sets, so that a few columns of many rows are read badly where they lie: a sweep's bytes are first copied, row by row,
 // into a line per tile and row.
 template <class Word, class T>
@@ -424,28 +424,29 @@ void linear(const Linear4bitArgs& args, bool backward) {
   W* b = static_cast<W*>(args.workspace);
   float* own = static_cast<float*>(args.workspace) + layout.b_floats();
 
-#pragma omp parallel num_threads(static_cast<int>(layout.threads))
-  {
-    const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    const Scratch scratch(own + thread * layout.thread_floats(), layout);
-    const Range mine = share(outputs, threads, thread, backward ? kBackOutputs : kMicroRows);
+  const int64_t parts = layout.parts;
+  parallel(static_cast<int>(parts), [&](Team& team) {
     for (int64_t m0 = 0; m0 < args.tokens; m0 += layout.tokens) {
       const Panels panels{args.tokens - m0 < layout.tokens ? args.tokens - m0 : layout.tokens};
       W* b_low = b + layout.b_rows * panels.padded();
-      pack_tokens<Word>(x + m0 * inputs, inputs, panels, layout.b_rows, share(layout.b_rows, threads, thread), b);
-      if (args.rank > 0) {
-        pack_tokens<Word>(low + m0 * args.rank, args.rank, panels, layout.low_rows,
-                          share(layout.low_rows, threads, thread), b_low);
-      }
-#pragma omp barrier
-      if (backward) {
-        backward_pass<Word>(args, layout, scratch, mine, panels, b, b_low, y + m0 * outputs);
-      } else {
-        forward_pass<Word>(args, layout, scratch, mine, panels, b, b_low, y + m0 * outputs);
-      }
-#pragma omp barrier  // the next pass packs B anew
+      team.stage([&](int part) {
+        pack_tokens<Word>(x + m0 * inputs, inputs, panels, layout.b_rows, share(layout.b_rows, parts, part), b);
+        if (args.rank > 0) {
+          pack_tokens<Word>(low + m0 * args.rank, args.rank, panels, layout.low_rows,
+                            share(layout.low_rows, parts, part), b_low);
+        }
+      });
+      team.stage([&](int part) {
+        const Scratch scratch(own + part * layout.part_floats(), layout);
+        const Range mine = share(outputs, parts, part, backward ? kBackOutputs : kMicroRows);
+        if (backward) {
+          backward_pass<Word>(args, layout, scratch, mine, panels, b, b_low, y + m0 * outputs);
+        } else {
+          forward_pass<Word>(args, layout, scratch, mine, panels, b, b_low, y + m0 * outputs);
+        }
+      });
     }
-  }
+  });
 }
 
 }  // namespace

@@ -16,11 +16,15 @@ constexpr size_t kAhead = 64;  // bytes
 constexpr float kLog2E = 1.44269504088896341f;
 
 // 2^x for decays. 1 at 0 exactly and never above 1 for x <= 0 (the constant term is 1, so that long memories cannot
-// grow); 2 ulp for |x| <= 1.44; 0 below -150. Coefficients from the specification of the scan.
+// grow); 2 ulp for |x| <= 1.44; 0 below -150, infinity from 128. Coefficients from the specification of the scan.
 #if defined(__AVX512F__) || defined(__AVX2__)
 inline Vec exp2_decay(Vec x) {
-  const Vec held = at_least(x, Vec(-152.0f));
+#if defined(__AVX512F__)
+  const Vec n = round(x), f = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 at infinity
+#else
+  const Vec held = at_most(at_least(x, Vec(-252.0f)), Vec(252.0f));
   const Vec n = round(held), f = held - n;
+#endif
   return scale2(
       horner(f, 1.0f, 0.693147203f, 0.240226479f, 0.0555033247f, 9.61843736e-3f, 1.33988747e-3f, 1.53533612e-4f), n);
 }

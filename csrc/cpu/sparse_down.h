@@ -1,8 +1,8 @@
 // The stages that all sparse MLP products share, whatever their weights' format: the list of active neurons, and the
 // down projection over it. W_down is neuron-major: an inactive neuron is a row that is never touched. Every function
-// here is called by all threads of one parallel region:
+// here is a part of a stage, or a stage of its team:
 //   compact list = {i : any |act[m, i]| > tau}            neurons split, ascending
-//   fill    h[k, m] = act[m, list[k]] (* up)              list split evenly: every thread reads as many rows
+//   fill    h[k, m] = act[m, list[k]] (* up)              list split evenly: every part reads as many rows
 //   down    y[m, j] = sum_k h[k, m] W_down[list[k], j]    columns split: no reduction, so repeats are bit-equal
 #pragma once
 
@@ -21,7 +21,7 @@ constexpr int kTileVecs = 4;
 #else
 constexpr int kTileVecs = 2;  // 12 accumulators of 16 registers
 #endif
-constexpr int64_t kColumnUnit = 128;  // columns are split over threads in whole tiles of every kernel
+constexpr int64_t kColumnUnit = 128;  // columns are split over parts in whole tiles of every kernel
 constexpr int64_t kStreamRows = 16;   // rows streamed side by side for one token; 8 to 32 measured alike
 constexpr int64_t kPrefetch = 64;     // elements beyond the next tile
 
@@ -35,7 +35,7 @@ struct Matrix {
 // The workspace, cut up; isa.cpp computes its size.
 struct Buffers {
   int32_t* list;    // [neurons + 64]
-  int64_t* counts;  // [threads]
+  int64_t* counts;  // [parts]
   float* h;         // [neurons, tokens]
   uint32_t* pairs;  // [neurons / 2, tokens]
   float* acc;       // [tokens, acc_stride]
@@ -44,7 +44,7 @@ struct Buffers {
   int64_t acc_stride;
 };
 
-Buffers carve(void* workspace, int64_t threads, int64_t tokens, int64_t neurons, int64_t width) {
+Buffers carve(void* workspace, int64_t parts, int64_t tokens, int64_t neurons, int64_t width) {
   char* next = static_cast<char*>(workspace);
   const auto take = [&](int64_t count, size_t size) {
     char* mine = next;
@@ -54,7 +54,7 @@ Buffers carve(void* workspace, int64_t threads, int64_t tokens, int64_t neurons,
   Buffers b{};
   b.acc_stride = (width + 63) / 64 * 64 + 16;  // whole tiles, and rows that do not all start on one cache set
   b.list = reinterpret_cast<int32_t*>(take(neurons + 64, 4));
-  b.counts = reinterpret_cast<int64_t*>(take(threads, 8));
+  b.counts = reinterpret_cast<int64_t*>(take(parts, 8));
   b.h = reinterpret_cast<float*>(take(neurons * tokens + 64, 4));
   b.pairs = reinterpret_cast<uint32_t*>(take((neurons + 64) * tokens / 2 + 64, 4));
   b.acc = reinterpret_cast<float*>(take(tokens * b.acc_stride, 4));
@@ -63,12 +63,11 @@ Buffers carve(void* workspace, int64_t threads, int64_t tokens, int64_t neurons,
   return b;
 }
 
-// Called by every thread of a region. Thread t writes the active neurons of its share at list[share.begin...] and
-// their number in counts[t]; a share never overtakes the neurons it has read, so the shares do not overlap.
+// Part p writes the active neurons of its share at list[share.begin...] and their number in counts[p]; a share never
+// overtakes the neurons it has read, so the shares do not overlap.
 template <class T>
-void compact(const T* act, int64_t tokens, int64_t neurons, float tau, int32_t* list, int64_t* counts) {
-  const int thread = omp_get_thread_num();
-  const Range mine = share(neurons, omp_get_num_threads(), thread, 16);
+void compact(const T* act, int64_t tokens, int64_t neurons, float tau, int parts, int part, const Buffers& b) {
+  const Range mine = share(neurons, parts, part, 16);
   constexpr int64_t kGroups = 16;
   const Vec limit(tau);
   int64_t count = 0;
@@ -83,19 +82,19 @@ void compact(const T* act, int64_t tokens, int64_t neurons, float tau, int32_t* 
       }
     }
     for (int64_t g = 0; g < kGroups && first + g * kWidth < mine.end; ++g) {
-      compress(list + mine.begin + count, bits[g], static_cast<int32_t>(first + g * kWidth));
+      compress(b.list + mine.begin + count, bits[g], static_cast<int32_t>(first + g * kWidth));
       count += __builtin_popcount(bits[g]);
     }
   }
-  counts[thread] = count;
+  b.counts[part] = count;
 }
 
-// Closes the gaps between the threads' shares; returns the number of active neurons. Called by one thread.
-int64_t join_shares(int64_t neurons, int threads, int32_t* list, const int64_t* counts) {
+// Closes the gaps between the parts' shares; returns the number of active neurons. Called by one thread.
+int64_t join_shares(int64_t neurons, int parts, const Buffers& b) {
   int64_t total = 0;
-  for (int t = 0; t < threads; ++t) {
-    std::memmove(list + total, list + share(neurons, threads, t, 16).begin, static_cast<size_t>(counts[t]) * 4);
-    total += counts[t];
+  for (int p = 0; p < parts; ++p) {
+    std::memmove(b.list + total, b.list + share(neurons, parts, p, 16).begin, static_cast<size_t>(b.counts[p]) * 4);
+    total += b.counts[p];
   }
   return total;
 }
@@ -372,21 +371,25 @@ void down_product(Matrix<T> w, int64_t active, int64_t tokens, Range columns, co
                      fill_from<Panel>(w, b.list, columns));
 }
 
-// The last two stages. `fill(rows)` writes h[k, :] of its rows of the list; `product(columns)` adds to b.acc.
+// The last two stages. `fill(part, rows)` writes h[k, :] of its rows of the list; `product(part, columns)` adds to
+// b.acc.
 template <class T, class Fill, class Product>
-void down_stage(const T* bias, int64_t active, int64_t tokens, int64_t width, const Buffers& b, T* y, Fill&& fill,
-                Product&& product) {
-  const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
-  const Range rows = share(active, threads, thread, 4);  // whole groups of the dots, and pairs
-  fill(rows);
-  if (kHasPairs<T> && tokens > 1) pack_pairs(b.h, active, tokens, rows, b.pairs);
-  const Range columns = share(width, threads, thread, kColumnUnit);
-  for (int64_t m = 0; m < tokens; ++m) {
-    for (int64_t j = columns.begin; j < columns.end; j += kWidth) store(b.acc + m * b.acc_stride + j, Vec(0.0f));
-  }
-#pragma omp barrier
-  product(columns);
-  write_output(b.acc, b.acc_stride, bias, tokens, width, columns, y);
+void down_stages(Team& team, const T* bias, int64_t active, int64_t tokens, int64_t width, const Buffers& b, T* y,
+                 Fill&& fill, Product&& product) {
+  team.stage([&](int part) {
+    const Range rows = share(active, team.parts, part, 4);  // whole groups of the dots, and pairs
+    fill(part, rows);
+    if (kHasPairs<T> && tokens > 1) pack_pairs(b.h, active, tokens, rows, b.pairs);
+    const Range columns = share(width, team.parts, part, kColumnUnit);
+    for (int64_t m = 0; m < tokens; ++m) {
+      for (int64_t j = columns.begin; j < columns.end; j += kWidth) store(b.acc + m * b.acc_stride + j, Vec(0.0f));
+    }
+  });
+  team.stage([&](int part) {
+    const Range columns = share(width, team.parts, part, kColumnUnit);
+    product(part, columns);
+    write_output(b.acc, b.acc_stride, bias, tokens, width, columns, y);
+  });
 }
 
 // h[k, m] = a[m, list[k]] for k in rows. A neuron in the list for another token's sake stays silent for this one, as it

@@ -1,6 +1,6 @@
 // y = a W_down^T over the union of the tokens' active neurons, and the MLPs built on it; weights of x's dtype. Few
 // tokens are bound by weight traffic, sixteen and more by multiply-adds. One parallel region per call: the first
-// product with all neurons split over threads, then the stages of sparse_down.h.
+// product with all neurons split over parts, then the stages of sparse_down.h.
 #include "sparse_down.h"
 
 namespace deftcore::cpu {
@@ -99,21 +99,18 @@ void sparse_down(const SparseDownArgs& args) {
   const T* a = static_cast<const T*>(args.a);
   const Matrix<T> w{static_cast<const T*>(args.w_down_t), args.w_stride};
   const int64_t tokens = args.tokens, neurons = args.neurons, width = args.width;
-  const int threads = threads_for(neurons * (width / 8 + tokens) * static_cast<int64_t>(sizeof(T)));
-  const Buffers b = carve(args.workspace, threads, tokens, neurons, width);
+  const int parts = parts_for(neurons * (width / 8 + tokens) * static_cast<int64_t>(sizeof(T)));
+  const Buffers b = carve(args.workspace, parts, tokens, neurons, width);
   int64_t active = 0;
-#pragma omp parallel num_threads(threads)
-  {
-    compact(a, tokens, neurons, args.tau, b.list, b.counts);
-#pragma omp barrier
-#pragma omp single
-    active = join_shares(neurons, omp_get_num_threads(), b.list, b.counts);
+  parallel(parts, [&](Team& team) {
+    team.stage([&](int part) { compact(a, tokens, neurons, args.tau, parts, part, b); });
+    team.once([&] { active = join_shares(neurons, parts, b); });
     if (active <= args.capacity)
-      down_stage(
-          static_cast<const T*>(args.bias), active, tokens, width, b, static_cast<T*>(args.y),
-          [&](Range rows) { gather_active(a, tokens, neurons, args.tau, b.list, rows, b.h); },
-          [&](Range columns) { down_product(w, active, tokens, columns, b, b.acc, b.acc_stride); });
-  }
+      down_stages(
+          team, static_cast<const T*>(args.bias), active, tokens, width, b, static_cast<T*>(args.y),
+          [&](int, Range rows) { gather_active(a, tokens, neurons, args.tau, b.list, rows, b.h); },
+          [&](int, Range columns) { down_product(w, active, tokens, columns, b, b.acc, b.acc_stride); });
+  });
   *args.rows_read = active;
 }
 
@@ -128,8 +125,8 @@ void sparse_mlp(const SparseMlpArgs& args) {
   const T* z = static_cast<const T*>(args.z);
   const T* b_up = static_cast<const T*>(args.b_up);
   const int64_t tokens = args.tokens, neurons = args.neurons, width = args.width;
-  const int threads = threads_for(neurons * width * static_cast<int64_t>(sizeof(T)));
-  const Buffers b = carve(args.workspace, threads, tokens, neurons, width);
+  const int parts = parts_for(neurons * width * static_cast<int64_t>(sizeof(T)));
+  const Buffers b = carve(args.workspace, parts, tokens, neurons, width);
   float* const act = b.act;
   for (int64_t m = 0; m < tokens && !kHasPairs<T>; ++m) {
     float* row = b.x_wide + m * b.acc_stride;
@@ -145,36 +142,35 @@ void sparse_mlp(const SparseMlpArgs& args) {
   };
 
   int64_t active = 0;
-#pragma omp parallel num_threads(threads)
-  {
-    const Range mine = share(neurons, omp_get_num_threads(), omp_get_thread_num(), 16);
-    const int64_t n = mine.end - mine.begin;
-    if (z != nullptr) {
-      for (int64_t m = 0; m < tokens; ++m) widen(z + m * neurons + mine.begin, n, act + m * neurons + mine.begin);
-    } else {
-      dot_rows(
-          w_first, [](int64_t i) { return i; }, mine,
-          [&](int64_t i, int64_t m, float dot) {
-            act[m * neurons + i] = b_up != nullptr ? dot + to_float(b_up[i]) : dot;
-          });
-    }
-    for (int64_t m = 0; m < tokens; ++m) activate_row(args.activation, act + m * neurons + mine.begin, n);
-    compact(act, tokens, neurons, args.tau, b.list, b.counts);
-#pragma omp barrier
-#pragma omp single
-    active = join_shares(neurons, omp_get_num_threads(), b.list, b.counts);
+  parallel(parts, [&](Team& team) {
+    team.stage([&](int part) {
+      const Range mine = share(neurons, parts, part, 16);
+      const int64_t n = mine.end - mine.begin;
+      if (z != nullptr) {
+        for (int64_t m = 0; m < tokens; ++m) widen(z + m * neurons + mine.begin, n, act + m * neurons + mine.begin);
+      } else {
+        dot_rows(
+            w_first, [](int64_t i) { return i; }, mine,
+            [&](int64_t i, int64_t m, float dot) {
+              act[m * neurons + i] = b_up != nullptr ? dot + to_float(b_up[i]) : dot;
+            });
+      }
+      for (int64_t m = 0; m < tokens; ++m) activate_row(args.activation, act + m * neurons + mine.begin, n);
+      compact(act, tokens, neurons, args.tau, parts, part, b);
+    });
+    team.once([&] { active = join_shares(neurons, parts, b); });
     if (active <= args.capacity)
-      down_stage(
-          static_cast<const T*>(args.b_down), active, tokens, width, b, static_cast<T*>(args.y),
-          [&](Range rows) {
+      down_stages(
+          team, static_cast<const T*>(args.b_down), active, tokens, width, b, static_cast<T*>(args.y),
+          [&](int, Range rows) {
             gather_active(act, tokens, neurons, args.tau, b.list, rows, b.h);
             if (!gated) return;
             dot_rows(
                 w_up, [&](int64_t k) { return b.list[k]; }, rows,
                 [&](int64_t k, int64_t m, float dot) { b.h[k * tokens + m] *= dot; });
           },
-          [&](Range columns) { down_product(w_down, active, tokens, columns, b, b.acc, b.acc_stride); });
-  }
+          [&](int, Range columns) { down_product(w_down, active, tokens, columns, b, b.acc, b.acc_stride); });
+  });
   *args.rows_read = active;
 }
 

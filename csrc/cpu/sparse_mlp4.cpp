@@ -142,8 +142,9 @@ auto fill_from4(const Quant4& q, const CodeBook& book, const int32_t* list, Rang
 struct Extra {
   char* x;        // [tokens, x_stride] in the dot form's order
   float* low;     // [tokens, low_stride]
-  float* scales;  // per thread
+  float* scales;  // per part
   int64_t low_stride, scale_stride;
+  float* scales_of(int part) const { return scales + part * scale_stride; }
 };
 
 template <class T>
@@ -155,8 +156,8 @@ void sparse_mlp_4bit(const SparseMlp4bitArgs& args) {
   const T *x = static_cast<const T*>(args.x), *z = static_cast<const T*>(args.z);
   const T *up_low = static_cast<const T*>(args.up_low), *up_lora = static_cast<const T*>(args.up_lora);
   const int64_t tokens = args.tokens, neurons = args.neurons, width = args.width;
-  const int threads = threads_for(neurons * (width / 8 + tokens) * 2);
-  const Buffers b = carve(args.workspace, threads, tokens, neurons, width);
+  const int parts = parts_for(neurons * (width / 8 + tokens) * 2);
+  const Buffers b = carve(args.workspace, parts, tokens, neurons, width);
   const int64_t x_stride = gated ? chunks_of(width) * kChunk : 0;
   Extra extra{};
   extra.low_stride = (args.down_rank + 63) / 64 * 64 + 16;
@@ -168,71 +169,68 @@ void sparse_mlp_4bit(const SparseMlp4bitArgs& args) {
   static_assert(PanelOf<T>::kRows <= 128 && kStreamRows * kFewTokens <= 128);
 
   int64_t active = 0;
-#pragma omp parallel num_threads(threads)
-  {
-    const int team = omp_get_num_threads(), thread = omp_get_thread_num();
-    float* scales = extra.scales + thread * extra.scale_stride;
-    const Range mine = share(neurons, team, thread, 16);
-    for (int64_t m = 0; m < tokens; ++m) {
-      float* act = b.act + m * neurons + mine.begin;
-      widen(z + m * neurons + mine.begin, mine.end - mine.begin, act);
-      if (!args.activated) activate_row(args.activation, act, mine.end - mine.begin);
-    }
-    if (gated) {
-      const Range turn = share(tokens, team, thread);
-      for (int64_t m = turn.begin; m < turn.end; ++m) to_positions<Form>(x + m * width, width, x_form + m * x_stride);
-    }
-    compact(b.act, tokens, neurons, args.tau, b.list, b.counts);
-#pragma omp barrier
-#pragma omp single
-    active = join_shares(neurons, team, b.list, b.counts);
-    if (active <= args.capacity) {
-      const auto fill = [&](Range rows) {
-        gather_active(b.act, tokens, neurons, args.tau, b.list, rows, b.h);
-        if (!gated) return;
-        dots4<Form>(
-            w_up, [&](int64_t k) { return b.list[k]; }, rows, x_form, x_stride, tokens, scales,
-            [&](int64_t k, int64_t m, float dot) {
-              for (int64_t r = 0; r < args.up_rank; ++r) {
-                dot += to_float(up_low[m * args.up_rank + r]) * to_float(up_lora[b.list[k] * args.up_rank + r]);
-              }
-              b.h[k * tokens + m] *= dot;
-            });
-      };
-      const auto product = [&](Range columns) {
-        if (columns.begin == columns.end) return;
-        using Panel = PanelOf<T>;
-        if (tokens <= kDirectTokens) {
-          for (int64_t m = 0; m < tokens; m += kFewTokens) {
-            const auto few = [&](auto n) {
-              down_few4<n()>(w_down, b.list, active, b.h + m, tokens, columns, scales, b.acc + m * b.acc_stride,
-                             b.acc_stride);
-            };
-            using std::integral_constant;
-            switch (tokens - m) {
-              case 1: few(integral_constant<int, 1>{}); break;
-              case 2: few(integral_constant<int, 2>{}); break;
-              case 3: few(integral_constant<int, 3>{}); break;
-              default: few(integral_constant<int, 4>{}); break;
+  parallel(parts, [&](Team& team) {
+    team.stage([&](int part) {
+      const Range mine = share(neurons, parts, part, 16);
+      for (int64_t m = 0; m < tokens; ++m) {
+        float* act = b.act + m * neurons + mine.begin;
+        widen(z + m * neurons + mine.begin, mine.end - mine.begin, act);
+        if (!args.activated) activate_row(args.activation, act, mine.end - mine.begin);
+      }
+      if (gated) {
+        const Range turn = share(tokens, parts, part);
+        for (int64_t m = turn.begin; m < turn.end; ++m) to_positions<Form>(x + m * width, width, x_form + m * x_stride);
+      }
+      compact(b.act, tokens, neurons, args.tau, parts, part, b);
+    });
+    team.once([&] { active = join_shares(neurons, parts, b); });
+    if (active > args.capacity) return;
+    const auto fill = [&](int part, Range rows) {
+      gather_active(b.act, tokens, neurons, args.tau, b.list, rows, b.h);
+      if (!gated) return;
+      dots4<Form>(
+          w_up, [&](int64_t k) { return b.list[k]; }, rows, x_form, x_stride, tokens, extra.scales_of(part),
+          [&](int64_t k, int64_t m, float dot) {
+            for (int64_t r = 0; r < args.up_rank; ++r) {
+              dot += to_float(up_low[m * args.up_rank + r]) * to_float(up_lora[b.list[k] * args.up_rank + r]);
             }
-          }
-        } else {
-          const CodeBook book(w_down.code);
-          down_tokens<Panel>(active, panel_operand<Panel>(b), tokens, columns, b.acc, b.acc_stride,
-                             fill_from4<Panel>(w_down, book, b.list, columns, scales));
-        }
-      };
-      down_stage(static_cast<const T*>(args.b_down), active, tokens, width, b, static_cast<T*>(args.y), fill, product);
-      if (thread == 0 && args.down_rank > 0) {
-        const Range columns{0, args.down_rank};
+            b.h[k * tokens + m] *= dot;
+          });
+    };
+    const auto product = [&](int part, Range columns) {
+      if (part == 0 && args.down_rank > 0) {
+        const Range ranks{0, args.down_rank};
         for (int64_t i = 0; i < tokens * extra.low_stride; ++i) extra.low[i] = 0.0f;
         const Matrix<T> lora{static_cast<const T*>(args.down_lora), args.down_rank};
-        down_product(lora, active, tokens, columns, b, extra.low, extra.low_stride);
-        write_output<T>(extra.low, extra.low_stride, nullptr, tokens, args.down_rank, columns,
+        down_product(lora, active, tokens, ranks, b, extra.low, extra.low_stride);
+        write_output<T>(extra.low, extra.low_stride, nullptr, tokens, args.down_rank, ranks,
                         static_cast<T*>(args.down_low));
       }
-    }
-  }
+      if (columns.begin == columns.end) return;
+      using Panel = PanelOf<T>;
+      float* scales = extra.scales_of(part);
+      if (tokens > kDirectTokens) {
+        const CodeBook book(w_down.code);
+        return down_tokens<Panel>(active, panel_operand<Panel>(b), tokens, columns, b.acc, b.acc_stride,
+                                  fill_from4<Panel>(w_down, book, b.list, columns, scales));
+      }
+      for (int64_t m = 0; m < tokens; m += kFewTokens) {
+        const auto few = [&](auto n) {
+          down_few4<n()>(w_down, b.list, active, b.h + m, tokens, columns, scales, b.acc + m * b.acc_stride,
+                         b.acc_stride);
+        };
+        using std::integral_constant;
+        switch (tokens - m) {
+          case 1: few(integral_constant<int, 1>{}); break;
+          case 2: few(integral_constant<int, 2>{}); break;
+          case 3: few(integral_constant<int, 3>{}); break;
+          default: few(integral_constant<int, 4>{}); break;
+        }
+      }
+    };
+    down_stages(team, static_cast<const T*>(args.b_down), active, tokens, width, b, static_cast<T*>(args.y), fill,
+                product);
+  });
   *args.rows_read = active;
 }
 

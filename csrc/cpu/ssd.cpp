@@ -72,7 +72,7 @@ void forward_block(const SsdArgs& args, int64_t batch, int64_t head, Lanes lanes
 
 // ---------------------------------------------------------------------------- backward
 
-// A thread's own memory; states and channels are padded with zeros to whole vectors and quads.
+// A part's own memory; states and channels are padded with zeros to whole vectors and quads.
 struct Scratch {
   int64_t states, channels;
   Vec* h;       // [kScanChunk + 1, kQuad]
@@ -87,13 +87,13 @@ struct Scratch {
   float* dy;
   float* dx;      // of step x
   float* g;       // [channels, states]
-  float* parts;   // [2 partial groups, b or c, length, states] (see Targets)
-  float* bounds;  // [chunks, channels, states], states before each chunk
+  float* sums;    // [2 partial groups, b or c, length, states] (see Targets)
+  float* bounds;  // [chunks, at least 1, channels, states], states before each chunk
 };
 
 int64_t align_floats(int64_t floats) { return (floats + 15) / 16 * 16; }
 
-// Floats of a thread; `own` is set up where there is a base.
+// Floats of a part; `own` is set up where there is a base.
 int64_t lay_out(const SsdArgs& args, float* base, Scratch* own) {
   Scratch s{};
   s.states = align_floats(args.states);
@@ -110,8 +110,8 @@ int64_t lay_out(const SsdArgs& args, float* base, Scratch* own) {
   for (float** tile : {&s.b, &s.c, &s.sum_b, &s.sum_c}) *tile = take(kScanChunk * s.states);
   for (float** tile : {&s.x, &s.sx, &s.dy, &s.dx}) *tile = take(kScanChunk * s.channels);
   s.g = take(s.channels * s.states);
-  s.parts = take(4 * args.length * args.states);
-  s.bounds = take(chunk_count(args) * s.channels * s.states);
+  s.sums = take(4 * args.length * args.states);
+  s.bounds = take(std::max<int64_t>(chunk_count(args), 1) * s.channels * s.states);
   if (own != nullptr) *own = s;
   return used;
 }
@@ -145,7 +145,7 @@ void read_rows(const float* from, int64_t row, int64_t steps, int64_t count, int
   }
 }
 
-// Where a head's sums for b and c go: straight to the result where one thread has the whole group, else to a part.
+// Where a head's sums for b and c go: straight to the result where one part has the whole group, else to its sums.
 struct Targets {
   float *b, *c;
   int64_t row;
@@ -280,7 +280,7 @@ void backward_head(const SsdBackwardArgs& back, int64_t batch, int64_t head, con
   }
 }
 
-// A thread's heads touch at most two groups that it shares with others: its first and its last.
+// A part's heads touch at most two groups that it shares with others: its first and its last.
 struct Shared {
   int64_t first, last;  // -1: not shared
   Shared(const SsdArgs& args, Range heads) : first(-1), last(-1) {
@@ -294,46 +294,50 @@ struct Shared {
 template <class T>
 void backward(const SsdBackwardArgs& back) {
   const SsdArgs& args = back.forward;
-  const int64_t part = args.length * args.states, per_thread = lay_out(args, nullptr, nullptr);
-#pragma omp parallel num_threads(threads_for(args.batch* args.length* args.heads* args.head_dim* args.states))
-  {
-    const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
+  const int64_t plane = args.length * args.states, per_part = lay_out(args, nullptr, nullptr);
+  const int parts = parts_for(args.batch * args.length * args.heads * args.head_dim * args.states);
+  const auto scratch_of = [&](int part) {
     Scratch own;
-    lay_out(args, static_cast<float*>(back.workspace) + thread * per_thread, &own);
-    const Range heads = share(args.heads, threads, thread);
-    const Shared shared(args, heads);
+    lay_out(args, static_cast<float*>(back.workspace) + part * per_part, &own);
+    return own;
+  };
+  parallel(parts, [&](Team& team) {
     for (int64_t batch = 0; batch < args.batch; ++batch) {
-      std::fill(own.parts, own.parts + 4 * part, 0.0f);
-      for (int64_t head = heads.begin; head < heads.end; ++head) {
-        const int64_t group = head * args.groups / args.heads;
-        const int64_t place = (batch * args.length * args.groups + group) * args.states;
-        Targets targets{back.grad_b + place, back.grad_c + place, args.groups * args.states};
-        if (group == shared.first) targets = {own.parts, own.parts + part, args.states};
-        if (group == shared.last) targets = {own.parts + 2 * part, own.parts + 3 * part, args.states};
-        backward_head<T>(back, batch, head, own, targets);
-      }
-#pragma omp barrier
-      const Range times = share(args.length, threads, thread);
-      for (int other = 0; other < threads; ++other) {
-        Scratch theirs;
-        lay_out(args, static_cast<float*>(back.workspace) + other * per_thread, &theirs);
-        const Shared groups(args, share(args.heads, threads, other));
-        for (int which = 0; which < 2; ++which) {
-          const int64_t group = which == 0 ? groups.first : groups.last;
-          if (group < 0) continue;
-          const float* from = theirs.parts + 2 * which * part;
-          for (int64_t t = times.begin; t < times.end; ++t) {
-            const int64_t to = ((batch * args.length + t) * args.groups + group) * args.states;
-            for (int64_t n = 0; n < args.states; ++n) {
-              back.grad_b[to + n] += from[t * args.states + n];
-              back.grad_c[to + n] += from[part + t * args.states + n];
+      team.stage([&](int part) {
+        const Scratch own = scratch_of(part);
+        const Range heads = share(args.heads, parts, part);
+        const Shared shared(args, heads);
+        std::fill(own.sums, own.sums + 4 * plane, 0.0f);
+        for (int64_t head = heads.begin; head < heads.end; ++head) {
+          const int64_t group = head * args.groups / args.heads;
+          const int64_t place = (batch * args.length * args.groups + group) * args.states;
+          Targets targets{back.grad_b + place, back.grad_c + place, args.groups * args.states};
+          if (group == shared.first) targets = {own.sums, own.sums + plane, args.states};
+          if (group == shared.last) targets = {own.sums + 2 * plane, own.sums + 3 * plane, args.states};
+          backward_head<T>(back, batch, head, own, targets);
+        }
+      });
+      team.stage([&](int part) {
+        const Range times = share(args.length, parts, part);
+        for (int other = 0; other < parts; ++other) {
+          const Scratch theirs = scratch_of(other);
+          const Shared groups(args, share(args.heads, parts, other));
+          for (int side = 0; side < 2; ++side) {
+            const int64_t group = side == 0 ? groups.first : groups.last;
+            if (group < 0) continue;
+            const float* from = theirs.sums + 2 * side * plane;
+            for (int64_t t = times.begin; t < times.end; ++t) {
+              const int64_t to = ((batch * args.length + t) * args.groups + group) * args.states;
+              for (int64_t n = 0; n < args.states; ++n) {
+                back.grad_b[to + n] += from[t * args.states + n];
+                back.grad_c[to + n] += from[plane + t * args.states + n];
+              }
             }
           }
         }
-      }
-#pragma omp barrier
+      });
     }
-  }
+  });
 }
 
 }  // namespace
@@ -344,17 +348,16 @@ void DEFTCORE_KERNEL(ssd)(const SsdArgs& args) {
   const int64_t blocks = (args.head_dim + kWidth - 1) / kWidth, units = args.batch * args.heads * blocks;
   const int64_t bytes = args.batch * args.length * args.heads * args.head_dim * args.states;
   dispatch_dtype(args.dtype, [&](auto t) {
-#pragma omp parallel for num_threads(threads_for(bytes)) schedule(static)
-    for (int64_t i = 0; i < units; ++i) {
+    for_range(units, bytes, [&](int64_t i) {
       const int64_t head = i / blocks % args.heads, offset = i % blocks * kWidth;
       const Lanes lanes{head * args.head_dim + offset, std::min<int64_t>(args.head_dim - offset, kWidth)};
       forward_block<decltype(t)>(args, i / blocks / args.heads, head, lanes);
-    }
+    });
   });
 }
 
 void DEFTCORE_KERNEL(ssd_workspace)(const SsdArgs& args, size_t* bytes) {
-  *bytes = static_cast<size_t>(omp_get_max_threads()) * static_cast<size_t>(lay_out(args, nullptr, nullptr)) * 4;
+  *bytes = static_cast<size_t>(most_parts()) * static_cast<size_t>(lay_out(args, nullptr, nullptr)) * 4;
 }
 
 void DEFTCORE_KERNEL(ssd_backward)(const SsdBackwardArgs& args) {

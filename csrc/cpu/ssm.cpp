@@ -1,6 +1,6 @@
 // Selective scan (Mamba): h_t = exp(step a) h_{t-1} + step b u, out = (c . h + d u) silu(z). Bound by arithmetic, one
 // exponential per state and step. A block of kWidth channels is one vector, so that no sum runs across lanes; its
-// states stay in registers or L1 while time runs. Channels are shared out to the threads; chunks of kScanChunk steps
+// states stay in registers or L1 while time runs. Channels are shared out to the parts; chunks of kScanChunk steps
 // pass through tiles, so that any memory layout of the tensors becomes [step, channel] at the cost of one copy through
 // L1. The backward takes chunks from the last to the first: it recomputes a chunk's states from the saved one before
 // it, then runs the adjoint g_t = c_t dy_t + a_{t+1} g_{t+1} back over them.
@@ -108,9 +108,9 @@ template <bool kFixedB, bool kFixedC, class T>
 void scan(const SelectiveScanArgs& args) {
   const int64_t blocks = block_count(args), units = args.batch * blocks, plane = args.states * args.channels;
   const int64_t bytes = args.batch * args.length * args.channels * args.states;
-#pragma omp parallel num_threads(threads_for(bytes))
-  {
-    const Range mine = share(units, omp_get_num_threads(), omp_get_thread_num());
+  const int parts = parts_for(bytes);
+  for_parts(parts, [&](int part) {
+    const Range mine = share(units, parts, part);
     for (int64_t begin = mine.begin; begin < mine.end;) {
       const int64_t batch = begin / blocks, end = std::min(mine.end, (batch + 1) * blocks);
       for (int64_t i = begin; i < end; ++i) {
@@ -133,12 +133,12 @@ void scan(const SelectiveScanArgs& args) {
       }
       begin = end;
     }
-  }
+  });
 }
 
 // ---------------------------------------------------------------------------- backward
 
-// A thread's own memory. What the inner loops touch is laid out so that it always fits L1's sets: the two sums side by
+// A part's own memory. What the inner loops touch is laid out so that it always fits L1's sets: the two sums side by
 // side, b and c turned so that a state's steps are neighbours.
 struct Sums {
   Vec b, c;
@@ -157,9 +157,9 @@ size_t scratch_bytes(const SelectiveScanArgs& args) {
   return (vectors + floats + 63) / 64 * 64;
 }
 
-Scratch scratch_of(const SelectiveScanArgs& args, void* workspace, int thread) {
+Scratch scratch_of(const SelectiveScanArgs& args, void* workspace, int part) {
   const int64_t states = args.states, rows = kScanChunk * states;
-  char* base = static_cast<char*>(workspace) + static_cast<size_t>(thread) * scratch_bytes(args);
+  char* base = static_cast<char*>(workspace) + static_cast<size_t>(part) * scratch_bytes(args);
   Scratch own;
   own.sums = reinterpret_cast<Sums*>(base);
   own.b = reinterpret_cast<float*>(own.sums + rows);
@@ -186,7 +186,7 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
   Coefficients<kFixedC> c(args, args.c, batch, start, block);
   if constexpr (!kFixedB) b.read_from(own.b);
   if constexpr (!kFixedC) c.read_from(own.c);
-  const Vec zero(0.0f), one(1.0f);
+  const Vec zero(0.0f);
   const Vec d = args.d == nullptr ? zero : load_some(args.d + block.first, block.count);
   const float* saved = args.chunks + (batch * chunk_count(args) + chunk) * states * args.channels + block.first;
   Vec sum_d = zero, sum_bias = zero;
@@ -254,7 +254,7 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
   for (int64_t t = 0; t < steps; ++t) {
     store(u + t * kWidth, fma(load(step + t * kWidth), grad_u[t], d * dy[t]));
     const Vec v = load(raw + t * kWidth) + bias;
-    const Vec slope = where(v > Vec(math::kSoftplusLinear), one, rcp(one + exp(zero - v)));
+    const Vec slope = where(v > Vec(math::kSoftplusLinear), Vec(1.0f), math::sigmoid(v));
     const Vec into_delta = args.softplus ? grad_step[t] * slope : grad_step[t];
     store(step + t * kWidth, into_delta);
     sum_bias = sum_bias + into_delta;
@@ -267,7 +267,7 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
   if (back.grad_delta_bias != nullptr) add_to(back.grad_delta_bias + block.first, sum_bias, block.count);
 }
 
-// The sums over a group's channels, from lanes to this thread's parts, [steps, states].
+// The sums over a group's channels, from lanes to the part's own, [steps, states].
 void reduce_sums(const SelectiveScanArgs& args, int64_t start, int64_t steps, const Scratch& own) {
   for (int64_t t = 0; t < steps; ++t) {
     for (int64_t n = 0; n < args.states; ++n) {
@@ -287,15 +287,15 @@ void turn(const SelectiveScanArgs& args, const float* data, int64_t batch, int64
   }
 }
 
-// grad [batch, length, groups, states] of one batch and group: the threads' parts, added in their order.
-void add_parts(const SelectiveScanArgs& args, void* workspace, int threads, bool is_c, int64_t batch, int64_t group,
+// grad [batch, length, groups, states] of one batch and group: the parts' sums, added in their order.
+void add_parts(const SelectiveScanArgs& args, void* workspace, int parts, bool is_c, int64_t batch, int64_t group,
                Range times, float* grad) {
   for (int64_t t = times.begin; t < times.end; ++t) {
     float* to = grad + ((batch * args.length + t) * args.groups + group) * args.states;
-    for (int thread = 0; thread < threads; ++thread) {
-      const Scratch own = scratch_of(args, workspace, thread);
-      const float* part = (is_c ? own.part_c : own.part_b) + t * args.states;
-      for (int64_t n = 0; n < args.states; ++n) to[n] += part[n];
+    for (int part = 0; part < parts; ++part) {
+      const Scratch own = scratch_of(args, workspace, part);
+      const float* sums = (is_c ? own.part_c : own.part_b) + t * args.states;
+      for (int64_t n = 0; n < args.states; ++n) to[n] += sums[n];
     }
   }
 }
@@ -305,36 +305,38 @@ void scan_backward(const SelectiveScanBackwardArgs& back) {
   const SelectiveScanArgs& args = back.forward;
   const int64_t per_group = block_count(args) / args.groups, plane = args.states * args.channels;
   const int64_t bytes = args.batch * args.length * args.channels * args.states;
-#pragma omp parallel num_threads(threads_for(bytes))
-  {
-    const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    const Scratch own = scratch_of(args, back.workspace, thread);
-    const Range mine = share(per_group, threads, thread);
+  const int parts = parts_for(bytes);
+  const auto sum_part = [&](int part, int64_t batch, int64_t group) {
+    const Scratch own = scratch_of(args, back.workspace, part);
+    const Range mine = share(per_group, parts, part);
+    for (int64_t chunk = chunk_count(args) - 1; chunk >= 0; --chunk) {
+      const int64_t start = chunk * kScanChunk, steps = std::min(args.length - start, kScanChunk);
+      std::fill(own.sums, own.sums + kScanChunk * args.states, Sums{Vec(0.0f), Vec(0.0f)});
+      if (!kFixedB) turn(args, args.b, batch, group, start, steps, own.b);
+      if (!kFixedC) turn(args, args.c, batch, group, start, steps, own.c);
+      for (int64_t i = mine.begin; i < mine.end; ++i) {
+        backward_block<kFixedB, kFixedC, T>(back, batch, chunk, block_of(args, group * per_group + i),
+                                            back.grad_first + batch * plane, own);
+      }
+      if (!kFixedB || !kFixedC) reduce_sums(args, start, steps, own);
+    }
+  };
+  parallel(parts, [&](Team& team) {
     for (int64_t batch = 0; batch < args.batch; ++batch) {
       for (int64_t group = 0; group < args.groups; ++group) {
-        for (int64_t chunk = chunk_count(args) - 1; chunk >= 0; --chunk) {
-          const int64_t start = chunk * kScanChunk, steps = std::min(args.length - start, kScanChunk);
-          std::fill(own.sums, own.sums + kScanChunk * args.states, Sums{Vec(0.0f), Vec(0.0f)});
-          if (!kFixedB) turn(args, args.b, batch, group, start, steps, own.b);
-          if (!kFixedC) turn(args, args.c, batch, group, start, steps, own.c);
-          for (int64_t i = mine.begin; i < mine.end; ++i) {
-            backward_block<kFixedB, kFixedC, T>(back, batch, chunk, block_of(args, group * per_group + i),
-                                                back.grad_first + batch * plane, own);
+        team.stage([&](int part) { sum_part(part, batch, group); });
+        team.stage([&](int part) {
+          const Range times = share(args.length, parts, part);
+          if (!kFixedB && back.grad_b != nullptr) {
+            add_parts(args, back.workspace, parts, false, batch, group, times, back.grad_b);
           }
-          if (!kFixedB || !kFixedC) reduce_sums(args, start, steps, own);
-        }
-#pragma omp barrier
-        const Range times = share(args.length, threads, thread);
-        if (!kFixedB && back.grad_b != nullptr) {
-          add_parts(args, back.workspace, threads, false, batch, group, times, back.grad_b);
-        }
-        if (!kFixedC && back.grad_c != nullptr) {
-          add_parts(args, back.workspace, threads, true, batch, group, times, back.grad_c);
-        }
-#pragma omp barrier
+          if (!kFixedC && back.grad_c != nullptr) {
+            add_parts(args, back.workspace, parts, true, batch, group, times, back.grad_c);
+          }
+        });
       }
     }
-  }
+  });
 }
 
 // ---------------------------------------------------------------------------- one step
@@ -413,7 +415,7 @@ void DEFTCORE_KERNEL(selective_scan)(const SelectiveScanArgs& args) {
 }
 
 void DEFTCORE_KERNEL(selective_scan_workspace)(const SelectiveScanArgs& args, size_t* bytes) {
-  *bytes = scratch_bytes(args) * static_cast<size_t>(omp_get_max_threads());
+  *bytes = scratch_bytes(args) * static_cast<size_t>(most_parts());
 }
 
 void DEFTCORE_KERNEL(selective_scan_backward)(const SelectiveScanBackwardArgs& args) {
@@ -427,12 +429,12 @@ void DEFTCORE_KERNEL(selective_state_update)(const StateUpdateArgs& args) {
   const int64_t blocks = (args.head_dim + kWidth - 1) / kWidth, rows = args.heads * blocks;
   dispatch_dtype(args.dtype, [&](auto t) {
     dispatch_dtype(args.state_dtype, [&](auto s) {
-#pragma omp parallel for num_threads(threads_for(args.batch* args.heads* args.head_dim* args.states * 8))
-      for (int64_t i = 0; i < args.batch * rows; ++i) {
+      const int64_t bytes = args.batch * args.heads * args.head_dim * args.states * 8;
+      for_range(args.batch * rows, bytes, [&](int64_t i) {
         const int64_t offset = i % blocks * kWidth;
         const Lanes lanes{offset, std::min<int64_t>(args.head_dim - offset, kWidth)};
         update_block<decltype(t), decltype(s)>(args, i / rows, i % rows / blocks, lanes);
-      }
+      });
     });
   });
 }

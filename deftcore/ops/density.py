@@ -69,7 +69,7 @@ def act_density(
         mask: [...] without the last dimension; zero leaves a token out of sum and count. None counts all.
         surrogate: "l0", "tanh" or "l1".
         eps: of `l0`, above 0. Never pass a slope here: at 20 it would measure squared magnitude.
-        beta: slope of `tanh`, above 0.
+        beta: slope of `tanh`, above 0. Both 1e-30 to 1e30 below float64.
         tau: an element is active when |a| > tau or it is NaN; None is 0 for ReLU types, sqrt(1e-7) otherwise.
 
     Returns:
@@ -89,8 +89,10 @@ def act_density(
     check_choice("surrogate", surrogate, SURROGATES)
     eps = check_number("eps", eps, minimum=0.0, strict=True)
     beta = check_number("beta", beta, minimum=0.0, strict=True)
-    if surrogate == "l0" and z.dtype != torch.float64 and eps < 1e-30:
-        raise ValueError(f"eps: must be at least 1e-30 below float64, got {eps}")
+    if z.dtype != torch.float64:  # squares and products with it stay in float32's range
+        for name, value, used in (("eps", eps, "l0"), ("beta", beta, "tanh")):
+            if surrogate == used and not 1e-30 <= value <= 1e30:
+                raise ValueError(f"{name}: must be in 1e-30..1e30 below float64, got {value}")
     tau = default_tau(f) if tau is None else check_number("tau", tau, minimum=0.0)
     param = eps if surrogate == "l0" else beta
     return _act_density(z, _check_mask(mask, z), ACTIVATIONS[f], SURROGATES[surrogate], param, tau)

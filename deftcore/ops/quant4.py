@@ -23,6 +23,7 @@ from deftcore.ops._library import (
 from deftcore.ops.quantized import NESTED_BLOCK, QUANT_TYPES, QuantizedTensor, check_block_size, dynamic_book
 
 _DTYPES = list(DTYPE_CODES)
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def quantize_4bit(
@@ -72,17 +73,25 @@ def quantize_4bit(
 def nest_scales(q: QuantizedTensor, parity: str | None = None) -> QuantizedTensor:
     """q with its float32 scales rounded to 8 bits around their mean, in blocks of 256."""
     offset = q.absmax.mean()
+    if not torch.isfinite(offset):  # the float32 sum, which bitsandbytes takes, overflows
+        offset = q.absmax.double().mean().float()
     centred = q.absmax - offset
     blocks = F.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     largest = blocks.abs().amax(1)
-    value = (blocks * (1 / largest)[:, None]).clamp(-1, 1).flatten()[: len(centred)]
+    inverse = (1 / largest)[:, None]
+    exact = (inverse >= _TINY) & (inverse <= 1 / _TINY)  # else a product loses bits, or all of them
+    value = torch.where(exact, blocks * inverse, blocks / largest[:, None])
+    value = value.clamp(-1, 1).flatten()[: len(centred)]
     book = dynamic_book().to(centred.device)
     if parity == "bnb-cpu":
         bins = ((value + 1) * 0.5 * 65535 + 0.5).to(torch.int32)
         value = -1 + 2 * bins / 65535
     codes = torch.bucketize(value, (book[:-1] + book[1:]) * 0.5)  # midpoints strictly below: ties take the lower
     flat = (largest == 0).repeat_interleave(NESTED_BLOCK)[: len(centred)]
-    codes = torch.where(flat, 0 if parity == "bnb-cpu" else 127, codes).to(torch.uint8)
+    codes = torch.where(flat, 0 if parity == "bnb-cpu" else 127, codes)
+    outer = largest.repeat_interleave(NESTED_BLOCK)[: len(centred)]
+    codes -= (book[codes] * outer + offset > torch.finfo(q.dtype).max).int()  # no scale is rounded up to infinity
+    codes = codes.to(torch.uint8)
     return QuantizedTensor(
         q.packed, codes, q.shape, q.dtype, q.quant_type, q.block_size, largest, float(offset), q.code, book
     )
@@ -301,13 +310,13 @@ def _run(
     y = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    x = x.contiguous()
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     low, lora = (None, None) if low is None or lora is None else (low.contiguous(), lora.contiguous())
     view, dtype = w.native(), DTYPE_CODES[x.dtype]
     size = kernels.linear_4bit_workspace(view, tokens, rank, dtype)
     workspace = torch.empty(size + 64, dtype=torch.uint8, device=x.device)
     kernel(
-        view, address(x), address(None if bias is None else bias.contiguous()), address(low), address(lora),
+        view, address(x), address(bias), address(low), address(lora),
         address(y), -(-address(workspace) // 64) * 64, tokens, rank, dtype, stream(x),
     )  # fmt: skip
     return y

@@ -135,6 +135,7 @@ int main() {
     test_scan(Problem(1, 40, 3, 21, 17, 3));
     test_scan(Problem(1, 70, 4, 16, 32, 1));
     test_scan(Problem(0, 4, 2, 2, 2, 1));
+    test_scan(Problem(1, 0, 4, 8, 16, 1));
     test_update(Problem(2, 1, 6, 19, 23, 2));
     test_update(Problem(1, 1, 2, 16, 16, 1));
   });

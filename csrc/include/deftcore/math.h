@@ -42,6 +42,15 @@ inline constexpr float kMaxSquare = 1e30f;
 inline constexpr float kMaxRoot = 1e15f;
 // Beyond this every slope is 0 or 1 in float; holding z here keeps 0 * infinity out of the derivatives.
 inline constexpr float kMaxSlope = 1e4f;
+// The largest float. Holding z at its negative keeps infinity * 0 out of z sigmoid(z) and its like, and their sign.
+inline constexpr float kLargest = 3.40282347e38f;
+
+// 1 / (1 + e^-z), from the exponential that cannot overflow: also where the result is subnormal.
+template <class V>
+DEFTCORE_HD V sigmoid(V z) {
+  const V one(1.0f), w = exp(V(0.0f) - abs(z));
+  return where(z < V(0.0f), w, one) * rcp(one + w);
+}
 
 // f(z). NaN goes through all of these: at_most and at_least keep it, and comparisons with it are false.
 template <Activation kF, class V>
@@ -54,12 +63,12 @@ DEFTCORE_HD V activate(V z) {
     return r * r;
   } else if constexpr (kF == Activation::kGeluErf) {
     V bell;
-    return where(z == V(-INFINITY), zero, z * normal_cdf(z, bell));
+    return at_least(z, V(-kLargest)) * normal_cdf(z, bell);
   } else if constexpr (kF == Activation::kGeluTanh) {
     const V u = V(kSqrt2OverPi) * (z + V(kGeluCubic) * z * z * z);
-    return where(z == V(-INFINITY), zero, half * z * (one + tanh(u)));
+    return half * at_least(z, V(-kLargest)) * (one + tanh(u));
   } else {
-    return where(z == V(-INFINITY), zero, z * rcp(one + exp(zero - z)));
+    return at_least(z, V(-kLargest)) * sigmoid(z);
   }
 }
 
@@ -86,8 +95,8 @@ DEFTCORE_HD ValueGrad<V> activate_grad(V z) {
       const V cdf = half * (one + t);
       return {z * cdf, cdf + half * z * (one - t * t) * slope};
     } else {
-      const V sigmoid = rcp(one + exp(zero - z));
-      return {z * sigmoid, sigmoid * (one + z * (one - sigmoid))};
+      const V s = sigmoid(z);
+      return {z * s, s * (one + z * (one - s))};
     }
   }
 }
@@ -103,7 +112,7 @@ DEFTCORE_HD GatedSlopes<V> gated_slopes(V gate, V up, V grad) {
   const auto f = activate_grad<kF>(gate);
   // The value above is that at a held argument, beyond which a smooth f is the identity.
   const V value = kF == Activation::kRelu2 ? f.value : where(gate > V(kMaxSlope), gate, f.value);
-  return {grad * up * f.grad, grad * value};
+  return {grad * f.grad * up, grad * value};  // in this order no product overflows that a slope of 0 ends
 }
 
 // log(1 + e^x), x itself above 20 as in PyTorch. With w = e^-|x|: max(x, 0) + 2 atanh(w / (w + 2)), by its series,
