@@ -222,7 +222,7 @@ class DensityLoss(nn.Module):
             "blocks": [block.name for block in self._blocks],
             "block_weights": self._weights,
             "ramp": self.ramp,
-            "adaptive": self.adaptive,
+            "adaptive": "gate" if self.gates is not None else None,
             "gamma": self.gamma,
         }
 
