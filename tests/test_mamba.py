@@ -894,7 +894,7 @@ from deftcore.integrations.kernel_aliases import install_kernel_aliases
 install_kernel_aliases()
 install_kernel_aliases()
 import transformers, warnings
-from deftcore.ops import ssm, ssd, conv1d
+from deftcore.ops import conv1d, decode, ssd, ssm
 called = set()
 def watch(module, name):
     op = getattr(module, name)
@@ -902,8 +902,8 @@ def watch(module, name):
         called.add(name)
         return op(*args)
     setattr(module, name, run)
-for module, name in ((ssm, "_selective_scan"), (ssm, "_selective_state_update"), (ssd, "_ssd"),
-                     (conv1d, "_causal_conv1d"), (conv1d, "_causal_conv1d_update")):
+for module, name in ((ssm, "_selective_scan"), (decode, "_selective_state_update"), (ssd, "_ssd"),
+                     (conv1d, "causal_conv1d_op"), (decode, "_causal_conv1d_update")):
     watch(module, name)
 for family, extra in (("Mamba", {}), ("FalconMamba", {}), ("Mamba2", dict(num_heads=8, head_dim=8, n_groups=2))):
     called.clear()
@@ -914,7 +914,7 @@ for family, extra in (("Mamba", {}), ("FalconMamba", {}), ("Mamba2", dict(num_he
     ids = torch.randint(1, 50, (2, 11))
     model(input_ids=ids, labels=ids).loss.backward()
     scan = "_ssd" if family == "Mamba2" else "_selective_scan"
-    assert {scan, "_causal_conv1d"} <= called, called
+    assert {scan, "causal_conv1d_op"} <= called, called
     with torch.no_grad():
         filled = model(input_ids=ids, use_cache=True)
         name = "cache" if "cache" in filled else "cache_params"  # Transformers renamed it

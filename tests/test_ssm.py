@@ -203,18 +203,16 @@ def test_gradcheck():
 def test_deterministic_and_repeatable_over_threads():
     tensors = inputs(channels=200, length=70, states=16)
     results = []
-    for threads in (1, 2):
+    for threads in (1, 2, 2):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         leaves = [t.detach().requires_grad_() for t in tensors]
         out, _ = run(ops.selective_scan, leaves)
         results.append([out, *torch.autograd.grad(out.sum(), leaves[:8])])
         torch.set_num_threads(before)
-    for one, two in zip(*results, strict=True):
+    for one, two in zip(*results[:2], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-4)
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    again = torch.autograd.grad(run(ops.selective_scan, leaves)[0].sum(), leaves[:8])
-    assert all(torch.equal(a, b) for a, b in zip(again, results[1][1:], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*results[1:], strict=True))
 
 
 def test_keeps_a_state_per_chunk_only():

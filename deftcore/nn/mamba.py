@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deftcore.nn.mixer import MixerBlock, MixerState, check_size, initial_steps, masked
-from deftcore.ops.conv1d import causal_conv1d, causal_conv1d_update
+from deftcore.ops.conv1d import causal_conv1d
+from deftcore.ops.decode import causal_conv1d_update, selective_state_update
 from deftcore.ops.mamba import MASKED_STEP, Projection, mamba_inner, project
-from deftcore.ops.ssm import selective_scan, selective_state_update
+from deftcore.ops.ssm import selective_scan
 
 
 class MambaBlock(MixerBlock):

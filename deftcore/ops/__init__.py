@@ -1,7 +1,8 @@
 """PyTorch operators over native kernels. Needs PyTorch alone."""
 
 from deftcore.ops._library import cuda_enabled, op_names
-from deftcore.ops.conv1d import causal_conv1d, causal_conv1d_update
+from deftcore.ops.conv1d import causal_conv1d, causal_conv1d_varlen_states
+from deftcore.ops.decode import causal_conv1d_update, selective_state_update
 from deftcore.ops.density import act_density, density
 from deftcore.ops.grouped_delta import DeltaBank, LowRankDelta, SliceDelta, grouped_delta_linear
 from deftcore.ops.lora import lora_linear
@@ -12,7 +13,7 @@ from deftcore.ops.quant4 import dequantize_4bit, linear_4bit, quantize_4bit
 from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.sparse_mlp import bundle_rows, sparse_down, sparse_gated_mlp, sparse_mlp
 from deftcore.ops.ssd import mamba_chunk_scan
-from deftcore.ops.ssm import selective_scan, selective_state_update
+from deftcore.ops.ssm import selective_scan
 
 __all__ = [
     "DeltaBank",
@@ -25,6 +26,7 @@ __all__ = [
     "bundle_rows",
     "causal_conv1d",
     "causal_conv1d_update",
+    "causal_conv1d_varlen_states",
     "cuda_enabled",
     "density",
     "dequantize_4bit",

@@ -57,14 +57,15 @@ def define(
     """Registers one op in the `deftcore` namespace and returns a function that calls it."""
     name = schema.split("(", 1)[0]
     _lib.define(schema)
-    _lib.impl(name, _without_autocast(impl), "CompositeExplicitAutograd")
+    op = getattr(torch.ops.deftcore, name).default
+    changed = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    _lib.impl(name, _as_kernel(impl, changed), "CompositeExplicitAutograd")
     torch.library.register_fake(f"deftcore::{name}", fake, lib=_lib)
     if backward is not None:
         torch.library.register_autograd(
             f"deftcore::{name}", _without_autocast(backward), setup_context=setup_context, lib=_lib
         )
     _defined.append(name)
-    op = getattr(torch.ops.deftcore, name).default
     if backward is None:
         return op
 
@@ -76,6 +77,26 @@ def define(
             return op(*args)
 
     return call
+
+
+def _as_kernel(impl: Callable[..., Any], changed: list[int]) -> Callable[..., Any]:
+    """What the dispatcher calls: to autograd the outputs are new tensors and the `changed` arguments were written.
+
+    Views made inside are not tracked, or an output that the implementation transposed would be a view of an op's output
+    to autograd, which nobody may change in place. What native code writes by address is counted by hand, so that a
+    backward that kept the argument's old value raises.
+    """
+    quiet = _without_autocast(impl)
+
+    @wraps(impl)
+    def kernel(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            outputs = quiet(*args)
+        for i in changed:
+            torch.autograd.graph.increment_version(args[i])
+        return outputs
+
+    return kernel
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,6 +187,15 @@ def check_like(name: str, x: Any, like_name: str, like: Tensor) -> None:
     check_float(name, x)
     if x.dtype != like.dtype:
         raise TypeError(f"{name}: dtype must be {like.dtype} as {like_name}, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: must be on {like.device} as {like_name}, got {x.device}")
+
+
+def check_integers(name: str, x: Any, shape: tuple[int, ...], why: str, like_name: str, like: Tensor) -> None:
+    """Raises unless x is an int32 or int64 tensor of this shape on like's device."""
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: must be an int32 or int64 tensor, got {getattr(x, 'dtype', type(x))}")
+    check_shape(name, x, shape, why)
     if x.device != like.device:
         raise ValueError(f"{name}: must be on {like.device} as {like_name}, got {x.device}")
 

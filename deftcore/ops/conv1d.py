@@ -12,6 +12,7 @@ from deftcore.ops._library import (
     address,
     backend,
     check_float,
+    check_integers,
     check_like,
     check_shape,
     define,
@@ -43,7 +44,8 @@ def causal_conv1d(
         initial_states: [B, C, W - 1] in x's dtype, what came before x; None is 0.
         return_final_states: also return what the next call takes as `initial_states`.
         activation: None, "silu" or "swish" (the same).
-        seq_idx: [B, L] integers; no tap reaches a step of another number. `initial_states` belong to the first.
+        seq_idx: [B, L] integers; no tap reaches a step of another number. `initial_states` belong to the first. A
+            negative number is padding: 0 comes out.
 
     Returns:
         out [B, C, L] in x's dtype; with `return_final_states` also the last W - 1 steps, [B, C, W - 1].
@@ -57,14 +59,16 @@ def causal_conv1d(
     check_float("x", x)
     if x.dim() != 3:
         raise ValueError(f"x: must be [B, C, L], got shape {tuple(x.shape)}")
-    taps, offset, silu = _parameters(x, weight, bias, activation)
+    taps, offset, silu = conv_parameters(x, weight, bias, activation)
     reach = weight.shape[1] - 1
     if initial_states is not None:
         check_like("initial_states", initial_states, "x", x)
         check_shape("initial_states", initial_states, (*x.shape[:2], reach), "[B, C, W - 1]")
     if seq_idx is not None:
         seq_idx = check_sequence(seq_idx, x.shape[0], x.shape[2], x)
-    out = _causal_conv1d(x, taps, offset, initial_states, seq_idx, silu)
+    out = causal_conv1d_op(x, taps, offset, initial_states, seq_idx, silu)
+    if seq_idx is not None and (seq_idx.device.type != "cpu" or torch.compiler.is_compiling() or (seq_idx < 0).any()):
+        out = out.masked_fill((seq_idx < 0).unsqueeze(1), 0)
     if not return_final_states:
         return out
     return out, next_window(x, initial_states, reach)
@@ -78,50 +82,48 @@ def next_window(x: Tensor, window: Tensor | None, reach: int) -> Tensor:
     return torch.cat((before, x), -1)[..., x.shape[2] :].contiguous()
 
 
-def causal_conv1d_update(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    *,
-    conv_state_indices: Tensor | None = None,
-) -> Tensor:
-    """`causal_conv1d` for the next step or steps of a sequence; `conv_state` moves on in place.
+def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
+    """The last steps of each of several sequences that lie behind each other, as `causal_conv1d_update` takes them.
 
     Args:
-        x: [B, C] or [B, C, T].
-        conv_state: [B, C, S] in x's dtype, S at least W - 1, the newest step last.
-        weight, bias, activation: as for `causal_conv1d`.
-        conv_state_indices: [B] int64, the row of `conv_state` [slots, C, S] that belongs to each row of x; a negative
-            one is padding: 0 comes out and no state is touched. None is 0..B - 1.
+        x: [T, C], any floating dtype.
+        cu_seqlens: [sequences + 1], int32 or int64, rising from 0 to at most T: sequence i is x[cu[i]:cu[i + 1]].
+        state_len: how many steps; a shorter sequence has zeros in front.
 
     Returns:
-        As x.
+        [sequences, C, state_len] in x's dtype, differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> causal_conv1d_varlen_states(torch.arange(1.0, 6)[:, None], torch.tensor([0, 1, 5]), 2).tolist()
+    [[[0.0, 1.0]], [[4.0, 5.0]]]
     """
     check_float("x", x)
-    if x.dim() not in (2, 3):
-        raise ValueError(f"x: must be [B, C] or [B, C, T], got shape {tuple(x.shape)}")
-    steps = x if x.dim() == 3 else x.unsqueeze(-1)
-    taps, offset, silu = _parameters(x, weight, bias, activation)
-    check_like("conv_state", conv_state, "x", x)
-    reach = weight.shape[1] - 1
-    if conv_state.dim() != 3 or conv_state.shape[1] != x.shape[1] or conv_state.shape[2] < reach:
-        raise ValueError(f"conv_state: must be [B, {x.shape[1]}, at least {reach}], got {tuple(conv_state.shape)}")
-    slots = check_slots("conv_state_indices", conv_state_indices, x.shape[0], "conv_state", conv_state)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        if slots is not None:
-            raise ValueError("conv_state_indices: cannot be used where gradients are needed; call causal_conv1d")
-        window = conv_state.detach()[..., conv_state.shape[2] - reach :].clone()
-        out = _causal_conv1d(steps, taps, offset, window, None, silu)
-        with torch.no_grad():
-            conv_state.copy_(torch.cat((conv_state, steps), -1)[..., steps.shape[2] :])
-    else:
-        out = _causal_conv1d_update(steps, conv_state, taps, offset, slots, silu)
-    return out if x.dim() == 3 else out.squeeze(-1)
+    if x.dim() != 2:
+        raise ValueError(f"x: must be [T, C], got shape {tuple(x.shape)}")
+    if isinstance(state_len, bool) or not isinstance(state_len, int) or state_len < 0:
+        raise ValueError(f"state_len: must be an integer of at least 0, got {state_len!r}")
+    ends = check_ends("cu_seqlens", cu_seqlens, x.shape[0], x)
+    places = ends[1:, None] + torch.arange(-state_len, 0, device=x.device)
+    inside = (places >= ends[:-1, None]).unsqueeze(-1)
+    padded = torch.cat((x, x.new_zeros(1, x.shape[1])))  # an index that is outside needs a row to point at
+    return torch.where(inside, padded[places.clamp(min=0)], 0).transpose(1, 2)
 
 
-def _parameters(
+def check_ends(name: str, ends: Any, length: int, x: Tensor) -> Tensor:
+    """Sequences' borders as int64; raises unless they rise from 0 to at most `length`."""
+    if not isinstance(ends, Tensor) or ends.dim() != 1 or not ends.numel():
+        raise ValueError(f"{name}: must be a tensor [sequences + 1], got {getattr(ends, 'shape', type(ends))}")
+    check_integers(name, ends, tuple(ends.shape), "", "x", x)
+    if ends.device.type == "cpu" and not torch.compiler.is_compiling():
+        steps = ends.diff(prepend=ends.new_zeros(1))
+        if ends[0] != 0 or (steps < 0).any() or ends[-1] > length:
+            raise ValueError(f"{name}: must rise from 0 to at most {length}, got {ends.tolist()}")
+    return ends.to(torch.int64)
+
+
+def conv_parameters(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> tuple[Tensor, Tensor | None, bool]:
     """weight as [W, C] and bias in the accumulation's dtype, and whether silu follows."""
@@ -146,30 +148,8 @@ def _parameters(
 
 def check_sequence(seq_idx: Any, batch: int, length: int, x: Tensor) -> Tensor:
     """seq_idx as contiguous int32; raises unless it is [batch, length] integers on x's device."""
-    if not isinstance(seq_idx, Tensor) or seq_idx.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"seq_idx: must be an int32 or int64 tensor, got {getattr(seq_idx, 'dtype', type(seq_idx))}")
-    check_shape("seq_idx", seq_idx, (batch, length), "[B, L]")
-    if seq_idx.device != x.device:
-        raise ValueError(f"seq_idx: must be on {x.device} as x, got {seq_idx.device}")
+    check_integers("seq_idx", seq_idx, (batch, length), "[B, L]", "x", x)
     return seq_idx.to(torch.int32).contiguous()
-
-
-def check_slots(name: str, slots: Any, batch: int, state_name: str, state: Tensor) -> Tensor | None:
-    """Slot numbers as contiguous int64, each below the number of states and used once; None where row b has slot b."""
-    if slots is None:
-        if state.shape[0] != batch:
-            raise ValueError(f"{state_name}: must have {batch} rows as x, got {state.shape[0]}")
-        return None
-    if not isinstance(slots, Tensor) or slots.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: must be an int32 or int64 tensor, got {getattr(slots, 'dtype', type(slots))}")
-    check_shape(name, slots, (batch,), "one per row of x")
-    if slots.device.type == "cpu" and batch and not torch.compiler.is_compiling():
-        used = slots[slots >= 0]
-        if used.numel() and int(used.max()) >= state.shape[0]:
-            raise ValueError(f"{name}: must be below {state.shape[0]} (rows of {state_name}), got {int(used.max())}")
-        if used.unique().numel() != used.numel():
-            raise ValueError(f"{name}: two rows cannot share a state")
-    return slots.to(torch.int64).contiguous()
 
 
 # ---------------------------------------------------------------------------- op
@@ -248,31 +228,6 @@ def _conv_grad_fake(
     )  # fmt: skip
 
 
-def _update_impl(
-    x: Tensor, state: Tensor, taps: Tensor, bias: Tensor | None, slots: Tensor | None, silu: bool
-) -> Tensor:
-    kernels = backend("causal_conv1d", x)
-    if kernels is None:
-        out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-        rows = slice(None) if slots is None else (slots >= 0).nonzero().squeeze(1)
-        own = rows if slots is None else slots[rows]
-        joined = torch.cat((state[own], x[rows]), -1)
-        reach = taps.shape[0] - 1
-        window = joined[..., state.shape[2] - reach : state.shape[2]]
-        out[rows] = conv_forward(x[rows], taps, bias, window, None, silu)
-        state[own] = joined[..., x.shape[2] :]
-        return out
-    out = x.new_empty(x.shape)
-    held = state.contiguous()
-    kernels.causal_conv1d_update(
-        strided(x), strided(out), address(held), address(slots), address(taps), address(bias), x.shape[0], x.shape[2],
-        x.shape[1], taps.shape[0], state.shape[2], DTYPE_CODES[x.dtype], silu, stream(x),
-    )  # fmt: skip
-    if held is not state:
-        state.copy_(held)
-    return out
-
-
 # ---------------------------------------------------------------------------- references
 
 
@@ -328,15 +283,10 @@ _causal_conv1d_grad = define(
     conv_backward,
     _conv_grad_fake,
 )
-_causal_conv1d = define(
+causal_conv1d_op = define(
     f"causal_conv1d({_TENSORS}) -> Tensor",
     conv_forward,
     _conv_fake,
     setup_context=_conv_setup,
     backward=_conv_grad,
-)
-_causal_conv1d_update = define(
-    "causal_conv1d_update(Tensor x, Tensor(a!) state, Tensor taps, Tensor? bias, Tensor? slots, bool silu) -> Tensor",
-    _update_impl,
-    lambda x, state, taps, bias, slots, silu: x.new_empty(x.shape),
 )

@@ -12,7 +12,6 @@ from deftcore.ops._library import (
     address,
     backend,
     check_float,
-    check_like,
     check_shape,
     define,
     has_kernel,
@@ -42,12 +41,13 @@ def mamba_chunk_scan(
     """y_t = h_t C_t + D x_t with h_t = exp(step_t A) h_{t-1} + step_t x_t B_t^T, per head (Mamba-2, eq. 1 and 2).
 
     step = clamp(softplus(dt + dt_bias), dt_limit), softplus where `dt_softplus` is set. The state is float32. Time is
-    linear in L, and nothing but the inputs is kept for the backward. Every tensor but `seq_idx` is differentiable.
+    linear in L, and nothing but the inputs is kept for the backward. Every tensor but `seq_idx` is differentiable
+    and has a floating dtype of its own.
 
     Args:
-        x, z: [B, L, H, P]; B, C: [B, L, G, N], G a divisor of H, N up to 256. One dtype.
-        dt: [B, L, H], in x's dtype or float32.
-        A: [H], negative; D: [H], [H, P] or None; dt_bias: [H] or None. Any floating dtype.
+        x, z: [B, L, H, P]; B, C: [B, L, G, N], G a divisor of H, N up to 256.
+        dt: [B, L, H].
+        A: [H], negative, real; D: [H], [H, P] or None; dt_bias: [H] or None.
         chunk_size: as mamba_ssm takes it; the result does not depend on it.
         z: gate, out = y silu(z).
         initial_states: [B, H, P, N] or None for 0.
@@ -73,11 +73,10 @@ def mamba_chunk_scan(
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size: must be a positive integer, got {chunk_size!r}")
     wide = wide_dtype(x)
-    float_dt = isinstance(dt, Tensor) and dt.dtype == wide
-    check_like("dt", dt, "x", x.new_empty(0, dtype=wide) if float_dt else x)
+    check_float("dt", dt)
     check_shape("dt", dt, (batch, length, heads), "[B, L, H]")
     for name, t in (("B", B), ("C", C)):
-        check_like(name, t, "x", x)
+        check_float(name, t)
         if t.dim() != 4 or tuple(t.shape[:2]) != (batch, length) or not 1 <= t.shape[3] <= MAX_STATES:
             raise ValueError(f"{name}: must be [{batch}, {length}, G, N], N in 1..{MAX_STATES}, got {tuple(t.shape)}")
     groups, states = B.shape[2:]
@@ -95,23 +94,24 @@ def mamba_chunk_scan(
             check_float(name, each)
             check_shape(name, each, (heads,), "one per head")
     if z is not None:
-        check_like("z", z, "x", x)
+        check_float("z", z)
         check_shape("z", z, tuple(x.shape), "as x")
     if initial_states is not None:
         check_float("initial_states", initial_states)
         check_shape("initial_states", initial_states, (batch, heads, head_dim, states), "[B, H, P, N]")
         initial_states = initial_states.to(wide).contiguous()
-    for name, each in (*per_head, ("D", D), ("initial_states", initial_states)):
+    others = (("dt", dt), ("B", B), ("C", C), ("D", D), ("z", z), ("initial_states", initial_states))
+    for name, each in (*per_head, *others):
         if each is not None and each.device != x.device:
             raise ValueError(f"{name}: must be on {x.device} as x, got {each.device}")
-    step, log_decay = steps_of(dt, A, dt_bias, dt_softplus, dt_limit)
+    step, log_decay = steps_of(dt.to(wide), A, dt_bias, dt_softplus, dt_limit)
     if seq_idx is not None:
         seq_idx = check_sequence(seq_idx, batch, length, x)
         begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
         log_decay = log_decay.masked_fill(begins.unsqueeze(-1), -torch.inf)
     b, c = (t.to(wide).contiguous() for t in (B, C))
     out, last = _ssd(collapsible(x), step.contiguous(), log_decay.contiguous(), b, c, D, initial_states)
-    out = out if z is None else out * F.silu(z)
+    out = out if z is None else (out * F.silu(z)).to(x.dtype)
     return (out, last) if return_final_states else out
 
 

@@ -1,4 +1,4 @@
-"""The selective scan of Mamba (Gu and Dao, arXiv 2312.00752) and its decoding step, in mamba_ssm's signatures."""
+"""The selective scan of Mamba (Gu and Dao, arXiv 2312.00752), in mamba_ssm's signature."""
 
 from typing import Any
 
@@ -19,7 +19,6 @@ from deftcore.ops._library import (
     native,
     stream,
 )
-from deftcore.ops.conv1d import check_slots
 
 MAX_STATES = 256
 
@@ -123,86 +122,6 @@ def _coefficients(name: str, x: Tensor, u: Tensor, states: int) -> tuple[Tensor,
     if groups == 0 or channels % groups:
         raise ValueError(f"{name}: the number of groups must divide D = {channels}, got {groups}")
     return grouped.permute(0, 3, 1, 2).to(wide).contiguous(), groups
-
-
-def selective_state_update(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    *,
-    state_batch_indices: Tensor | None = None,
-) -> Tensor:
-    """One step of the scan: state = exp(step A) state + step B x, in place, and out = (C . state + D x) silu(z).
-
-    Shapes are Mamba's, or Mamba-2's with a head dimension H (there dt, A, D and dt_bias may be expanded views). Sums
-    and exponents are float32. Where gradients are needed they go to everything but `state`.
-
-    Args:
-        state: [B, D, N] or [B, H, P, N], any floating dtype; float32 keeps long memories.
-        x, dt, z: [B, D] or [B, H, P], one dtype.
-        A: [D, N] or [H, P, N]; D, dt_bias: [D] or [H, P], or None.
-        B, C: [B, N] or [B, G, N] in x's dtype.
-        state_batch_indices: [B], the row of `state` that belongs to each row of x; a negative one is padding: 0 comes
-            out and no state is touched. None is 0..B - 1.
-
-    Returns:
-        As x.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
-    check_float("x", x)
-    check_float("state", state)
-    if x.dim() not in (2, 3):
-        raise ValueError(f"x: must be [B, D] or [B, H, P], got shape {tuple(x.shape)}")
-    heads = (lambda t: t) if x.dim() == 3 else (lambda t: None if t is None else t.unsqueeze(t.dim() - 1))
-    rest = tuple(x.shape[1:])
-    if state.dim() != x.dim() + 1 or tuple(state.shape[1:-1]) != rest or not 1 <= state.shape[-1] <= MAX_STATES:
-        raise ValueError(f"state: must be [slots, {', '.join(map(str, rest))}, N], got {tuple(state.shape)}")
-    states = state.shape[-1]
-    for name, t in (("dt", dt), ("z", z)):
-        if t is not None:
-            check_like(name, t, "x", x)
-            check_shape(name, t, tuple(x.shape), "as x")
-    for name, t, shape in (("A", A, (*rest, states)), ("D", D, rest), ("dt_bias", dt_bias, rest)):
-        if t is not None:
-            check_float(name, t)
-            check_shape(name, t, shape, "one per channel")
-    for name, t in (("B", B), ("C", C)):
-        check_like(name, t, "x", x)
-        if t.dim() not in (2, 3) or (t.shape[0], t.shape[-1]) != (x.shape[0], states):
-            raise ValueError(f"{name}: must be [{x.shape[0]}, {states}] or [{x.shape[0]}, G, {states}], got {t.shape}")
-    B, C = (t if t.dim() == 3 else t.unsqueeze(1) for t in (B, C))
-    groups = B.shape[1]
-    if C.shape[1] != groups or groups == 0 or (x.shape[1] if x.dim() == 3 else 1) % groups:
-        raise ValueError(f"B, C: must have one number of groups, a divisor of the heads, got {groups}, {C.shape[1]}")
-    for name, t in (("A", A), ("D", D), ("dt_bias", dt_bias), ("state", state)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name}: must be on {x.device} as x, got {t.device}")
-    slots = check_slots("state_batch_indices", state_batch_indices, x.shape[0], "state", state)
-    wide = wide_dtype(x)
-    args: tuple[Any, ...] = (
-        heads(x), heads(dt), A.to(wide) if x.dim() == 3 else A.to(wide).unsqueeze(0), B, C,
-        None if D is None else heads(D.to(wide)), heads(z), None if dt_bias is None else heads(dt_bias.to(wide)),
-        bool(dt_softplus),
-    )  # fmt: skip
-    held = state if x.dim() == 3 else state.unsqueeze(1)
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-        if slots is not None:
-            raise ValueError("state_batch_indices: cannot be used where gradients are needed; use the scan")
-        out, new = _update_ref(held.detach().to(wide), *args)
-        with torch.no_grad():
-            held.copy_(new)
-    else:
-        out = _selective_state_update(held, *args, slots)
-    return out if x.dim() == 3 else out.squeeze(1)
 
 
 # ---------------------------------------------------------------------------- ops
@@ -319,56 +238,7 @@ def _scan_grad_fake(
     return grad_u, grad_delta, *wide, grad_z, like(delta_bias, wanted[7]), a.new_empty(shape)
 
 
-def _update_impl(
-    state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None,
-    bias: Tensor | None, softplus: bool, slots: Tensor | None,
-) -> Tensor:  # fmt: skip
-    kernels = backend("selective_state_update", x)
-    if kernels is None or state.dtype not in DTYPE_CODES:
-        out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-        rows = torch.arange(x.shape[0], device=x.device) if slots is None else (slots >= 0).nonzero().squeeze(1)
-        own = rows if slots is None else slots[rows]
-        gate = None if z is None else z[rows]
-        held = state[own].to(wide_dtype(x))
-        out[rows], new = _update_ref(held, x[rows], dt[rows], a, b[rows], c[rows], d, gate, bias, softplus)
-        state[own] = new.to(state.dtype)
-        return out
-    batch, heads, head_dim = x.shape
-    out, held = x.new_empty(x.shape), state.contiguous()
-    a = a if a.stride(2) in (0, 1) and a.shape[2] > 1 else a.contiguous()
-    b, c = b.contiguous(), c.contiguous()
-
-    def by_head(t: Tensor | None, batched: bool = True) -> tuple[int, ...]:
-        if t is None:
-            return (0, 0, 0, 0)
-        return (address(t), *t.stride()[:3]) if batched else (address(t), 0, *t.stride()[:2])
-
-    kernels.selective_state_update(
-        address(held), address(slots), by_head(x), by_head(dt), by_head(z), address(out), by_head(a, False),
-        a.stride(2), address(b), address(c), by_head(d, False), by_head(bias, False), batch, heads, head_dim,
-        a.shape[2], b.shape[1], DTYPE_CODES[x.dtype], DTYPE_CODES[state.dtype], softplus, stream(x),
-    )  # fmt: skip
-    if held is not state:
-        state.copy_(held)
-    return out
-
-
 # ---------------------------------------------------------------------------- references
-
-
-def _update_ref(
-    state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None,
-    bias: Tensor | None, softplus: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out and the new state [B, H, P, N]; differentiable."""
-    wide, per_group = a.dtype, x.shape[1] // b.shape[1]
-    step = dt.to(wide) if bias is None else dt.to(wide) + bias
-    step = (F.softplus(step) if softplus else step).unsqueeze(-1)
-    b, c = (t.to(wide).repeat_interleave(per_group, dim=1).unsqueeze(2) for t in (b, c))
-    new = torch.exp(step * a) * state + step * b * x.to(wide).unsqueeze(-1)
-    y = (c * new).sum(-1)
-    y = y if d is None else y + d * x.to(wide)
-    return (y if z is None else y * F.silu(z.to(wide))).to(x.dtype), new
 
 
 def selective_scan_ref(
@@ -489,10 +359,4 @@ _selective_scan = define(
     _scan_fake,
     setup_context=_scan_setup,
     backward=_scan_backward,
-)
-_selective_state_update = define(
-    "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? z, "
-    "Tensor? bias, bool softplus, Tensor? slots) -> Tensor",
-    _update_impl,
-    lambda state, x, *rest: x.new_empty(x.shape),
 )
