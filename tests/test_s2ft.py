@@ -639,7 +639,7 @@ def test_damaged_adapter_file(tmp_path, content):
         DeltaAdapter.load(path)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_serving_a_mixed_batch(family):
     """Spec P9: each row equals the model with its adapter merged, in prefill and cached decoding."""
     adapters = {"one": deltas_of(1, family=family), "two": deltas_of(2, family=family)}
@@ -662,6 +662,40 @@ def test_serving_a_mixed_batch(family):
         pass
     with pytest.raises(ValueError, match="batch has 4 rows"), served.rows(["one"]) as model:
         model(ids)
+    with pytest.raises(ValueError, match="2 given, but the batch has 4 rows"), served.rows(["one", None]) as model:
+        model(ids)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}])
+@pytest.mark.parametrize("family", ["llama", "t5", "opt"])
+def test_serving_with_beams(family, options):
+    """Each row's beams are those of the model with its adapter merged, whatever places they take."""
+    adapters = {"one": deltas_of(1, family=family), "two": deltas_of(2, family=family)}
+    rows = ["one", None, "two"]
+    ids = torch.randint(2, 64, (3, 6))
+    options = options | {
+        "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None,
+        "return_dict_in_generate": True, "output_scores": True,
+    }  # fmt: skip
+    served = serve(scaled(family), adapters)
+    with served.rows(rows) as model:
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        again = model(ids, **({"decoder_input_ids": ids} if family == "t5" else {})).logits
+    count = options.get("num_return_sequences", 1)
+    for i, name in enumerate(rows):
+        model = scaled(family)
+        if name:
+            DeltaHost(model).apply(adapters[name])
+        mine = slice(i * count, (i + 1) * count)
+        want = model.generate(ids[i : i + 1], attention_mask=torch.ones(1, 6), **options)
+        assert torch.equal(found.sequences[mine], want.sequences)
+        torch.testing.assert_close(found.sequences_scores[mine], want.sequences_scores, rtol=1e-4, atol=1e-5)
+        one = ids[i : i + 1]
+        plain = model(one, **({"decoder_input_ids": one} if family == "t5" else {})).logits
+        torch.testing.assert_close(again[i : i + 1], plain, rtol=1e-4, atol=1e-4)
+    assert "_expand_inputs_for_generation" not in vars(served.model)
+    with pytest.raises(ValueError, match="1 given, but the batch has"), served.rows(["one"]) as model:
+        model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=3, pad_token_id=0)
 
 
 def test_serving_lora_beside_slices():

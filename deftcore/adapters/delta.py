@@ -283,6 +283,15 @@ class GroupedDeltaLinear(nn.Module):
         dtype = rows.dtype or (torch.float32 if isinstance(weight, QuantizedTensor) else weight.dtype)
         self.bank = DeltaBank(deltas, (weight.shape[0], weight.shape[1]), dtype=dtype, device=base.weight.device)
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's; some models read its dtype."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
     def _weight(self) -> Tensor | QuantizedTensor:
         if isinstance(self.base_layer, Linear4bit):
             return self.base_layer.quantized
@@ -290,13 +299,10 @@ class GroupedDeltaLinear(nn.Module):
         return weight.t() if is_transposed(self.base_layer) else weight
 
     def forward(self, x: Tensor) -> Tensor:
-        index = self._rows.index
+        index = self._rows.of(x)
         if index is None:
             return self.base_layer(x)
-        if index.shape[0] != x.shape[0]:
-            raise ValueError(f"adapters: {index.shape[0]} given, but the batch has {x.shape[0]} rows")
-        bias: Any = self.base_layer.bias
-        return grouped_delta_linear(x, self._weight(), self.bank, index, bias=bias)
+        return grouped_delta_linear(x, self._weight(), self.bank, index, bias=self.bias)
 
     def extra_repr(self) -> str:
         return repr(self.bank)
@@ -308,6 +314,21 @@ class _Rows:
 
     index: Tensor | None = None
     dtype: torch.dtype | None = None
+    expanded: Tensor | None = None  # as `index`, for the beams or samples that `generate` makes of each row
+
+    def check(self, size: int) -> None:
+        """Refuses a batch that is of neither the rows nor their beams."""
+        if self.index is not None and size not in {i.shape[0] for i in (self.index, self.expanded) if i is not None}:
+            raise ValueError(f"adapters: {self.index.shape[0]} given, but the batch has {size} rows")
+
+    def of(self, x: Tensor) -> Tensor | None:
+        """The adapter of each of a layer's rows; None outside `ServedModel.rows`."""
+        if self.index is None:
+            return None
+        if x.dim() != 2:
+            self.check(x.shape[0])
+        # Beams, and the tokens that some models (OPT) make rows of, lie together. What the model got was checked.
+        return self.index.repeat_interleave(x.shape[0] // max(self.index.shape[0], 1))
 
 
 class ServedModel:
@@ -319,7 +340,8 @@ class ServedModel:
 
     @contextmanager
     def rows(self, adapters: Sequence[str | None]) -> Iterator[Any]:
-        """Within it, row i of every batch uses adapters[i] (None: the base); gives the model.
+        """Within it, row i of every batch uses adapters[i] (None: the base), and so do the beams and samples that
+        `generate` makes of row i; gives the model.
 
         Raises:
             ValueError: naming an adapter that is not served.
@@ -328,13 +350,34 @@ class ServedModel:
         if unknown:
             raise ValueError(f"adapters: served are {', '.join(self.names)}, got {unknown[0]!r}")
         numbers = [-1 if name is None else self.names.index(name) for name in adapters]
-        before = self._rows.index
-        self._rows.index = torch.tensor(numbers, dtype=torch.int64, device=next(self.model.parameters()).device)
+        rows, before = self._rows, (self._rows.index, self._rows.expanded)
+        index = torch.tensor(numbers, dtype=torch.int64, device=next(self.model.parameters()).device)
+        expand = getattr(self.model, "_expand_inputs_for_generation", None)
+        outer = vars(self.model).get("_expand_inputs_for_generation")
+
+        def remember(*args: Any, expand_size: int = 1, **kwargs: Any) -> Any:
+            rows.expanded = index.repeat_interleave(expand_size)  # beams change places within their row only
+            return expand(*args, expand_size=expand_size, **kwargs)  # type: ignore[misc]
+
+        def check(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() >= 2), None)
+            if given is not None:
+                rows.check(given.shape[0])
+
+        rows.index, rows.expanded = index, None
+        if expand is not None:
+            self.model._expand_inputs_for_generation = remember
+        checked = self.model.register_forward_pre_hook(check, with_kwargs=True)
         try:
             with torch.no_grad():
                 yield self.model
         finally:
-            self._rows.index = before
+            checked.remove()
+            rows.index, rows.expanded = before
+            if outer is not None:
+                self.model._expand_inputs_for_generation = outer
+            elif expand is not None:
+                del self.model._expand_inputs_for_generation
 
 
 def serve(
