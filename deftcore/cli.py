@@ -4,15 +4,20 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns the exit status. User errors print one line and return 2."""
-    args = _parser().parse_args(argv)
+    try:
+        args = _parser().parse_args(argv)
+    except ValueError as error:
+        print(f"deftcore: {error}", file=sys.stderr)
+        return 2
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
     if not args.verbose:
         _quieten()
@@ -29,8 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="deftcore", description="Fine-tune to sparsity, then run faster.")
+    parser = _Parser(prog="deftcore", description="Fine-tune to sparsity, then run faster.")
     parser.add_argument("--verbose", action="store_true", help="log what happens; show tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -39,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.set_defaults(run=run)
         return sub
+
+    def with_device(sub: argparse.ArgumentParser, default: str = "auto") -> None:
+        sub.add_argument("--device", default=default, help="auto (an accelerator where there is one), cpu, cuda ...")
 
     sub = command("quickstart", _quickstart, "Fine-tune a small Llama to sparsity and decode it faster; no downloads.")
     sub.add_argument("--output", default="quickstart", help="folder for report, adapter and picture")
@@ -49,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("recipe", help="a YAML file")
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example training.max_steps=100")
     sub.add_argument("--restart", action="store_true", help="ignore checkpoints in the output folder")
+    with_device(sub, default="")  # the recipe's
 
     sub = command("density", _density, "Measure loss and activation density per block.")
     sub.add_argument("model", help="a Transformers folder or hub id")
@@ -57,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--quantize", choices=["nf4", "fp4"], help="load the base into 4 bits, as QLoRA trained on it")
     sub.add_argument("--max-length", type=int, default=512)
     sub.add_argument("--batch-size", type=int, default=4)
+    with_device(sub)
 
     sub = command("export", _export, "Merge an adapter and write a folder for sparse inference.")
     sub.add_argument("model", help="a Transformers folder or hub id")
@@ -65,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--skip", nargs="*", default=[], metavar="BLOCK", help="MLP blocks to leave out")
     sub.add_argument("--quantize", choices=["nf4", "fp4"], help="write 4-bit weights; the adapter stays unmerged")
     sub.add_argument("--merge", choices=["16bit", "4bit"], default="", help="merge an adapter over a 4-bit base")
+    with_device(sub)
 
     sub = command("lyapunov", _lyapunov, "Lyapunov exponents of a Mamba model, and how far mixed precision drifts.")
     sub.add_argument("model", help="a Transformers folder or hub id: Mamba, Mamba-2 or FalconMamba")
@@ -79,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-length", type=int, default=256)
     sub.add_argument("--batch-size", type=int, default=4)
     sub.add_argument("--learning-rate", type=float, default=2e-4)
+    with_device(sub)
 
     sub = command("bench", _bench, "Measure where the sparse path pays on this machine.")
     sub.add_argument("--shape", default="4096x11008", help="width x neurons")
@@ -118,7 +135,7 @@ def _train(args: argparse.Namespace) -> None:
     from deftcore.training.recipe import load_recipe
 
     _quiet_transformers(args)
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = load_recipe(args.recipe, [*args.overrides, *([f"device={args.device}"] if args.device else [])])
     result = train_recipe(recipe, resume=not args.restart)
     if int(os.environ.get("RANK", "0")) == 0:
         value = result.to_dict()
@@ -130,8 +147,10 @@ def _density(args: argparse.Namespace) -> None:
     from deftcore.pipeline import measure_density
 
     _quiet_transformers(args)
-    sizes = {"max_length": args.max_length, "batch_size": args.batch_size}
-    report = measure_density(args.model, args.data, adapter=args.adapter, quantize=_quantize_options(args), **sizes)
+    report = measure_density(
+        args.model, args.data, adapter=args.adapter, quantize=_quantize_options(args), max_length=args.max_length,
+        batch_size=args.batch_size, device=args.device,
+    )  # fmt: skip
     lines = [f"{name}: {value:.4f}" for name, value in report["blocks"].items()]
     lines += [f"{key}: {value}" for key, value in report.items() if key != "blocks"]
     _print(args, report, lines)
@@ -143,7 +162,7 @@ def _export(args: argparse.Namespace) -> None:
     _quiet_transformers(args)
     result = export(
         args.model, args.output, adapter=args.adapter, skip=tuple(args.skip), quantize=_quantize_options(args),
-        merge=args.merge,
+        merge=args.merge, device=args.device,
     )  # fmt: skip
     kept = ", adapter unmerged" if result["unmerged_adapter"] else ""
     _print(args, result, [f"{args.output}: {len(result['blocks'])} blocks, {len(result['skipped'])} skipped{kept}"])
@@ -156,6 +175,7 @@ def _lyapunov(args: argparse.Namespace) -> None:
     report = stability.run(
         args.model, args.data, args.output, precisions=args.precisions, steps=args.steps, against=args.against,
         seeds=args.seeds, max_length=args.max_length, batch_size=args.batch_size, learning_rate=args.learning_rate,
+        device=args.device,
     )  # fmt: skip
     _print(args, report, [*stability.lines(report), f"Report and picture are in {Path(args.output)}/"])
 
@@ -169,10 +189,10 @@ def _bench(args: argparse.Namespace) -> None:
 
     from deftcore.ops.sparse_mlp import break_even_density
 
-    try:
-        width, neurons = map(int, args.shape.lower().split("x"))
-    except ValueError as error:
-        raise ValueError(f"--shape: must be WIDTHxNEURONS, got {args.shape!r}") from error
+    shape = re.fullmatch(r"0*([1-9]\d*)[xX]0*([1-9]\d*)", args.shape)
+    if shape is None:
+        raise ValueError(f"--shape: must be WIDTHxNEURONS, two whole numbers of at least 1, got {args.shape!r}")
+    width, neurons = map(int, shape.groups())
     like = torch.empty(0, dtype=getattr(torch, args.dtype))
     table = {tokens: break_even_density(like, tokens, neurons, width) for tokens in (1, 2, 4, 8, 16, 32, 64)}
     lines = [f"sparse_down {args.shape} {args.dtype}: the sparse path is faster below this union density"]

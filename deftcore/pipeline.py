@@ -1,31 +1,51 @@
 """Whole tasks over models on disk: train from a recipe, measure density, export for sparse inference."""
 
 import json
+import logging
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from deftcore.integrations.checkpoints import load_adapter, load_model, load_tokenizer, save_sparse
+from deftcore.integrations.checkpoints import is_4bit, load_adapter, load_model, load_tokenizer, save_sparse
 from deftcore.integrations.peft import merge as merge_adapters
 from deftcore.integrations.peft import patch
+from deftcore.integrations.preflight import adapter_config, check_adapter, check_quantize, empty_model
+from deftcore.nn.blocks import find_mlp_blocks
 from deftcore.nn.linear import Linear4bit
+from deftcore.nn.mlp import check_sparsify
 from deftcore.objectives import DensityLoss
 from deftcore.training.data import Batches, Example, encode
+from deftcore.training.device import choose_device
+from deftcore.training.fields import (
+    AdapterFolder,
+    Count,
+    DataFile,
+    Length,
+    Needed,
+    NewFolder,
+    OptionalFile,
+    OutputFolder,
+    Text,
+    checked,
+    mistakes,
+    one_of,
+)
 from deftcore.training.identity import digest_tensors
 from deftcore.training.loop import TrainResult, train
 from deftcore.training.recipe import QUANTIZED_METHODS, DataConfig, DeftConfig, Recipe
 from deftcore.training.records import read_records
 from deftcore.training.run_folder import write_text
 
+logger = logging.getLogger("deftcore")
+
 _CALIBRATION_EXAMPLES = 32  # at least, where there are so many; the paper takes 1 % of the training set
-_TASK_TYPES = {True: "SEQ_2_SEQ_LM", False: "CAUSAL_LM"}
 
 
 def add_adapter(
@@ -40,24 +60,11 @@ def add_adapter(
     """
     import peft
 
-    from deftcore.adapters import BottleneckConfig, MambaLoraConfig, S2ftConfig, select_channels
+    from deftcore.adapters import S2ftConfig, select_channels
 
     if method == "full":
         return patch(model) if is_mamba(model) else model
-    kinds: dict[str, Callable[..., peft.PeftConfig]] = {
-        "lora": peft.LoraConfig,
-        "qlora": peft.LoraConfig,
-        "s2ft": S2ftConfig,
-        "qs2ft": S2ftConfig,
-        "mamba-lora": MambaLoraConfig,
-        "bottleneck": BottleneckConfig,
-        "prompt": peft.PromptTuningConfig,
-        "prefix": peft.PrefixTuningConfig,
-    }
-    try:
-        config = kinds[method](task_type=_TASK_TYPES[model.config.is_encoder_decoder], **options)
-    except TypeError as error:
-        raise ValueError(f"adapter: {error}") from error
+    config = adapter_config(model, method, options)
     if isinstance(config, S2ftConfig) and config.needs_data:
         config = select_channels(model, config, calibration)
     adapted = peft.get_peft_model(model, config)
@@ -72,14 +79,21 @@ def is_mamba(model: nn.Module) -> bool:
 def make_objective(model: nn.Module, config: DeftConfig) -> DensityLoss | None:
     """The density objective of a recipe; with `enabled: false` it reports and leaves training bit for bit alone.
 
-    None for Mamba models: they have no MLP, so that DEFT is not defined for them.
+    None for Mamba models, which have no MLP, and for those whose MLPs are of no known family.
 
     Raises:
-        ValueError: `enabled: true` for a Mamba model.
+        ValueError: `enabled: true` for such a model.
     """
     if is_mamba(model):
         if config.enabled:
             raise ValueError("deft: is not defined for Mamba models, which have no MLP; set deft: false")
+        return None
+    try:
+        find_mlp_blocks(model)
+    except ValueError as error:
+        if config.enabled:
+            raise ValueError(f"deft: {error}") from error
+        logger.warning("no density is reported: %s", error)
         return None
     return DensityLoss(
         model,
@@ -98,13 +112,27 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     """Runs a recipe; its output folder gets final/, best/, log.jsonl, recipe.yaml and result.json.
 
     Raises:
-        ValueError: the output folder holds another recipe's run, or the same over other data or another base model.
+        FileNotFoundError, ValueError: naming the recipe's field, as far as possible before weights are read; where the
+            output folder holds another recipe's run, or the same over other data or another base model.
     """
     import yaml
 
-    tokenizer = load_tokenizer(recipe.model)
-    torch.manual_seed(recipe.training.seed)  # adapters start from the recipe's seed
+    device = choose_device(recipe.device)
+    found = mistakes("output", OutputFolder, recipe.output) + mistakes("data.train", DataFile, recipe.data.train)
+    found += mistakes("data.validation", OptionalFile, recipe.data.validation)
+    if found:
+        raise ValueError("; ".join(found))
     quantize = asdict(recipe.quantize) if recipe.method in QUANTIZED_METHODS else None
+    empty = empty_model(recipe.model)
+    if quantize:
+        check_quantize(empty, recipe.quantize.skip)
+    check_adapter(empty, recipe.method, recipe.adapter)
+    make_objective(empty, recipe.deft)
+    tokenizer = load_tokenizer(recipe.model)
+    pair, padding = empty.config.is_encoder_decoder, tokenizer.pad_token_id or 0
+    examples = load_examples(recipe.data.train, tokenizer, recipe.data, pair)
+    validation = load_examples(recipe.data.validation, tokenizer, recipe.data, pair) if recipe.data.validation else None
+    torch.manual_seed(recipe.training.seed)  # adapters start from the recipe's seed
     base: Any = load_model(recipe.model, quantize=quantize)
     depends_on = {
         "method": recipe.method,
@@ -113,12 +141,10 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
         "data.max_length": recipe.data.max_length,
         "data.chat": recipe.data.chat,
     }
-    pair, padding = base.config.is_encoder_decoder, tokenizer.pad_token_id or 0
-    examples = load_examples(recipe.data.train, tokenizer, recipe.data, pair)
+    base.to(device)
     few = examples[: max(len(examples) // 100, min(len(examples), _CALIBRATION_EXAMPLES))]
-    calibration = Batches(few, recipe.training.batch_size, padding, pair, shuffle=False).epoch(0)
+    calibration = Batches(few, recipe.training.batch_size, padding, pair, shuffle=False, device=device).epoch(0)
     model = add_adapter(base, recipe.method, recipe.adapter, calibration=calibration)
-    validation = load_examples(recipe.data.validation, tokenizer, recipe.data, pair) if recipe.data.validation else None
     return train(
         model, examples, recipe.training, recipe.output, validation=validation,
         objective=make_objective(model, recipe.deft), pad_token_id=padding, resume=resume, label=recipe.method,
@@ -146,14 +172,16 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
         raise RuntimeError(f"{folder}: nothing was saved")
 
 
+@checked
 def export(
-    model: str,
-    output: str,
+    model: Needed,
+    output: NewFolder,
     *,
-    adapter: str = "",
+    adapter: AdapterFolder = "",
     skip: tuple[str, ...] = (),
     quantize: dict[str, Any] | None = None,
-    merge: str = "",
+    merge: Annotated[Text, one_of("", "16bit", "4bit")] = "",
+    device: Text = "auto",
 ) -> dict[str, Any]:
     """Writes a folder for `load_sparse`; the model must be one that `sparsify` knows.
 
@@ -161,14 +189,16 @@ def export(
     over a 4-bit base (`quantize`, or a checkpoint that is 4-bit), unless `merge` says "16bit" or "4bit"; S2FT is merged
     into 16 bits unless it says "4bit". Adaptive gates beside the adapter are folded into the weights.
     """
-    from deftcore.nn import find_mlp_blocks
     from deftcore.nn.gates import gates_of
-    from deftcore.nn.mlp import check_sparsify
 
-    base: Any = load_model(model, quantize=quantize)
-    packed = any(isinstance(module, Linear4bit) for module in base.modules())
-    if merge and not (packed and adapter):
+    where = choose_device(device)
+    empty = empty_model(model)
+    if merge and not (adapter and (quantize or is_4bit(empty.config))):
         raise ValueError(f"merge: is for an adapter over a 4-bit base, got {merge!r}")
+    check_sparsify(empty, skip=skip)
+    base: Any = load_model(model, quantize=quantize)
+    base.to(where)
+    packed = any(isinstance(module, Linear4bit) for module in base.modules())
     with tempfile.TemporaryDirectory() as temporary:
         kept = None
         adapted: Any = load_adapter(base, adapter) if adapter else base
@@ -198,24 +228,30 @@ def export(
     return {"output": output, "blocks": blocks, "skipped": sorted(skip), "unmerged_adapter": kept is not None}
 
 
+@checked
 def measure_density(
-    model: str,
-    data: str,
+    model: Needed,
+    data: DataFile,
     *,
-    adapter: str = "",
-    max_length: int = 512,
-    batch_size: int = 4,
+    adapter: AdapterFolder = "",
+    max_length: Length = 512,
+    batch_size: Count = 4,
     quantize: dict[str, Any] | None = None,
+    device: Text = "auto",
 ) -> dict:
-    """Density per block, and loss, of a model (with an adapter, or exported) over a file of records."""
+    """Density per block, and loss, of a model (with an adapter, or exported) over a file of records.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the argument.
+    """
+    where = choose_device(device)
+    pair = empty_model(model).config.is_encoder_decoder
     tokenizer = load_tokenizer(model)
-    loaded: Any = load_model(model, quantize=quantize)
-    if adapter:
-        loaded = load_adapter(loaded, adapter)
-    objective = DensityLoss(loaded, alpha=0.0)
-    pair = loaded.config.is_encoder_decoder
     examples = load_examples(data, tokenizer, DataConfig(train=data, max_length=max_length), pair)
-    batches = Batches(examples, batch_size, tokenizer.pad_token_id or 0, pair, shuffle=False)
+    loaded: Any = load_model(model, quantize=quantize)
+    loaded = (load_adapter(loaded, adapter) if adapter else loaded).to(where)
+    objective = DensityLoss(loaded, alpha=0.0)
+    batches = Batches(examples, batch_size, tokenizer.pad_token_id or 0, pair, shuffle=False, device=where)
     loaded.eval()
     total, count = 0.0, 0
     with torch.no_grad():

@@ -18,7 +18,7 @@ import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
@@ -32,8 +32,10 @@ from deftcore.nn.linear import quantize as quantize_model
 from deftcore.nn.mlp import sparsify
 from deftcore.objectives import DensityLoss
 from deftcore.ops._dispatch import cache_folder
+from deftcore.ops.quantized import QUANT_TYPES
 from deftcore.pipeline import add_adapter, save_adapter, write_json
 from deftcore.training.data import Batches, Example, encode
+from deftcore.training.fields import OutputFolder, Seed, Text, checked, one_of
 from deftcore.training.loop import TrainResult, train
 from deftcore.training.recipe import TrainingConfig
 
@@ -87,7 +89,14 @@ def reference_text() -> tuple[str, str]:
     return "\n".join(topics[n] for n in names if n not in held_out), "\n".join(topics[n] for n in sorted(held_out))
 
 
-def run(output: str | Path, settings: Settings | None = None, *, seed: int = 0, quantize: str = "") -> dict[str, Any]:
+@checked
+def run(
+    output: OutputFolder,
+    settings: Settings | None = None,
+    *,
+    seed: Seed = 0,
+    quantize: Annotated[Text, one_of("", *QUANT_TYPES)] = "",
+) -> dict[str, Any]:
     """Trains, compares and reports; returns the report that is also written to `output`/report.json.
 
     With `quantize`, a 4-bit type, DEFT also trains on a 4-bit base and is decoded from 4 bits, dense and sparse.
@@ -95,8 +104,8 @@ def run(output: str | Path, settings: Settings | None = None, *, seed: int = 0, 
     settings = settings or Settings()
     start = time.perf_counter()
     console = Console(stderr=True)
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     base, tokenizer, cached = base_model(settings, seed, console)
     train_text, held_out = reference_text()
@@ -110,7 +119,7 @@ def run(output: str | Path, settings: Settings | None = None, *, seed: int = 0, 
     runs["base"] = before
     for name, alpha in (("LoRA", 0.0), ("LoRA + DEFT", settings.alpha)):
         console.print(f"[bold]Fine-tuning: {name}[/bold]")
-        result, model = _tune(deepcopy(base), "lora", tokenizer, examples, settings, alpha, seed, output, name)
+        result, model = _tune(deepcopy(base), "lora", tokenizer, examples, settings, alpha, seed, folder, name)
         runs[name] = {**_evaluate(model, validation, settings), "seconds": result.seconds}
         models[name] = model.merge_and_unload()
 
@@ -124,11 +133,11 @@ def run(output: str | Path, settings: Settings | None = None, *, seed: int = 0, 
         console.print(f"[bold]Fine-tuning: {name}, base in {quantize}[/bold]")
         packed = quantize_model(deepcopy(base), quant_type=quantize)
         result, model = _tune(
-            packed, "qlora", tokenizer, examples, settings, settings.alpha, seed, output, name
+            packed, "qlora", tokenizer, examples, settings, settings.alpha, seed, folder, name
         )  # fmt: skip
         runs[name] = {**_evaluate(model, validation, settings), "seconds": result.seconds}
         console.print("[bold]Decoding from 4 bits[/bold]")
-        four_bit = _compare_4bit(model, prompts, settings, output / "qlora-deft")
+        four_bit = _compare_4bit(model, prompts, settings, folder / "qlora-deft")
     report = {
         "settings": asdict(settings),
         "machine": _machine(),
@@ -139,8 +148,8 @@ def run(output: str | Path, settings: Settings | None = None, *, seed: int = 0, 
         "four_bit": four_bit,
         "seconds": time.perf_counter() - start,
     }
-    write_json(output / "report.json", report)
-    _picture(report, output / "quickstart.png")
+    write_json(folder / "report.json", report)
+    _picture(report, folder / "quickstart.png")
     return report
 
 
@@ -231,9 +240,7 @@ def _tokenizer(text: str, vocab_size: int) -> Any:
 
 
 def _precision() -> str:
-    """bf16 where the CPU multiplies it natively or the GPU does; autocast would only cost time elsewhere."""
-    if torch.cuda.is_available():
-        return "bf16"
+    """bf16 where the CPU multiplies it natively; autocast would only cost time elsewhere."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "no"
 

@@ -9,20 +9,35 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from deftcore.integrations.checkpoints import load_model, load_tokenizer
+from deftcore.integrations.preflight import empty_model
 from deftcore.nn.mamba import MambaBlock
 from deftcore.nn.mamba2 import Mamba2Block
 from deftcore.ops.lyapunov import lyapunov_exponents
 from deftcore.pipeline import add_adapter, is_mamba, load_examples, write_json
 from deftcore.training.data import Batches
+from deftcore.training.device import choose_device
+from deftcore.training.fields import (
+    Count,
+    DataFile,
+    Length,
+    Needed,
+    OutputFolder,
+    Positive,
+    Text,
+    Whole,
+    checked,
+    one_of,
+)
 from deftcore.training.recipe import DataConfig
 
 _EVALUATION = 8  # batches of the fixed set
@@ -88,7 +103,7 @@ def divergence(reference: nn.Module, other: nn.Module, batches: Sequence[Batch],
     sums, count, curves = [0.0, 0.0, 0.0], 0, []
     for batch in batches:
         exact = reference(**batch, output_hidden_states=True)
-        with _precision(precision):
+        with _precision(precision, batch["input_ids"].device.type):
             low = other(**batch, output_hidden_states=True)
         keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         a, b = exact.logits.float()[keep], low.logits.float()[keep]
@@ -124,44 +139,45 @@ def _slope(curve: Tensor) -> float:
 
 
 @contextmanager
-def _precision(precision: str) -> Iterator[None]:
+def _precision(precision: str, device: str) -> Iterator[None]:
     dtype = _DTYPES[precision]
-    with nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype):
+    with nullcontext() if dtype is None else torch.autocast(device, dtype=dtype):
         yield
 
 
+@checked
 def run(
-    model: str,
-    data: str,
-    output: str | Path,
+    model: Needed,
+    data: DataFile,
+    output: OutputFolder,
     *,
-    precisions: Sequence[str] = ("bf16",),
-    steps: Sequence[int] = (0, 10, 100),
-    against: str = "",
-    seeds: int = 1,
-    max_length: int = 256,
-    batch_size: int = 4,
-    learning_rate: float = 2e-4,
+    precisions: Sequence[Annotated[str, one_of("bf16", "fp16")]] = ("bf16",),
+    steps: Annotated[Sequence[Whole], Field(min_length=1)] = (0, 10, 100),
+    against: Text = "",
+    seeds: Count = 1,
+    max_length: Length = 256,
+    batch_size: Count = 4,
+    learning_rate: Positive = 2e-4,
+    device: Text = "auto",
 ) -> dict[str, Any]:
     """The whole protocol; writes report.json and lyapunov.png to `output`.
 
     Raises:
-        ValueError: naming the argument.
+        FileNotFoundError, ValueError: naming the argument.
     """
-    for name, value in (("seeds", seeds), ("max_length", max_length), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}: must be at least 1, got {value}")
-    if any(step < 0 for step in steps) or not steps:
-        raise ValueError(f"steps: must be numbers from 0 up, got {list(steps)}")
+    where = choose_device(device)
+    if not is_mamba(empty_model(model)):
+        raise ValueError(f"model: {model} is not a Mamba, Mamba-2 or FalconMamba model")
+    if against:
+        empty_model(against)
     folder = Path(output)
     report: dict[str, Any] = {"steps": sorted(set(steps)), "precisions": list(precisions), "models": {}}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for path in filter(None, (model, against)):
             report["models"][path] = _protocol(
-                path, data, report["steps"], precisions, seeds, max_length, batch_size, learning_rate, progress
-            )
-    if not report["models"][model]["mamba"]:
-        raise ValueError(f"model: {model} is not a Mamba, Mamba-2 or FalconMamba model")
+                path, data, report["steps"], precisions, seeds, max_length, batch_size, learning_rate, progress,
+                where,
+            )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", report)
     _draw(report, folder / "lyapunov.png")
@@ -170,13 +186,14 @@ def run(
 
 def _protocol(
     path: str, data: str, steps: list[int], precisions: Sequence[str], seeds: int, max_length: int, batch_size: int,
-    learning_rate: float, progress: Progress,
+    learning_rate: float, progress: Progress, device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
-    tokenizer, base = load_tokenizer(path), load_model(path)
+    tokenizer = load_tokenizer(path)
     examples = load_examples(data, tokenizer, DataConfig(train=data, max_length=max_length), False)
+    base = cast(Any, load_model(path)).to(device)
     fixed, rest = examples[: _EVALUATION * batch_size], examples[_EVALUATION * batch_size :] or examples
     padding = tokenizer.pad_token_id or 0
-    evaluation = list(Batches(fixed, batch_size, padding, False, shuffle=False).epoch(0))
+    evaluation = list(Batches(fixed, batch_size, padding, False, shuffle=False, device=device).epoch(0))
     runs = [(precision, seed) for seed in range(seeds) for precision in ("fp32", *precisions)]
     if seeds == 1:
         runs.append(("fp32", 1))  # the yardstick: another seed in float32
@@ -193,7 +210,7 @@ def _protocol(
     done = 0
     for target in steps:
         for (_, seed), each in models.items():
-            each.train(_stream(rest, batch_size, padding, seed), done, target, lambda: progress.advance(task))
+            each.train(_stream(rest, batch_size, padding, seed, device), done, target, lambda: progress.advance(task))
         done = target
         entry: dict[str, Any] = {"step": target, "runs": []}
         for (precision, seed), each in models.items():
@@ -202,7 +219,7 @@ def _protocol(
             reference = models["fp32", 0 if precision == "fp32" else seed]
             result = divergence(reference.model.eval(), each.model.eval(), evaluation, precision)
             if report["mamba"]:
-                with _precision(precision):
+                with _precision(precision, device.type):
                     result["lyapunov"] = exponents(each.model, evaluation)
             entry["runs"].append({"precision": precision, "seed": seed, **result})
         if report["mamba"]:
@@ -224,7 +241,7 @@ class _Run:
         self.precision = precision
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-        self.scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
+        self.scaler = torch.amp.GradScaler(trained[0].device.type, enabled=precision == "fp16")
 
     def train(self, stream: Iterator[Batch], done: int, target: int, advance: Any) -> None:
         self.model.train()
@@ -233,7 +250,7 @@ class _Run:
                 break
             if step < done:  # batches of earlier calls
                 continue
-            with _precision(self.precision):
+            with _precision(self.precision, batch["input_ids"].device.type):
                 loss = self.model(**batch).loss
             self.scaler.scale(loss.float()).backward()
             self.scaler.step(self.optimizer)
@@ -242,9 +259,9 @@ class _Run:
             advance()
 
 
-def _stream(examples: list[Any], batch_size: int, padding: int, seed: int) -> Iterator[Batch]:
+def _stream(examples: list[Any], batch_size: int, padding: int, seed: int, device: torch.device) -> Iterator[Batch]:
     """Batches without end, in an order that the seed decides."""
-    batches = Batches(examples, batch_size, padding, False, seed=seed)
+    batches = Batches(examples, batch_size, padding, False, seed=seed, device=device)
     epoch = 0
     while True:
         yield from batches.epoch(epoch)

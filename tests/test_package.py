@@ -170,22 +170,6 @@ def test_info(capsys):
     assert "cpu_isa" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["train", "none.yaml"], "no such file"),
-        (["density", "./none", "data.txt"], "no such folder"),
-        (["export", "./none", "out"], "no such folder"),
-        (["bench", "--shape", "big"], "--shape"),
-    ],
-)
-def test_user_errors_are_one_line(arguments, message, capsys):
-    assert main(arguments) == 2
-    error = capsys.readouterr().err.strip()
-    assert message in error
-    assert "\n" not in error
-
-
 def test_bench(capsys):
     assert main(["bench", "--shape", "64x96", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)["break_even"]

@@ -13,6 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_NAME,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -43,12 +44,12 @@ def load_model(path: str | os.PathLike, *, quantize: dict[str, Any] | None = Non
     Raises:
         FileNotFoundError: when a local path does not exist.
     """
-    path = _checked(path)
+    path = checked_folder(path)
     config = AutoConfig.from_pretrained(path)
     if quantize is not None or is_4bit(config):
         model = load_quantized(path, **(quantize or {}), **kwargs)
     else:
-        model = _kind(config).from_pretrained(path, **kwargs)
+        model = model_kind(config).from_pretrained(path, **kwargs)
     load_gates(model, path)
     return model
 
@@ -103,7 +104,7 @@ def load_quantized(
         skip = stored.get("llm_int8_skip_modules") or ("lm_head",)
     dtype = dtype or getattr(config, "dtype", None) or _stored_dtype(files)
     with init_empty_weights(include_buffers=False):
-        model = _kind(config).from_config(config, dtype=dtype)
+        model = model_kind(config).from_config(config, dtype=dtype)
     model.tie_weights()
     expected = set(model.state_dict())
     files = _as_in(model, files, expected)
@@ -166,7 +167,7 @@ def load_quantized(
 
 
 def _snapshot(path: str | os.PathLike) -> Path:
-    path = _checked(path)
+    path = checked_folder(path)
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
@@ -244,15 +245,42 @@ def _is_tied(model: nn.Module, key: str, files: dict[str, Any]) -> bool:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
-    """The tokenizer of a local Transformers folder or a hub id."""
-    return AutoTokenizer.from_pretrained(_checked(path))
+    """The tokenizer of a local Transformers folder or a hub id.
+
+    Raises:
+        FileNotFoundError: naming the path.
+    """
+    place = path if Path(path).is_dir() else checked_folder(path)
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"model: {path} has no tokenizer that Transformers can read: {reason}") from error
 
 
-def _checked(path: str | os.PathLike) -> str:
+def checked_folder(path: str | os.PathLike) -> str:
+    """The path of a Transformers folder, or the hub id of a model that the cache or the hub has.
+
+    Raises:
+        FileNotFoundError: naming the path.
+    """
+    from huggingface_hub import hf_hub_download
+
     path = os.fspath(path)
-    is_hub_id = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
-    if not is_hub_id and not Path(path).is_dir():
+    if Path(path).is_dir():
+        if not (Path(path) / CONFIG_NAME).is_file():
+            raise FileNotFoundError(f"model: {path} is no Transformers folder, it has no {CONFIG_NAME}")
+        return path
+    if Path(path).exists():
+        raise FileNotFoundError(f"model: must be a folder, {path} is a file")
+    if path.count("/") > 1 or path.startswith((".", "/", "~")) or path.endswith("/"):
         raise FileNotFoundError(f"model: no such folder: {path}")
+    try:
+        hf_hub_download(path, CONFIG_NAME)
+    except (OSError, ValueError) as error:  # no such id, no network, not a possible id
+        raise FileNotFoundError(
+            f"model: no such folder: {path}; nor has the Hugging Face cache or hub, if within reach, such a model"
+        ) from error
     return path
 
 
@@ -363,12 +391,12 @@ def load_sparse(folder: str | os.PathLike, *, path: str = "auto", **kwargs: Any)
         raise ValueError(f"folder: {file} is damaged: {error}") from error
     config = AutoConfig.from_pretrained(folder)
     with init_empty_weights():
-        shape: Any = _kind(config).from_config(config)
+        shape: Any = model_kind(config).from_config(config)
     dropped = tuple(f"{name}.{part}" for name in skip for part in _projections(shape, name))
     if is_4bit(config):
         model: Any = load_quantized(folder, missing_ok=dropped, **kwargs)
     else:
-        model, info = _kind(config).from_pretrained(folder, output_loading_info=True, **kwargs)
+        model, info = model_kind(config).from_pretrained(folder, output_loading_info=True, **kwargs)
         missing = [key for key in info["missing_keys"] if not key.startswith(dropped or ("\0",))]
         if missing or info["unexpected_keys"]:
             raise ValueError(f"folder: missing weights {missing}, unexpected {sorted(info['unexpected_keys'])}")
@@ -380,7 +408,7 @@ def load_sparse(folder: str | os.PathLike, *, path: str = "auto", **kwargs: Any)
     return sparsify(adapted, tau=tau, path=path, skip=skip, merge=False)
 
 
-def _kind(config: Any) -> Any:
+def model_kind(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 

@@ -285,6 +285,7 @@ class Batches:
     shuffle: bool = True
     process: int = 0
     processes: int = 1
+    device: torch.device | str = "cpu"
 
     def __len__(self) -> int:
         total = len(self.examples)
@@ -307,12 +308,11 @@ class Batches:
         """Right-padded tensors: input_ids, attention_mask, labels (-100 where nothing is predicted)."""
         labels = [e.get("labels", e["input_ids"]) for e in examples]
         return {
-            "input_ids": _pad([e["input_ids"] for e in examples], self.pad_token_id),
-            "attention_mask": _pad([[1] * len(e["input_ids"]) for e in examples], 0),
-            "labels": _pad(labels, -100),
+            "input_ids": self._pad([e["input_ids"] for e in examples], self.pad_token_id),
+            "attention_mask": self._pad([[1] * len(e["input_ids"]) for e in examples], 0),
+            "labels": self._pad(labels, -100),
         }
 
-
-def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    length = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+    def _pad(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
+        length = max(map(len, rows))
+        return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], device=self.device)

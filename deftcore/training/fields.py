@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, validate_call
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, validate_call
 
 F = TypeVar("F", bound=Callable[..., Any])
 OPTIONS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
@@ -40,16 +40,28 @@ def _no_flag(value: Any) -> Any:
     return value
 
 
-def _from_yaml(value: Any) -> Any:
-    """Text again, where YAML 1.1 has read a plain `no` as false, or nothing as null."""
+def _text(value: Any) -> Any:
+    """Paths as text; text again where YAML 1.1 has read a plain `no` as false, or nothing as null."""
     if value is None or value is False:
         return "" if value is None else "no"
-    return value
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _existing_file(path: str) -> str:
     if path and not Path(path).is_file():
         raise Mistakes([f": must be a file, {path} is a folder" if Path(path).is_dir() else f": no such file: {path}"])
+    return path
+
+
+def _adapter_folder(path: str) -> str:
+    if path and not (Path(path) / "adapter_config.json").is_file():
+        raise Mistakes([f": must be the folder of an adapter, {path} has no adapter_config.json"])
+    return path
+
+
+def _empty(path: str) -> str:
+    if any(Path(path).glob("*")):
+        raise Mistakes([f": must be a new folder, {path} exists and is not empty"])
     return path
 
 
@@ -64,11 +76,13 @@ def _writable(path: str) -> str:
     return path
 
 
-Text = Annotated[str, BeforeValidator(_from_yaml)]
+Text = Annotated[str, BeforeValidator(_text)]
 Needed = Annotated[Text, Field(min_length=1)]
 OptionalFile = Annotated[Text, AfterValidator(_existing_file)]
 DataFile = Annotated[Needed, AfterValidator(_existing_file)]
+AdapterFolder = Annotated[Text, AfterValidator(_adapter_folder)]  # or nothing
 OutputFolder = Annotated[Needed, AfterValidator(_writable)]  # it, or its nearest existing parent, is one
+NewFolder = Annotated[OutputFolder, AfterValidator(_empty)]
 Number = Annotated[float, BeforeValidator(_no_flag), Field(allow_inf_nan=False)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
@@ -135,6 +149,15 @@ def near(name: str, known: Iterable[str]) -> str:
     names = [str(each) for each in known]
     found = difflib.get_close_matches(name, names, 3)
     return f"; did you mean {' or '.join(found)}?" if found else f"; known: {', '.join(names)}"
+
+
+def mistakes(name: str, kind: Any, value: Any) -> list[str]:
+    """What is wrong with one value of a type, under its name."""
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        return [name + line for line in problems(error, type(None))]
+    return []
 
 
 def checked(function: F) -> F:

@@ -109,7 +109,8 @@ def train(
     """
     if not examples:
         raise ValueError("examples: must not be empty")
-    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    # An earlier run in this process may have had another precision or device.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     constant = any(isinstance(module, (PackedModule, S2ftLayer)) for module in model.modules())
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,

@@ -1,0 +1,103 @@
+"""What can be known before weights are read: the model's names, and whether an adapter fits them."""
+
+import copy
+import os
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig
+
+from deftcore.integrations.checkpoints import checked_folder, model_kind
+from deftcore.nn.linear import linears_to_quantize
+from deftcore.training.fields import near
+from deftcore.training.recipe import adapter_kinds
+
+_NAMED = ("target_modules", "modules_to_save", "exclude_modules")  # of PEFT's configs
+
+
+def empty_model(path: str | os.PathLike) -> Any:
+    """The model of a Transformers folder or hub id without its weights, on the meta device.
+
+    Raises:
+        FileNotFoundError, ValueError: when there is no such model.
+    """
+    config = AutoConfig.from_pretrained(checked_folder(path))
+    with init_empty_weights():
+        model = model_kind(config).from_config(config)
+    model.tie_weights()
+    return model
+
+
+def check_adapter(model: Any, method: str, options: dict[str, Any]) -> None:
+    """Raises what wrapping a model would raise, by wrapping one without weights.
+
+    Args:
+        model: of `empty_model`; it is changed.
+        method, options: as in `deftcore.pipeline.add_adapter`.
+
+    Raises:
+        ValueError: naming the field of the adapter, with near names where a module's is unknown.
+    """
+    from deftcore.adapters import S2ftConfig
+    from deftcore.adapters.selection import make_plan
+
+    if method == "full":
+        return
+    modules = [name for name, _ in model.named_modules() if name]
+    for field in _NAMED:
+        check_names(f"adapter.{field}", options.get(field), modules)
+    config = adapter_config(model, method, options)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = False  # others look at the weights
+    try:
+        if isinstance(config, S2ftConfig):
+            config.strategy = "random"  # likewise
+            make_plan(model, config)
+        else:
+            import peft
+
+            peft.get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"adapter: {error}") from error
+
+
+def check_quantize(model: nn.Module, skip: Iterable[str]) -> None:
+    """Raises for names in `quantize.skip` that the model does not have."""
+    try:
+        linears_to_quantize(model, list(skip))
+    except ValueError as error:
+        raise ValueError(f"quantize.{error}") from error
+
+
+def check_names(field: str, wanted: Any, modules: list[str]) -> None:
+    """Raises for a name, or a pattern, that fits none of the modules. Names fit by their last parts."""
+    if wanted is None or wanted == "all-linear":
+        return
+    if isinstance(wanted, str):
+        if not any(re.fullmatch(wanted, name) for name in modules):
+            raise ValueError(f"{field}: no module fits {wanted!r}{_near(wanted, modules)}")
+        return
+    for name in wanted:
+        if not any(f".{module}".endswith(f".{name}") for module in modules):
+            raise ValueError(f"{field}: no module named {name!r}{_near(name, modules)}")
+
+
+def _near(name: str, modules: list[str]) -> str:
+    last = [part for part in dict.fromkeys(module.rpartition(".")[2] for module in modules) if not part.isdigit()]
+    return near(name, last)
+
+
+def adapter_config(model: Any, method: str, options: dict[str, Any]) -> Any:
+    """The PEFT config of a method for a model.
+
+    Raises:
+        ValueError: naming options that the method's config does not have.
+    """
+    task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    try:
+        return adapter_kinds()[method](task_type=task, **copy.deepcopy(options))
+    except TypeError as error:
+        raise ValueError(f"adapter: {error}") from error

@@ -1,0 +1,248 @@
+"""The command line's mistakes: one line that names the option or field, before any weights are read; and devices."""
+
+import os
+
+import pytest
+import torch
+import transformers
+from conftest import tiny_model
+from test_package import save_base
+
+import deftcore
+from deftcore import pipeline, quickstart, stability
+from deftcore.cli import main
+from deftcore.training.device import choose_device
+
+TRAIN = ["train", "r.yaml"]
+DENSITY = ["density", "base", "base/data.txt"]
+EXPORT = ["export", "base", "out"]
+LYAPUNOV = ["lyapunov", "mamba", "base/data.txt"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with models, data, a recipe, and things that are in the way."""
+    from test_mamba import model_of
+
+    root = tmp_path_factory.mktemp("place")
+    for name, model in (("base", None), ("gpt2", tiny_model("gpt2")), ("mamba", model_of("mamba"))):
+        (root / name).mkdir()
+        save_base(root / name, model)
+    (root / "file").write_text("x")
+    (root / "empty.txt").write_text("")
+    (root / "full").mkdir()
+    (root / "full" / "x").write_text("x")
+    (root / "r.yaml").write_text(
+        "{model: base, output: run, data: {train: base/data.txt, max_length: 16}, adapter: {r: 4}, "
+        "training: {max_steps: 2}}"
+    )
+    return root
+
+
+MISTAKES = [
+    ([*TRAIN, "adapter.rr=3"], "adapter.rr: unknown; did you mean r"),
+    ([*TRAIN, "adapter.target_modules=[q_proj"], "adapter.target_modules: '[q_proj' is not YAML"),
+    ([*TRAIN, "adapter.target_modules=[q_proj, nope]"], "adapter.target_modules: no module named 'nope'; known: "),
+    ([*TRAIN, "adapter.target_modules=[q_prj]"], "no module named 'q_prj'; did you mean q_proj"),
+    ([*TRAIN, "adapter.target_modules=.*q_prj"], "adapter.target_modules: no module fits '.*q_prj'; did you mean q_pr"),
+    (
+        [*TRAIN, "adapter.modules_to_save=[lm_hed]"],
+        "adapter.modules_to_save: no module named 'lm_hed'; did you mean lm",
+    ),
+    ([*TRAIN, "adapter.r=0"], "adapter: `r` should be a positive integer"),
+    ([*TRAIN, "adapter.lora_dropout=3"], "adapter: dropout probability has to be between 0 and 1"),
+    ([*TRAIN, "training.max_steps=.inf"], "training.max_steps: must be a finite number, got inf"),
+    ([*TRAIN, "training.learning_rate=.nan"], "training.learning_rate: must be a finite number, got nan"),
+    ([*TRAIN, "model=bse"], "model: no such folder: bse"),
+    ([*TRAIN, "model=./bse"], "model: no such folder: ./bse"),
+    ([*TRAIN, "model=a/b/c"], "model: no such folder: a/b/c"),
+    ([*TRAIN, "model=bse/"], "model: no such folder: bse/"),
+    ([*TRAIN, "model=file"], "model: must be a folder, file is a file"),
+    ([*TRAIN, "model=full"], "model: full is no Transformers folder, it has no config.json"),
+    ([*TRAIN, "data.train=nope.txt"], "data.train: no such file: nope.txt"),
+    (
+        [*TRAIN, "data.train=full", "data.validation=no"],
+        "data.train: must be a file, full is a folder; data.validation",
+    ),
+    ([*TRAIN, "data.train=empty.txt"], "empty.txt is empty"),
+    ([*TRAIN, "output=file"], "output: must be a folder to write to"),
+    ([*TRAIN, "output=file/x"], "output: must be a folder to write to"),
+    ([*TRAIN, "--device", "tpu"], "device: must be auto or what this machine has (cpu"),
+    ([*TRAIN, "method=qlora", "quantize.skip=[lm_hd]"], "quantize.skip: no module named 'lm_hd'; near: lm_head"),
+    ([*TRAIN, "method=s2ft", "adapter={targets: [fc]}"], "adapter: targets: must be among o, down, v"),
+    ([*TRAIN, "method=mamba-lora"], "MambaLoraConfig is for mamba, falcon_mamba, mamba2 models, got 'llama'"),
+    ([*TRAIN, "method=bottleneck", "adapter={target_modules: [mlpp]}"], "no module named 'mlpp'; did you mean mlp"),
+    ([*TRAIN, "model=gpt2", "deft=true"], "deft: model: GPT2LMHeadModel has no MLP block of a known family"),
+    (["train", "none.yaml"], "recipe: no such file: none.yaml"),
+    (["train", "full"], "recipe: is a folder: full"),
+    (["train"], "the following arguments are required: recipe"),
+    (["trian"], "invalid choice: 'trian'"),
+    ([], "the following arguments are required: COMMAND"),
+    ([*DENSITY, "--batch-size", "0"], "batch_size: must be at least 1, got 0"),
+    ([*DENSITY, "--max-length", "0"], "max_length: must be at least 2, got 0"),
+    ([*DENSITY, "--max-length", "nan"], "argument --max-length: invalid int value: 'nan'"),
+    ([*DENSITY, "--batch-size", "-1", "--max-length", "1"], "got 1; batch_size: must be at least 1, got -1"),
+    ([*DENSITY, "--adapter", "full"], "adapter: must be the folder of an adapter, full has no adapter_config.json"),
+    ([*DENSITY, "--adapter", "nope"], "adapter: must be the folder of an adapter"),
+    ([*DENSITY, "--quantize", "int8"], "argument --quantize: invalid choice: 'int8'"),
+    ([*DENSITY, "--device", ""], "device: must be auto or what this machine has"),
+    ([*DENSITY, "--bogus"], "unrecognized arguments: --bogus"),
+    (["density", "bse", "base/data.txt"], "model: no such folder: bse"),
+    (["density", "", "base/data.txt"], "model: is needed"),
+    (["density", "base", ""], "data: is needed"),
+    (["density", "base", "full"], "data: must be a file, full is a folder"),
+    (["density", "base", "empty.txt"], "empty.txt is empty"),
+    (["export", "bse", "out"], "model: no such folder: bse"),
+    (["export", "base", "full"], "output: must be a new folder, full exists and is not empty"),
+    (["export", "base", "file"], "output: must be a folder to write to"),
+    (["export", "base", "file/x"], "output: must be a folder to write to"),
+    (["export", "base", ""], "output: is needed"),
+    (["export", "gpt2", "out"], "model: GPT2LMHeadModel has no MLP block of a known family"),
+    ([*EXPORT, "--skip", "nope"], "skip: no MLP block named nope; the model has model.layers.0.mlp"),
+    ([*EXPORT, "--merge", "4bit"], "merge: is for an adapter over a 4-bit base, got '4bit'"),
+    ([*EXPORT, "--adapter", "nope"], "adapter: must be the folder of an adapter"),
+    ([*LYAPUNOV, "--steps", "-1"], "steps: must be at least 0, got -1"),
+    ([*LYAPUNOV, "--steps"], "steps: is needed"),
+    ([*LYAPUNOV, "--seeds", "0"], "seeds: must be at least 1, got 0"),
+    ([*LYAPUNOV, "--learning-rate", "nan"], "learning_rate: must be a finite number, got nan"),
+    ([*LYAPUNOV, "--learning-rate", "0"], "learning_rate: must be above 0, got 0.0"),
+    ([*LYAPUNOV, "--against", "bse"], "model: no such folder: bse"),
+    ([*LYAPUNOV, "--output", "file"], "output: must be a folder to write to"),
+    (["lyapunov", "base", "base/data.txt"], "model: base is not a Mamba, Mamba-2 or FalconMamba model"),
+    (["lyapunov", "mamba", "none.txt"], "data: no such file: none.txt"),
+    (["bench", "--shape", "big"], "--shape: must be WIDTHxNEURONS"),
+    (["bench", "--shape", "0x0"], "--shape: must be WIDTHxNEURONS, two whole numbers of at least 1, got '0x0'"),
+    (["bench", "--shape", "4x-4"], "--shape: must be WIDTHxNEURONS"),
+    (["bench", "--shape", ""], "--shape: must be WIDTHxNEURONS"),
+    (["bench", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    (["quickstart", "--seed", "-1"], "seed: must be at least 0, got -1"),
+    (["quickstart", "--output", "file"], "output: must be a folder to write to"),
+    (["quickstart", "--output", ""], "output: is needed"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
+def test_a_mistake_is_one_line_before_weights_are_read(place, monkeypatch, capsys, arguments, message):
+    def no_weights(*_, **__):
+        raise AssertionError("weights were read")
+
+    for module in (pipeline, stability):
+        monkeypatch.setattr(module, "load_model", no_weights)
+    monkeypatch.setattr(quickstart, "base_model", no_weights)
+    monkeypatch.chdir(place)
+    before = sorted(place.iterdir())
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.startswith("deftcore: ")
+    assert "\n" not in error
+    assert sorted(place.iterdir()) == before
+
+
+def test_unwritable_output_is_refused(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not os.fspath(path).endswith("full")
+    )  # root may write anywhere
+    assert main([*TRAIN, "output=full/run"]) == 2
+    assert "output: must be a folder to write to, " in (error := capsys.readouterr().err)
+    assert "full is not writable" in error
+
+
+def test_train_gpt2_in_4_bits(place, tmp_path, monkeypatch, capsys):
+    """Layers that store [in, out]; a family without a density report trains without one. The adapter serves."""
+    monkeypatch.chdir(place)
+    assert main([*TRAIN, "model=gpt2", "method=qlora", f"output={tmp_path}", "data.validation=base/data.txt"]) == 0
+    assert "eval_loss" in capsys.readouterr().out
+    model = deftcore.load_quantized("gpt2")
+    from deftcore.integrations.checkpoints import load_adapter
+
+    adapted = deftcore.patch(load_adapter(model, tmp_path / "final"))
+    assert adapted(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+# ---------------------------------------------------------------------------- devices
+
+
+class Gpu:
+    """A machine with an accelerator, as far as the choice goes."""
+
+    def __init__(self, monkeypatch, kind="cuda"):
+        device = None if kind is None else torch.device(kind)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: device)
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+
+
+def test_choice_of_device(monkeypatch):
+    Gpu(monkeypatch, None)
+    assert choose_device() == choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"device: must be auto or what this machine has \(cpu\), got 'cuda'"):
+        choose_device("cuda")
+    Gpu(monkeypatch)
+    assert choose_device() == choose_device("cuda") == torch.device("cuda", 0)
+    assert choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"what this machine has \(cpu, cuda\), got 'cuda:x'"):
+        choose_device("cuda:x")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert choose_device() == torch.device("cuda", 3)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert choose_device() == torch.device("cpu")
+
+
+class Moved(Exception):
+    """Where a model was moved to."""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "device"),
+    [
+        (TRAIN, "cuda:0"),
+        ([*TRAIN, "device=cpu"], "cpu"),
+        ([*TRAIN, "device=cuda", "--device", "cpu"], "cpu"),
+        (DENSITY, "cuda:0"),
+        ([*DENSITY, "--device", "cpu"], "cpu"),
+        (EXPORT, "cuda:0"),
+        (LYAPUNOV, "cuda:0"),
+    ],
+)
+def test_every_task_uses_the_accelerator(place, monkeypatch, arguments, device):
+    def to(self, where):
+        raise Moved(str(where))
+
+    Gpu(monkeypatch)
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", to)
+    monkeypatch.chdir(place)
+    with pytest.raises(Moved) as moved:
+        main(arguments)
+    assert str(moved.value) == device
+
+
+@pytest.mark.cuda
+def test_train_density_export_on_a_gpu(place, tmp_path, monkeypatch, capsys):
+    """The same losses and densities as on the CPU, up to TF32 and the order of sums."""
+    import json
+
+    monkeypatch.chdir(place)
+    found = {}
+    for device in ("cpu", "auto"):
+        for name in ("lora", "qlora", "s2ft"):
+            run = tmp_path / f"{name}-{device}"
+            adapter = "adapter={channel_ratio: 0.2, strategy: activation}" if name == "s2ft" else "adapter.r=4"
+            options = [f"method={name}", adapter, f"output={run}", "data.validation=base/data.txt", "deft=true"]
+            torch.cuda.reset_peak_memory_stats()
+            assert main([*TRAIN, *options, "--device", device, "--json"]) == 0
+            result = json.loads(capsys.readouterr().out)
+            assert (torch.cuda.max_memory_allocated() > 100_000) == (device == "auto")
+            quantize = ["--quantize", "nf4"] if name == "qlora" else []
+            arguments = ["--adapter", str(run / "final"), *quantize, "--device", device, "--json"]
+            assert main([*DENSITY, "--max-length", "16", *arguments]) == 0
+            report = json.loads(capsys.readouterr().out)
+            assert report["loss"] == pytest.approx(result["eval_loss"], rel=1e-3)
+            found[name, device] = (result["eval_loss"], result["density"])
+            assert main(["export", "base", str(run / "out"), *arguments]) == 0
+            capsys.readouterr()
+    for name in ("lora", "qlora"):
+        assert found[name, "auto"] == pytest.approx(found[name, "cpu"], rel=0.02)
+    output = ["--output", str(tmp_path / "lyapunov"), "--steps", "0", "2", "--max-length", "16"]
+    assert main([*LYAPUNOV, *output, "--precisions", "bf16", "fp16"]) == 0
