@@ -24,6 +24,7 @@ logger = logging.getLogger("deftcore")
 
 _COLD_BYTES = 96 << 20  # more than a last-level cache holds
 _REPEATS = 5
+_FILE = "cost_model.json"
 _known: dict[tuple, float] = {}
 
 
@@ -63,7 +64,7 @@ def break_even_density(
 
             table[key] = _measure(like, bucket, neurons, sparse, dense, make_weight or plain_weight)
             logger.info("cost model: %s: sparse below density %.2f", key, table[key])
-            _save(table)
+            write_table(_FILE, table)
         _known[quick] = table[key]
     return _known[quick]
 
@@ -112,24 +113,29 @@ def _measure(
     return min(max((dense_time - fixed) / per_density, 0.0), 1.0)
 
 
-def _path() -> Path:
-    return cache_folder() / "cost_model.json"
-
-
 def _load() -> dict[str, float]:
     try:
-        raw = json.loads(_path().read_text())
-        return {str(key): min(max(float(value), 0.0), 1.0) for key, value in raw.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}  # absent or damaged: measured again
+        return {str(key): min(max(float(value), 0.0), 1.0) for key, value in read_table(_FILE).items()}
+    except (ValueError, TypeError):
+        return {}  # damaged: measured again
 
 
-def _save(table: dict[str, float]) -> None:
-    path = _path()
+def read_table(name: str) -> dict[str, Any]:
+    """The JSON object in a file of the cache folder; empty where the file is absent or damaged."""
+    try:
+        raw = json.loads((cache_folder() / name).read_text())
+    except (OSError, ValueError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
+
+
+def write_table(name: str, entries: dict[str, Any]) -> None:
+    """Adds entries to such a file, under a temporary name first. A folder that cannot be written is only logged."""
+    path = cache_folder() / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(_load() | table, file, indent=1, sort_keys=True)
+            json.dump(read_table(name) | entries, file, indent=1, sort_keys=True)
         os.replace(file.name, path)
     except OSError as error:
-        logger.info("cost model: not kept, %s", error)
+        logger.info("%s: not kept, %s", name, error)

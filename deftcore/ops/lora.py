@@ -21,17 +21,18 @@ def lora_linear(
     bias: Tensor | None = None,
     dropped_x: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + scaling (x A^T) B^T, with W and bias frozen (Hu et al., LoRA, arXiv 2106.09685, eq. 3).
+    """y = x W^T + bias + scaling (x A^T) B^T, with W frozen (Hu et al., LoRA, arXiv 2106.09685, eq. 3).
 
     The low-rank term is accumulated into the base product (no [.., M] temporary), and the backward keeps x and
     x A^T only. Over a dense W the products are the library's; a 4-bit W stays packed, forward and backward, and the
     low-rank terms are further columns of its native product. A frozen W gets no gradient even if it asks for one.
 
     Args:
-        x: [..., K]; lora_a: [R, K]; lora_b: [M, R]; bias: [M] or None. One dtype, one device.
+        x: [..., K]; lora_a: [R, K]; lora_b: [M, R]; bias: [M] or None. One dtype, one device; over a dense 16-bit W
+            the factors may be float32 masters: their term is computed in float32 and rounded once, with the sum.
         weight: [M, K], in x's dtype or 4-bit.
         scaling: lora_alpha / r.
-        dropped_x: [..., K], the adapter's input where it differs from x (dropout); None is x.
+        dropped_x: [..., K], the adapter's input where it differs from x (dropout), in the factors' dtype; None is x.
 
     Returns:
         [..., M].
@@ -51,9 +52,14 @@ def lora_linear(
         bias = None if bias is None else bias.to(dtype)
         dropped_x = None if dropped_x is None else dropped_x.to(dtype)
     packed = isinstance(weight, QuantizedTensor)
-    matrices = (("lora_a", lora_a), ("lora_b", lora_b))
-    for name, matrix in matrices if packed else (("weight", weight), *matrices):
-        check_like(name, matrix, "x", x)
+    masters = not packed and x.dtype.itemsize == 2 and getattr(lora_a, "dtype", None) == torch.float32
+    like: tuple[str, Tensor] = ("lora_a", lora_a) if masters else ("x", x)
+    if masters and lora_a.device != x.device:
+        raise ValueError(f"lora_a: must be on {x.device} as x, got {lora_a.device}")
+    for name, matrix, of in (("weight", weight, ("x", x)), ("lora_a", lora_a, like), ("lora_b", lora_b, like)):
+        if isinstance(matrix, QuantizedTensor):
+            continue
+        check_like(name, matrix, *of)
         if matrix.dim() != 2:
             raise ValueError(f"{name}: must be a matrix, got shape {tuple(matrix.shape)}")
     if packed:
@@ -67,7 +73,7 @@ def lora_linear(
         check_like("bias", bias, "x", x)
         check_shape("bias", bias, (weight.shape[0],), "one per output")
     if dropped_x is not None:
-        check_like("dropped_x", dropped_x, "x", x)
+        check_like("dropped_x", dropped_x, *like)
         check_shape("dropped_x", dropped_x, tuple(x.shape), "as x")
     check_number("scaling", abs(scaling), minimum=0.0)
     if isinstance(weight, QuantizedTensor):
@@ -85,9 +91,9 @@ def _lora_linear_impl(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     flat = flatten_tokens(x if dropped_x is None else dropped_x)
-    low = flat @ lora_a.t()
-    y = F.linear(x.reshape(flat.shape), weight, bias).addmm_(low, lora_b.t(), alpha=scaling)
-    return y.reshape(*x.shape[:-1], weight.shape[0]), low
+    low = flat.to(lora_a.dtype) @ lora_a.t()
+    y = F.linear(x.reshape(flat.shape), weight, bias).to(low.dtype).addmm_(low, lora_b.t(), alpha=scaling)
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0]), low
 
 
 def _lora_linear_fake(
@@ -100,7 +106,7 @@ def _lora_linear_fake(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     tokens = x.shape[:-1].numel()
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((tokens, lora_a.shape[0]))
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), lora_a.new_empty((tokens, lora_a.shape[0]))
 
 
 def _lora_linear_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -113,19 +119,21 @@ def _lora_linear_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _lora_linear_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     x, weight, lora_a, lora_b, low = ctx.saved_tensors
     flat = flatten_tokens(grad)
-    grad_low = (flat @ lora_b).mul_(ctx.scaling)
-    need_x, need_dropped, _, need_a, need_b = ctx.needs_input_grad[:5]
+    wide = flat.to(lora_a.dtype)
+    grad_low = (wide @ lora_b).mul_(ctx.scaling)
+    need_x, need_dropped, _, need_a, need_b, need_bias = ctx.needs_input_grad[:6]
     grad_x = grad_dropped = None
     if need_x:
         grad_x = flat @ weight
         if ctx.shared:
-            grad_x = torch.addmm(grad_x, grad_low, lora_a)
+            grad_x = torch.addmm(grad_x.to(wide.dtype), grad_low, lora_a).to(x.dtype)
         grad_x = grad_x.reshape(x.shape)
     if need_dropped:
-        grad_dropped = (grad_low @ lora_a).reshape(x.shape)
-    grad_a = grad_low.t() @ flatten_tokens(x) if need_a else None
-    grad_b = (flat.t() @ low) * ctx.scaling if need_b else None
-    return grad_x, grad_dropped, None, grad_a, grad_b, None, None
+        grad_dropped = (grad_low @ lora_a).to(x.dtype).reshape(x.shape)
+    grad_a = grad_low.t() @ flatten_tokens(x).to(wide.dtype) if need_a else None
+    grad_b = (wide.t() @ low) * ctx.scaling if need_b else None
+    grad_bias = flat.sum(0) if need_bias else None
+    return grad_x, grad_dropped, None, grad_a, grad_b, grad_bias, None
 
 
 # ---------------------------------------------------------------------------- 4-bit weights
