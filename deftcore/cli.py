@@ -205,6 +205,7 @@ def info() -> dict[str, Any]:
     import torch
 
     import deftcore
+    from deftcore.integrations.verify import verdicts
     from deftcore.ops import cuda_enabled, op_names
     from deftcore.ops._library import native
 
@@ -228,13 +229,15 @@ def info() -> dict[str, Any]:
         "kernels": {
             k: {"cpu": "on", "cuda": "on" if cuda_enabled(k) else "off" if built else "not built"} for k in kernels
         },
+        "patch": verdicts(),
     }
 
 
 def _info(args: argparse.Namespace) -> None:
     result = info()
-    lines = [f"{key}: {value}" for key, value in result.items() if key != "kernels"]
+    lines = [f"{key}: {value}" for key, value in result.items() if key not in ("kernels", "patch")]
     lines += [f"kernel {name}: cpu {on['cpu']}, cuda {on['cuda']}" for name, on in result["kernels"].items()]
+    lines += [f"patch, {verdict}: {line}" for verdict, found in result["patch"].items() for line in found]
     _print(args, result, lines)
 
 

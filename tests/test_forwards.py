@@ -56,7 +56,7 @@ def classes_with_a_forward():
         open_ends += children
         for cls in children:
             forward = inspect.getattr_static(cls, "forward", None)
-            if getattr(forward, "__module__", "").startswith("deftcore"):
+            if (getattr(forward, "__module__", None) or "").startswith("deftcore"):
                 found[cls.__name__] = forward
     return found
 

@@ -1,5 +1,6 @@
 """bitsandbytes' 4-bit layers, plain or under PEFT's LoRA, on deftcore's ops: in place and back. See `peft.patch`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -7,7 +8,8 @@ import torch
 from peft.tuners.lora.bnb import Linear4bit as LoraBnbLinear
 from torch import Tensor, nn
 
-from deftcore.integrations.peft import fused_lora
+from deftcore.integrations.peft import fused_lora, lora_cases, obstacle
+from deftcore.integrations.verify import Case, describe, run_linear, test_bed
 from deftcore.nn.linear import linear_packed
 from deftcore.ops.quantized import QuantizedTensor
 
@@ -69,11 +71,18 @@ class FusedBnbLinear(bnb.nn.Linear4bit):
 class FusedBnbLora(LoraBnbLinear):
     """PEFT's LoRA layer over a 4-bit layer with its plain forward fused; unmerging restores the saved weight."""
 
+    bases = (bnb.nn.Linear4bit, FusedBnbLinear)
+    _unmerged: Any
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = fused_lora(self, quantized_of(self.get_base_layer()), x, args, kwargs)
+        usable = not (args or kwargs or _unusable(self.get_base_layer()))
+        y = fused_lora(self, quantized_of(self.get_base_layer()), x) if usable else None
         return super().forward(x, *args, **kwargs) if y is None else y
 
-    _unmerged: Any
+    def waits(self) -> str:
+        """As `peft.FusedLoraLinear.waits`."""
+        q = quantized_of(self.get_base_layer())
+        return obstacle(self, q, q.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         before, merged = self.get_base_layer().weight, self.merged
@@ -91,29 +100,26 @@ class FusedBnbLora(LoraBnbLinear):
         return None
 
 
-def patch_module(module: Any) -> tuple[bool, str]:
-    """Whether the module runs on native ops now, and otherwise why not ("" for a module of no concern)."""
+def replacement(module: Any, parent: nn.Module | None) -> tuple[type, Callable[[], list[Case]]] | str:
+    """As `peft._replacement`, for bitsandbytes' layers and LoRA over them."""
     kind = type(module)
-    if kind in (FusedBnbLinear, FusedBnbLora):
-        return True, ""
-    if kind is LoraBnbLinear:
+    if kind in (LoraBnbLinear, FusedBnbLora):
         base = module.get_base_layer()
         if module.lora_variant:
-            return False, f"variant {', '.join(module.lora_variant)}"
+            return f"variant {', '.join(module.lora_variant)}"
         if not isinstance(base, bnb.nn.Linear4bit):
-            return False, f"base {type(base).__name__}"
-        reason = _unusable(base)
-        if not reason:
-            module.__class__ = FusedBnbLora
-        return not reason, reason
-    if kind is bnb.nn.Linear4bit:
-        reason = _unusable(module)
-        if not reason:
-            module.__class__ = FusedBnbLinear
-        return not reason, reason
+            return f"base {type(base).__name__}"
+        return _unusable(base) or (FusedBnbLora, lambda: lora_cases(module, quantized_of(base)))
+    if kind in (bnb.nn.Linear4bit, FusedBnbLinear):
+        return _unusable(module) or (FusedBnbLinear, lambda: [_case(module)])
     if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, LoraBnbLinear)):
-        return False, kind.__name__
-    return False, ""
+        return kind.__name__
+    return ""
+
+
+def _case(layer: Any) -> Case:
+    q = quantized_of(layer)
+    return Case(f"{type(layer).__name__} ({describe(q)})", test_bed(layer), q.dtype, run_linear)
 
 
 def unpatch_module(module: nn.Module) -> None:

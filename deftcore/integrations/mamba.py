@@ -1,19 +1,26 @@
 """Transformers' Mamba, Mamba-2 and FalconMamba mixers on the fused ops, in place and back, LoRA inside included."""
 
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from transformers import DynamicCache
 from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer as HfFalconMambaMixer
 from transformers.models.mamba.modeling_mamba import MambaMixer as HfMambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as HfMamba2Mixer
 
 from deftcore.adapters.mamba_lora import factors
+from deftcore.integrations.peft import lora_ready
+from deftcore.integrations.verify import Case, decoded, random_like, test_bed, with_gradients
+from deftcore.nn.linear import called_plainly
 from deftcore.nn.mamba import MambaBlock
 from deftcore.nn.mamba2 import Mamba2Block
-from deftcore.nn.mixer import MixerState, plain_projection
+from deftcore.nn.mixer import MixerBlock, MixerState, plain_projection
 from deftcore.ops.mamba import LoraPair, Projection
 
 
@@ -21,7 +28,7 @@ def lora_projection(module: Any) -> Projection | None:
     """A linear layer with PEFT's LoRA as the fused ops take it; None for what they do not know."""
     if not isinstance(module, LoraLinear):
         return plain_projection(module)
-    if module._forward_hooks or module._forward_pre_hooks:  # mixed batches of adapters come as hooks
+    if not called_plainly(module):  # mixed batches of adapters come as hooks
         return None
     base = plain_projection(module.get_base_layer())
     if module.merged and module.disable_adapters:
@@ -34,6 +41,7 @@ def lora_projection(module: Any) -> Projection | None:
             continue
         dropout = module.lora_dropout[name]
         plain = isinstance(dropout, nn.Identity) or type(dropout) is nn.Dropout
+        plain = plain and all(map(called_plainly, (module.lora_A[name], module.lora_B[name], dropout)))
         if name in module.lora_variant or module.lora_bias[name] or not plain:
             return None
         p = dropout.p if module.training and isinstance(dropout, nn.Dropout) else 0.0
@@ -69,7 +77,14 @@ class _Cached:
             if cache is not None:
                 raise ValueError("cache, cache_params: are two names of one argument; pass one of them")
             cache = cache_params
-        return self.mixed(hidden_states, cache, attention_mask, **self.packed(seq_idx, cu_seqlens))
+        packed = self.packed(seq_idx, cu_seqlens)
+        if not all(map(called_plainly, self.read_directly())):
+            return super(MixerBlock, self).forward(hidden_states, cache, attention_mask, **packed)
+        return self.mixed(hidden_states, cache, attention_mask, **packed)
+
+    def read_directly(self: Any) -> list[nn.Module]:
+        """Modules whose weights are used without a call; with hooks on them (offloading) Transformers' forward runs."""
+        return [self.conv1d]
 
     def mixed(self: Any, hidden: Tensor, cache: Any, mask: Tensor | None, **packed: Tensor) -> Tensor:
         layer, length, width = self.layer_idx, hidden.shape[1], self.conv1d.weight.shape[2]
@@ -118,6 +133,9 @@ class FusedFalconMambaMixer(_Cached, MambaBlock, HfFalconMambaMixer):  # type: i
 class FusedMamba2Mixer(_Cached, Mamba2Block, HfMamba2Mixer):  # type: ignore[misc]
     """Transformers' Mamba2Mixer, likewise."""
 
+    def read_directly(self) -> list[nn.Module]:
+        return [self.conv1d, self.norm]
+
     def packed(self, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
         if cu_seqlens is not None and seq_idx is None:
             raise ValueError("cu_seqlens: pass seq_idx as well; the patched Mamba2 mixer cuts sequences by it")
@@ -131,20 +149,67 @@ _FUSED: dict[type, type] = {
 }
 
 
-def patch_module(module: Any) -> tuple[bool, str]:
-    """Whether `module` is a mixer that now runs on the fused ops; if not, why (empty: it is no mixer)."""
+def replacement(module: Any, parent: nn.Module | None) -> tuple[type, Callable[[], list[Case]]] | str:
+    """As `peft._replacement`, for mixers."""
     kind = type(module)
     if kind in _FUSED.values():
-        return True, ""
+        return kind, list
     if kind not in _FUSED:
-        return False, ""
+        return ""
     if module.activation not in ("silu", "swish"):
-        return False, f"activation {module.activation}"
-    module.__class__ = _FUSED[kind]
-    return True, ""
+        return f"activation {module.activation}"
+    return _FUSED[kind], lambda: [_case(module, parent)]
 
 
 def unpatch_module(module: Any) -> None:
     for plain, fused in _FUSED.items():
         if type(module) is fused:
             module.__class__ = plain
+
+
+# ---------------------------------------------------------------------------- proof
+
+
+def _case(mixer: Any, parent: nn.Module | None) -> Case:
+    """The mixer inside its own block, where it has one: the block knows the names of its arguments."""
+    called = parent is not None and type(parent).__module__ == type(mixer).__module__
+    at = next((name for name, child in parent.named_children() if child is mixer), "") if called and parent else ""
+    holder: Any = parent if at and parent else mixer
+    unit = lora_ready(test_bed(holder))
+    dtype = mixer.conv1d.weight.dtype
+    sizes = [tuple(p.shape) for p in mixer.parameters()]
+    layers = [str(p) for p in (mixer.in_proj, mixer.out_proj)]
+    config = holder.config  # Mamba2Mixer itself has none
+    digest = hashlib.sha256(f"{sizes}{layers}{config.to_dict() | {'_name_or_path': ''}}".encode()).hexdigest()
+    label = f"{type(mixer).__name__} {mixer.hidden_size} x {mixer.ssm_state_size}, {str(dtype)[6:]}, {digest[:8]}"
+    return Case(label, unit, dtype, lambda unit, dtype: _run(unit, dtype, at), at)
+
+
+def _run(unit: Any, dtype: torch.dtype, at: str) -> Iterator[tuple[str, Tensor]]:
+    """Forward and backward, then a left-padded prefill and two cached steps."""
+    mixer = unit.get_submodule(at)
+    if not isinstance(mixer, _Cached) and hasattr(mixer, "dt_proj"):
+        if isinstance(mixer.dt_proj, LoraLinear):
+            mixer.dt_proj.__class__ = _VisibleLora
+        mixer.dt_proj = decoded(mixer.dt_proj, dtype) or mixer.dt_proj
+    name = next(n for n in ("cache", "cache_params") if n in inspect.signature(type(unit).forward).parameters)
+    x = random_like(unit, (2, 7, mixer.hidden_size), dtype)
+    mask = torch.ones((2, 5), dtype=torch.int64, device=x.device)
+    mask[1, :2] = 0
+    whole = x[:, :5].detach().requires_grad_()
+    yield from with_gradients(unit, unit(whole, attention_mask=mask), whole)
+    cache = DynamicCache(config=unit.config)
+    with torch.no_grad():
+        for i, (start, stop, padding) in enumerate(((0, 5, mask), (5, 6, None), (6, 7, None))):
+            part = x[:, start:stop]
+            yield f"cached call {i + 1}", unit(part, attention_mask=padding, **{name: cache})
+
+
+class _VisibleLora(LoraLinear):
+    """Transformers' mixers read `dt_proj.weight`: here with the adapters in it."""
+
+    @property
+    def weight(self) -> Tensor:
+        found: Any = lora_projection(self)
+        dense = found.weight if isinstance(found.weight, Tensor) else found.weight.dequantize()
+        return sum((pair.scaling * (pair.b @ pair.a).to(dense.dtype) for pair in found.lora), dense)

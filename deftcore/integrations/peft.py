@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,34 +14,59 @@ from torch import Tensor, nn
 
 from deftcore.adapters.mamba_lora import factors
 from deftcore.adapters.s2ft import S2ftLayer
+from deftcore.integrations.verify import Case, Proofs, describe, run_linear, test_bed
 from deftcore.nn.gates import gates_of
-from deftcore.nn.linear import Linear4bit, MergeReport, dense_layer, merged_4bit, merged_16bit
+from deftcore.nn.linear import Linear4bit, MergeReport, called_plainly, dense_layer, merged_4bit, merged_16bit
 from deftcore.ops.lora import lora_linear
 from deftcore.ops.quantized import QuantizedTensor
 
 logger = logging.getLogger("deftcore")
 
 
-def fused_lora(
-    layer: Any, weight: Tensor | QuantizedTensor, x: Tensor, args: tuple, kwargs: dict[str, Any]
-) -> Tensor | None:
-    """A LoRA layer's forward as one op, or None where the op does not cover it and PEFT's own has to serve."""
+def obstacle(layer: Any, weight: Tensor | QuantizedTensor, dtype: torch.dtype) -> str:
+    """Why the fused op does not cover a LoRA layer as it is now, on an input of `dtype`; empty where it does."""
+    base = layer.base_layer
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    plain = not (args or kwargs or layer.disable_adapters or layer.merged or len(active) != 1)
-    if not plain or active[0] in layer.lora_variant:
-        return None
-    name, bias = active[0], layer.base_layer.bias
-    a, b, dropout = layer.lora_A[name].weight, layer.lora_B[name], layer.lora_dropout[name]
+    if layer.disable_adapters or layer.merged:
+        return "adapters are merged or disabled"
+    if len(active) != 1:
+        return f"{len(active)} active adapters"
+    name = active[0]
+    if name in layer.lora_variant:
+        return "a variant of LoRA"
+    a, b = layer.lora_A[name], layer.lora_B[name]
     if b.bias is not None:
+        return "lora_bias"
+    if type(base) not in layer.bases or type(a) is not nn.Linear or type(b) is not nn.Linear:
+        return f"{type(a).__name__} and {type(b).__name__} over {type(base).__name__}"
+    if not all(map(called_plainly, (base, a, b, layer.lora_dropout[name]))):
+        return "hooks on its parts"
+    if isinstance(weight, QuantizedTensor):
+        computed = base.compute_dtype if dtype == torch.float16 else None
+        return "" if computed in (None, dtype) else f"compute_dtype {computed}"
+    if weight.requires_grad:
+        return "the base weight trains"
+    if any(type(t) is not nn.Parameter for t in (weight, a.weight, b.weight)):
+        return f"weights are {type(weight).__name__}, {type(a.weight).__name__}"
+    if torch.is_autocast_enabled(weight.device.type):
+        return ""
+    masters = dtype.itemsize == 2 and a.weight.dtype == torch.float32 and getattr(layer, "cast_input_dtype_enabled", 1)
+    if dtype != weight.dtype or a.weight.dtype != b.weight.dtype or not (a.weight.dtype == dtype or masters):
+        return f"{a.weight.dtype} factors over {weight.dtype}"
+    return ""
+
+
+def fused_lora(layer: Any, weight: Tensor | QuantizedTensor, x: Tensor) -> Tensor | None:
+    """A LoRA layer's forward as one op, or None where the op does not cover it and PEFT's own has to serve."""
+    if obstacle(layer, weight, x.dtype):
         return None
-    b = b.weight
+    name = next(name for name in layer.active_adapters if name in layer.lora_A)
+    a, b, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
+    bias, drops = layer.base_layer.bias, layer.training and not isinstance(dropout, nn.Identity)
+    dropped = dropout(x.to(a.dtype)) if drops else None  # in the factors' dtype, as in PEFT
     if isinstance(weight, QuantizedTensor):  # float32 master factors are cast per call, their gradients come back
-        if x.dtype == torch.float16 and layer.base_layer.compute_dtype not in (None, torch.float16):
-            return None
         a, b, bias = a.to(x.dtype), b.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    elif weight.requires_grad or not (x.dtype == weight.dtype == a.dtype):
-        return None  # PEFT casts between the base's and the adapter's dtype
-    dropped = dropout(x) if layer.training and not isinstance(dropout, nn.Identity) else None
+        dropped = None if dropped is None else dropped.to(x.dtype)
     return lora_linear(x, weight, a, b, scaling=layer.scaling[name], bias=bias, dropped_x=dropped)
 
 
@@ -51,11 +77,16 @@ class FusedLoraLinear(LoraLinear):
     `Linear4bit` base, merging requantises and unmerging restores the saved bytes.
     """
 
+    bases = (nn.Linear, Linear4bit)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self.base_layer
-        weight = base.quantized if isinstance(base, Linear4bit) else base.weight
-        y = fused_lora(self, weight, x, args, kwargs)
+        y = None if args or kwargs else fused_lora(self, base_weight(self), x)
         return super().forward(x, *args, **kwargs) if y is None else y
+
+    def waits(self) -> str:
+        """Why PEFT's own forward runs for now; empty where the op does."""
+        weight = base_weight(self)
+        return obstacle(self, weight, weight.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         base = self.get_base_layer()
@@ -86,51 +117,71 @@ class FusedLoraLinear(LoraLinear):
         return None
 
 
-def patch(model: nn.Module) -> nn.Module:
+def base_weight(layer: Any) -> Tensor | QuantizedTensor:
+    base = layer.base_layer
+    return base.quantized if isinstance(base, Linear4bit) else base.weight
+
+
+def patch(model: nn.Module, *, verify: bool = True) -> nn.Module:
     """Runs PEFT's LoRA layers, bitsandbytes' 4-bit layers and Mamba mixers on native ops, in place; returns the model.
 
     Bases may be `torch.nn.Linear`, deftcore's `Linear4bit` or bitsandbytes'. Layers it leaves alone are logged with the
     reason: other bases, DoRA and other variants, weights that bitsandbytes has repacked. Calls that the op does not
-    cover (several active adapters, mixed batches, mixed dtypes over dense bases) go to PEFT's own forward. Mixers of
-    Transformers' Mamba, Mamba-2 and FalconMamba become one fused op each, LoRA on any of their projections inside.
+    cover (several active adapters, mixed batches, base weights that train, hooks on a layer's parts) go to PEFT's own
+    forward; layers of which that holds already are named too. Mixers of Transformers' Mamba, Mamba-2 and FalconMamba
+    become one fused op each, LoRA on any of their projections inside.
+
+    Args:
+        model: any module.
+        verify: run one layer of every kind, configuration and dtype against what it replaces, on a small random input,
+            before any of its kind is replaced: forward and backward, for mixers also a left-padded prefill and two
+            cached steps. Where they differ beyond rounding the layer is left alone and named. Verdicts are kept in the
+            cache folder; `deftcore info` lists them.
 
     Raises:
         ValueError: when the model has no such layer at all.
     """
-    patched: list[str] = []
-    left: list[str] = []
-    for name, module in model.named_modules():
-        kind = type(module)
-        if kind is FusedLoraLinear:
-            patched.append(name)
-        elif isinstance(module, LoraLinear):
-            base = type(module.get_base_layer())
-            if kind is not LoraLinear:
-                left.append(f"{name} ({kind.__name__})")
-            elif base not in (nn.Linear, Linear4bit):
-                left.append(f"{name} (base {base.__name__})")
-            elif module.lora_variant:
-                left.append(f"{name} (variant {', '.join(module.lora_variant)})")
-            else:
-                module.__class__ = FusedLoraLinear
-                patched.append(name)
-        else:
-            for patch_module in _module_patches("patch_module"):
-                done, reason = patch_module(module)
-                if done:
-                    patched.append(name)
-                elif reason:
-                    left.append(f"{name} ({reason})")
-    if not patched and not left:
+    patched = 0
+    left: dict[str, list[str]] = {}  # names by reason, as the next
+    waiting: dict[str, list[str]] = {}
+    refused: dict[str, list[str]] = {}
+    proofs = Proofs() if verify else None
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        found = _replacement(module, modules.get(name.rpartition(".")[0]) if name else None)
+        if isinstance(found, str):
+            if found:
+                left.setdefault(found, []).append(name)
+            continue
+        kind, cases = found
+        if type(module) is not kind:
+            if not called_plainly(module, hooks=False):
+                left.setdefault("its forward was replaced, by Accelerate perhaps", []).append(name)
+                continue
+            refusal = proofs.refusal(type(module), kind, cases) if proofs else ""
+            if refusal:
+                refused.setdefault(refusal, []).append(name)
+                continue
+            module.__class__ = kind  # type: ignore[assignment]
+        patched += 1
+        reason = module.waits() if hasattr(module, "waits") else ""  # type: ignore[operator]
+        if reason:
+            waiting.setdefault(reason, []).append(name)
+    if proofs:
+        proofs.keep()
+    if not (patched or left or refused):
         if any(isinstance(module, Linear4bit) for module in model.modules()):
             return model  # native already
         raise ValueError(
             f"model: {type(model).__name__} has no PEFT LoRA, no bitsandbytes 4-bit layer and no Mamba mixer; call "
             "get_peft_model first"
         )
-    logger.info("patch: %d layers on native ops", len(patched))
-    if left:
-        logger.warning("patch: left alone: %s", "; ".join(left))
+    logger.info("patch: %d layers on native ops", patched - sum(map(len, waiting.values())))
+    for what, found_ones in (("left alone", left), ("PEFT's own forward runs for now", waiting), ("refused", refused)):
+        if found_ones:
+            logger.warning("patch: %s: %s", what, _by_reason(found_ones))
+    if refused:
+        warnings.warn(f"deftcore.patch: keep their own forward: {_by_reason(refused)}", stacklevel=2)
     return model
 
 
@@ -140,24 +191,81 @@ def unpatch(model: nn.Module) -> nn.Module:
         if type(module) is FusedLoraLinear:
             module.__class__ = LoraLinear  # type: ignore[assignment]
         else:
-            for unpatch_module in _module_patches("unpatch_module"):
-                unpatch_module(module)
+            for integration in _integrations():
+                integration.unpatch_module(module)
     return model
 
 
-def _module_patches(name: str) -> list[Any]:
-    """The functions `name` of the integrations whose libraries are in use."""
-    found = []
+def _by_reason(names: dict[str, list[str]]) -> str:
+    return "; ".join(f"{', '.join(names[reason])} ({reason})" for reason in names)
+
+
+Replacement = tuple[type, Callable[[], list[Case]]]
+
+
+def _replacement(module: nn.Module, parent: nn.Module | None) -> Replacement | str:
+    """The class to take the place of a module's and the cases that prove it, or why there is none ("": no concern)."""
+    if not isinstance(module, LoraLinear):
+        results = (integration.replacement(module, parent) for integration in _integrations())
+        return next((found for found in results if found), "")
+    base = type(module.get_base_layer())
+    if type(module) not in (LoraLinear, FusedLoraLinear):
+        return type(module).__name__
+    if base not in FusedLoraLinear.bases:
+        return f"base {base.__name__}"
+    if module.lora_variant:
+        return f"variant {', '.join(module.lora_variant)}"
+    return FusedLoraLinear, lambda: lora_cases(module, getattr(module.get_base_layer(), "quantized", None))
+
+
+def lora_cases(layer: Any, q: QuantizedTensor | None) -> list[Case]:
+    """One case for each adapter of a LoRA layer; `q` is its base's weight where that is in 4 bits."""
+    base = layer.get_base_layer()
+    dtype = base.weight.dtype if q is None else q.dtype
+    cases = []
+    for name in layer.lora_A:
+        unit = lora_ready(test_bed(layer))
+        unit._active_adapter = name
+        drops = not isinstance(unit.lora_dropout[name], nn.Identity)
+        if drops:
+            unit.lora_dropout[name], unit.training = _Dropped(), True
+        factors = f"rank {layer.r[name]} {str(layer.lora_A[name].weight.dtype)[6:]}{', dropout' if drops else ''}"
+        weight = str(dtype)[6:] if q is None else describe(q)
+        cases.append(Case(f"LoRA over {type(base).__name__} ({weight}), {factors}", unit, dtype, run_linear))
+    return cases
+
+
+def lora_ready(unit: Any) -> Any:
+    """A test bed whose LoRA layers add half of what their bases give. None is merged: unmerging would change weights
+    that the bed shares."""
+    for layer in unit.modules():
+        if isinstance(layer, LoraLayer):
+            layer._disable_adapters, layer.merged_adapters = False, []
+            for name, b in layer.lora_B.items():
+                b.weight.data *= 0.5 / (abs(layer.scaling[name]) or 1.0)
+    return unit
+
+
+class _Dropped(nn.Module):
+    """Stands for dropout in a proof: every third feature, whatever the dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1.5 * (torch.arange(x.shape[-1], device=x.device) % 3 != 0)).to(x.dtype)
+
+
+def _integrations() -> list[Any]:
+    """The integrations whose libraries are in use."""
+    found: list[Any] = []
     if "bitsandbytes" in sys.modules:
         from deftcore.integrations import bitsandbytes
 
-        found.append(getattr(bitsandbytes, name))
+        found.append(bitsandbytes)
     if any(
         f"transformers.models.{kind}.modeling_{kind}" in sys.modules for kind in ("mamba", "mamba2", "falcon_mamba")
     ):
         from deftcore.integrations import mamba
 
-        found.append(getattr(mamba, name))
+        found.append(mamba)
     return found
 
 

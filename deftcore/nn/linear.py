@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from deftcore.ops._library import check_choice
 from deftcore.ops.quant4 import linear_4bit, quantize_4bit
@@ -179,6 +180,21 @@ def dense_layer(packed: Any, weight: Tensor) -> nn.Module:
     bias = None if packed.bias is None else packed.bias.detach().to(weight.dtype)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return layer
+
+
+def called_plainly(module: nn.Module, *, hooks: bool = True) -> bool:
+    """Whether calling a module runs its class's forward and nothing else.
+
+    Accelerate's offloading puts a forward of its own into the module, others register hooks (`hooks=False` allows
+    them). Code that computes with a module's weights instead of calling it asks this first.
+    """
+    own = vars(module)
+    if "forward" in own or "_hf_hook" in own:
+        return False
+    return not hooks or not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )  # fmt: skip
 
 
 def linear_packed(x: Tensor, q: QuantizedTensor, bias: Tensor | None, compute_dtype: torch.dtype | None) -> Tensor:

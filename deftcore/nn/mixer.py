@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deftcore.nn.linear import Linear4bit
+from deftcore.nn.linear import Linear4bit, called_plainly
 from deftcore.ops.conv1d import next_window
 from deftcore.ops.mamba import Projection
 
@@ -24,7 +24,7 @@ class MixerState(NamedTuple):
 
 def plain_projection(module: nn.Module) -> Projection | None:
     """A linear layer as the fused ops take it; None where it is something else, or has hooks to run."""
-    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+    if not called_plainly(module):
         return None
     if type(module) is nn.Linear:
         return Projection(module.weight, module.bias)

@@ -1,0 +1,302 @@
+"""Proof before use: what `patch` puts in runs against what it replaces, on a small random input, before it takes over.
+
+A case is one configuration of one class. The original and its replacement run on shadows of the module: copies that
+share large weights and hold random values in place of small ones, so that no term is hidden by zeros. With w the
+original in float32, a result passes where |ours - w| is at most three times the original's own |theirs - w|, plus four
+roundings of its dtype and 128 of float32 at the size of the largest |w|. Verdicts are kept in the cache folder, under
+everything that they depend on: both classes and their code, configuration, versions, build, device.
+"""
+
+import hashlib
+import inspect
+import logging
+import math
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import deftcore
+from deftcore.nn.linear import PackedModule, dense_layer
+from deftcore.ops._dispatch import read_table, write_table
+from deftcore.ops._library import native
+from deftcore.ops.quantized import QuantizedTensor
+
+_FILE = "verified.json"
+_SMALL = 1 << 18  # parameters up to this size are replaced by random values
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+_Results = Iterator[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration to prove.
+
+    `unit` is a shadow that holds the original, at the path `at` in it ("": itself). `run(unit, dtype)` yields named
+    results from inputs of that dtype, the same ones at every call.
+    """
+
+    label: str
+    unit: nn.Module
+    dtype: torch.dtype
+    run: Callable[[nn.Module, torch.dtype], _Results]
+    at: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`difference` is the largest |ours - theirs| over the largest |theirs|, `reason` empty where it passed."""
+
+    what: str
+    reason: str
+    difference: float
+    versions: str
+
+
+class Proofs:
+    """The verdicts of one call of `patch`: looked up, or made and kept."""
+
+    def __init__(self) -> None:
+        self._known, self._new = read_table(_FILE), {}
+
+    def refusal(self, original: type, fused: type, cases: Callable[[], list[Case]]) -> str:
+        """Why `fused` must not take `original`'s place; empty where every case passes."""
+        unknown = _unknown_arguments(original, fused)
+        if unknown:
+            return f"{original.__name__}.forward takes {', '.join(unknown)}, which {fused.__name__} does not know"
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                reasons = (self._verdict(case, original, fused).reason for case in cases())
+                return next(filter(None, reasons), "")
+        except Exception as error:  # the original itself fails, on the meta device for example: nothing to keep
+            return f"cannot be verified: {type(error).__name__}: {error}"
+
+    def _verdict(self, case: Case, original: type, fused: type) -> Verdict:
+        versions = _versions()
+        parts = (case.label, case.dtype, _code(original), _code(fused), _structure(case.unit), versions, _build(),
+                 native.isa_name(), _device(case.unit))  # fmt: skip
+        key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:24]
+        try:
+            return Verdict(**self._known[key])
+        except (KeyError, TypeError):  # absent, or of another layout
+            reason, difference = _compare(case, fused)
+            self._known[key] = asdict(verdict := Verdict(case.label, reason, difference, versions))
+            self._new[key] = self._known[key]
+            return verdict
+
+    def keep(self) -> None:
+        """Writes what is new."""
+        if self._new:
+            write_table(_FILE, self._new)
+
+
+def verdicts() -> dict[str, list[str]]:
+    """What was proved and what was refused on this machine with the versions at hand, one line each."""
+    found: dict[str, list[str]] = {"proved": [], "refused": []}
+    for entry in read_table(_FILE).values():
+        try:
+            verdict = Verdict(**entry)
+        except TypeError:
+            continue
+        line = f"{verdict.what} ({verdict.versions}): " + (verdict.reason or f"difference {verdict.difference:.1e}")
+        found["refused" if verdict.reason else "proved"].append(line)
+    return {kind: sorted(set(lines)) for kind, lines in found.items()}
+
+
+# ---------------------------------------------------------------------------- one comparison
+
+
+def _compare(case: Case, fused: type) -> tuple[str, float]:
+    """The reason against `fused` (empty: none) and the largest relative difference from the original."""
+    low = case.dtype.itemsize == 2
+    replaced, wide = shadow(case.unit), shadow(case.unit, torch.float32) if low else None
+    replaced.get_submodule(case.at).__class__ = fused
+    theirs = _results(case, case.unit, case.dtype)
+    reference = theirs if wide is None else _results(case, wide, torch.float32)
+    try:
+        ours = _results(case, replaced, case.dtype)
+    except Exception as error:
+        return f"{fused.__name__} failed, {type(error).__name__}: {error}", math.inf
+    if ours.keys() != theirs.keys():
+        return f"gives {sorted(ours.keys() ^ theirs.keys())} on one side only", math.inf
+    worst = 0.0
+    for name, their in theirs.items():
+        our, exact = ours[name].to(torch.float64), reference[name].to(torch.float64)
+        if our.shape != their.shape or ours[name].dtype != their.dtype:
+            return f"{name}: {tuple(our.shape)} {ours[name].dtype}, not {tuple(their.shape)} {their.dtype}", math.inf
+        size = float(exact.abs().max()) if exact.numel() else 0.0
+        own = float((their.to(torch.float64) - exact).abs().max()) if exact.numel() else 0.0
+        rounding = 4 * torch.finfo(case.dtype).eps if low else 0.0
+        allowed = 3 * own + (rounding + 128 * torch.finfo(torch.float32).eps) * size
+        error = float((our - exact).abs().max()) if exact.numel() else 0.0
+        if not error <= allowed:
+            return f"{name} differs by {error:.3g}, {allowed:.3g} is rounding", error / max(size, 1e-30)
+        worst = max(worst, float((our - their).abs().max()) / max(size, 1e-30) if exact.numel() else 0.0)
+    return "", worst
+
+
+def _results(case: Case, unit: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    device = _device(unit)
+    devices = [torch.device(device)] if device.startswith("cuda") else []
+    disabled = logging.root.manager.disable
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a library says about the proof's input is no news to the user
+        logging.disable(max(disabled, logging.WARNING))
+        try:
+            with torch.autocast(device.partition(":")[0], enabled=False):
+                torch.manual_seed(0)
+                return {name: value.detach() for name, value in case.run(unit, dtype)}
+        finally:
+            logging.disable(disabled)
+
+
+def run_linear(unit: nn.Module, dtype: torch.dtype) -> _Results:
+    """Forward and backward of six tokens, and one token without gradients."""
+    x = random_like(unit, (2, 3, unit.in_features), dtype).requires_grad_()  # type: ignore[arg-type]
+    yield from with_gradients(unit, unit(x), x)
+    with torch.no_grad():
+        yield "one token", unit(x[:1, :1].detach().requires_grad_())
+
+
+def with_gradients(unit: nn.Module, y: Tensor, x: Tensor) -> _Results:
+    """y, and the gradients of x and of all that trains."""
+    yield "forward", y
+    wanted = {"x": x} | {name: p for name, p in unit.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(y, list(wanted.values()), random_like(unit, y.shape, y.dtype), allow_unused=True)
+    for name, grad in zip(wanted, grads, strict=True):
+        if grad is not None:
+            yield f"gradient of {name}", grad
+
+
+def random_like(unit: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Normal numbers on the unit's device, the same for every dtype up to rounding to 16 bits."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + shape[-1]))
+    return values.to(torch.bfloat16).to(torch.float16).to(dtype).to(_device(unit))
+
+
+# ---------------------------------------------------------------------------- shadows
+
+
+def shadow(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy that shares the tensors and nothing else: modules, dictionaries and parameters are its own, hooks are left
+    out. With a dtype, floating tensors are cast to it and 4-bit weights decoded."""
+    return _shadow(module, dtype, {})
+
+
+def _shadow(module: nn.Module, dtype: torch.dtype | None, seen: dict[int, Any]) -> nn.Module:
+    if id(module) in seen:
+        return seen[id(module)]
+    new: Any = None if dtype is None else decoded(module, dtype)
+    if new is not None:
+        seen[id(module)] = new
+        return new
+    new = object.__new__(type(module))
+    seen[id(module)] = new
+    state = {name: value for name, value in vars(module).items() if name not in ("forward", "_hf_hook", "_old_forward")}
+    state = {name: OrderedDict() if name.endswith("_hooks") else value for name, value in state.items()}
+    new.__dict__.update(state, _parameters={}, _buffers=dict(module._buffers), _modules={})
+    for name, parameter in module._parameters.items():
+        if type(parameter) is nn.Parameter:
+            if id(parameter) not in seen:
+                cast = dtype if parameter.is_floating_point() else None
+                value = parameter.detach() if cast is None else parameter.detach().to(cast)
+                seen[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            parameter = seen[id(parameter)]
+        new._parameters[name] = parameter  # others, of bitsandbytes, are frozen and carry their state
+    for name, buffer in new._buffers.items():
+        if dtype is not None and buffer is not None and buffer.is_floating_point():
+            new._buffers[name] = buffer.to(dtype)
+    for name, child in module._modules.items():
+        new._modules[name] = None if child is None else _shadow(child, dtype, seen)
+    return new
+
+
+def decoded(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
+    """A 4-bit layer as a dense one, by the library that the layer is of; None for other modules."""
+    packed = module._parameters.get("weight")
+    if hasattr(packed, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(packed.data, packed.quant_state).to(dtype)  # type: ignore[union-attr]
+    elif isinstance(module, PackedModule):
+        weight = module.quantized.dequantize(dtype)
+    else:
+        return None
+    new: Any = dense_layer(module, weight)
+    if new.bias is not None:
+        new.bias.requires_grad_(module.bias.requires_grad)  # type: ignore[union-attr]
+    return new
+
+
+def describe(q: QuantizedTensor) -> str:
+    blocks = "whole" if q.shape[1] % q.block_size == 0 else "broken"
+    double = ", double_quant" if q.double_quant else ""
+    return f"{q.quant_type} of {str(q.dtype)[6:]}, {blocks} blocks of {q.block_size}{double}"
+
+
+def test_bed(module: nn.Module) -> Any:
+    """A shadow in evaluation mode, with random values of ordinary size for the small parameters."""
+    unit = shadow(module).eval()
+    for part in unit.modules():  # bitsandbytes' layers repack their weights at the first evaluation
+        part.training = hasattr(part._parameters.get("weight"), "quant_state")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in unit.parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.numel() <= _SMALL:
+            fan_in = max(math.prod(parameter.shape[1:]), 1)
+            values = torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in)
+            parameter.data = values.to(parameter.dtype).to(parameter.device)
+    return unit
+
+
+# ---------------------------------------------------------------------------- what a verdict depends on
+
+
+def _unknown_arguments(original: type, fused: type) -> list[str]:
+    """Arguments of the original's forward that the replacement neither names nor takes as further keywords."""
+    ours, theirs = (inspect.signature(kind.forward).parameters for kind in (fused, original))
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in ours.values()):
+        return []
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [name for name, p in theirs.items() if name not in ours and p.kind not in several]
+
+
+def _code(kind: Any) -> str:
+    forward = inspect.unwrap(kind.forward)
+    code = getattr(forward, "__code__", None)
+    return f"{kind.__module__}.{kind.__qualname__}{inspect.signature(forward)}{code.co_code.hex() if code else ''}"
+
+
+def _structure(unit: nn.Module) -> str:
+    """Classes, dtypes and what trains, without sizes."""
+    lines = []
+    for name, module in unit.named_modules():
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        own = [f"{key}:{t.dtype}:{t.requires_grad}" for key, t in tensors if t is not None]
+        lines.append(f"{name} {type(module).__module__}.{type(module).__qualname__} {own}")
+    return "\n".join(lines)
+
+
+def _versions() -> str:
+    found = [(name, getattr(sys.modules.get(name), "__version__", "")) for name in _LIBRARIES]
+    return ", ".join(f"{name} {version}" for name, version in found if version)
+
+
+@cache
+def _build() -> str:
+    """Changes with any file of the installed package."""
+    folder = Path(deftcore.__file__).parent
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".so", ".pyd"))
+    stats = [(str(p.relative_to(folder)), s.st_size, s.st_mtime_ns) for p in files for s in (p.stat(),)]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+def _device(unit: nn.Module) -> str:
+    tensor = next((t for t in [*unit.parameters(), *unit.buffers()] if t is not None), None)
+    return "cpu" if tensor is None else str(tensor.device)

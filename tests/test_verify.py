@@ -1,0 +1,405 @@
+"""Proof before use: `patch` refuses what differs from the original, by name, and changes nothing while it looks."""
+
+import copy
+import logging
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import tiny_batch, tiny_model
+from torch import nn
+from transformers.models.mamba import modeling_mamba
+
+import deftcore
+from deftcore.adapters import MambaLoraConfig
+from deftcore.integrations import mamba as mamba_integration
+from deftcore.integrations import peft as peft_integration
+from deftcore.integrations import verify
+from deftcore.integrations.peft import FusedLoraLinear
+from deftcore.nn.mamba import MambaBlock
+from deftcore.nn.mamba2 import Mamba2Block
+from deftcore.ops._dispatch import cache_folder, read_table, write_table
+
+MIXERS = ("mamba", "falcon_mamba", "mamba2")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _no_verdicts_yet(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEFTCORE_CACHE", str(tmp_path / "cache"))
+
+
+def lora(model, **options):
+    options = {"r": 4, "target_modules": ["q_proj", "down_proj"]} | options
+    return peft.get_peft_model(model, peft.LoraConfig(**options)).eval()
+
+
+def mamba_model(family, dtype=torch.float32):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2}
+    if family == "mamba2":
+        sizes |= {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4}
+    kind = {"mamba": "Mamba", "falcon_mamba": "FalconMamba", "mamba2": "Mamba2"}[family]
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype).eval()
+
+
+def bnb_layer(dtype=torch.float32, bias=True):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(64, 64, bias=bias, quant_type="nf4", compute_dtype=dtype)
+    layer.load_state_dict(nn.Linear(64, 64, bias=bias).state_dict())
+    return nn.Sequential(nn.Identity(), layer.to(dtype).to("cpu"))
+
+
+def negated(function):
+    return lambda *args, **kwargs: -function(*args, **kwargs)
+
+
+def wrong_sign(monkeypatch, module, name):
+    """`scaling` of a fused LoRA product turned round."""
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, scaling, **rest: right(*args, scaling=-scaling, **rest))
+
+
+def refused(model, *names):
+    with pytest.warns(UserWarning, match="keep their own forward") as caught:
+        deftcore.patch(model)
+    text = str(caught[0].message)
+    assert all(name in text for name in names), text
+    assert "is rounding" in text
+    return text
+
+
+# ---------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_lora_layer_of_the_wrong_sign_is_refused(packed, dtype, monkeypatch, caplog):
+    """Also with lora_B at zero, where the model itself cannot show it."""
+    base = tiny_model("llama").to(dtype)
+    model = lora(deftcore.quantize(base, block_size=32) if packed else base)
+    expected = model(**tiny_batch("llama")).logits
+    wrong_sign(monkeypatch, peft_integration, "lora_linear")
+    refused(model, "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj", "forward differs by")
+    assert "patch: refused: base_model.model.model.layers.0.self_attn.q_proj" in caplog.text
+    assert not any(isinstance(m, FusedLoraLinear) for m in model.modules())
+    assert torch.equal(model(**tiny_batch("llama")).logits, expected)
+    assert any(isinstance(m, FusedLoraLinear) for m in deftcore.patch(model, verify=False).modules())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_bitsandbytes_layer_of_the_wrong_sign_is_refused(bias, monkeypatch):
+    model, x = bnb_layer(bias=bias).train(), torch.randn(3, 64)
+    from deftcore.integrations import bitsandbytes
+
+    expected = model(x)
+    monkeypatch.setattr(bitsandbytes, "linear_packed", negated(bitsandbytes.linear_packed))
+    refused(model, "1 (", "forward differs by")
+    assert torch.equal(model(x), expected)
+    monkeypatch.undo()
+
+
+def test_lora_over_bitsandbytes_of_the_wrong_sign_is_refused(monkeypatch):
+    model = bnb_layer()
+    model.is_loaded_in_4bit = True
+    model, x = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["1"])).train(), torch.randn(3, 64)
+    expected = model(x)
+    wrong_sign(monkeypatch, peft_integration, "lora_linear")
+    refused(model, "base_model.model.1 (", "forward differs by")
+    torch.testing.assert_close(model(x), expected)  # the layer below it is fused, and proved
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", MIXERS)
+@pytest.mark.parametrize("what", ["decay", "step"])
+def test_a_mixer_of_the_wrong_sign_is_refused(family, what, dtype, monkeypatch):
+    """Everywhere, or in the cached steps only."""
+    model = mamba_model(family, dtype)
+    ids = torch.randint(1, 64, (2, 9))
+    expected = model(ids).logits
+    block = Mamba2Block if family == "mamba2" else MambaBlock
+    monkeypatch.setattr(block, what, negated(getattr(block, what)))
+    refused(model, "layers.0.mixer, backbone.layers.1.mixer (" + {"decay": "f", "step": "cached call 2"}[what])
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_wrong_gradient_is_refused(monkeypatch):
+    right = peft_integration.lora_linear
+
+    def reversed_gradient(*args, **kwargs):
+        y = right(*args, **kwargs)
+        return 2 * y.detach() - y
+
+    monkeypatch.setattr(peft_integration, "lora_linear", reversed_gradient)
+    refused(lora(tiny_model("llama")), "q_proj", "gradient of x differs")
+
+
+def test_dropout_on_the_wrong_side_is_refused(monkeypatch):
+    right = peft_integration.lora_linear
+    monkeypatch.setattr(peft_integration, "lora_linear", lambda *args, dropped_x, **rest: right(*args, **rest))
+    refused(lora(tiny_model("llama"), lora_dropout=0.5), "q_proj")
+    deftcore.patch(model := lora(tiny_model("llama")))
+    assert any(isinstance(m, FusedLoraLinear) for m in model.modules())  # without dropout it is right
+
+
+def test_an_argument_that_the_original_gains_is_refused(monkeypatch):
+    """Whether the replacement would raise (bitsandbytes) or its block would use it (Mamba)."""
+    bnb = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(bnb.nn.Linear4bit, "forward", lambda self, x, scale=2.0: scale * nn.functional.linear(x, x))
+    with pytest.warns(UserWarning, match=r"1 \(Linear4bit.forward takes scale, which FusedBnbLinear does not know"):
+        deftcore.patch(bnb_layer())
+
+    class Mixer(modeling_mamba.MambaMixer):
+        def forward(self, hidden_states, cache=None, attention_mask=None, gain=1.0, **kwargs):
+            return gain * super().forward(hidden_states, cache, attention_mask, **kwargs)
+
+    model = mamba_model("mamba")
+    fused = mamba_integration._FUSED[modeling_mamba.MambaMixer]
+    monkeypatch.setitem(mamba_integration._FUSED, Mixer, fused)
+    for layer in model.backbone.layers:
+        layer.mixer.__class__ = Mixer
+    with pytest.warns(UserWarning, match=r"layers.0.mixer.*Mixer.forward takes gain, which FusedMambaMixer does not"):
+        deftcore.patch(model)
+    assert type(model.backbone.layers[0].mixer) is Mixer
+
+
+def test_an_argument_that_a_block_renames_is_refused(monkeypatch):
+    """The mixer is called as its own block calls it."""
+    right = modeling_mamba.MambaBlock.forward
+
+    def renamed(self, hidden_states, cache=None, attention_mask=None, **kwargs):
+        return hidden_states + self.mixer(self.norm(hidden_states), state=cache, attention_mask=attention_mask)
+
+    def takes_state(self, hidden_states, cache=None, attention_mask=None, **kwargs):
+        return self.plain(hidden_states, kwargs.get("state", cache), attention_mask)
+
+    model = mamba_model("mamba")
+    monkeypatch.setattr(modeling_mamba.MambaMixer, "plain", modeling_mamba.MambaMixer.forward, raising=False)
+    monkeypatch.setattr(modeling_mamba.MambaMixer, "forward", takes_state)
+    monkeypatch.setattr(modeling_mamba.MambaBlock, "forward", renamed)
+    with pytest.warns(UserWarning, match="FusedMambaMixer failed, TypeError"):
+        deftcore.patch(model)
+    assert right is not renamed
+    assert type(model.backbone.layers[0].mixer) is modeling_mamba.MambaMixer
+
+
+# ---------------------------------------------------------------------------- accepted, and unchanged
+
+
+def everything_of(model):
+    """All that a proof must leave alone."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {name: (t.data_ptr(), t.clone(), t.requires_grad, t.grad) for name, t in tensors.items()}
+    modules = {
+        name: (m.training, {k: v for k, v in vars(m).items() if k[0] != "_"}) for name, m in model.named_modules()
+    }
+    return state, modules, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("kind", ["lora", "merged", "4bit", "bitsandbytes", *MIXERS, "mamba-lora"])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_proof_changes_nothing(kind, train):
+    if kind in MIXERS:
+        model = mamba_model(kind)
+    elif kind == "mamba-lora":
+        config = MambaLoraConfig(r=4, target_modules=["x_proj", "dt_proj", "out_proj"], lora_dropout=0.1)
+        model = peft.get_peft_model(mamba_model("mamba"), config)
+    elif kind == "bitsandbytes":
+        model = bnb_layer(torch.bfloat16)
+    else:
+        base = tiny_model("llama")
+        model = lora(deftcore.quantize(base, block_size=32) if kind == "4bit" else base, init_lora_weights=False)
+        if kind == "merged":
+            model.merge_adapter()
+            model.base_model.disable_adapter_layers()
+    model.train(train)
+    calls = []
+    handles = [m.register_forward_hook(lambda *_: calls.append(1)) for m in model.modules()]
+    handles += [p.register_hook(lambda g: calls.append(1)) for p in model.parameters() if p.requires_grad]
+    before = everything_of(model)
+    with torch.inference_mode():
+        deftcore.patch(model)
+    after = everything_of(model)
+    assert not calls
+    assert torch.equal(before[2], after[2])
+    for name, (address, value, requires, grad) in before[0].items():
+        now = after[0][name]
+        assert (address, requires, grad) == (now[0], now[2], now[3]), name
+        assert torch.equal(value, now[1]), name
+    assert str(before[1]) == str(after[1])
+    assert len(verify.verdicts()["proved"]) >= 1
+    assert not verify.verdicts()["refused"]
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", MIXERS)
+def test_mixers_with_adapters_and_4bit_projections_are_proved(family, dtype):
+    """LoRA on dt_proj is not seen by Transformers' mixer, and 4-bit weights are not what it reads: both are proved."""
+    targets = ["in_proj", "out_proj"] if family == "mamba2" else ["x_proj", "dt_proj", "out_proj"]
+    for packed in (False, True):
+        base = mamba_model(family, dtype)
+        if packed:
+            deftcore.quantize(base, block_size=32)
+        model = peft.get_peft_model(base, MambaLoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+        deftcore.patch(model)
+        assert not verify.verdicts()["refused"]
+        assert "Fused" in type(model.base_model.model.backbone.layers[0].mixer).__name__
+
+
+def test_verdicts_are_kept(monkeypatch):
+    """One proof for each configuration; another version, a damaged file, or another function: again."""
+    made = []
+    compare = verify._compare
+    monkeypatch.setattr(verify, "_compare", lambda case, fused: made.append(case.label) or compare(case, fused))
+    deftcore.patch(lora(tiny_model("llama")))
+    assert made == ["LoRA over Linear (float32), rank 4 float32"]  # four layers, two shapes
+    deftcore.patch(lora(tiny_model("llama")))
+    assert len(made) == 1
+    deftcore.patch(lora(tiny_model("llama"), r=3))
+    deftcore.patch(lora(tiny_model("llama").bfloat16()))
+    assert len(made) == 3
+    monkeypatch.setattr(peft, "__version__", "99.0")
+    deftcore.patch(lora(tiny_model("llama")))
+    assert len(made) == 4
+    (cache_folder() / "verified.json").write_text('{"a": 3')
+    deftcore.patch(lora(tiny_model("llama")))
+    assert len(made) == 5
+    write_table("verified.json", {key: {"what": 1} for key in read_table("verified.json")})
+    deftcore.patch(lora(tiny_model("llama")))
+    assert len(made) == 6
+    assert [p.name for p in cache_folder().iterdir()] == ["verified.json"]
+
+
+def test_a_refusal_is_kept_and_listed(monkeypatch, capsys):
+    from deftcore.cli import main
+
+    wrong_sign(monkeypatch, peft_integration, "lora_linear")
+    refused(lora(tiny_model("llama")), "q_proj")
+    assert main(["info"]) == 0
+    start = "patch, refused: LoRA over Linear (float32), rank 4 float32 (torch"
+    assert any(line.startswith(start) for line in capsys.readouterr().out.splitlines())
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DEFTCORE_CACHE", str(tmp_path / "file"))
+    model = deftcore.patch(lora(tiny_model("llama")))
+    assert any(isinstance(m, FusedLoraLinear) for m in model.modules())
+
+
+# ---------------------------------------------------------------------------- what the fused path must hand over
+
+
+def pair(model):
+    return model, deftcore.patch(copy.deepcopy(model))
+
+
+def values_and_gradients(model):
+    torch.manual_seed(0)
+    output = model(**tiny_batch("llama"))
+    output.loss.backward()
+    return output.logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+@pytest.mark.parametrize("kind", ["dense", "4bit", "bitsandbytes"])
+def test_biases_that_train_get_their_gradient(kind, bias):
+    torch.manual_seed(0)
+    x = torch.randn(5, 64)
+    if kind == "bitsandbytes":
+        base = bnb_layer()
+        base.is_loaded_in_4bit = True
+    else:
+        base = nn.Sequential(nn.Identity(), nn.Linear(64, 64))
+        base = deftcore.quantize(base) if kind == "4bit" else base
+    plain = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["1"], bias=bias, init_lora_weights=False))
+    grads = []
+    for model in (plain.train(), deftcore.patch(plain)):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert "base_model.model.1.base_layer.bias" in grads[0]
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_float32_factors_over_a_16bit_base_are_fused(dtype, dropout, monkeypatch):
+    """PEFT's own default: as close to float64 as PEFT's forward and backward, twice over."""
+    plain, patched = pair(lora(tiny_model("llama").to(dtype), init_lora_weights=False, lora_dropout=dropout).train())
+    layer = patched.base_model.model.model.layers[0].mlp.down_proj
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    calls = []
+    right = peft_integration.lora_linear
+    monkeypatch.setattr(peft_integration, "lora_linear", lambda *a, **k: calls.append(1) or right(*a, **k))
+    results = []
+    for model in (plain, patched, copy.deepcopy(plain).double()):
+        part = model.base_model.model.model.layers[0].mlp.down_proj
+        torch.manual_seed(3)
+        part.lora_dropout["default"] = peft_integration._Dropped() if dropout else nn.Identity()
+        x = torch.randn(3, 72).to(dtype).to(part.base_layer.weight.dtype).requires_grad_()
+        y = part(x)
+        y.backward(torch.randn(3, 32).to(dtype).to(y.dtype))
+        results.append((y, x.grad, *(p.grad for p in (part.lora_A["default"].weight, part.lora_B["default"].weight))))
+    assert len(calls) == 1
+    for theirs, ours, exact in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        own = (theirs.double() - exact).norm()
+        assert (ours.double() - exact).norm() <= 2 * own + torch.finfo(dtype).eps * exact.norm() / 4
+
+
+def test_patch_says_what_does_not_run_natively_yet(caplog):
+    for options, change, reason in (
+        ({"lora_bias": True}, None, "lora_bias"),
+        ({}, lambda m: m.merge_adapter(), "merged"),
+        ({}, lambda m: m.base_model.model.model.layers[0].mlp.down_proj.base_layer.requires_grad_(True), "trains"),
+        ({}, lambda m: m.base_model.model.model.layers[0].mlp.down_proj.float(), ""),
+    ):
+        targets = {"target_modules": ["fc1"]} if options else {}
+        model = lora(tiny_model("opt" if options else "llama"), **options, **targets)
+        if change:
+            change(model)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "deftcore"):
+            deftcore.patch(model)
+        assert ("PEFT's own forward runs for now" in caplog.text) == bool(reason)
+        assert reason in caplog.text
+
+
+@pytest.mark.parametrize("where", ["base_layer", "lora_A", "lora_B"])
+def test_hooks_on_the_parts_run(where):
+    plain, patched = pair(lora(tiny_model("llama"), init_lora_weights=False))
+    outputs = []
+    for model in (plain, patched):
+        layer = model.base_model.model.model.layers[0].mlp.down_proj
+        part = layer.base_layer if where == "base_layer" else getattr(layer, where)["default"]
+        part.register_forward_hook(lambda module, args, output: 2 * output)
+        outputs.append(model(**tiny_batch("llama")).logits)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("first", ["patch", "offload"])
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_offloaded_weights(family, first):
+    """Accelerate keeps weights elsewhere and brings them in as each module is called."""
+    from accelerate import cpu_offload
+
+    if family == "llama":
+        model = lora(tiny_model("llama"), init_lora_weights=False)
+    else:
+        config = MambaLoraConfig(r=4, target_modules=["x_proj", "out_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(mamba_model("mamba"), config).eval()
+    ids = tiny_batch("llama")["input_ids"]
+    with torch.no_grad():
+        expected = model(ids).logits
+        if first == "patch":
+            deftcore.patch(model)
+        cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+        if first == "offload":
+            deftcore.patch(model)
+        torch.testing.assert_close(model(ids).logits, expected)
