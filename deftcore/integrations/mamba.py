@@ -68,7 +68,7 @@ class _Cached:
         """[B, L, d] to [B, L, d]. Several tokens after a filled cache continue from its state.
 
         Every argument stands here by name: a keyword that a later Transformers adds raises a TypeError. `cache_params`
-        is the name of `cache` before Transformers 5.23. Of an `attention_mask` longer than L the last L columns count.
+        is the name of `cache` before Transformers 5.24. Of an `attention_mask` longer than L the last L columns count.
 
         Raises:
             ValueError: cache and cache_params both given; packed sequences that the mixer cannot cut.
@@ -118,8 +118,10 @@ def _held(cache: Any, layer: int) -> tuple[Any, Any]:
     """The convolution's inputs and the scan's state that a cache holds for a layer; None before the first tokens."""
     if hasattr(cache, "get_conv_state"):
         return cache.get_conv_state(layer), cache.get_recurrent_state(layer)
-    held = cache.layers[layer]  # Transformers before 5.22
-    return (held.conv_states, held.recurrent_states) if held.has_previous_state else (None, None)
+    if not cache.has_previous_state(layer):  # Transformers before 5.21
+        return None, None
+    held = cache.layers[layer]
+    return held.conv_states[0], held.recurrent_states[0]
 
 
 class FusedMambaMixer(_Cached, MambaBlock, HfMambaMixer):  # type: ignore[misc]
@@ -135,6 +137,10 @@ class FusedMamba2Mixer(_Cached, Mamba2Block, HfMamba2Mixer):  # type: ignore[mis
 
     def read_directly(self) -> list[nn.Module]:
         return [self.conv1d, self.norm]
+
+    def norm_groups(self) -> int:
+        width = self.num_heads * self.head_dim
+        return width // getattr(self.norm, "group_size", width)  # one over all channels before Transformers 5.23
 
     def packed(self, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
         if cu_seqlens is not None and seq_idx is None:

@@ -58,11 +58,14 @@ class Mamba2Block(MixerBlock):
         else:
             out, last = mamba2_inner(
                 mixed, weight, bias, self.dt_bias, self.decay(), self.D, self.norm.weight, out_proj,
-                head_dim=self.head_dim, groups=self.n_groups, norm_groups=width // self.norm.group_size,
+                head_dim=self.head_dim, groups=self.n_groups, norm_groups=self.norm_groups(),
                 norm_eps=self.norm.variance_epsilon, dt_limit=self.limit(), mask=mask,
                 conv_state=None if state is None else state.conv, initial_state=None if state is None else state.ssm,
             )  # fmt: skip
         return out, conv_input, last
+
+    def norm_groups(self) -> int:
+        return self.num_heads * self.head_dim // self.norm.group_size
 
     def limit(self) -> tuple[float, float]:
         return (float(self.time_step_limit[0]), float(self.time_step_limit[1]))
