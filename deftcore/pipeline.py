@@ -133,7 +133,7 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     examples = load_examples(recipe.data.train, tokenizer, recipe.data, pair)
     validation = load_examples(recipe.data.validation, tokenizer, recipe.data, pair) if recipe.data.validation else None
     torch.manual_seed(recipe.training.seed)  # adapters start from the recipe's seed
-    base: Any = load_model(recipe.model, quantize=quantize)
+    base: Any = load_model(recipe.model, quantize=quantize, **_dtype(recipe, empty.config))
     depends_on = {
         "method": recipe.method,
         "model": digest_tensors([*base.named_parameters(), *base.named_buffers()]),  # where it lies does not matter
@@ -151,6 +151,14 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
         save_model=lambda trained, folder: save_adapter(trained, tokenizer, folder), depends_on=depends_on,
         files={"recipe.yaml": yaml.safe_dump(recipe.to_dict(), sort_keys=False)},
     )  # fmt: skip
+
+
+def _dtype(recipe: Recipe, config: Any) -> dict[str, torch.dtype]:
+    """The dtype to read a checkpoint in, where it is not its own: float32 for weights that train, whose 16-bit steps
+    would round to nothing or divide by an epsilon of 0, and for 16 bits that are not autocast's."""
+    autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.training.mixed_precision]
+    other = autocast is not None and getattr(config, "dtype", None) != autocast
+    return {"dtype": torch.float32} if recipe.method == "full" or other else {}
 
 
 def load_examples(path: str, tokenizer: Any, data: DataConfig, is_encoder_decoder: bool) -> list[Example]:

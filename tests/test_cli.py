@@ -1,11 +1,13 @@
 """The command line's mistakes: one line that names the option or field, before any weights are read; and devices."""
 
+import json
 import os
 
 import pytest
 import torch
 import transformers
 from conftest import tiny_model
+from safetensors.torch import load_file
 from test_package import save_base
 
 import deftcore
@@ -72,6 +74,10 @@ MISTAKES = [
     ([*TRAIN, "method=s2ft", "adapter={targets: [fc]}"], "adapter: targets: must be among o, down, v"),
     ([*TRAIN, "method=mamba-lora"], "MambaLoraConfig is for mamba, falcon_mamba, mamba2 models, got 'llama'"),
     ([*TRAIN, "method=bottleneck", "adapter={target_modules: [mlpp]}"], "no module named 'mlpp'; did you mean mlp"),
+    (
+        [*TRAIN, "method=prefix", "adapter={num_virtual_tokens: 2}", "training.gradient_checkpointing=true"],
+        "training.gradient_checkpointing: must be false with method prefix",
+    ),
     ([*TRAIN, "model=gpt2", "deft=true"], "deft: model: GPT2LMHeadModel has no MLP block of a known family"),
     (["train", "none.yaml"], "recipe: no such file: none.yaml"),
     (["train", "full"], "recipe: is a folder: full"),
@@ -161,6 +167,41 @@ def test_train_gpt2_in_4_bits(place, tmp_path, monkeypatch, capsys):
     assert adapted(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("model", "method", "precision"),
+    [("base", "qlora", "no"), ("base", "full", "fp16"), ("base", "prompt", "bf16"), ("gpt2", "lora", "bf16")],
+)
+def test_train_16bit_checkpoints(place, tmp_path, monkeypatch, capsys, model, method, precision, dtype):
+    """A run ends where that on the same weights in float32 ends, up to the precision's rounding; what is trained is
+    float32."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / model, dtype=dtype)
+    for name, stored in (("low", dtype), ("exact", torch.float32)):
+        base.to(stored).save_pretrained(tmp_path / name)
+        transformers.AutoTokenizer.from_pretrained(place / model).save_pretrained(tmp_path / name)
+    monkeypatch.chdir(place)
+    adapter = {
+        "prompt": "{num_virtual_tokens: 2}",
+        "prefix": "{num_virtual_tokens: 2}",
+        "qs2ft": "{channel_ratio: 0.2}",
+    }
+    options = [f"method={method}", f"adapter={adapter.get(method, '{}')}", "training.learning_rate=1e-3"]
+    options += ["training.log_every=1", "training.max_steps=3", f"training.mixed_precision={precision}"]
+    losses = []
+    for name in ("low", "exact"):
+        assert main([*TRAIN, *options, f"model={tmp_path / name}", f"output={tmp_path / 'run' / name}"]) == 0
+        log = (tmp_path / "run" / name / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in log])
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=0.01 if torch.bfloat16 in (dtype, _autocast(precision)) else 2e-3)
+    stored = load_file(next((tmp_path / "run" / "low" / "final").glob("*.safetensors")))
+    assert {tensor.dtype for tensor in stored.values()} - {torch.int32} <= {torch.float32}
+
+
+def _autocast(precision):
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
 # ---------------------------------------------------------------------------- devices
 
 
@@ -221,8 +262,6 @@ def test_every_task_uses_the_accelerator(place, monkeypatch, arguments, device):
 @pytest.mark.cuda
 def test_train_density_export_on_a_gpu(place, tmp_path, monkeypatch, capsys):
     """The same losses and densities as on the CPU, up to TF32 and the order of sums."""
-    import json
-
     monkeypatch.chdir(place)
     found = {}
     for device in ("cpu", "auto"):

@@ -124,6 +124,15 @@ class Recipe:
             raise Mistakes([f": goes with method {' or '.join(QUANTIZED_METHODS)}, got {method!r}"])
         return value
 
+    @field_validator("training")
+    @classmethod
+    def _with_the_method(cls, value: TrainingConfig, info: ValidationInfo) -> TrainingConfig:
+        if value.gradient_checkpointing and info.data.get("method") == "prefix":
+            raise Mistakes(
+                [".gradient_checkpointing: must be false with method prefix, whose keys it would not recompute"]
+            )
+        return value
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
