@@ -20,6 +20,7 @@ from deftcore.integrations.preflight import adapter_config, check_adapter, check
 from deftcore.nn.blocks import find_mlp_blocks
 from deftcore.nn.linear import Linear4bit
 from deftcore.nn.mlp import check_sparsify
+from deftcore.nn.tied import merge_and_unload
 from deftcore.objectives import DensityLoss
 from deftcore.training.data import Batches, Example, encode
 from deftcore.training.device import choose_device
@@ -219,7 +220,7 @@ def export(
             if merge and not mergeable:
                 raise ValueError(f"merge: a {getattr(kind, 'value', kind)} adapter cannot be merged, got {merge!r}")
             if mergeable and not packed:
-                base = adapted.merge_and_unload()
+                base = merge_and_unload(adapted)
             elif mergeable and (merge or kind == "S2FT"):
                 base = merge_adapters(patch(adapted) if kind != "S2FT" else adapted, to=merge or "16bit")
             else:

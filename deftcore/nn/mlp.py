@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deftcore.nn.blocks import MlpBlock, activation_of, base_of, find_mlp_blocks
 from deftcore.nn.gates import gates_of
 from deftcore.nn.linear import PackedModule
+from deftcore.nn.tied import merge_and_unload, tuned_ties
 from deftcore.ops.density import ACTIVATIONS, default_tau
 from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.sparse_mlp import PATHS, _sparse_mlp
@@ -216,7 +217,7 @@ def sparsify(
     if gates is not None:
         gates.fold()
     if merge:
-        model = model.merge_and_unload()
+        model = merge_and_unload(model)
     # All modules are built before the first is put in, so that a refusal leaves the blocks as they were.
     planned: list[tuple[MlpBlock, nn.Module, SparseBlock]] = []
     for block in find_mlp_blocks(model):
@@ -274,6 +275,8 @@ def check_sparsify(
     if merge is None:
         merge = not any(hasattr(module, "quantized") for module in model.modules())
     merge = merge and linear
+    if merge:
+        tuned_ties(model)
     gates = gates_of(model)
     if gates is not None:
         gates.check()
