@@ -79,7 +79,7 @@ class _Cached:
             cache = cache_params
         packed = self.packed(seq_idx, cu_seqlens)
         if not all(map(called_plainly, self.read_directly())):
-            return super(MixerBlock, self).forward(hidden_states, cache, attention_mask, **packed)
+            return super(MixerBlock, self).forward(hidden_states, cache, attention_mask, **packed)  # type: ignore[misc]
         return self.mixed(hidden_states, cache, attention_mask, **packed)
 
     def read_directly(self: Any) -> list[nn.Module]:

@@ -17,6 +17,7 @@ from deftcore.adapters.s2ft import S2ftLayer
 from deftcore.integrations.verify import Case, Proofs, describe, run_linear, test_bed
 from deftcore.nn.gates import gates_of
 from deftcore.nn.linear import Linear4bit, MergeReport, called_plainly, dense_layer, merged_4bit, merged_16bit
+from deftcore.nn.tied import merge_and_unload, tuned_ties
 from deftcore.ops.lora import lora_linear
 from deftcore.ops.quantized import QuantizedTensor
 
@@ -50,7 +51,9 @@ def obstacle(layer: Any, weight: Tensor | QuantizedTensor, dtype: torch.dtype) -
         return f"weights are {type(weight).__name__}, {type(a.weight).__name__}"
     if torch.is_autocast_enabled(weight.device.type):
         return ""
-    masters = dtype.itemsize == 2 and a.weight.dtype == torch.float32 and getattr(layer, "cast_input_dtype_enabled", 1)
+    masters = (
+        dtype.itemsize == 2 and a.weight.dtype == torch.float32 and getattr(layer, "cast_input_dtype_enabled", True)
+    )
     if dtype != weight.dtype or a.weight.dtype != b.weight.dtype or not (a.weight.dtype == dtype or masters):
         return f"{a.weight.dtype} factors over {weight.dtype}"
     return ""
@@ -162,9 +165,9 @@ def patch(model: nn.Module, *, verify: bool = True) -> nn.Module:
             if refusal:
                 refused.setdefault(refusal, []).append(name)
                 continue
-            module.__class__ = kind  # type: ignore[assignment]
+            module.__class__ = kind
         patched += 1
-        reason = module.waits() if hasattr(module, "waits") else ""  # type: ignore[operator]
+        reason = module.waits() if hasattr(module, "waits") else ""
         if reason:
             waiting.setdefault(reason, []).append(name)
     if proofs:
@@ -241,7 +244,8 @@ def lora_ready(unit: Any) -> Any:
     for layer in unit.modules():
         if isinstance(layer, LoraLayer):
             layer._disable_adapters, layer.merged_adapters = False, []
-            for name, b in layer.lora_B.items():
+            factors_b: Any = layer.lora_B
+            for name, b in factors_b.items():
                 b.weight.data *= 0.5 / (abs(layer.scaling[name]) or 1.0)
     return unit
 
@@ -294,6 +298,7 @@ def merge(model: Any, *, to: str = "16bit", dtype: torch.dtype | None = None) ->
     for name, module in model.named_modules():
         if isinstance(module, (LoraLayer, S2ftLayer)) and hasattr(module.get_base_layer(), "quantized"):
             _check_delta(name, module)
+    tuned_ties(model)
     gates = gates_of(model)
     if gates is not None:  # the merged weights are what gets saved
         gates.fold()
@@ -321,7 +326,7 @@ def merge(model: Any, *, to: str = "16bit", dtype: torch.dtype | None = None) ->
     for name, new in replaced.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, new)
-    result = model.merge_and_unload()  # what is left: adapters over dense bases, modules_to_save
+    result = merge_and_unload(model)  # what is left: adapters over dense bases, modules_to_save
     if to == "16bit" and hasattr(getattr(result, "config", None), "quantization_config"):
         del result.config.quantization_config
         for attribute in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_quantized"):

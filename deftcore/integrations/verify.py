@@ -64,7 +64,8 @@ class Proofs:
     """The verdicts of one call of `patch`: looked up, or made and kept."""
 
     def __init__(self) -> None:
-        self._known, self._new = read_table(_FILE), {}
+        self._known = read_table(_FILE)
+        self._new: dict[str, Any] = {}
 
     def refusal(self, original: type, fused: type, cases: Callable[[], list[Case]]) -> str:
         """Why `fused` must not take `original`'s place; empty where every case passes."""
@@ -122,8 +123,8 @@ def _compare(case: Case, fused: type) -> tuple[str, float]:
     reference = theirs if wide is None else _results(case, wide, torch.float32)
     try:
         ours = _results(case, replaced, case.dtype)
-    except Exception as error:
-        return f"{fused.__name__} failed, {type(error).__name__}: {error}", math.inf
+    except Exception as failure:
+        return f"{fused.__name__} failed, {type(failure).__name__}: {failure}", math.inf
     if ours.keys() != theirs.keys():
         return f"gives {sorted(ours.keys() ^ theirs.keys())} on one side only", math.inf
     worst = 0.0
@@ -231,7 +232,7 @@ def decoded(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
         return None
     new: Any = dense_layer(module, weight)
     if new.bias is not None:
-        new.bias.requires_grad_(module.bias.requires_grad)  # type: ignore[union-attr]
+        new.bias.requires_grad_(module.bias.requires_grad)
     return new
 
 
@@ -258,7 +259,7 @@ def test_bed(module: nn.Module) -> Any:
 # ---------------------------------------------------------------------------- what a verdict depends on
 
 
-def _unknown_arguments(original: type, fused: type) -> list[str]:
+def _unknown_arguments(original: Any, fused: Any) -> list[str]:
     """Arguments of the original's forward that the replacement neither names nor takes as further keywords."""
     ours, theirs = (inspect.signature(kind.forward).parameters for kind in (fused, original))
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in ours.values()):
