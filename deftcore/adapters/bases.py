@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,17 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor that a shard belongs to; every process of the mesh must call it."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def sharded_as(tensor: Tensor, values: Tensor) -> Tensor:
+    """A whole tensor's values, in shards where `tensor` has shards; every process must call it with the same values."""
+    if not is_sharded(tensor):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    shards: Any = tensor
+    return distribute_tensor(values.to(tensor.device), shards.device_mesh, shards.placements, src_data_rank=None)
 
 
 @torch.no_grad()

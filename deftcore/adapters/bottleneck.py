@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from deftcore.adapters._register import MethodName
+from deftcore.adapters._register import GathersShards, MethodName
 
 # Model types whose MLP is one module, and those whose layer calls the projections itself.
 _TARGETS: dict[str, list[str] | str] = {
@@ -136,7 +136,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return "bottleneck." + super().__repr__()
 
 
-class BottleneckModel(BaseTuner):
+class BottleneckModel(GathersShards):
     """Puts `BottleneckLayer`s into a model; made by `peft.get_peft_model`."""
 
     prefix: str = "bottleneck_"

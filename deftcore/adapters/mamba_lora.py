@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from deftcore.adapters._register import MethodName
+from deftcore.adapters._register import GathersShards, MethodName
 from deftcore.nn.linear import Linear4bit
 
 _SPLIT_INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
@@ -121,7 +121,7 @@ def _split(layer: Any, name: str, slices: tuple[int, ...], config: LoraConfig) -
             base.weight[start:stop] = piece.weight
 
 
-class MambaLoraModel(LoraModel):
+class MambaLoraModel(GathersShards, LoraModel):
     """PEFT's LoraModel under another type, with slices where `split` asks for them."""
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from deftcore.adapters._register import MethodName
-from deftcore.adapters.bases import check_base, fingerprints, whole
+from deftcore.adapters._register import GathersShards, MethodName
+from deftcore.adapters.bases import check_base, fingerprints
 from deftcore.adapters.gated_mlp import FusedGatedMlp
 from deftcore.adapters.s2ft_layer import S2ftLayer
 from deftcore.adapters.selection import Plan, make_plan
@@ -98,7 +97,7 @@ class S2ftConfig(PeftConfig):
         return self.indices is None and self.strategy in DATA_STRATEGIES
 
 
-class S2ftModel(BaseTuner):
+class S2ftModel(GathersShards):
     """Permutes a model and puts `S2ftLayer`s into it; made by `peft.get_peft_model`. One adapter per model: adapters
     are taken out, switched and served with `deftcore.adapters.delta`."""
 
@@ -154,10 +153,6 @@ class S2ftModel(BaseTuner):
             if isinstance(down, S2ftLayer) or type(down) is nn.Linear:
                 mlp.unfused_class, mlp.recompute = type(mlp), config.recompute
                 mlp.__class__ = FusedGatedMlp
-
-    @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        return {key: whole(value) for key, value in super()._get_adapter_state_dict(*args, **kwargs).items()}
 
     @staticmethod
     def _create_new_module(peft_config: S2ftConfig, adapter_name: str, target: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ import atexit
 import logging
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from deftcore.adapters.bases import is_sharded, whole
 from deftcore.adapters.s2ft import S2ftLayer
 from deftcore.nn.linear import PackedModule
 from deftcore.objectives import DensityLoss
@@ -258,9 +260,10 @@ class _Run:
             density_blocks=None if report is None else report["blocks"],
             seconds=time.perf_counter() - start,
         )
+        whole_state = self._whole()
         if self.accelerator.is_main_process:
             with replacing(self.folder.path / "trained") as folder:
-                save_parameters(self._trainable(), folder)
+                save_parameters(whole_state, folder)
             self.folder.finish(result.to_dict())
         self.accelerator.wait_for_everyone()
         return result
@@ -368,11 +371,15 @@ class _Run:
         return evaluated
 
     def _save(self, name: str) -> None:
-        if self.save_model is not None and self.accelerator.is_main_process:
+        main, sharded = self.accelerator.is_main_process, any(map(is_sharded, self.plain_model.parameters()))
+        if self.save_model is not None and main:
             with replacing(self.folder.path / name) as folder:
                 self.save_model(self.plain_model, folder)
                 if self.objective is not None and self.objective.gates is not None:
                     self.objective.gates.save(folder)
+        elif self.save_model is not None and sharded:  # all processes gather shards, one writes what counts
+            with tempfile.TemporaryDirectory() as unused:
+                self.save_model(self.plain_model, Path(unused))
         self.accelerator.wait_for_everyone()
 
     def _checkpoint(self) -> None:
@@ -405,10 +412,15 @@ class _Run:
         gates = self.objective.named_parameters() if self.objective is not None else ()
         return state | {f"objective.{name}": p for name, p in gates}
 
+    def _whole(self) -> dict[str, Tensor]:
+        """As `_trainable`, gathered where it is sharded; every process must call it."""
+        return {name: whole(p.detach()) for name, p in self._trainable().items()}
+
     def _save_trainable(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
         weights.clear()  # in place of the whole model
+        state = self._whole()
         if self.accelerator.is_main_process:
-            save_parameters(self._trainable(), Path(folder))
+            save_parameters(state, Path(folder))
 
     def _load_trainable(self, models: list[nn.Module], folder: str) -> None:
         models.clear()

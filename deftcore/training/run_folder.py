@@ -21,6 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deftcore.adapters.bases import sharded_as
+
 _log = logging.getLogger(__name__)
 _KEEP_CHECKPOINTS = 2
 _RUN, _RESULT, _LOG, _CHECKPOINTS = "run.json", "result.json", "log.jsonl", "checkpoints"
@@ -187,13 +189,13 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def save_parameters(parameters: Mapping[str, Tensor], folder: Path) -> None:
-    """What is trained and nothing else; the base is where the recipe says."""
+    """What is trained and nothing else, no shards; the base is where the recipe says."""
     save_file({name: p.detach().contiguous().cpu() for name, p in parameters.items()}, folder / _PARAMETERS)
 
 
 @torch.no_grad()
 def load_parameters(parameters: Mapping[str, Tensor], folder: Path) -> None:
-    """Copies what `save_parameters` wrote into the parameters of the same names."""
+    """Copies what `save_parameters` wrote into the parameters of the same names, or their shards."""
     state = load_file(folder / _PARAMETERS)
     for name, parameter in parameters.items():
-        parameter.copy_(state[name])
+        parameter.copy_(sharded_as(parameter, state[name]))

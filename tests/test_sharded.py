@@ -1,0 +1,121 @@
+"""FSDP2: adapters, updates and checkpoints of a sharded model are those of the whole one. Two processes over Gloo."""
+
+import socket
+
+import peft
+import pytest
+import torch
+from conftest import tiny_batch, tiny_model
+from s2ft_models import scaled, train, trainable, wrap
+from safetensors.torch import load_file
+
+from deftcore.adapters import BottleneckConfig, DeltaAdapter, extract_adapter
+from deftcore.adapters.bases import whole
+from deftcore.training.run_folder import load_parameters, save_parameters
+
+S2FT = {"targets": ["o", "down", "up"], "storage": "split", "modules_to_save": ["lm_head"]}
+
+
+def s2ft():
+    return wrap(scaled("llama"), **S2FT)
+
+
+def bottleneck():
+    torch.manual_seed(0)
+    config = BottleneckConfig(task_type="CAUSAL_LM", reduction_factor=4, modules_to_save=["lm_head"])
+    model = peft.get_peft_model(tiny_model("llama"), config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "bottleneck_up" in name:
+                p.normal_(std=0.1)
+    return model
+
+
+MAKE = {"s2ft": s2ft, "bottleneck": bottleneck}
+
+
+def even_batch():
+    return {key: tiny_batch("llama")["input_ids"] for key in ("input_ids", "labels")}
+
+
+def work(rank, port, folder):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+
+    def shard(model):
+        base = model.base_model.model
+        for layer in base.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(base, mesh=mesh)
+        return model
+
+    def step(model, count):
+        return train(model, {key: value[rank : rank + 1] for key, value in even_batch().items()}, count)
+
+    for name, make in MAKE.items():
+        model = step(shard(make()), 2)
+        model.save_pretrained(folder / name, is_main_process=rank == 0)
+        with model.disable_adapter():
+            model.save_pretrained(folder / f"{name} off", is_main_process=rank == 0)
+        state = {n: whole(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
+        if rank == 0:
+            save_parameters(state, folder / name)
+        dist.barrier()
+        again = shard(make())
+        load_parameters({n: p for n, p in again.named_parameters() if p.requires_grad}, folder / name)
+        for ours, theirs in zip(trainable(again), trainable(model), strict=True):
+            assert torch.equal(ours.full_tensor(), theirs.full_tensor())
+        if name == "s2ft":
+            adapter = extract_adapter(model)
+            if rank == 0:
+                adapter.save(folder / "delta.safetensors")
+            with pytest.raises(ValueError, match="merge: the weights are sharded"):
+                model.merge_adapter()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = tmp_path_factory.mktemp("sharded")
+    torch.multiprocessing.spawn(work, (port, where), nprocs=2)
+    return where
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("off", ["", " off"])
+def test_adapters_are_written_whole(folder, name, off):
+    model = train(MAKE[name](), even_batch(), 2)
+    want = peft.get_peft_model_state_dict(model)
+    found = load_file(folder / f"{name}{off}" / "adapter_model.safetensors")
+    assert found.keys() == want.keys()
+    for key in want:
+        torch.testing.assert_close(found[key], want[key], rtol=1e-4, atol=1e-5)
+    again = peft.PeftModel.from_pretrained(
+        scaled("llama") if name == "s2ft" else tiny_model("llama"), folder / f"{name}{off}"
+    )
+    torch.testing.assert_close(again(**even_batch()).logits, model(**even_batch()).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_updates_are_taken_out_whole(folder):
+    want = extract_adapter(train(s2ft(), even_batch(), 2))
+    found = DeltaAdapter.load(folder / "delta.safetensors")
+    assert found.deltas.keys() == want.deltas.keys()
+    assert found.hashes == want.hashes
+    for name, delta in want.deltas.items():
+        assert torch.equal(found.deltas[name].indices, delta.indices)
+        torch.testing.assert_close(found.deltas[name].block, delta.block, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_checkpoints_are_of_the_whole_model(folder, name):
+    model = train(MAKE[name](), even_batch(), 2)
+    state = load_file(folder / name / "trainable.safetensors")
+    for key, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(state[key], p.detach(), rtol=1e-4, atol=1e-5)
