@@ -352,6 +352,25 @@ def test_causal_conv1d_update(dtype, width, needs_grad):
                 close(ours.view(grad.shape), grad)
 
 
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_updates_compile(needs_grad):
+    """In one graph: rings, and coefficients of another dtype."""
+    x, weight = torch.randn(2, 5, 3), torch.randn(5, 4, requires_grad=needs_grad)
+    b, begins = torch.randn(2, 4).bfloat16(), torch.tensor([3, 8])
+
+    def conv(state):
+        return causal_conv1d_update(x, state, weight, None, "silu", begins)
+
+    def scan(state):
+        return selective_state_update(state, x[..., 0], x[..., 1], weight, b, b, dt_softplus=True)
+
+    for step, state in ((conv, torch.randn(2, 5, 6)), (scan, torch.randn(2, 5, 4))):
+        moved = state.clone()
+        out = torch.compile(step, fullgraph=True, backend="aot_eager")(moved)
+        torch.testing.assert_close(out, step(state))
+        assert torch.equal(moved, state)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_states_of_sequences(dtype):
     lengths = torch.tensor([1, 7, 0, 31, 3])

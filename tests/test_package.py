@@ -136,7 +136,7 @@ def test_unknown_isa_is_refused():
     assert "DEFTCORE_CPU_ISA: this machine has scalar" in run_python(code, DEFTCORE_CPU_ISA="neon")
 
 
-@pytest.mark.parametrize("name", ["density", "lora", "sparse_mlp"])
+@pytest.mark.parametrize("name", ["conv1d", "density", "lora", "sparse_mlp", "ssd", "ssm"])
 def test_docstring_examples(name):
     result = doctest.testmod(sys.modules[f"deftcore.ops.{name}"], extraglobs={"torch": torch})
     assert result.attempted > 0
