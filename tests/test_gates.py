@@ -1,20 +1,27 @@
 """Adaptive gates: where they stand, folding into every kind of layer, files, the Trainer, several processes."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 from conftest import FAMILIES, task_type, tiny_batch, tiny_model
 from safetensors.torch import load_file
-from test_integrations import trainer_for
+from test_integrations import DeftTrainer, Ragged, trainer_for
 from test_nn import whole_blocks
+from torch.utils.data import SequentialSampler
+from transformers import TrainingArguments
 
 import deftcore
 from deftcore.adapters import BottleneckConfig, S2ftConfig
 from deftcore.integrations.checkpoints import load_adapter
 from deftcore.objectives import DensityLoss
+from deftcore.training import TrainingConfig, train
 
 THETA = (0.3, -1.2, 1.0, -0.4)
 
@@ -237,3 +244,71 @@ def test_trainer_saves_and_resumes_gates(tmp_path):
     resumed._load_best_model()
     stored = load_file(tmp_path / "a" / "checkpoint-3" / "density_gates.safetensors")["theta"]
     assert torch.equal(next(resumed.density.parameters()), stored)
+
+
+# ---------------------------------------------------------------------------- several processes
+
+
+class InOrder(DeftTrainer):
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+
+def train_in_processes(folder, batch_size):
+    """What each process of the test below runs: the Trainer, bare losses, deftcore's own loop."""
+    arguments = TrainingArguments(
+        str(folder / "trainer"), per_device_train_batch_size=batch_size, gradient_accumulation_steps=2, max_steps=3,
+        learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True, save_steps=100, max_grad_norm=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["gate_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("llama"), config)
+    density = DensityLoss(model, surrogate="tanh", adaptive="gate", gamma=0.5)
+    trainer = InOrder(model, arguments, train_dataset=Ragged("llama"), density=density)
+    trainer.train()
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    found = {"trainer": trained, "trainer's gates": density.gates.theta.detach().clone()}
+
+    rank, world = trainer.args.process_index, trainer.args.world_size
+    rows = Ragged("llama").rows[:2]
+    local = rows[rank::world]
+    density.gates.zero_grad()
+    model.zero_grad()
+    model.train()
+    model(**{name: torch.stack([row[name] for row in local]) for name in ("input_ids", "attention_mask")})
+    density.loss().backward()
+    grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    for grad in grads if world > 1 else []:  # as DistributedDataParallel does
+        torch.distributed.all_reduce(grad)
+        grad /= world
+    found["loss"] = grads
+
+    model = peft.get_peft_model(tiny_model("llama"), config)
+    objective = DensityLoss(model, surrogate="tanh", adaptive="gate", gamma=0.5)
+    examples = [
+        {"input_ids": row["input_ids"][: int(row["attention_mask"].sum()) + 1].tolist()} for row in Ragged("llama").rows
+    ]
+    options = TrainingConfig(max_steps=3, batch_size=batch_size, learning_rate=1e-2, gradient_accumulation_steps=2)
+    train(model, examples[:8], options, folder / f"loop{world}", objective=objective)
+    found["loop's gates"] = objective.gates.theta.detach().clone()
+    torch.save(found, folder / f"{world}-{rank}.pt")
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Gates and window ratios under DistributedDataParallel, in the Trainer and in deftcore's loop; masks unequal."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"import sys, pathlib\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_gates\ntest_gates.train_in_processes(pathlib.Path(sys.argv[1]), 1)\n"
+    )
+    train_in_processes(tmp_path, 2)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+               str(script), str(tmp_path)]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for key, expected in one.items():
+        torch.testing.assert_close(first[key], expected, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(second[key], first[key], rtol=0, atol=0, msg=lambda m, key=key: f"{key}: {m}")
