@@ -203,11 +203,11 @@ class DensityOnlyTrainer(DensityTrainerMixin, NoTask):
     pass
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("smoothing", "shares"), [(0.0, True), (0.1, True), (0.0, False)])
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_trainer_takes_the_ratio_of_the_windows_sums(family, smoothing, tmp_path):
-    """Unequal padding and a short last window, against sums in float64; T5 takes no `num_items_in_batch`, and label
-    smoothing takes the labels away before the model sees them."""
+def test_trainer_takes_the_ratio_of_the_windows_sums(family, smoothing, shares, tmp_path):
+    """Unequal padding and a short last window, against sums in float64; also where label smoothing takes the labels away
+    before the model sees them, and where the model's losses are means that the Trainer divides."""
     model = tiny_model(family)
     reference = copy.deepcopy(model).double().train()
     arguments = TrainingArguments(
@@ -218,6 +218,7 @@ def test_trainer_takes_the_ratio_of_the_windows_sums(family, smoothing, tmp_path
     trainer = DensityOnlyTrainer(
         model, arguments, train_dataset=Ragged(family), density=DensityLoss(model, surrogate="tanh")
     )
+    trainer.model_accepts_loss_kwargs = shares
     trainer.train()
     assert [len(window) for window in trainer.windows] == [2, 2, 1]
     seen = []
