@@ -14,14 +14,16 @@ from conftest import FAMILIES, task_type, tiny_batch, tiny_model
 from safetensors.torch import load_file
 from test_integrations import DeftTrainer, Ragged, trainer_for
 from test_nn import whole_blocks
+from test_package import save_base
 from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
 import deftcore
 from deftcore.adapters import BottleneckConfig, S2ftConfig
-from deftcore.integrations.checkpoints import load_adapter
+from deftcore.integrations.checkpoints import load_adapter, load_model, load_tokenizer
 from deftcore.objectives import DensityLoss
-from deftcore.training import TrainingConfig, train
+from deftcore.pipeline import add_adapter, export, measure_density
+from deftcore.training import TrainingConfig, encode, read_records, train
 
 THETA = (0.3, -1.2, 1.0, -0.4)
 
@@ -244,6 +246,43 @@ def test_trainer_saves_and_resumes_gates(tmp_path):
     resumed._load_best_model()
     stored = load_file(tmp_path / "a" / "checkpoint-3" / "density_gates.safetensors")["theta"]
     assert torch.equal(next(resumed.density.parameters()), stored)
+
+
+@pytest.mark.parametrize("quantize", [None, {"block_size": 32}])
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "prompt"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_density_and_export_know_the_gates(family, method, quantize, tmp_path):
+    """`deftcore density --adapter` and `deftcore export` compute what was trained; skipped blocks keep adapters."""
+    save_base(tmp_path / "base", whole_blocks(family))
+    base = load_model(str(tmp_path / "base"), quantize=quantize)
+    options = {"lora": {"target_modules": ["fc1", "up_proj", "fc2", "down_proj"]}, "prompt": {"num_virtual_tokens": 3}}
+    model = perturbed(add_adapter(base, method, options.get(method, {})))
+    objective = gated(model)
+    model.save_pretrained(tmp_path / "adapter")
+    objective.gates.save(tmp_path / "adapter")
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    with torch.no_grad():
+        expected = model(ids).logits
+        report = measure_density(
+            str(tmp_path / "base"), str(tmp_path / "base" / "data.txt"), adapter=str(tmp_path / "adapter"),
+            max_length=16, quantize=quantize,
+        )  # fmt: skip
+        objective.reset()
+        inputs = {"max_length": 16, "is_encoder_decoder": False}
+        tokenizer = load_tokenizer(tmp_path / "base")
+        for example in encode(read_records(tmp_path / "base" / "data.txt"), tokenizer, **inputs):
+            model(input_ids=torch.tensor([example["input_ids"]]))
+        assert report["blocks"] == pytest.approx(objective.report()["blocks"], rel=1e-3)
+        export(str(tmp_path / "base"), str(tmp_path / "out"), adapter=str(tmp_path / "adapter"), quantize=quantize)
+        sparse = deftcore.load_sparse(tmp_path / "out")
+        torch.testing.assert_close(sparse(ids).logits, expected, rtol=1e-3, atol=1e-4)
+        last = list(objective.gate_values())[1]
+        arguments = {"adapter": str(tmp_path / "adapter"), "skip": (last,), "quantize": quantize}
+        export(str(tmp_path / "base"), str(tmp_path / "skipped"), **arguments)
+        objective.gates.theta[1] = -1e4
+        torch.testing.assert_close(
+            deftcore.load_sparse(tmp_path / "skipped")(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-4
+        )
 
 
 # ---------------------------------------------------------------------------- several processes

@@ -206,8 +206,8 @@ class DensityOnlyTrainer(DensityTrainerMixin, NoTask):
 @pytest.mark.parametrize(("smoothing", "shares"), [(0.0, True), (0.1, True), (0.0, False)])
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_trainer_takes_the_ratio_of_the_windows_sums(family, smoothing, shares, tmp_path):
-    """Unequal padding and a short last window, against sums in float64; also where label smoothing takes the labels away
-    before the model sees them, and where the model's losses are means that the Trainer divides."""
+    """Unequal padding and a short last window, against sums in float64; also where label smoothing takes the labels
+    away before the model sees them, and where the model's losses are means that the Trainer divides."""
     model = tiny_model(family)
     reference = copy.deepcopy(model).double().train()
     arguments = TrainingArguments(

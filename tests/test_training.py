@@ -156,7 +156,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
         model = peft.get_peft_model(
             tiny_model("llama"), peft.LoraConfig(r=4, target_modules=["gate_proj"], task_type="CAUSAL_LM")
         )
-        objective = DensityLoss(model, surrogate="tanh")
+        objective = DensityLoss(model, surrogate="tanh", adaptive="gate", gamma=0.5)
         config = TrainingConfig(
             max_steps=4, batch_size=size, gradient_accumulation_steps=accumulation, learning_rate=1e-2, log_every=1
         )

@@ -314,8 +314,6 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Any:
     if missing or unexpected:
         raise ValueError(f"adapter: {file} is of another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
     for key, value in stored.items():
-        if loaded[key].is_meta:  # of a block that the sparse form leaves out
-            continue
         here = loaded[key].cpu()
         if here.shape != value.shape or not torch.allclose(here, value.to(here.dtype), rtol=0, atol=0, equal_nan=True):
             raise ValueError(f"adapter: {file}: {key} did not reach the model, which ties it to another weight")
@@ -395,6 +393,11 @@ def load_sparse(folder: str | os.PathLike, *, path: str = "auto", **kwargs: Any)
     dropped = tuple(f"{name}.{part}" for name in skip for part in _projections(shape, name))
     if is_4bit(config):
         model: Any = load_quantized(folder, missing_ok=dropped, **kwargs)
+        for key, missing in [item for item in model.named_parameters() if item[1].is_meta]:
+            # Left out by `skip`: zeros that take no memory, so that an adapter over the block finds a device.
+            holder, _, attribute = key.rpartition(".")
+            zeros = torch.zeros((), dtype=missing.dtype).expand(missing.shape)
+            setattr(model.get_submodule(holder), attribute, nn.Parameter(zeros, requires_grad=False))
     else:
         model, info = model_kind(config).from_pretrained(folder, output_loading_info=True, **kwargs)
         missing = [key for key in info["missing_keys"] if not key.startswith(dropped or ("\0",))]
