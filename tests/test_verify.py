@@ -17,6 +17,7 @@ from deftcore.integrations import mamba as mamba_integration
 from deftcore.integrations import peft as peft_integration
 from deftcore.integrations import verify
 from deftcore.integrations.peft import FusedLoraLinear
+from deftcore.nn.blocks import check_function, find_mlp_blocks
 from deftcore.nn.mamba import MambaBlock
 from deftcore.nn.mamba2 import Mamba2Block
 from deftcore.ops._dispatch import cache_folder, read_table, write_table
@@ -403,3 +404,69 @@ def test_offloaded_weights(family, first):
         if first == "offload":
             deftcore.patch(model)
         torch.testing.assert_close(model(ids).logits, expected)
+
+
+# ---------------------------------------------------------------------------- sparse blocks
+
+
+def llama_with(forward):
+    """A tiny Llama whose MLPs compute something of their own."""
+    model = tiny_model("llama", "silu").eval()
+    for layer in model.model.layers:
+        layer.mlp.__class__ = type("OwnMLP", (type(layer.mlp),), {"forward": forward})
+    return model
+
+
+def limited(self, x):
+    return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7.0)) * self.up_proj(x))
+
+
+def scaled(self, x):
+    return self.down_proj(self.act_fn(self.gate_proj(x) * 0.5) * self.up_proj(x))
+
+
+def normed(self, x):
+    inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+    return self.down_proj(nn.functional.rms_norm(inner, inner.shape[-1:]))
+
+
+def wrong_order(self, x):
+    return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+@pytest.mark.parametrize("forward", [limited, scaled, normed, wrong_order])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_sparsify_refuses_a_block_that_computes_something_else(forward, adapter):
+    """As DeepSeek's limits, FalconH1's multipliers and BitNet's norm: the parts of a gated MLP are all there."""
+    model = llama_with(forward)
+    model = lora(model) if adapter else model
+    expected = model(**tiny_batch("llama")).logits
+    with pytest.raises(ValueError, match=r"layers.0.mlp: OwnMLP has the parts of an MLP but computes something else"):
+        deftcore.sparsify(model)
+    assert torch.equal(model(**tiny_batch("llama")).logits, expected)
+
+
+def rearranged(self, x):
+    gated = self.up_proj(x) * self.act_fn(self.gate_proj(x))
+    return self.down_proj(nn.functional.dropout(gated, 0.3, self.training))
+
+
+@pytest.mark.parametrize("kind", ["dense", "bfloat16", "4bit", "disabled"])
+def test_sparsify_takes_a_block_that_computes_the_same_in_other_words(kind):
+    model = llama_with(rearranged)
+    if kind == "bfloat16":
+        model = model.bfloat16()
+    if kind == "4bit":
+        deftcore.quantize(model, block_size=32, skip=["lm_head", "down_proj"])
+    if kind == "disabled":
+        model = lora(model, init_lora_weights=False)
+        model.merge_adapter()
+        model.base_model.disable_adapter_layers()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for block in find_mlp_blocks(model):
+        check_function(block)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    expected = model(**tiny_batch("llama")).logits
+    if kind != "disabled":  # here PEFT has just taken the update out again
+        near = {"rtol": 0.05, "atol": 0.05} if kind == "bfloat16" else {"rtol": 1e-3, "atol": 1e-4}
+        torch.testing.assert_close(deftcore.sparsify(model)(**tiny_batch("llama")).logits, expected, **near)

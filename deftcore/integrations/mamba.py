@@ -16,11 +16,12 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as HfMamba2Mi
 
 from deftcore.adapters.mamba_lora import factors
 from deftcore.integrations.peft import lora_ready
-from deftcore.integrations.verify import Case, decoded, random_like, test_bed, with_gradients
+from deftcore.integrations.verify import Case, random_like, test_bed, with_gradients
 from deftcore.nn.linear import called_plainly
 from deftcore.nn.mamba import MambaBlock
 from deftcore.nn.mamba2 import Mamba2Block
 from deftcore.nn.mixer import MixerBlock, MixerState, plain_projection
+from deftcore.nn.shadow import decoded
 from deftcore.ops.mamba import LoraPair, Projection
 
 

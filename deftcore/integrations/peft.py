@@ -239,11 +239,10 @@ def lora_cases(layer: Any, q: QuantizedTensor | None) -> list[Case]:
 
 
 def lora_ready(unit: Any) -> Any:
-    """A test bed whose LoRA layers add half of what their bases give. None is merged: unmerging would change weights
-    that the bed shares."""
+    """A test bed whose LoRA layers are in use, and add about half of what their bases give."""
     for layer in unit.modules():
         if isinstance(layer, LoraLayer):
-            layer._disable_adapters, layer.merged_adapters = False, []
+            layer._disable_adapters = False
             factors_b: Any = layer.lora_B
             for name, b in factors_b.items():
                 b.weight.data *= 0.5 / (abs(layer.scaling[name]) or 1.0)

@@ -13,7 +13,6 @@ import logging
 import math
 import sys
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import deftcore
-from deftcore.nn.linear import PackedModule, dense_layer
+from deftcore.nn.shadow import shadow
 from deftcore.ops._dispatch import read_table, write_table
 from deftcore.ops._library import native
 from deftcore.ops.quantized import QuantizedTensor
@@ -182,58 +181,7 @@ def random_like(unit: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> 
     return values.to(torch.bfloat16).to(torch.float16).to(dtype).to(_device(unit))
 
 
-# ---------------------------------------------------------------------------- shadows
-
-
-def shadow(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy that shares the tensors and nothing else: modules, dictionaries and parameters are its own, hooks are left
-    out. With a dtype, floating tensors are cast to it and 4-bit weights decoded."""
-    return _shadow(module, dtype, {})
-
-
-def _shadow(module: nn.Module, dtype: torch.dtype | None, seen: dict[int, Any]) -> nn.Module:
-    if id(module) in seen:
-        return seen[id(module)]
-    new: Any = None if dtype is None else decoded(module, dtype)
-    if new is not None:
-        seen[id(module)] = new
-        return new
-    new = object.__new__(type(module))
-    seen[id(module)] = new
-    state = {name: value for name, value in vars(module).items() if name not in ("forward", "_hf_hook", "_old_forward")}
-    state = {name: OrderedDict() if name.endswith("_hooks") else value for name, value in state.items()}
-    new.__dict__.update(state, _parameters={}, _buffers=dict(module._buffers), _modules={})
-    for name, parameter in module._parameters.items():
-        if type(parameter) is nn.Parameter:
-            if id(parameter) not in seen:
-                cast = dtype if parameter.is_floating_point() else None
-                value = parameter.detach() if cast is None else parameter.detach().to(cast)
-                seen[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-            parameter = seen[id(parameter)]
-        new._parameters[name] = parameter  # others, of bitsandbytes, are frozen and carry their state
-    for name, buffer in new._buffers.items():
-        if dtype is not None and buffer is not None and buffer.is_floating_point():
-            new._buffers[name] = buffer.to(dtype)
-    for name, child in module._modules.items():
-        new._modules[name] = None if child is None else _shadow(child, dtype, seen)
-    return new
-
-
-def decoded(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
-    """A 4-bit layer as a dense one, by the library that the layer is of; None for other modules."""
-    packed = module._parameters.get("weight")
-    if hasattr(packed, "quant_state"):
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight = dequantize_4bit(packed.data, packed.quant_state).to(dtype)  # type: ignore[union-attr]
-    elif isinstance(module, PackedModule):
-        weight = module.quantized.dequantize(dtype)
-    else:
-        return None
-    new: Any = dense_layer(module, weight)
-    if new.bias is not None:
-        new.bias.requires_grad_(module.bias.requires_grad)
-    return new
+# ---------------------------------------------------------------------------- what a case is made of
 
 
 def describe(q: QuantizedTensor) -> str:

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from deftcore.nn.shadow import shadow
 from deftcore.ops.density import activation_name
 
 # Class names of Transformers' activation modules, as the ops call them.
@@ -76,6 +78,40 @@ def beneath_adapters(slot: Slot) -> Slot:
     while getattr(slot.get(), "adds_to_block", False):
         slot = Slot(slot.get(), "base_layer")
     return slot
+
+
+def check_function(block: MlpBlock) -> None:
+    """Raises ValueError, naming the class, where a block has the parts of an MLP and computes something else of them:
+    with multipliers, limits, or a norm between. The module and its parts run on a few random numbers, on a shadow.
+    """
+    holder = block.up.holder
+    if block.container is None or any(t.device.type == "meta" for t in [*holder.parameters(), *holder.buffers()]):
+        return
+    unit: Any = shadow(holder).eval()
+    activation = nn.SiLU()  # any serves, and the module's own may be observed
+    setattr(unit, block.activation.attribute, activation)
+    up, down = getattr(unit, block.up.attribute), getattr(unit, block.down.attribute)
+    first, last = (part.get_base_layer() if hasattr(part, "get_base_layer") else part for part in (up, down))
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.enable_grad():  # without gradients, bitsandbytes would repack its weights
+        for scale in (1.0, 1000.0):
+            x = scale * torch.randn((4, first.in_features), generator=generator)
+            x = x.to(first.weight.device, _input_dtype(first, torch.float32)).requires_grad_()
+            inner = up(x)
+            if block.gate is not None:
+                inner = activation(getattr(unit, block.gate.attribute)(x)) * inner
+            else:
+                inner = activation(inner)
+            expected, found = (y.nan_to_num() for y in (down(inner.to(_input_dtype(last, inner.dtype))), unit(x)))
+            if (found - expected).abs().max() > 32 * torch.finfo(found.dtype).eps * expected.abs().max():
+                raise ValueError(
+                    f"{block.name}: {type(holder).__name__} has the parts of an MLP but computes something else of them"
+                )
+
+
+def _input_dtype(layer: Any, otherwise: torch.dtype) -> torch.dtype:
+    """What a linear layer takes; those in 4 bits take anything."""
+    return layer.weight.dtype if layer.weight.is_floating_point() else otherwise
 
 
 def find_mlp_blocks(model: nn.Module) -> list[MlpBlock]:

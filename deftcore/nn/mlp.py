@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deftcore.nn.blocks import MlpBlock, activation_of, base_of, find_mlp_blocks
+from deftcore.nn.blocks import MlpBlock, activation_of, base_of, check_function, find_mlp_blocks
 from deftcore.nn.gates import gates_of
 from deftcore.nn.linear import PackedModule
 from deftcore.nn.tied import merge_and_unload, tuned_ties
@@ -290,6 +290,7 @@ def _check_block(block: MlpBlock, merge: bool) -> None:
     parts = [_weight(block, role, merge=merge) for role in ("up", "down", "gate") if getattr(block, role) is not None]
     if block.gate is not None and any(bias is not None for _, bias, _ in parts):
         raise ValueError(f"{block.name}: a gated MLP with biases has no sparse form")
+    check_function(block)
     activation_of(block.activation.get())
     down = parts[1][0]
     if all(isinstance(weight, QuantizedTensor) for weight, _, _ in parts) and down.shape[1] % down.block_size:
