@@ -99,13 +99,13 @@ def test_compute_dtype():
     half = layer(x.half())
     assert half.dtype == torch.float16
     assert torch.equal(half, layer(x.half().float()).half())  # computed in float32, rounded once
-    assert torch.equal(layer(x), nn.functional.linear(x, torch.zeros(32, 64)) + layer(x))  # float32 stays float32
-    layer.compute_dtype = torch.bfloat16
     w = layer.quantized.dequantize(torch.float64)
-    error = layer(x).double() - nn.functional.linear(x.double(), w, layer.bias.double())
-    assert error.norm() < 1e-5  # never lowered to bfloat16, in evaluation either
-    layer.eval()
-    assert torch.equal(layer(x), layer.train()(x))
+    reference = nn.functional.linear(x.double(), w, layer.bias.double())
+    for compute_dtype in (torch.float32, None, torch.float16, torch.bfloat16):
+        layer.compute_dtype = compute_dtype
+        assert (layer(x).double() - reference).norm() < 1e-5  # float32 is never lowered, in evaluation either
+        layer.eval()
+        assert torch.equal(layer(x), layer.train()(x))
 
 
 def test_copies_and_moves():

@@ -475,6 +475,29 @@ def test_padding_does_not_count():
     assert select_channels(model, config, [batch]).indices == select_channels(model, config, [noisy]).indices
 
 
+def test_decoders_scores_take_the_decoders_mask():
+    """An encoder's mask says nothing of a decoder's tokens, be it of the same shape or of none."""
+    model = scaled("t5").eval()
+    batch = tiny_batch("t5")
+    batch["decoder_input_ids"] = torch.randint(2, 64, (2, 7))
+    batch["labels"][0, 1:] = batch["labels"][1, 3:] = -100
+    inputs = {}
+    for name, module in model.named_modules():
+        if name.endswith(".wo"):
+            module.register_forward_pre_hook(
+                lambda m, args, name=name: inputs.update({name: args[0].detach().double()})
+            )
+    config = S2ftConfig(channel_ratio=0.3, targets=["down"], strategy="activation")
+    for given in (batch["attention_mask"], torch.ones_like(batch["attention_mask"])):
+        batch["attention_mask"] = given
+        found = select_channels(model, config, [batch]).indices
+        assert len(found) == len(inputs) == 4
+        for name, x in inputs.items():
+            mask = batch["labels"] != -100 if name.startswith("decoder") else given != 0
+            score = x[mask].square().sum(0)
+            assert found[name] == score.topk(int(0.3 * 72)).indices.sort().values.tolist(), name
+
+
 def test_counts_budgets_and_seeds(caplog):
     model = scaled("opt")
     config = {"channel_ratio": 0.1, "head_ratio": 0.5, "targets": ["o", "down"]}
