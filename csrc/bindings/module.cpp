@@ -49,6 +49,7 @@ struct Backend {
   void (*quantize_4bit)(const Quantize4bitArgs&, Stream);
   void (*dequantize_4bit)(const Dequantize4bitArgs&, Stream);
   size_t (*linear_4bit_workspace)(const Linear4bitArgs&);
+  int64_t (*linear_4bit_tokens)(const Quant4&, DType, bool);
   void (*linear_4bit)(const Linear4bitArgs&, Stream);
   void (*linear_4bit_backward)(const Linear4bitArgs&, Stream);
   void (*gated_act)(const GatedActArgs&, Stream);
@@ -232,7 +233,10 @@ void bind(py::module_ m, Backend backend) {
         release);
   };
   linear("linear_4bit", backend.linear_4bit);
-  linear("linear_4bit_backward", backend.linear_4bit_backward);
+  if (backend.linear_4bit_backward != nullptr) linear("linear_4bit_backward", backend.linear_4bit_backward);
+  m.def("linear_4bit_tokens", [backend](const Quant4& w, int dtype, bool backward) {
+    return backend.linear_4bit_tokens(w, static_cast<DType>(dtype), backward);
+  });
 
   m.def(
       "gated_act",
@@ -480,6 +484,7 @@ PYBIND11_MODULE(_C, m) {
                                 cpu::quantize_4bit,
                                 cpu::dequantize_4bit,
                                 cpu::linear_4bit_workspace,
+                                cpu::linear_4bit_tokens,
                                 cpu::linear_4bit,
                                 cpu::linear_4bit_backward,
                                 cpu::gated_act,
@@ -509,8 +514,9 @@ PYBIND11_MODULE(_C, m) {
                                  cuda::quantize_4bit,
                                  cuda::dequantize_4bit,
                                  cuda::linear_4bit_workspace,
+                                 cuda::linear_4bit_tokens,
                                  cuda::linear_4bit,
-                                 cuda::linear_4bit_backward,
+                                 nullptr,  // linear_4bit_backward: decode and a library's product
                                  cuda::gated_act,
                                  cuda::gated_act_backward,
                                  cuda::grouped_delta_workspace,

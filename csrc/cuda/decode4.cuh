@@ -35,51 +35,103 @@ __device__ inline void decode8(uint32_t word, const float* code, float (&w)[8]) 
   }
 }
 
-// Sixteen packed bytes. kVector: their address is a multiple of 16.
-template <bool kVector>
-__device__ inline uint4 load_codes(const uint8_t* p) {
-  if constexpr (kVector) {
-    return *reinterpret_cast<const uint4*>(p);
-  } else {
-    uint32_t word[4];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      word[w] = p[4 * w] | p[4 * w + 1] << 8 | p[4 * w + 2] << 16 | static_cast<uint32_t>(p[4 * w + 3]) << 24;
-    }
-    return make_uint4(word[0], word[1], word[2], word[3]);
+__device__ inline uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// ---------------------------------------------------------------------------- dot products of whole rows by a warp
+//
+// A lane takes 32 weights of a row at a time: 16 bytes of codes, one scale. The x that goes with them lies in shared
+// memory in groups of 32 with 16 bytes between groups, so that a quarter warp's 16-byte reads touch every bank once.
+
+constexpr int kGroup = 32, kChunk = 32 * kGroup;  // weights of a lane and of a warp in one turn
+
+template <class T>
+constexpr int kStagedChunk = 32 * (kGroup + Pack<T>::kSize);  // elements of a chunk of x in shared memory
+
+// x[0 .. tokens) [cols] from column `first` on, `chunks` chunks, to staged [chunks][kCount][kStagedChunk], by the
+// block.
+template <int kCount, class T>
+__device__ void stage_x(const T* x, int64_t cols, int tokens, int64_t first, int chunks, T* staged) {
+  constexpr int kSize = Pack<T>::kSize;
+  const int packs = kChunk / kSize;
+  for (int i = threadIdx.x; i < chunks * kCount * packs; i += blockDim.x) {
+    const int c = i / (kCount * packs), m = i / packs % kCount, k = i % packs * kSize;
+    const int64_t column = first + c * kChunk + k;
+    if (m >= tokens || column >= cols) continue;  // rows are whole groups of 32
+    T* out = staged + (c * kCount + m) * kStagedChunk<T> + k / kGroup * (kGroup + kSize) + k % kGroup;
+    *reinterpret_cast<Pack<T>*>(out) = *reinterpret_cast<const Pack<T>*>(x + m * cols + column);
   }
 }
 
-__device__ inline uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+// A lane's codes of one turn and its scale as it lies in memory: nothing here waits for another load.
+struct Codes {
+  uint4 codes;
+  uint32_t inner;  // the 8-bit code of a nested scale, or the scale's own bits
+  float outer;
+};
 
-// out[m] = x[m] . row for `tokens` tokens of x [tokens, cols], by one warp over a regular matrix; lanes stride over the
-// row 32 weights at a time, and every lane gets the totals.
-template <bool kVector, class T, int kCount>
-__device__ void row_dots4(const Quant4& q, const float* code, int64_t row, const T* x, int tokens,
-                          float (&out)[kCount]) {
-  const uint8_t* bytes = q.packed + row * (q.cols / 2);
+__device__ inline Codes load_codes(const Quant4& q, int64_t flat) {
+  Codes c;
+  c.codes = *reinterpret_cast<const uint4*>(q.packed + flat / 2);
+  const int64_t block = flat / q.block_size;
+  const bool nested = q.nested_absmax != nullptr;
+  c.inner = nested ? static_cast<const uint8_t*>(q.absmax)[block] : static_cast<const uint32_t*>(q.absmax)[block];
+  c.outer = nested ? q.nested_absmax[block / kNestedBlock] : 0.0f;
+  return c;
+}
+
+// What decoding looks up, in shared memory.
+struct Books {
+  float code[16];
+  float nested[256];
+};
+
+__device__ inline void load_books(const Quant4& q, Books& books) {
+  for (int i = threadIdx.x; i < 16; i += blockDim.x) books.code[i] = q.code[i];
+  if (q.nested_code == nullptr) return;
+  for (int i = threadIdx.x; i < 256; i += blockDim.x) books.nested[i] = q.nested_code[i];
+}
+
+__device__ inline float scale_of(const Quant4& q, const Books& books, const Codes& c) {
+  if (q.nested_absmax == nullptr) return __uint_as_float(c.inner);
+  return __fadd_rn(__fmul_rn(books.nested[c.inner], c.outer), q.nested_offset);
+}
+
+// total[r][m] += this lane's part of the dot products of kRows rows with kCount tokens over one chunk.
+template <class T, int kCount, int kRows>
+__device__ inline void add_dots(const Quant4& q, const Books& books, const Codes (&rows)[kRows], const T* chunk,
+                                float (&total)[kRows][kCount]) {
+  constexpr int kSize = Pack<T>::kSize;
+  const T* mine = chunk + threadIdx.x % 32 * (kGroup + kSize);
+  float part[kRows][kCount] = {};
 #pragma unroll
-  for (float& o : out) o = 0.0f;
-  for (int64_t k = threadIdx.x % 32 * 32; k < q.cols; k += 32 * 32) {
-    const float scale = scale_at(q, (row * q.cols + k) / q.block_size);
-    const uint4 codes = load_codes<kVector>(bytes + k / 2);
-    float part[kCount] = {};
+  for (int i = 0; i < 4; ++i) {
+    float xs[kCount][8];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float w[8];
-      decode8(word_of(codes, i), code, w);
+    for (int m = 0; m < kCount; ++m) {
 #pragma unroll
-      for (int m = 0; m < kCount; ++m) {  // past the last token: the last one again, its result unused
-        const T* xm = x + (m < tokens ? m : tokens - 1) * q.cols + k + 8 * i;
+      for (int p = 0; p < 8 / kSize; ++p) {
+        const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(mine + m * kStagedChunk<T> + 8 * i + p * kSize);
 #pragma unroll
-        for (int c = 0; c < 8; ++c) part[m] += w[c] * to_float(xm[c]);
+        for (int c = 0; c < kSize; ++c) xs[m][p * kSize + c] = to_float(pack.values[c]);
       }
     }
 #pragma unroll
-    for (int m = 0; m < kCount; ++m) out[m] += part[m] * scale;
+    for (int r = 0; r < kRows; ++r) {
+      float w[8];
+      decode8(word_of(rows[r].codes, i), books.code, w);
+#pragma unroll
+      for (int m = 0; m < kCount; ++m) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) part[r][m] = fmaf(w[c], xs[m][c], part[r][m]);
+      }
+    }
   }
 #pragma unroll
-  for (float& o : out) o = warp_sum(o);
+  for (int r = 0; r < kRows; ++r) {
+    const float scale = scale_of(q, books, rows[r]);
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) total[r][m] = fmaf(part[r][m], scale, total[r][m]);
+  }
 }
 
 }  // namespace

@@ -1,27 +1,51 @@
-// y = a W_down^T over the union of the tokens' active neurons, and the MLPs built on it; W_down is [neurons, width].
-// Bound by device memory: the weight rows of active neurons, once. No host read of the count: grids are sized by the
-// machine and every kernel reads the count where `compact` left it, so CUDA graphs capture the whole sequence.
-//   gate          one warp per row           act[m, i] = f(x[m] . W_gate[i])
-//   few tokens    blocks = shares of neurons list, h and down projection of a share; partial sums to the workspace
-//   more: compact one block, ascending       list = {i : any |act[m, i]| > tau}
-//         pack    one warp per list entry    h[k, m] = act[m, list[k]] (* x[m] . W_up[list[k]])
-//         down    blocks = column tiles x list splits, partial sums to the workspace
-//   reduce        splits added in a fixed order: repeats are bit-equal
+// y = a W_down^T over the active neurons of a [tokens, neurons], and the MLPs built on it; W_down is [neurons, width].
+// Bound by device memory: the weight rows of active neurons, once for four tokens.
+//   gate     a warp per row              act[m, i] = f(x[m] . W_gate[i])
+//   share    blocks = shares of neurons  list, h = act (* x . W_up) and down projection; partial sums to the workspace
+//   reduce   shares added in a fixed order: repeats are bit-equal
 #include "sparse_down.cuh"
 
 namespace deftcore::cuda {
 namespace {
 
-// ---------------------------------------------------------------------------- dots
+// Each lane of a warp sums its part of x[m] . row for `tokens` of kCount tokens; every lane gets the totals.
+template <bool kVector, int kCount, class T>
+__device__ void row_dots(const T* row, const T* x, int64_t width, int tokens, float (&out)[kCount]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (float& o : out) o = 0.0f;
+  if constexpr (kVector) {
+    constexpr int kSize = Pack<T>::kSize;
+#pragma unroll 4
+    for (int64_t j = lane * kSize; j < width; j += 32 * kSize) {
+      const Pack<T> w = *reinterpret_cast<const Pack<T>*>(row + j);
+#pragma unroll
+      for (int m = 0; m < kCount; ++m) {  // past the last token: the last one again, its result unused
+        const Pack<T> v = *reinterpret_cast<const Pack<T>*>(x + min(m, tokens - 1) * width + j);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) out[m] = fmaf(to_float(w.values[i]), to_float(v.values[i]), out[m]);
+      }
+    }
+  } else {
+    for (int64_t j = lane; j < width; j += 32) {
+      const float w = to_float(row[j]);
+#pragma unroll
+      for (int m = 0; m < kCount; ++m) {
+        out[m] = fmaf(w, to_float(x[min(m, tokens - 1) * width + j]), out[m]);
+      }
+    }
+  }
+#pragma unroll
+  for (float& o : out) o = warp_sum(o);
+}
 
 // act[m, i] = f(x[m] . w[i] + b_up[i]) for all neurons.
 template <bool kVector, int kCount, class T>
 __global__ void __launch_bounds__(kThreads) gate_kernel(SparseMlpArgs args, const T* w, int64_t stride, float* act) {
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
   const T* x = static_cast<const T*>(args.x);
   const T* b_up = static_cast<const T*>(args.b_up);
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; i < args.neurons;
-       i += warps) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; i < args.neurons; i += warps) {
     for (int64_t m0 = 0; m0 < args.tokens; m0 += kCount) {
       const int tokens = static_cast<int>(min(static_cast<int64_t>(kCount), args.tokens - m0));
       float z[kCount];
@@ -36,24 +60,62 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(SparseMlpArgs args, cons
   }
 }
 
-// h[k, m] = kept(act[m, list[k]]), times x[m] . w_up[list[k]] when w_up is there.
-template <bool kVector, class T, class A>
-__global__ void __launch_bounds__(kThreads, 2)  // without the 2, ptxas aims at 64 registers and spills
-    pack_kernel(const A* act, const T* x, const T* w_up, int64_t up_stride, const int32_t* list, const int64_t* active,
-                int64_t tokens, int64_t neurons, int64_t width, float tau, float* h) {
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32), count = *active;
-  const int lane = threadIdx.x % 32;
-  for (int64_t k = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; k < count; k += warps) {
-    const int64_t neuron = list[k];
-    for (int64_t m0 = 0; m0 < tokens; m0 += kTileTokens) {
-      const int tile = static_cast<int>(min(static_cast<int64_t>(kTileTokens), tokens - m0));
-      float dot[kTileTokens];
-      if (w_up != nullptr) row_dots<kVector, kTileTokens>(w_up + neuron * up_stride, x + m0 * width, width, tile, dot);
-      if (lane < tile) {
-        float value = to_float(act[(m0 + lane) * neurons + neuron]);
-        value = fabsf(value) <= tau ? 0.0f : value;
-        if (w_up != nullptr) value *= value_of(dot, lane);
-        h[k * tokens + m0 + lane] = value;
+template <class T, class A>
+struct ShareArgs {
+  const A* act;     // [tokens, neurons]
+  const T* x;       // [tokens, width], gated MLPs only
+  const T* w_up;    // [neurons, width] or null
+  const T* w_down;  // [neurons, width]
+  int64_t up_stride, down_stride, tokens, neurons, width;
+  float tau;
+  float* partial;   // [shares, tokens, width], out
+  int32_t* counts;  // [groups, shares], out
+};
+
+template <int kPack, int kCount, class T, class A>
+__global__ void __launch_bounds__(kThreads, 2) share_kernel(ShareArgs<T, A> args) {
+  struct alignas(sizeof(T) * kPack) Group {
+    T values[kPack];
+  };
+  __shared__ int32_t list[kShare];
+  __shared__ float h[kShare][kCount];
+  const Share share = share_of(args.neurons, args.tokens, kCount);
+  const int count = list_active<kCount>(share, args.act, args.neurons, args.tau, list, h);
+  if (threadIdx.x == 0 && blockIdx.x == 0) args.counts[blockIdx.z * gridDim.y + blockIdx.y] = count;
+  if (args.w_up != nullptr) {
+    const T* x = args.x + share.token * args.width;
+    for (int k = threadIdx.x / 32; k < count; k += kWarps) {
+      float dot[kCount];
+      row_dots<(kPack > 1), kCount>(args.w_up + list[k] * args.up_stride, x, args.width, share.tokens, dot);
+      const int m = threadIdx.x % 32;
+      if (m < kCount) h[k][m] *= value_of(dot, m);
+    }
+    __syncthreads();
+  }
+  constexpr int64_t kTile = kThreads * kPack;
+  for (int64_t j = blockIdx.x * kTile + threadIdx.x * kPack; j < args.width; j += gridDim.x * kTile) {
+    float sum[kCount][kPack] = {};
+#pragma unroll 8
+    for (int k = 0; k < count; ++k) {
+      const Group row = *reinterpret_cast<const Group*>(args.w_down + list[k] * args.down_stride + j);
+#pragma unroll
+      for (int m = 0; m < kCount; ++m) {
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) sum[m][i] = fmaf(h[k][m], to_float(row.values[i]), sum[m][i]);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) {
+      if (m >= share.tokens) break;
+      float* out = args.partial + (blockIdx.y * args.tokens + share.token + m) * args.width + j;
+      if constexpr (kPack % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < kPack; i += 4) {
+          *reinterpret_cast<float4*>(out + i) = make_float4(sum[m][i], sum[m][i + 1], sum[m][i + 2], sum[m][i + 3]);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) out[i] = sum[m][i];
       }
     }
   }
@@ -62,13 +124,43 @@ __global__ void __launch_bounds__(kThreads, 2)  // without the 2, ptxas aims at 
 // ----------------------------------------------------------------------------
 
 template <class T>
+bool vector_rows(const void* w, int64_t stride, int64_t width) {
+  constexpr int kFull = Pack<T>::kSize;
+  return aligned16(w) && stride % kFull == 0 && width % kFull == 0;
+}
+
+template <class T, class A>
+void share_and_reduce(ShareArgs<T, A> args, const Buffers& b, const T* bias, int64_t capacity, int64_t* active, T* y,
+                      cudaStream_t stream) {
+  args.partial = b.partial;
+  args.counts = b.counts;
+  const Cut cut = cut_for(args.neurons, args.tokens);
+  const bool gated = args.w_up != nullptr;
+  const bool vector = vector_rows<T>(args.w_down, args.down_stride, args.width) &&
+                      (!gated || (vector_rows<T>(args.w_up, args.up_stride, args.width) && aligned16(args.x)));
+  const auto run = [&](auto pack) {
+    dispatch_count(cut, [&](auto count) {
+      const int64_t tiles = gated ? 1 : (args.width + kThreads * pack() - 1) / (kThreads * pack());  // h: all columns
+      const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(cut.shares),
+                        static_cast<unsigned>(cut.groups));
+      share_kernel<pack(), count(), T, A><<<blocks, kThreads, 0, stream>>>(args);
+    });
+  };
+  if (vector) {
+    run(std::integral_constant<int, Pack<T>::kSize>{});
+  } else {
+    run(std::integral_constant<int, 1>{});
+  }
+  reduce<T>(b.partial, b, cut, bias, capacity, args.tokens, args.width, active, y, stream);
+}
+
+template <class T>
 void sparse_mlp_impl(const SparseMlpArgs& args, cudaStream_t stream) {
-  const Buffers b = carve(args.workspace, args.tokens, args.neurons, args.width, true);
+  const Buffers b = carve(args.workspace, args.tokens, args.neurons, args.width, 0, true);
   const bool gated = args.w_gate != nullptr;
   const T* x = static_cast<const T*>(args.x);
   const T* w_first = static_cast<const T*>(gated ? args.w_gate : args.w_up);
   const int64_t first_stride = gated ? args.gate_stride : args.up_stride;
-  const int warps = kThreads / 32;
   if (args.z != nullptr) {
     const int64_t count = args.tokens * args.neurons;
     activate_kernel<T>
@@ -77,56 +169,32 @@ void sparse_mlp_impl(const SparseMlpArgs& args, cudaStream_t stream) {
     const bool vector = vector_rows<T>(w_first, first_stride, args.width) && aligned16(x);
     const auto gate = args.tokens == 1 ? (vector ? gate_kernel<true, 1, T> : gate_kernel<false, 1, T>)
                                        : (vector ? gate_kernel<true, 4, T> : gate_kernel<false, 4, T>);
-    gate<<<grid(args.neurons, warps), kThreads, 0, stream>>>(args, w_first, first_stride, b.act);
+    gate<<<grid(args.neurons, kWarps), kThreads, 0, stream>>>(args, w_first, first_stride, b.act);
   }
-  const T* w_up = gated ? static_cast<const T*>(args.w_up) : nullptr;
-  const T *w_down = static_cast<const T*>(args.w_down_t), *bias = static_cast<const T*>(args.b_down);
-  T* y = static_cast<T*>(args.y);
-  if (args.tokens <= kFewTokens) {
-    few_and_reduce<T, float>(
-        {b.act, x, w_up, w_down, args.up_stride, args.down_stride, args.tokens, args.neurons, args.width, args.tau},
-        bias, args.capacity, args.rows_read, b, y, stream);
-    return;
-  }
-  compact_kernel<float>
-      <<<1, kCompactThreads, 0, stream>>>(b.act, args.tokens, args.neurons, args.tau, b.list, args.rows_read);
-  const auto pack = vector_rows<T>(args.w_up, args.up_stride, args.width) && aligned16(x)
-                        ? pack_kernel<true, T, float>
-                        : pack_kernel<false, T, float>;
-  pack<<<grid(args.neurons, warps), kThreads, 0, stream>>>(b.act, x, w_up, args.up_stride, b.list, args.rows_read,
-                                                           args.tokens, args.neurons, args.width, args.tau, b.h);
-  down_and_reduce<T>(w_down, args.down_stride, bias, args.capacity, args.rows_read, b, args.tokens, args.width, y,
-                     stream);
+  share_and_reduce<T, float>(
+      {b.act, x, gated ? static_cast<const T*>(args.w_up) : nullptr, static_cast<const T*>(args.w_down_t),
+       args.up_stride, args.down_stride, args.tokens, args.neurons, args.width, args.tau, nullptr, nullptr},
+      b, static_cast<const T*>(args.b_down), args.capacity, args.rows_read, static_cast<T*>(args.y), stream);
 }
 
 }  // namespace
 
 size_t sparse_down_workspace(const SparseDownArgs& args) {
-  return carve(nullptr, args.tokens, args.neurons, args.width, false).bytes;
+  return carve(nullptr, args.tokens, args.neurons, args.width, 0, false).bytes;
 }
 
 size_t sparse_mlp_workspace(const SparseMlpArgs& args) {
-  return carve(nullptr, args.tokens, args.neurons, args.width, true).bytes;
+  return carve(nullptr, args.tokens, args.neurons, args.width, 0, true).bytes;
 }
 
 void sparse_down(const SparseDownArgs& args, Stream stream) {
   dispatch_dtype(args.dtype, [&](auto t) {
     using T = decltype(t);
-    const Buffers b = carve(args.workspace, args.tokens, args.neurons, args.width, false);
-    const T *a = static_cast<const T*>(args.a), *w = static_cast<const T*>(args.w_down_t);
-    const T* bias = static_cast<const T*>(args.bias);
-    T* y = static_cast<T*>(args.y);
-    if (args.tokens <= kFewTokens) {
-      few_and_reduce<T, T>({a, nullptr, nullptr, w, 0, args.w_stride, args.tokens, args.neurons, args.width, args.tau},
-                           bias, args.capacity, args.rows_read, b, y, stream_of(stream));
-      return;
-    }
-    compact_kernel<T>
-        <<<1, kCompactThreads, 0, stream_of(stream)>>>(a, args.tokens, args.neurons, args.tau, b.list, args.rows_read);
-    pack_kernel<false, T, T><<<grid(args.neurons, kThreads / 32), kThreads, 0, stream_of(stream)>>>(
-        a, nullptr, nullptr, 0, b.list, args.rows_read, args.tokens, args.neurons, args.width, args.tau, b.h);
-    down_and_reduce<T>(w, args.w_stride, bias, args.capacity, args.rows_read, b, args.tokens, args.width, y,
-                       stream_of(stream));
+    share_and_reduce<T, T>({static_cast<const T*>(args.a), nullptr, nullptr, static_cast<const T*>(args.w_down_t), 0,
+                            args.w_stride, args.tokens, args.neurons, args.width, args.tau, nullptr, nullptr},
+                           carve(args.workspace, args.tokens, args.neurons, args.width, 0, false),
+                           static_cast<const T*>(args.bias), args.capacity, args.rows_read, static_cast<T*>(args.y),
+                           stream_of(stream));
   });
   DEFTCORE_CUDA_CHECK(cudaGetLastError());
 }

@@ -1,144 +1,215 @@
-// The MLP from its pre-activation on, over 4-bit weights: packed rows of inactive neurons are not read. The stages are
-// those of sparse_down.cuh, with the rows of W_up and W_down decoded where they are used.
-//   pack   one warp per list entry          h[k, m] = act[m, list[k]] (* (x[m] . W_up[list[k]] + low-rank term))
-//   down   blocks = column tiles x splits   a thread decodes the same columns of every row of its split
+// The MLP from its pre-activation on, over 4-bit weights: packed rows of inactive neurons are not read. Blocks and sums
+// are those of sparse_down.cuh; a warp takes the dot products of one row of W_up at a time, and a thread decodes the
+// same columns of every row of W_down, so that the scales of column blocks are read once for all rows of a block.
 #include "decode4.cuh"
 #include "sparse_down.cuh"
 
 namespace deftcore::cuda {
 namespace {
 
-// A = T where act holds activations already, float after activate_kernel.
-template <bool kVector, class T, class A>
-__global__ void __launch_bounds__(kThreads, 2)
-    pack4_kernel(SparseMlp4bitArgs args, const A* act, const int32_t* list, float* h) {
-  __shared__ float code[16];
-  const bool gated = args.w_up.packed != nullptr;
-  if (gated && threadIdx.x < 16) code[threadIdx.x] = args.w_up.code[threadIdx.x];
-  __syncthreads();
-  const T *x = static_cast<const T*>(args.x), *low = static_cast<const T*>(args.up_low);
-  const T* lora = static_cast<const T*>(args.up_lora);
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32), count = *args.rows_read;
-  const int lane = threadIdx.x % 32;
-  for (int64_t k = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; k < count; k += warps) {
-    const int64_t neuron = list[k];
-    for (int64_t m0 = 0; m0 < args.tokens; m0 += kTileTokens) {
-      const int tile = static_cast<int>(min(static_cast<int64_t>(kTileTokens), args.tokens - m0));
-      float dot[kTileTokens] = {};
-      if (gated) row_dots4<kVector>(args.w_up, code, neuron, x + m0 * args.width, tile, dot);
-      if (lane < tile) {
-        const int64_t m = m0 + lane;
-        float value = to_float(act[m * args.neurons + neuron]);
-        value = fabsf(value) <= args.tau ? 0.0f : value;
-        if (gated) {
-          float mine = value_of(dot, lane);
-          for (int64_t r = 0; r < args.up_rank; ++r) {
-            mine += to_float(low[m * args.up_rank + r]) * to_float(lora[neuron * args.up_rank + r]);
+constexpr int kStageBytes = 20 << 10;  // of x in shared memory at once
+
+// h[k, m] *= x[m] . W_up[list[k]] + up_low[m] . up_lora[list[k]]. Every thread of the block calls it.
+template <class T, int kCount>
+__device__ void multiply_up(const SparseMlp4bitArgs& args, const Share& share, int count, const int32_t* list,
+                            int stage_chunks, T* staged, float (*h)[kCount]) {
+  __shared__ Books books;
+  __shared__ float dots[kShare][kCount];
+  const Quant4& q = args.w_up;
+  const T *x = static_cast<const T*>(args.x) + share.token * args.width, *low = static_cast<const T*>(args.up_low),
+          *lora = static_cast<const T*>(args.up_lora);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int chunks = static_cast<int>((q.cols + kChunk - 1) / kChunk);
+  load_books(q, books);
+  for (int stage = 0; stage < chunks; stage += stage_chunks) {
+    const int here = min(stage_chunks, chunks - stage);
+    __syncthreads();  // the last stage is used up
+    stage_x<kCount>(x, q.cols, share.tokens, static_cast<int64_t>(stage) * kChunk, here, staged);
+    __syncthreads();
+    for (int k = warp; k < count; k += kWarps) {
+      const int64_t row = list[k];
+      float total[1][kCount] = {};
+      if (stage == 0) {
+#pragma unroll
+        for (int m = 0; m < kCount; ++m) {
+          for (int64_t r = lane; r < args.up_rank && m < share.tokens; r += 32) {
+            total[0][m] = fmaf(to_float(low[(share.token + m) * args.up_rank + r]),
+                               to_float(lora[row * args.up_rank + r]), total[0][m]);
           }
-          value *= mine;
         }
-        h[k * args.tokens + m] = value;
+      }
+      for (int c = 0; c < here; ++c) {
+        const int64_t column = static_cast<int64_t>(stage + c) * kChunk + lane * kGroup;
+        if (column >= q.cols) break;
+        const Codes codes[1] = {load_codes(q, row * q.cols + column)};
+        add_dots(q, books, codes, staged + c * kCount * kStagedChunk<T>, total);
+      }
+#pragma unroll
+      for (int m = 0; m < kCount; ++m) total[0][m] = warp_sum(total[0][m]);
+      if (lane < kCount) dots[k][lane] = value_of(total[0], lane) + (stage == 0 ? 0.0f : dots[k][lane]);
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < count * kCount; i += kThreads)
+    h[i / kCount][i % kCount] *= dots[i / kCount][i % kCount];
+  __syncthreads();
+}
+
+// sum[m] += sum over the list of h[k, m] W_down[list[k], j ...]. kPack columns: 8 are a 32-bit word, 2 a byte.
+template <int kPack, int kCount>
+__device__ void add_rows(const Quant4& q, const float* code, const int32_t* list, const float (*h)[kCount], int count,
+                         int64_t j, float (&sum)[kCount][kPack]) {
+  if constexpr (kPack == 8) {
+    constexpr int kAhead = 4;
+    float part[kCount][8] = {}, scales[8] = {};
+    int64_t block = -1;
+    const auto close_block = [&] {
+#pragma unroll
+      for (int m = 0; m < kCount; ++m) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          sum[m][i] = fmaf(part[m][i], scales[i], sum[m][i]);
+          part[m][i] = 0.0f;
+        }
+      }
+    };
+    for (int k0 = 0; k0 < count; k0 += kAhead) {
+      uint32_t words[kAhead];
+      float scale[kAhead];
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const int64_t flat = static_cast<int64_t>(list[min(k0 + a, count - 1)]) * q.cols + j;
+        words[a] = *reinterpret_cast<const uint32_t*>(q.packed + flat / 2);
+        scale[a] = q.column_blocks ? 1.0f : scale_at(q, flat / q.block_size);
+      }
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const int k = k0 + a;
+        if (k >= count) break;
+        if (q.column_blocks && list[k] / q.block_size != block) {
+          close_block();
+          block = list[k] / q.block_size;
+          const float* next = static_cast<const float*>(q.absmax) + block * q.cols + j;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) scales[i] = next[i];
+        }
+        float w[8];
+        decode8(words[a], code, w);
+#pragma unroll
+        for (int m = 0; m < kCount; ++m) {
+          const float value = h[k][m] * scale[a];
+#pragma unroll
+          for (int i = 0; i < 8; ++i) part[m][i] = fmaf(value, w[i], part[m][i]);
+        }
+      }
+    }
+    if (!q.column_blocks) {
+#pragma unroll
+      for (float& s : scales) s = 1.0f;
+    }
+    close_block();
+  } else {
+    for (int k = 0; k < count; ++k) {
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        const float w = weight_at(q, code, static_cast<int64_t>(list[k]) * q.cols + j + i);
+#pragma unroll
+        for (int m = 0; m < kCount; ++m) sum[m][i] = fmaf(h[k][m], w, sum[m][i]);
       }
     }
   }
 }
 
-// partial[split, m, j] = sum over the split's share of the list of h[k, m] W_down[list[k], j], kPack columns a thread:
-// 8 are a 32-bit word of one block, 2 a byte.
-template <int kPack>
-__global__ void __launch_bounds__(kThreads)
-    down4_kernel(Quant4 q, const int32_t* list, const int64_t* active, const float* h, int64_t tokens, float* partial) {
+// A = T where act holds activations already, float after activate_kernel.
+template <int kPack, int kCount, class T, class A>
+__global__ void __launch_bounds__(kThreads, 2)
+    share4_kernel(SparseMlp4bitArgs args, const A* act, Buffers b, int stage_chunks) {
+  extern __shared__ uint4 dynamic[];
+  __shared__ int32_t list[kShare];
+  __shared__ float h[kShare][kCount];
   __shared__ float code[16];
+  const Quant4& q = args.w_down_t;
   if (threadIdx.x < 16) code[threadIdx.x] = q.code[threadIdx.x];
-  __syncthreads();
-  const int64_t j = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPack;
-  if (j >= q.cols) return;
-  const int64_t count = *active, begin = count * blockIdx.y / gridDim.y, end = count * (blockIdx.y + 1) / gridDim.y;
-  for (int64_t m0 = 0; m0 < tokens; m0 += kTileTokens) {
-    float sum[kTileTokens][kPack] = {};
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t flat = static_cast<int64_t>(list[k]) * q.cols + j;
-      float w[kPack];
-      if constexpr (kPack == 8) {
-        const uint32_t word = *reinterpret_cast<const uint32_t*>(q.packed + flat / 2);
-        const float scale = q.column_blocks ? 0.0f : scale_at(q, flat / q.block_size);
-        const float* scales = static_cast<const float*>(q.absmax) + list[k] / q.block_size * q.cols + j;
-        decode8(word, code, w);
+  const Share share = share_of(args.neurons, args.tokens, kCount);
+  const int count = list_active<kCount>(share, act, args.neurons, args.tau, list, h);
+  if (threadIdx.x == 0 && blockIdx.x == 0) b.counts[blockIdx.z * gridDim.y + blockIdx.y] = count;
+  if (args.w_up.packed != nullptr) {
+    multiply_up<T, kCount>(args, share, count, list, stage_chunks, reinterpret_cast<T*>(dynamic), h);
+  }
+  const int64_t row = blockIdx.y * args.tokens + share.token;
+  constexpr int64_t kTile = kThreads * kPack;
+  for (int64_t j = blockIdx.x * kTile + threadIdx.x * kPack; j < q.cols; j += gridDim.x * kTile) {
+    float sum[kCount][kPack] = {};
+    add_rows<kPack, kCount>(q, code, list, h, count, j, sum);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) w[i] = __fmul_rn(w[i], q.column_blocks ? scales[i] : scale);
-      } else {
-        for (int i = 0; i < kPack; ++i) w[i] = weight_at(q, code, flat + i);
-      }
+    for (int m = 0; m < kCount; ++m) {
+      if (m >= share.tokens) break;
 #pragma unroll
-      for (int m = 0; m < kTileTokens; ++m) {
-        const float value = m0 + m < tokens ? h[k * tokens + m0 + m] : 0.0f;
-#pragma unroll
-        for (int i = 0; i < kPack; ++i) sum[m][i] = fmaf(value, w[i], sum[m][i]);
-      }
+      for (int i = 0; i < kPack; ++i) b.partial[(row + m) * q.cols + j + i] = sum[m][i];
     }
-#pragma unroll
-    for (int m = 0; m < kTileTokens; ++m) {
-      if (m0 + m >= tokens) break;
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) partial[(blockIdx.y * tokens + m0 + m) * q.cols + j + i] = sum[m][i];
-    }
+  }
+  if (blockIdx.x != 0) return;
+  const T* lora = static_cast<const T*>(args.down_lora);
+  for (int64_t i = threadIdx.x; i < args.down_rank * share.tokens; i += kThreads) {
+    const int64_t r = i % args.down_rank, m = i / args.down_rank;
+    float sum = 0.0f;
+    for (int k = 0; k < count; ++k) sum = fmaf(h[k][m], to_float(lora[list[k] * args.down_rank + r]), sum);
+    b.low_partial[(row + m) * args.down_rank + r] = sum;
   }
 }
 
 // ----------------------------------------------------------------------------
 
-template <class T>
-void down4_and_reduce(const SparseMlp4bitArgs& args, const Buffers& b, cudaStream_t stream) {
+template <class T, class A>
+void share4_and_reduce(const SparseMlp4bitArgs& args, const A* act, const Buffers& b, cudaStream_t stream) {
   const Quant4& q = args.w_down_t;
-  const bool words = q.cols % 8 == 0 && reinterpret_cast<uintptr_t>(q.packed) % 4 == 0;
-  const int pack = words ? 8 : 2;
-  const int64_t tiles = (q.cols + kThreads * pack - 1) / (kThreads * pack);
-  const int splits = splits_for(tiles);
-  const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
-  (words ? down4_kernel<8> : down4_kernel<2>)<<<blocks, kThreads, 0, stream>>>(q, b.list, args.rows_read, b.h,
-                                                                               args.tokens, b.partial);
-  reduce<T>(b.partial, nullptr, splits, static_cast<const T*>(args.b_down), args.capacity, args.tokens, q.cols,
-            args.rows_read, static_cast<T*>(args.y), stream);
+  const bool gated = args.w_up.packed != nullptr;
+  const Cut cut = cut_for(args.neurons, args.tokens);
+  const auto run = [&](auto pack) {
+    dispatch_count(cut, [&](auto count) {
+      constexpr int kChunkBytes = count() * kStagedChunk<T> * static_cast<int>(sizeof(T));
+      static_assert(kChunkBytes <= kStageBytes, "a chunk of x fits");
+      const int64_t chunks = (args.width + kChunk - 1) / kChunk;
+      const int stage = static_cast<int>(chunks < kStageBytes / kChunkBytes ? chunks : kStageBytes / kChunkBytes);
+      const int64_t tiles = gated ? 1 : (q.cols + kThreads * pack() - 1) / (kThreads * pack());  // h: all columns
+      const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(cut.shares),
+                        static_cast<unsigned>(cut.groups));
+      share4_kernel<pack(), count(), T, A>
+          <<<blocks, kThreads, gated ? stage * kChunkBytes : 0, stream>>>(args, act, b, stage);
+    });
+  };
+  if (q.cols % 8 == 0 && reinterpret_cast<uintptr_t>(q.packed) % 4 == 0) {
+    run(std::integral_constant<int, 8>{});
+  } else {
+    run(std::integral_constant<int, 2>{});
+  }
+  reduce<T>(b.partial, b, cut, static_cast<const T*>(args.b_down), args.capacity, args.tokens, q.cols, args.rows_read,
+            static_cast<T*>(args.y), stream);
+  if (args.down_rank > 0) {
+    reduce<T>(b.low_partial, b, cut, nullptr, args.capacity, args.tokens, args.down_rank, args.rows_read,
+              static_cast<T*>(args.down_low), stream);
+  }
 }
 
 template <class T>
 void sparse_mlp_4bit_impl(const SparseMlp4bitArgs& args, cudaStream_t stream) {
-  const int64_t widest = args.width > args.down_rank ? args.width : args.down_rank;
-  const Buffers b = carve(args.workspace, args.tokens, args.neurons, widest, true);
+  const Buffers b = carve(args.workspace, args.tokens, args.neurons, args.width, args.down_rank, true);
   const T* z = static_cast<const T*>(args.z);
-  const bool vector = args.w_up.packed == nullptr || aligned16(args.w_up.packed);
-  const int blocks = grid(args.neurons, kThreads / 32);
-  if (args.activated) {
-    compact_kernel<T>
-        <<<1, kCompactThreads, 0, stream>>>(z, args.tokens, args.neurons, args.tau, b.list, args.rows_read);
-    (vector ? pack4_kernel<true, T, T> : pack4_kernel<false, T, T>)<<<blocks, kThreads, 0, stream>>>(args, z, b.list,
-                                                                                                     b.h);
-  } else {
-    const int64_t count = args.tokens * args.neurons;
-    activate_kernel<T><<<grid(count, kThreads), kThreads, 0, stream>>>(args.activation, z, count, b.act);
-    compact_kernel<float>
-        <<<1, kCompactThreads, 0, stream>>>(b.act, args.tokens, args.neurons, args.tau, b.list, args.rows_read);
-    (vector ? pack4_kernel<true, T, float> : pack4_kernel<false, T, float>)<<<blocks, kThreads, 0, stream>>>(
-        args, b.act, b.list, b.h);
-  }
-  down4_and_reduce<T>(args, b, stream);
-  if (args.down_rank > 0) {
-    down_and_reduce<T>(static_cast<const T*>(args.down_lora), args.down_rank, nullptr, args.capacity, args.rows_read, b,
-                       args.tokens, args.down_rank, static_cast<T*>(args.down_low), stream);
-  }
+  if (args.activated) return share4_and_reduce<T, T>(args, z, b, stream);
+  const int64_t count = args.tokens * args.neurons;
+  activate_kernel<T><<<grid(count, kThreads), kThreads, 0, stream>>>(args.activation, z, count, b.act);
+  share4_and_reduce<T, float>(args, b.act, b, stream);
 }
 
 }  // namespace
 
 size_t sparse_mlp_4bit_workspace(const SparseMlp4bitArgs& args) {
-  SparseMlpArgs plain{};
-  plain.tokens = args.tokens;
-  plain.neurons = args.neurons;
-  plain.width = args.width > args.down_rank ? args.width : args.down_rank;
-  return sparse_mlp_workspace(plain);
+  return carve(nullptr, args.tokens, args.neurons, args.width, args.down_rank, true).bytes;
 }
 
 void sparse_mlp_4bit(const SparseMlp4bitArgs& args, Stream stream) {
+  require(args.w_up.packed == nullptr || (aligned16(args.w_up.packed) && aligned16(args.x)), "sparse_mlp_4bit",
+          "w_up and x must be 16-byte aligned");
   dispatch_dtype(args.dtype, [&](auto t) { sparse_mlp_4bit_impl<decltype(t)>(args, stream_of(stream)); });
   DEFTCORE_CUDA_CHECK(cudaGetLastError());
 }

@@ -1,7 +1,8 @@
 """When does the sparse path pay? A break-even density, measured once per machine, shape, dtype and token count.
 
-Both paths are timed on cold weights; the sparse path's time is taken as linear in the rows read. Results are kept in
-`$DEFTCORE_CACHE` (default `~/.cache/deftcore`) in cost_model.json, under a key of everything they depend on.
+Both paths are timed on cold weights, on a GPU by its own clock; the sparse path's time is taken as linear in the rows
+read. Results are kept in `$DEFTCORE_CACHE` (default `~/.cache/deftcore`) in cost_model.json, under a key of everything
+they depend on.
 """
 
 import json
@@ -43,13 +44,17 @@ def break_even_density(
     dense: Callable[[Tensor, Any], Tensor],
     kind: str = "",
     make_weight: Callable[[], Any] | None = None,
+    inputs: tuple[Any, Any] | None = None,
 ) -> float:
     """Union density below which `sparse(a, w_down_t)` is faster than `dense`; 1 if it always is, 0 if never.
+
+    While a CUDA graph is captured nothing can be measured: what is not known yet counts as 0.
 
     Args:
         like: a tensor with the device and dtype in question.
         tokens, neurons, width: the product's sizes; tokens are rounded up to a power of two.
         kind, make_weight: a name for weights other than [neurons, width] of like's dtype, and how to make one.
+        inputs: what to pass for `a` at density 1 and 1/4, where that is not an activation [tokens, neurons].
     """
     bucket = 1 << max(tokens - 1, 0).bit_length()
     where = like.device.index if like.device.type == "cuda" else torch.get_num_threads()
@@ -58,11 +63,13 @@ def break_even_density(
         table = _load()
         key = f"{_machine(like)} {neurons}x{width} {str(like.dtype)[6:]}{kind and ' ' + kind} tokens={bucket}"
         if key not in table:
+            if like.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return 0.0
 
             def plain_weight() -> Tensor:
                 return torch.full((neurons, width), 0.01, dtype=like.dtype, device=like.device)
 
-            table[key] = _measure(like, bucket, neurons, sparse, dense, make_weight or plain_weight)
+            table[key] = _measure(like, bucket, neurons, sparse, dense, make_weight or plain_weight, inputs)
             logger.info("cost model: %s: sparse below density %.2f", key, table[key])
             write_table(_FILE, table)
         _known[quick] = table[key]
@@ -71,7 +78,7 @@ def break_even_density(
 
 def _machine(like: Tensor) -> str:
     if like.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(like.device)} torch-{torch.__version__}"
+        return f"{torch.cuda.get_device_name(like.device)} torch-{torch.__version__} deftcore-{native.version}"
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -90,27 +97,54 @@ def _measure(
     sparse: Callable[[Tensor, Any], Tensor],
     dense: Callable[[Tensor, Any], Tensor],
     make_weight: Callable[[], Any],
+    inputs: tuple[Any, Any] | None,
 ) -> float:
     weights = [make_weight()]
     copies = min(max(_COLD_BYTES // max(weights[0].nbytes, 1), 1), 64)
     weights += [make_weight() for _ in range(copies - 1)]
-    full = torch.ones((tokens, neurons), dtype=like.dtype, device=like.device)
-    quarter = torch.zeros_like(full)
-    quarter[:, ::4] = 1
-    cases: list[tuple[Callable[[Tensor, Any], Tensor], Tensor]] = [(dense, full), (sparse, full), (sparse, quarter)]
+    if inputs is None:
+        inputs = torch.ones((tokens, neurons), dtype=like.dtype, device=like.device), like.new_zeros(tokens, neurons)
+        inputs[1][:, ::4] = 1
+    full, quarter = inputs
+    cases: list[tuple[Callable[[Any, Any], Tensor], Any]] = [(dense, full), (sparse, full), (sparse, quarter)]
     times: list[list[float]] = [[] for _ in cases]
     for repeat in range(_REPEATS + 1):
         for case, (run, a) in enumerate(cases):
-            start = time.perf_counter()
-            run(a, weights[(repeat + case) % copies])
-            if like.device.type == "cuda":
-                torch.cuda.synchronize(like.device)
+            weight = weights[(repeat + case) % copies]
+            seconds = _seconds(lambda run=run, a=a, weight=weight: run(a, weight), like.device)
             if repeat:  # the first round warms up
-                times[case].append(time.perf_counter() - start)
+                times[case].append(seconds)
     dense_time, full_time, quarter_time = map(statistics.median, times)
     per_density = max((full_time - quarter_time) / 0.75, 1e-12)
     fixed = full_time - per_density
     return min(max((dense_time - fixed) / per_density, 0.0), 1.0)
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call; on a GPU the device's own, the call's launches waiting behind a kernel that sleeps."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        torch.cuda._sleep(2_000_000)  # cycles, about a millisecond: longer than Python takes to launch
+        start_event.record()
+        call()
+        end_event.record()
+        end_event.synchronize()
+    return start_event.elapsed_time(end_event) / 1e3
+
+
+def most_active(like: Tensor, neurons: int, density: float) -> int:
+    """Most active neurons for which "auto" takes the sparse path, -1 for none, from the break-even density.
+
+    On a GPU nobody may wait for the count: there the sparse path has to pay at any density, or to lose by no more than
+    3 % at density 1.
+    """
+    if like.device.type == "cuda":
+        return neurons if density >= 0.97 else -1
+    return neurons if density >= 1 else int(density * neurons)
 
 
 def _load() -> dict[str, float]:

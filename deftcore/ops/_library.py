@@ -164,6 +164,12 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x, contiguous and at a multiple of 16 bytes as the CUDA kernels' vector loads want it; a copy where it is not."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def flatten_tokens(x: Tensor) -> Tensor:
     """x [..., D] as [tokens, D]; unlike reshape(-1, D) also where D is 0."""
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])

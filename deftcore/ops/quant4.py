@@ -10,6 +10,7 @@ from deftcore.ops._library import (
     DTYPE_CODES,
     FLOAT_DTYPES,
     address,
+    aligned,
     backend,
     check_choice,
     check_float,
@@ -258,14 +259,18 @@ def _quantize_4bit_fake(w: Tensor, block_size: int, quant_type: int) -> tuple[Te
     )
 
 
-def _dequantize_4bit_impl(*args: Any) -> Tensor:
-    w, dtype = Parts(*args[:-1]), _DTYPES[args[-1]]
+def _decode(w: Parts, dtype: torch.dtype) -> Tensor:
+    """The dense matrix [rows, cols]."""
     out = torch.empty((w.rows, w.cols), dtype=dtype, device=w.packed.device)
     kernels = backend("dequantize_4bit", out)
     if kernels is None:
         return dequantize_ref(w, dtype)
     kernels.dequantize_4bit(w.native(), address(out), DTYPE_CODES[dtype], stream(out))
     return out
+
+
+def _dequantize_4bit_impl(*args: Any) -> Tensor:
+    return _decode(Parts(*args[:-1]), _DTYPES[args[-1]])
 
 
 def _dequantize_4bit_fake(*args: Any) -> Tensor:
@@ -279,45 +284,44 @@ def _dequantize_4bit_fake(*args: Any) -> Tensor:
 def multiply(
     x: Tensor, w: Parts, bias: Tensor | None = None, low: Tensor | None = None, lora: Tensor | None = None
 ) -> Tensor:
-    """x [T, K] W^T + low lora^T + bias: low [T, R], lora [M, R]. The native product, or the reference."""
-    kernels = backend("linear_4bit", x)
-    if kernels is None:
-        y = F.linear(x, dequantize_ref(w, x.dtype), bias)
-        return y if low is None or lora is None else y.addmm_(low, lora.t())
-    return _run(kernels.linear_4bit, kernels, x, w, bias, low, lora, w.rows)
+    """x [T, K] W^T + low lora^T + bias: low [T, R], lora [M, R]. The native product; a decode and PyTorch's where the
+    device's kernel does not take so many tokens; or the reference."""
+    y = _native_product(False, x, w, bias, low, lora)
+    if y is not None:
+        return y
+    y = F.linear(x, _decode(w, x.dtype), bias)
+    return y if low is None or lora is None else y.addmm_(low, lora.t())
 
 
 def multiply_backward(g: Tensor, w: Parts, low: Tensor | None = None, lora: Tensor | None = None) -> Tensor:
-    """g [T, M] W + low lora: low [T, R], lora [R, K]."""
-    kernels = backend("linear_4bit", g)
+    """g [T, M] W + low lora: low [T, R], lora [R, K]; as `multiply`."""
+    y = _native_product(True, g, w, None, low, lora)
+    if y is not None:
+        return y
+    y = g @ _decode(w, g.dtype)
+    return y if low is None or lora is None else y.addmm_(low, lora)
+
+
+def _native_product(
+    backward: bool, x: Tensor, w: Parts, bias: Tensor | None, low: Tensor | None, lora: Tensor | None
+) -> Tensor | None:
+    kernels = backend("linear_4bit", x)
     if kernels is None:
-        y = g @ dequantize_ref(w, g.dtype)
-        return y if low is None or lora is None else y.addmm_(low, lora)
-    return _run(kernels.linear_4bit_backward, kernels, g, w, None, low, lora, w.cols)
-
-
-def _run(
-    kernel: Any,
-    kernels: Any,
-    x: Tensor,
-    w: Parts,
-    bias: Tensor | None,
-    low: Tensor | None,
-    lora: Tensor | None,
-    outputs: int,
-) -> Tensor:
-    tokens, rank = x.shape[0], 0 if low is None else low.shape[1]
-    y = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
+        return None
+    view, dtype, tokens = w.native(), DTYPE_CODES[x.dtype], x.shape[0]
+    if tokens > kernels.linear_4bit_tokens(view, dtype, backward):
+        return None
+    y = torch.empty((tokens, w.cols if backward else w.rows), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    x, bias = aligned(x), None if bias is None else bias.contiguous()
     low, lora = (None, None) if low is None or lora is None else (low.contiguous(), lora.contiguous())
-    view, dtype = w.native(), DTYPE_CODES[x.dtype]
+    rank = 0 if low is None else low.shape[1]
     size = kernels.linear_4bit_workspace(view, tokens, rank, dtype)
     workspace = torch.empty(size + 64, dtype=torch.uint8, device=x.device)
-    kernel(
-        view, address(x), address(bias), address(low), address(lora),
-        address(y), -(-address(workspace) // 64) * 64, tokens, rank, dtype, stream(x),
+    (kernels.linear_4bit_backward if backward else kernels.linear_4bit)(
+        view, address(x), address(bias), address(low), address(lora), address(y),
+        -(-address(workspace) // 64) * 64, tokens, rank, dtype, stream(x),
     )  # fmt: skip
     return y
 

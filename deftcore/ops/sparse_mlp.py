@@ -50,7 +50,8 @@ def sparse_down(
             4-bit: `quantize_4bit(down_proj.weight.t())`, or `.t()` of a quantised down projection, which is exact.
         bias: [D] or None.
         tau: threshold, at least 0; see `default_tau` for the error bound of smooth activations.
-        path: "auto" measures once per machine and shape and takes the faster; "sparse" and "dense" force one.
+        path: "auto" measures once per machine and shape and takes the faster; "sparse" and "dense" force one. On a GPU
+            nobody waits for the number of active neurons: "auto" is "sparse" where that loses at no density.
             More than 64 tokens go to "dense" under "auto", in pieces of 64 under "sparse".
         deterministic: ask for bit-equal repeats. The kernels sum in a fixed order anyway, on both devices.
 
@@ -224,12 +225,33 @@ def _capacity(like: Tensor, tokens: int, neurons: int, width: int, path: int) ->
     """Most active neurons for which the sparse path is taken."""
     if path != PATHS["auto"]:
         return neurons if path == PATHS["sparse"] else -1
-    if like.device.type == "cuda":  # nothing may read the count back; the kernel is bound by traffic at any density
-        return neurons if tokens <= MAX_TOKENS else -1
     density = break_even_density(like, min(tokens, MAX_TOKENS), neurons, width)
     if tokens > MAX_TOKENS and density < 1:
         return -1
-    return neurons if density >= 1 else int(density * neurons)
+    return _dispatch.most_active(like, neurons, density)
+
+
+def _mlp_capacity(x: Tensor, tokens: int, neurons: int, width: int, gated: bool, path: int) -> int:
+    """`_capacity` of a whole MLP, which on a GPU is measured itself: its few launches count as much as its bytes."""
+    if path != PATHS["auto"] or x.device.type != "cuda":
+        return _capacity(x, tokens, neurons, width, path)
+    tokens = min(tokens, MAX_TOKENS)
+    ones = x.new_ones(tokens, width)
+
+    def run(case: str, weights: Tensor, path: str) -> Tensor:
+        gate, up, down = weights if gated else (None, *weights)
+        return _sparse_mlp_impl(ones, gate, up, down, None, None, ACTIVATIONS[case], 0.0, PATHS[path])
+
+    def make_weight() -> Tensor:
+        weights = x.new_full((3 if gated else 2, neurons, width), 0.01)
+        weights[0, torch.arange(neurons, device=x.device) % 4 != 0] *= -1  # ReLU keeps a quarter, SiLU all
+        return weights
+
+    density = _dispatch.break_even_density(
+        x, tokens, neurons, width, lambda case, w: run(case, w, "sparse"), lambda case, w: run(case, w, "dense"),
+        "gated" if gated else "mlp", make_weight, ("silu", "relu"),
+    )  # fmt: skip
+    return _dispatch.most_active(x, neurons, density)
 
 
 # ---------------------------------------------------------------------------- sparse_down
@@ -330,7 +352,7 @@ def _sparse_mlp_impl(
     kernels = backend("sparse_mlp", x)
     if kernels is None or neurons == 0 or tokens == 0 or width == 0:
         return sparse_mlp_ref(x, w_gate, w_up, w_down_t, b_up, b_down, list(ACTIVATIONS)[activation], tau)
-    capacity = _capacity(x, tokens, neurons, width, path)
+    capacity = _mlp_capacity(x, tokens, neurons, width, w_gate is not None, path)
     if capacity < 0 or tokens > MAX_TOKENS:
         if capacity < 0 or path == PATHS["dense"]:
             return sparse_mlp_ref(x, w_gate, w_up, w_down_t, b_up, b_down, list(ACTIVATIONS)[activation], tau)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deftcore.ops import _dispatch
-from deftcore.ops._library import DTYPE_CODES, address, backend, define, native, scratch, stream
+from deftcore.ops._library import DTYPE_CODES, address, aligned, backend, define, native, scratch, stream
 from deftcore.ops.density import ACTIVATIONS, _activate
 from deftcore.ops.quant4 import (
     Parts,
@@ -86,6 +86,8 @@ def _unpack(tensors: Sequence[Tensor | None], offsets: Sequence[float], sizes: S
 
 def _supports(w: Parts) -> bool:
     """Whether the kernel reads w by rows: whole blocks, or column blocks of even width."""
+    if w.packed.device.type == "cuda" and w.packed.data_ptr() % 16:  # a view into the middle of somebody's buffer
+        return False
     return w.cols % 2 == 0 if w.column_blocks else w.cols % w.block_size == 0
 
 
@@ -99,10 +101,9 @@ def _capacity(x: Tensor, matrices: list[Parts], path: int) -> int:
     supported = _supports(down) and (len(matrices) < 3 or (_supports(matrices[1]) and not matrices[1].column_blocks))
     if path == DENSE or tokens > MAX_TOKENS or not supported or 0 in (tokens, down.rows, down.cols):
         return -1
-    if path == SPARSE or x.device.type == "cuda":  # on a GPU nothing may read the count back
+    if path == SPARSE:
         return down.rows
-    density = _break_even(x, len(matrices) == 3, down)
-    return down.rows if density >= 1 else int(density * down.rows)
+    return _dispatch.most_active(x, down.rows, _break_even(x, len(matrices) == 3, down))
 
 
 def _break_even(x: Tensor, gated: bool, down: Parts) -> float:
@@ -147,7 +148,7 @@ def _sparse_mlp_4bit_impl(
 ) -> Tensor:
     matrices, low = _unpack(tensors, offsets, sizes), LowRank4(*lora)
     tokens, down, gated = x.shape[0], matrices[-1], len(matrices) == 3
-    x = x.contiguous()
+    x = aligned(x)
     z = _pre_activation(x, matrices, low, b_up)
     kernels = backend("sparse_mlp_4bit", x)
     capacity = -1 if kernels is None else _capacity(x, matrices, path)

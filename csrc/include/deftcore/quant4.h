@@ -39,6 +39,7 @@ namespace cpu {
 void quantize_4bit(const Quantize4bitArgs& args, Stream stream);
 void dequantize_4bit(const Dequantize4bitArgs& args, Stream stream);
 size_t linear_4bit_workspace(const Linear4bitArgs& args);
+inline int64_t linear_4bit_tokens(const Quant4&, DType, bool) { return INT64_MAX; }  // any number of them
 void linear_4bit(const Linear4bitArgs& args, Stream stream);
 void linear_4bit_backward(const Linear4bitArgs& args, Stream stream);
 }  // namespace cpu
@@ -47,8 +48,10 @@ namespace cuda {
 void quantize_4bit(const Quantize4bitArgs& args, Stream stream);
 void dequantize_4bit(const Dequantize4bitArgs& args, Stream stream);
 size_t linear_4bit_workspace(const Linear4bitArgs& args);
-void linear_4bit(const Linear4bitArgs& args, Stream stream);
-void linear_4bit_backward(const Linear4bitArgs& args, Stream stream);
+// Most tokens that linear_4bit takes; for more, and for the backward product, dequantize_4bit and a library's product
+// are faster.
+int64_t linear_4bit_tokens(const Quant4& w, DType dtype, bool backward);
+void linear_4bit(const Linear4bitArgs& args, Stream stream);  // x 16-byte aligned
 }  // namespace cuda
 
 }  // namespace deftcore
