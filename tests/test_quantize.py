@@ -93,6 +93,19 @@ def test_module(dtype, bias):
     assert not any(p.requires_grad for p in layer.parameters())
 
 
+@pytest.mark.parametrize(("change", "error", "message"), [
+    (lambda w: w.data.view(-1)[7:8].fill_(float("nan")), ValueError, "not finite"),
+    (lambda w: setattr(w, "data", w.data.double()), TypeError, r"got torch\.float64"),
+])  # fmt: skip
+def test_quantize_checks_every_layer_before_the_first(change, error, message):
+    model = tiny_model("llama")
+    last = model.model.layers[1].mlp.down_proj
+    change(last.weight)
+    with pytest.raises(error, match=r"layers\.1\.mlp\.down_proj: .*" + message):
+        deftcore.quantize(model, block_size=32)
+    assert not any(isinstance(module, Linear4bit) for module in model.modules())
+
+
 def test_compute_dtype():
     layer = Linear4bit.from_linear(nn.Linear(64, 32), compute_dtype=torch.float32)
     x = torch.randn(4, 64)
@@ -278,7 +291,7 @@ def test_quantize_options(caplog):
         deftcore.quantize(nn.Sequential(nn.ReLU()))
     broken = tiny_model("llama")
     broken.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj: w: has values that are not finite"):
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj: weight has values that are not finite"):
         deftcore.quantize(broken)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from deftcore.ops._library import check_choice
+from deftcore.ops._library import FLOAT_DTYPES, check_choice
 from deftcore.ops.quant4 import linear_4bit, quantize_4bit
 from deftcore.ops.quantized import QUANT_TYPES, QuantizedTensor, check_block_size
 
@@ -233,7 +233,8 @@ def quantize(
         The model.
 
     Raises:
-        ValueError: naming the argument; for a PEFT model, or one without a linear layer to replace.
+        TypeError, ValueError: naming the argument, or the layer whose weight cannot be quantised; for a PEFT model, or
+            one without a linear layer to replace. The model is as it was then.
     """
     if hasattr(model, "peft_config"):
         raise ValueError("model: quantise the base model first, then call get_peft_model")
@@ -241,6 +242,8 @@ def quantize(
     names = linears_to_quantize(model, skip)
     check_choice("quant_type", quant_type, QUANT_TYPES)
     check_block_size(block_size)
+    for name in names:  # all, before the first is replaced
+        _check_weight(name, model.get_submodule(name).weight)
     for name in names:
         parent, _, attribute = name.rpartition(".")
         holder = model.get_submodule(parent)
@@ -252,6 +255,13 @@ def quantize(
     set_quantization_config(model, skip, compute_dtype=compute_dtype, **options)
     logger.info("quantize: %d linear layers in %s", len(names), quant_type)
     return model
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if weight.dtype not in FLOAT_DTYPES[:3]:
+        raise TypeError(f"{name}: weight must be float32, bfloat16 or float16, got {weight.dtype}")
+    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{name}: weight has values that are not finite; 4-bit blocks cannot hold them")
 
 
 def linears_to_quantize(model: nn.Module, skip: Collection[str]) -> list[str]:
