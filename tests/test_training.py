@@ -187,14 +187,21 @@ def test_two_processes_give_the_single_process_result(tmp_path, method):
         for name in ("one", "two")
     ]
     for one, two in zip(*logs, strict=True):
-        for key in ("loss", "density", "density_loss"):
+        assert one.keys() == two.keys()
+        for key in ("loss", "density", "density_loss", "eval_loss", "eval_density"):
             if key in one:
-                assert one[key] == pytest.approx(two[key], rel=1e-3), (key, one, two)
+                assert one[key] == pytest.approx(two[key], rel=1e-4), (key, one, two)
 
 
 def run_plain(folder, batch_size, method):
+    """Short and long examples with unlike losses: a mean of the processes' means is far from the mean over tokens."""
     torch.manual_seed(0)
     base = tiny_model("llama")
+    with torch.no_grad():
+        base.lm_head.weight *= 30
+    generator = torch.Generator().manual_seed(4)
+    lengths = torch.randint(2, 20, (32,), generator=generator).tolist()
+    data = [{"input_ids": torch.randint(2, 64, (n,), generator=generator).tolist()} for n in lengths]
     if method == "qlora":
         deftcore.quantize(base, block_size=32)
     options = {"r": 4, "target_modules": ["gate_proj", "q_proj"]}
@@ -203,7 +210,7 @@ def run_plain(folder, batch_size, method):
     model = add_adapter(base, method, options)
     config = TrainingConfig(max_steps=4, batch_size=batch_size, learning_rate=1e-2, log_every=1)
     objective = DensityLoss(model, surrogate="tanh")
-    train(model, examples(24), config, folder, objective=objective, validation=examples(8))
+    train(model, data[:24], config, folder, objective=objective, validation=data[24:])
 
 
 @pytest.mark.parametrize("family", ["t5", "opt"])
