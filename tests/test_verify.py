@@ -242,11 +242,12 @@ def test_a_proof_changes_nothing(kind, train):
 def test_mixers_with_adapters_and_4bit_projections_are_proved(family, dtype):
     """LoRA on dt_proj is not seen by Transformers' mixer, and 4-bit weights are not what it reads: both are proved."""
     targets = ["in_proj", "out_proj"] if family == "mamba2" else ["x_proj", "dt_proj", "out_proj"]
-    for packed in (False, True):
+    for packed, split in ((False, False), (True, False), (False, True)):
         base = mamba_model(family, dtype)
         if packed:
             deftcore.quantize(base, block_size=32)
-        model = peft.get_peft_model(base, MambaLoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+        config = MambaLoraConfig(r=4, target_modules=targets, init_lora_weights=False, split=split)
+        model = peft.get_peft_model(base, config)
         deftcore.patch(model)
         assert not verify.verdicts()["refused"]
         assert "Fused" in type(model.base_model.model.backbone.layers[0].mixer).__name__
@@ -264,7 +265,7 @@ def test_verdicts_are_kept(monkeypatch):
     deftcore.patch(lora(tiny_model("llama"), r=3))
     deftcore.patch(lora(tiny_model("llama").bfloat16()))
     assert len(made) == 3
-    monkeypatch.setattr(peft, "__version__", "99.0")
+    monkeypatch.setattr(verify, "_versions", lambda: "peft 99.0")
     deftcore.patch(lora(tiny_model("llama")))
     assert len(made) == 4
     (cache_folder() / "verified.json").write_text('{"a": 3')
@@ -282,7 +283,7 @@ def test_a_refusal_is_kept_and_listed(monkeypatch, capsys):
     wrong_sign(monkeypatch, peft_integration, "lora_linear")
     refused(lora(tiny_model("llama")), "q_proj")
     assert main(["info"]) == 0
-    start = "patch, refused: LoRA over Linear (float32), rank 4 float32 (torch"
+    start = "patch, refused: LoRA over Linear (float32), rank 4 float32: "
     assert any(line.startswith(start) for line in capsys.readouterr().out.splitlines())
 
 

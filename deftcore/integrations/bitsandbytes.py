@@ -1,6 +1,7 @@
 """bitsandbytes' 4-bit layers, plain or under PEFT's LoRA, on deftcore's ops: in place and back. See `peft.patch`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
@@ -119,7 +120,7 @@ def replacement(module: Any, parent: nn.Module | None) -> tuple[type, Callable[[
 
 def _case(layer: Any) -> Case:
     q = quantized_of(layer)
-    return Case(f"{type(layer).__name__} ({describe(q)})", test_bed(layer), q.dtype, run_linear)
+    return Case(f"{type(layer).__name__} ({describe(q)})", layer, partial(test_bed, layer), q.dtype, run_linear)
 
 
 def unpatch_module(module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,14 +183,13 @@ def _case(mixer: Any, parent: nn.Module | None) -> Case:
     called = parent is not None and type(parent).__module__ == type(mixer).__module__
     at = next((name for name, child in parent.named_children() if child is mixer), "") if called and parent else ""
     holder: Any = parent if at and parent else mixer
-    unit = lora_ready(test_bed(holder))
     dtype = mixer.conv1d.weight.dtype
     sizes = [tuple(p.shape) for p in mixer.parameters()]
     layers = [str(p) for p in (mixer.in_proj, mixer.out_proj)]
     config = holder.config  # Mamba2Mixer itself has none
     digest = hashlib.sha256(f"{sizes}{layers}{config.to_dict() | {'_name_or_path': ''}}".encode()).hexdigest()
     label = f"{type(mixer).__name__} {mixer.hidden_size} x {mixer.ssm_state_size}, {str(dtype)[6:]}, {digest[:8]}"
-    return Case(label, unit, dtype, lambda unit, dtype: _run(unit, dtype, at), at)
+    return Case(label, holder, lambda: lora_ready(test_bed(holder)), dtype, partial(_run, at=at), at)
 
 
 def _run(unit: Any, dtype: torch.dtype, at: str) -> Iterator[tuple[str, Tensor]]:

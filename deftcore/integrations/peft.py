@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ def obstacle(layer: Any, weight: Tensor | QuantizedTensor, dtype: torch.dtype) -
         return "the base weight trains"
     if any(type(t) is not nn.Parameter for t in (weight, a.weight, b.weight)):
         return f"weights are {type(weight).__name__}, {type(a.weight).__name__}"
-    if torch.is_autocast_enabled(weight.device.type):
-        return ""
+    if torch.is_autocast_enabled(weight.device.type):  # which leaves float64 alone
+        return "float64 under autocast" if torch.float64 in (dtype, weight.dtype, a.weight.dtype) else ""
     masters = (
         dtype.itemsize == 2 and a.weight.dtype == torch.float32 and getattr(layer, "cast_input_dtype_enabled", True)
     )
@@ -227,15 +228,20 @@ def lora_cases(layer: Any, q: QuantizedTensor | None) -> list[Case]:
     dtype = base.weight.dtype if q is None else q.dtype
     cases = []
     for name in layer.lora_A:
-        unit = lora_ready(test_bed(layer))
-        unit._active_adapter = name
-        drops = not isinstance(unit.lora_dropout[name], nn.Identity)
-        if drops:
-            unit.lora_dropout[name], unit.training = _Dropped(), True
-        factors = f"rank {layer.r[name]} {str(layer.lora_A[name].weight.dtype)[6:]}{', dropout' if drops else ''}"
+        drops = ", dropout" if not isinstance(layer.lora_dropout[name], nn.Identity) else ""
         weight = str(dtype)[6:] if q is None else describe(q)
-        cases.append(Case(f"LoRA over {type(base).__name__} ({weight}), {factors}", unit, dtype, run_linear))
+        factors = f"rank {layer.r[name]} {str(layer.lora_A[name].weight.dtype)[6:]}{drops}"
+        label = f"LoRA over {type(base).__name__} ({weight}), {factors}"
+        cases.append(Case(label, layer, partial(_lora_bed, layer, name), dtype, run_linear))
     return cases
+
+
+def _lora_bed(layer: Any, name: str) -> nn.Module:
+    unit = lora_ready(test_bed(layer))
+    unit._active_adapter = name
+    if not isinstance(unit.lora_dropout[name], nn.Identity):
+        unit.lora_dropout[name], unit.training = _Dropped(), True
+    return unit
 
 
 def lora_ready(unit: Any) -> Any:

@@ -11,11 +11,12 @@ import hashlib
 import inspect
 import logging
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,13 @@ _Results = Iterator[tuple[str, Tensor]]
 class Case:
     """One configuration to prove.
 
-    `unit` is a shadow that holds the original, at the path `at` in it ("": itself). `run(unit, dtype)` yields named
-    results from inputs of that dtype, the same ones at every call.
+    `module` holds the original, at the path `at` in it ("": itself), and `make` gives a test bed of it.
+    `run(unit, dtype)` yields named results from inputs of that dtype, the same ones at every call.
     """
 
     label: str
-    unit: nn.Module
+    module: nn.Module
+    make: Callable[[], nn.Module]
     dtype: torch.dtype
     run: Callable[[nn.Module, torch.dtype], _Results]
     at: str = ""
@@ -51,7 +53,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`difference` is the largest |ours - theirs| over the largest |theirs|, `reason` empty where it passed."""
+    """`difference` is the largest |ours - w| over the largest |w|, `reason` empty where it passed."""
 
     what: str
     reason: str
@@ -68,7 +70,8 @@ class Proofs:
 
     def refusal(self, original: type, fused: type, cases: Callable[[], list[Case]]) -> str:
         """Why `fused` must not take `original`'s place; empty where every case passes."""
-        unknown = _unknown_arguments(original, fused)
+        theirs, ours = (getattr(kind, "forward") for kind in (original, fused))  # noqa: B009
+        unknown = _unknown_arguments(theirs, ours)
         if unknown:
             return f"{original.__name__}.forward takes {', '.join(unknown)}, which {fused.__name__} does not know"
         try:
@@ -80,8 +83,9 @@ class Proofs:
 
     def _verdict(self, case: Case, original: type, fused: type) -> Verdict:
         versions = _versions()
-        parts = (case.label, case.dtype, _code(original), _code(fused), _structure(case.unit), versions, _build(),
-                 native.isa_name(), _device(case.unit))  # fmt: skip
+        codes = [f"{kind.__qualname__} {_code(getattr(kind, 'forward'))}" for kind in (original, fused)]  # noqa: B009
+        parts = (case.label, case.dtype, codes, _structure(case.module), versions, _build(), native.isa_name(),
+                 _device(case.module))  # fmt: skip
         key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:24]
         try:
             return Verdict(**self._known[key])
@@ -98,14 +102,16 @@ class Proofs:
 
 
 def verdicts() -> dict[str, list[str]]:
-    """What was proved and what was refused on this machine with the versions at hand, one line each."""
+    """What was proved and what was refused on this machine with the libraries installed now, one line each."""
     found: dict[str, list[str]] = {"proved": [], "refused": []}
     for entry in read_table(_FILE).values():
         try:
             verdict = Verdict(**entry)
         except TypeError:
             continue
-        line = f"{verdict.what} ({verdict.versions}): " + (verdict.reason or f"difference {verdict.difference:.1e}")
+        if verdict.versions != _versions():
+            continue
+        line = f"{verdict.what}: " + (verdict.reason or f"difference {verdict.difference:.1e}")
         found["refused" if verdict.reason else "proved"].append(line)
     return {kind: sorted(set(lines)) for kind, lines in found.items()}
 
@@ -116,9 +122,10 @@ def verdicts() -> dict[str, list[str]]:
 def _compare(case: Case, fused: type) -> tuple[str, float]:
     """The reason against `fused` (empty: none) and the largest relative difference from the original."""
     low = case.dtype.itemsize == 2
-    replaced, wide = shadow(case.unit), shadow(case.unit, torch.float32) if low else None
+    unit = case.make()
+    replaced, wide = shadow(unit), shadow(unit, torch.float32) if low else None
     replaced.get_submodule(case.at).__class__ = fused
-    theirs = _results(case, case.unit, case.dtype)
+    theirs = _results(case, unit, case.dtype)
     reference = theirs if wide is None else _results(case, wide, torch.float32)
     try:
         ours = _results(case, replaced, case.dtype)
@@ -126,20 +133,23 @@ def _compare(case: Case, fused: type) -> tuple[str, float]:
         return f"{fused.__name__} failed, {type(failure).__name__}: {failure}", math.inf
     if ours.keys() != theirs.keys():
         return f"gives {sorted(ours.keys() ^ theirs.keys())} on one side only", math.inf
+    rounding = (4 * torch.finfo(case.dtype).eps if low else 0.0) + 128 * torch.finfo(torch.float32).eps
     worst = 0.0
     for name, their in theirs.items():
-        our, exact = ours[name].to(torch.float64), reference[name].to(torch.float64)
-        if our.shape != their.shape or ours[name].dtype != their.dtype:
-            return f"{name}: {tuple(our.shape)} {ours[name].dtype}, not {tuple(their.shape)} {their.dtype}", math.inf
-        size = float(exact.abs().max()) if exact.numel() else 0.0
-        own = float((their.to(torch.float64) - exact).abs().max()) if exact.numel() else 0.0
-        rounding = 4 * torch.finfo(case.dtype).eps if low else 0.0
-        allowed = 3 * own + (rounding + 128 * torch.finfo(torch.float32).eps) * size
-        error = float((our - exact).abs().max()) if exact.numel() else 0.0
+        our, exact = ours[name], reference[name]
+        if our.shape != their.shape or our.dtype != their.dtype:
+            return f"{name}: {tuple(our.shape)} {our.dtype}, not {tuple(their.shape)} {their.dtype}", math.inf
+        size, error = _largest(exact), _largest(our.to(exact.dtype) - exact)
+        allowed = rounding * size + (0.0 if wide is None else 3 * _largest(their.to(exact.dtype) - exact))
+        relative = error / max(size, 1e-30)
         if not error <= allowed:
-            return f"{name} differs by {error:.3g}, {allowed:.3g} is rounding", error / max(size, 1e-30)
-        worst = max(worst, float((our - their).abs().max()) / max(size, 1e-30) if exact.numel() else 0.0)
+            return f"{name} differs by {error:.3g}, {allowed:.3g} is rounding", relative
+        worst = max(worst, relative)
     return "", worst
+
+
+def _largest(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, math.inf)) if x.numel() else 0.0
 
 
 def _results(case: Case, unit: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -207,19 +217,21 @@ def test_bed(module: nn.Module) -> Any:
 # ---------------------------------------------------------------------------- what a verdict depends on
 
 
+@cache
 def _unknown_arguments(original: Any, fused: Any) -> list[str]:
     """Arguments of the original's forward that the replacement neither names nor takes as further keywords."""
-    ours, theirs = (inspect.signature(kind.forward).parameters for kind in (fused, original))
+    ours, theirs = inspect.signature(fused).parameters, inspect.signature(original).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in ours.values()):
         return []
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [name for name, p in theirs.items() if name not in ours and p.kind not in several]
 
 
-def _code(kind: Any) -> str:
-    forward = inspect.unwrap(kind.forward)
-    code = getattr(forward, "__code__", None)
-    return f"{kind.__module__}.{kind.__qualname__}{inspect.signature(forward)}{code.co_code.hex() if code else ''}"
+@cache
+def _code(forward: Any) -> str:
+    inner = inspect.unwrap(forward)
+    code = getattr(inner, "__code__", None)
+    return f"{inner.__module__}.{inner.__qualname__}{inspect.signature(inner)}{code.co_code.hex() if code else ''}"
 
 
 def _structure(unit: nn.Module) -> str:
@@ -232,9 +244,13 @@ def _structure(unit: nn.Module) -> str:
     return "\n".join(lines)
 
 
+@cache
 def _versions() -> str:
-    found = [(name, getattr(sys.modules.get(name), "__version__", "")) for name in _LIBRARIES]
-    return ", ".join(f"{name} {version}" for name, version in found if version)
+    found = []
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
 
 
 @cache
