@@ -274,7 +274,8 @@ def _messages(value: Any, field: str, role: str, where: str) -> list[dict]:
 class Batches:
     """Batches of examples in an order that depends on (seed, epoch) alone, so that any step can be returned to.
 
-    With several processes each takes its share of every batch; a last batch that cannot be shared evenly is dropped.
+    With several processes each takes its share of every batch; a last batch with fewer examples than processes is left
+    out. Shares may differ by one example.
     """
 
     examples: Sequence[Example]
@@ -288,9 +289,14 @@ class Batches:
     device: torch.device | str = "cpu"
 
     def __len__(self) -> int:
-        total = len(self.examples)
-        whole, rest = divmod(total, self.batch_size * self.processes)
-        return whole + (1 if rest >= self.processes else 0)
+        step = self.batch_size * self.processes
+        return (len(self.examples) - self.left_out + step - 1) // step
+
+    @property
+    def left_out(self) -> int:
+        """Examples of an epoch that are in no batch."""
+        rest = len(self.examples) % (self.batch_size * self.processes)
+        return rest if rest < self.processes else 0
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         """Batches `start`... of one epoch."""
@@ -301,8 +307,8 @@ class Batches:
         step = self.batch_size * self.processes
         for index in range(start, len(self)):
             batch = order[index * step : (index + 1) * step]
-            share = len(batch) // self.processes
-            yield self.collate([self.examples[i] for i in batch[self.process * share : (self.process + 1) * share]])
+            first, last = (len(batch) * p // self.processes for p in (self.process, self.process + 1))
+            yield self.collate([self.examples[i] for i in batch[first:last]])
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Right-padded tensors: input_ids, attention_mask, labels (-100 where nothing is predicted)."""

@@ -170,6 +170,12 @@ class _Run:
             )
         if len(self.batches) == 0:
             raise ValueError(f"examples: {len(examples)} are too few for {accelerator.num_processes} processes")
+        for name, batches in (("examples", self.batches), ("validation", self.validation)):
+            if batches is not None and batches.left_out and accelerator.is_main_process:
+                _log.warning(
+                    "%s: the last %d of an epoch's %d are left out, fewer than the %d processes",
+                    name, batches.left_out, len(batches.examples), accelerator.num_processes,
+                )  # fmt: skip
         per_epoch = math.ceil(len(self.batches) / config.gradient_accumulation_steps)
         self.per_epoch = per_epoch
         self.total = config.max_steps or max(math.ceil(per_epoch * config.epochs), 1)
