@@ -120,7 +120,7 @@ def divergence(reference: nn.Module, other: nn.Module, batches: Sequence[Batch],
             )
         )
     shortest = min(c.shape[1] for c in curves)
-    curve = torch.stack([c[:, :shortest] for c in curves]).mean(0)
+    curve = torch.stack([c[:, :shortest] for c in curves]).mean(0).cpu()
     return {
         "mean_abs_logit": sums[0] / count, "kl": sums[1] / count, "loss_difference": sums[2] / count,
         "deviation": curve.tolist(), "slope": [_slope(row) for row in curve],

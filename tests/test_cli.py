@@ -29,7 +29,7 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("place")
     for name, model in (("base", None), ("gpt2", tiny_model("gpt2")), ("mamba", model_of("mamba"))):
         (root / name).mkdir()
-        save_base(root / name, model)
+        save_base(root / name, model, **({"intermediate_size": 128} if name == "base" else {}))
     (root / "file").write_text("x")
     (root / "empty.txt").write_text("")
     (root / "full").mkdir()

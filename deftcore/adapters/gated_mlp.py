@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from deftcore.adapters.s2ft_layer import S2ftLayer
 from deftcore.nn.blocks import activation_of
+from deftcore.nn.linear import called_plainly
 from deftcore.objectives import ObservedActivation
 from deftcore.ops.partial_linear import gated_linear
 
@@ -20,9 +21,11 @@ class FusedGatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         down: Any = self.down_proj
-        kind = None if isinstance(self.act_fn, ObservedActivation) else activation_of(self.act_fn)  # type: ignore
-        if kind is None or (isinstance(down, S2ftLayer) and down.split):
+        act: Any = self.act_fn
+        direct = called_plainly(down) and called_plainly(act) and not isinstance(act, ObservedActivation)
+        if not direct or (down.split if isinstance(down, S2ftLayer) else down.weight.requires_grad):
             return self.unfused_class.forward(self, x)
+        kind = activation_of(act)
         gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[operator]
         with _Recomputed(self, x, gate, up):
             if isinstance(down, S2ftLayer):
