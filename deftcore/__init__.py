@@ -7,6 +7,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from deftcore._versions import warn_untested
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ __all__ = [
     "DensityLoss", "load_quantized", "load_sparse", "merge", "patch", "prepare_for_training", "quantize", "save_sparse",
     "sparsify", "unpatch",
 ]  # fmt: skip
+
+
+warn_untested("torch")
 
 
 def __getattr__(name: str) -> Any:

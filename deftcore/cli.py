@@ -205,6 +205,7 @@ def info() -> dict[str, Any]:
     import torch
 
     import deftcore
+    from deftcore._versions import describe
     from deftcore.integrations.verify import verdicts
     from deftcore.ops import cuda_enabled, op_names
     from deftcore.ops._library import native
@@ -224,7 +225,7 @@ def info() -> dict[str, Any]:
         "cpu_isa_available": native.isa_available().split(),
         "threads": torch.get_num_threads(),
         "cuda": cuda,
-        "torch": torch.__version__,
+        "versions": describe(),
         "ops": op_names(),
         "kernels": {
             k: {"cpu": "on", "cuda": "on" if cuda_enabled(k) else "off" if built else "not built"} for k in kernels
@@ -235,7 +236,8 @@ def info() -> dict[str, Any]:
 
 def _info(args: argparse.Namespace) -> None:
     result = info()
-    lines = [f"{key}: {value}" for key, value in result.items() if key not in ("kernels", "patch")]
+    lines = [f"{key}: {value}" for key, value in result.items() if key not in ("kernels", "patch", "versions")]
+    lines += [f"{name}: {text}" for name, text in result["versions"].items()]
     lines += [f"kernel {name}: cpu {on['cpu']}, cuda {on['cuda']}" for name, on in result["kernels"].items()]
     lines += [f"patch, {verdict}: {line}" for verdict, found in result["patch"].items() for line in found]
     _print(args, result, lines)

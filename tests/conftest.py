@@ -105,5 +105,11 @@ def tiny_batch(family: str):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def recompute(model, reentrant: bool = False) -> None:
+    """Activation checkpointing under the name that the installed Transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+
+
 def task_type(family: str) -> str | None:
     return {"bert": None, "roberta": None, "t5": "SEQ_2_SEQ_LM"}.get(family, "CAUSAL_LM")

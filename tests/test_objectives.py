@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, task_type, tiny_batch, tiny_model
+from conftest import FAMILIES, recompute, task_type, tiny_batch, tiny_model
 
 import deftcore
 from deftcore.adapters import BottleneckConfig
@@ -120,7 +120,7 @@ def test_checkpointing_counts_once(family):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute(model)
             model.enable_input_require_grads()
         objective = DensityLoss(model, surrogate="tanh")
         loss = model(**tiny_batch(family)).loss + objective.loss()
@@ -135,7 +135,7 @@ def test_checkpointing_counts_once(family):
 
 def test_reentrant_checkpointing_is_refused():
     model = adapted("llama", "lora").train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    recompute(model, reentrant=True)
     model.enable_input_require_grads()
     objective = DensityLoss(model)
     model(**tiny_batch("llama"))

@@ -4,16 +4,20 @@ import ast
 import doctest
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 import deftcore
+from deftcore import _versions
+from deftcore._versions import TESTED
 from deftcore.cli import main
 from deftcore.integrations.checkpoints import load_model
 from deftcore.ops._library import native
@@ -161,11 +165,43 @@ def test_unknown_attribute():
 # ---------------------------------------------------------------------------- command line
 
 
+def test_versions_agree_with_pyproject():
+    """One table: pyproject's ranges are its ranges, and their lower ends are what is tested (torch's is read only)."""
+    project = (TESTS.parent / "pyproject.toml").read_text()
+    for name, tested in TESTED.items():
+        assert re.findall(rf'"{name}([<>=][^";]*)', project) == [tested.allowed], name
+        lowest = re.match(r"[>=]=([0-9.]+)", tested.allowed)[1]
+        assert name == "torch" or tested.oldest.startswith(lowest), name
+    done = subprocess.run([sys.executable, PACKAGE / "_versions.py"], capture_output=True, text=True, timeout=60)
+    assert f"transformers=={TESTED['transformers'].oldest} peft=={TESTED['peft'].oldest}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("versions", "says"),
+    [
+        ({"transformers": "5.24.9", "peft": "0.21.0"}, ""),
+        ({"transformers": "5.25.0.dev0", "peft": "0.22.1"}, "peft 0.22.1 is newer than .*; transformers 5.25.0.dev0"),
+        ({"transformers": "6.0"}, "transformers 6.0 is newer"),
+        ({"transformers": "5.9.1", "peft": ""}, "transformers 5.9.1 is older than 5.15"),
+    ],
+)
+def test_a_release_beyond_the_tested_ends_warns_once(versions, says, monkeypatch):
+    monkeypatch.setattr(_versions, "_warned", set())
+    monkeypatch.setattr(_versions, "installed", lambda name: versions.get(name, ""))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            _versions.warn_untested("transformers", "peft")
+    assert len(seen) == bool(says)
+    assert not says or re.search(says, str(seen[0].message))
+
+
 def test_info(capsys):
     assert main(["info", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["cpu_isa"] in result["cpu_isa_available"]
     assert result["kernels"]["sparse_down"]["cpu"] == "on"
+    assert result["versions"]["torch"].startswith(f"{torch.__version__} (tested: {TESTED['torch'].oldest}")
     assert main(["info"]) == 0
     assert "cpu_isa" in capsys.readouterr().out
 

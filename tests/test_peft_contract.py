@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers as t
-from conftest import tiny_batch, tiny_model
+from conftest import recompute, tiny_batch, tiny_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -440,7 +440,7 @@ def test_training_with_checkpointing(case, reentrant):
     want = gradients()
     assert want.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
     model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    recompute(model, reentrant)
     found = gradients()
     assert found.keys() == want.keys()
     for name in want:

@@ -8,7 +8,7 @@ import weakref
 import peft
 import pytest
 import torch
-from conftest import tiny_batch
+from conftest import recompute, tiny_batch
 from s2ft_models import ALL, layers_of, scaled, state_of, train, trainable, wrap
 from torch import nn
 
@@ -323,7 +323,7 @@ def test_fused_mlp_keeps_two_tensors_of_the_mlp_width():
 def test_gradient_checkpointing(family):
     batch = tiny_batch(family)
     plain, checkpointed = (wrap(scaled(family), family).train() for _ in range(2))
-    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute(checkpointed)
     plain(**batch).loss.backward()
     checkpointed(**batch).loss.backward()
     for a, b in zip(trainable(plain), trainable(checkpointed), strict=True):

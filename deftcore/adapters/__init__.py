@@ -5,6 +5,7 @@ try:
 except ImportError as error:
     raise ImportError("deftcore.adapters needs PEFT: pip install 'deftcore[train]'") from error
 
+from deftcore._versions import warn_untested
 from deftcore.adapters._register import register_with_peft
 from deftcore.adapters.bottleneck import BottleneckConfig, BottleneckModel
 from deftcore.adapters.delta import DeltaAdapter, DeltaHost, extract_adapter, fuse, serve
@@ -12,6 +13,7 @@ from deftcore.adapters.mamba_lora import MambaLoraConfig, MambaLoraModel
 from deftcore.adapters.s2ft import S2ftConfig, S2ftModel
 from deftcore.adapters.selection import select_channels
 
+warn_untested("transformers", "peft", "accelerate", "bitsandbytes")
 register_with_peft("BOTTLENECK", BottleneckConfig, BottleneckModel)
 register_with_peft("MAMBA_LORA", MambaLoraConfig, MambaLoraModel)
 register_with_peft("S2FT", S2ftConfig, S2ftModel)

@@ -1,1 +1,5 @@
 """Transformers and PEFT."""
+
+from deftcore._versions import warn_untested
+
+warn_untested("transformers", "peft", "accelerate", "bitsandbytes")

@@ -340,9 +340,15 @@ def prepare_for_training(model: Any, *, gradient_checkpointing: bool = True) -> 
             module.float()
             setattr(module, "forward", partial(_norm_in_float32, module.forward))  # noqa: B010
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
         model.config.use_cache = False
     return model
+
+
+def checkpoint_activations(model: Any) -> None:
+    """A Transformers model recomputes its activations in the backward, not reentrant, from now on."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # Transformers 5.23 renamed it
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _norm_in_float32(forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

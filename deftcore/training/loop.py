@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from deftcore.adapters.bases import is_sharded, whole
 from deftcore.adapters.s2ft import S2ftLayer
-from deftcore.nn.linear import PackedModule
+from deftcore.nn.linear import PackedModule, checkpoint_activations
 from deftcore.objectives import DensityLoss
 from deftcore.training.data import Batches, Example, predicts
 from deftcore.training.identity import dependences
@@ -180,7 +180,7 @@ class _Run:
         self.per_epoch = per_epoch
         self.total = config.max_steps or max(math.ceil(per_epoch * config.epochs), 1)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model)
         trainable = [p for p in model.parameters() if p.requires_grad]
         gates = list(objective.parameters()) if objective is not None else []
         if not trainable:
