@@ -100,11 +100,12 @@ def greedy_decode(model: nn.Module, input_ids: Tensor, new_tokens: int) -> tuple
     A plain loop rather than `generate`, so that what is timed is the model.
     """
     output = model(input_ids=input_ids, use_cache=True)
+    cache = next(name for name in ("cache", "past_key_values", "cache_params") if name in output)  # by the release
     tokens, logits = [], []
     for step in range(new_tokens):
         last = output.logits[:, -1]
         logits.append(last)
         tokens.append(last.argmax(-1, keepdim=True))
         if step + 1 < new_tokens:
-            output = model(input_ids=tokens[-1], past_key_values=output.past_key_values, use_cache=True)
+            output = model(input_ids=tokens[-1], use_cache=True, **{cache: output[cache]})
     return torch.cat(tokens, 1), torch.stack(logits, 1)

@@ -5,7 +5,6 @@ continues it nor writes beside it.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -21,13 +20,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deftcore import __version__
+from deftcore._versions import installed
 from deftcore.adapters.bases import sharded_as
 
 _log = logging.getLogger(__name__)
 _KEEP_CHECKPOINTS = 2
 _RUN, _RESULT, _LOG, _CHECKPOINTS = "run.json", "result.json", "log.jsonl", "checkpoints"
 _PARAMETERS = "trainable.safetensors"
-_PACKAGES = ("deftcore", "torch", "transformers", "peft", "accelerate")
+_PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
 class RunFolder:
@@ -161,7 +162,7 @@ def _plain(value: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"deftcore": __version__, **{name: installed(name) for name in _PACKAGES}}
 
 
 # ---------------------------------------------------------------------------- whole files
