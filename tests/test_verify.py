@@ -12,7 +12,8 @@ from torch import nn
 from transformers.models.mamba import modeling_mamba
 
 import deftcore
-from deftcore.adapters import MambaLoraConfig
+from deftcore.adapters import MambaLoraConfig, S2ftConfig
+from deftcore.adapters.gated_mlp import FusedGatedMlp
 from deftcore.integrations import mamba as mamba_integration
 from deftcore.integrations import peft as peft_integration
 from deftcore.integrations import verify
@@ -405,6 +406,27 @@ def test_offloaded_weights(family, first):
         if first == "offload":
             deftcore.patch(model)
         torch.testing.assert_close(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("targets", "what"), [("up", "activation"), ("up", "projection"), ("down", "activation"), ("down", "projection"),
+                          ("up", "trained weight")],
+)  # fmt: skip
+def test_a_fused_gated_mlp_hands_over(targets, what):
+    """Against the class it replaced: hooks run, and a down projection that trains gets its gradient."""
+    model = peft.get_peft_model(tiny_model("llama"), S2ftConfig(channel_ratio=0.2, targets=[targets])).train()
+    mlp = model.base_model.model.model.layers[0].mlp
+    assert isinstance(mlp, FusedGatedMlp)
+    if what == "trained weight":
+        mlp.down_proj.weight.requires_grad_()
+    else:
+        part = mlp.act_fn if what == "activation" else mlp.down_proj
+        part.register_forward_hook(lambda module, args, output: 2 * output)
+    found = values_and_gradients(model)
+    for parameter in model.parameters():
+        parameter.grad = None
+    mlp.__class__ = mlp.unfused_class
+    torch.testing.assert_close(found, values_and_gradients(model))
 
 
 # ---------------------------------------------------------------------------- sparse blocks

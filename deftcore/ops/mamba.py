@@ -506,8 +506,9 @@ def _mamba_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _mamba_formula(ctx: Any, grad: Tensor, grad_last: Tensor, *_: Any) -> tuple:
-    *head, projected, chunks, seeds = ctx.saved_tensors[:12]
-    tensors = list(ctx.saved_tensors[12:])
+    saved = ctx.saved_tensors  # read once: under activation checkpointing the tensors are recomputed
+    *head, projected, chunks, seeds = saved[:12]
+    tensors = list(saved[12:])
     need = ctx.needs_input_grad
     trained = [bool(n) for n in need[9]]
     grad_xz, grad_window, grad_first, grads = _mamba_inner_grad(
@@ -662,8 +663,9 @@ def _mamba2_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _mamba2_formula(ctx: Any, grad: Tensor, grad_last: Tensor) -> tuple:
-    *head, seeds = ctx.saved_tensors[:11]
-    tensors = list(ctx.saved_tensors[11:])
+    saved = ctx.saved_tensors  # read once, as above
+    *head, seeds = saved[:11]
+    tensors = list(saved[11:])
     need = ctx.needs_input_grad
     trained = [bool(n) for n in need[10]]
     grad_input, grad_window, grad_first, grads = _mamba2_inner_grad(
