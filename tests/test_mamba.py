@@ -215,6 +215,24 @@ def test_dropout(kind):
     assert not torch.equal(one, fused(**arguments)[0])
 
 
+@pytest.mark.parametrize("run", [ops.mamba_inner, ops.mamba2_inner])
+def test_inner_takes_any_strides_and_gradients_of_states_alone(run):
+    """An input turned in memory gives what a plain one does; so do gradients where only the carried states want one."""
+    arguments = (mamba_inputs if run is ops.mamba_inner else mamba2_inputs)(pairs=False)
+    name = next(iter(arguments))
+    plain = arguments[name].detach()
+    states = arguments["conv_state"], arguments["initial_state"]
+    results = []
+    for x in (plain, plain.permute(2, 1, 0).contiguous().permute(2, 1, 0)):
+        out, last = run(**arguments | {name: x})
+        results.append((out, last, *torch.autograd.grad(out.square().sum() + last.sum(), states)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    trained = arguments[name].requires_grad_()
+    out, last = run(**arguments)
+    expected = torch.autograd.grad(out.square().sum() + last.sum(), (trained, *states))[1:]
+    torch.testing.assert_close(results[0][2:], expected)
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_gradcheck_opcheck_compile(kind):
     fused, _, inputs = KINDS[kind]

@@ -298,3 +298,20 @@ def test_fuzz(x, up, down, gate, dtype, activation, path, tau):
         assert ":" in str(error)
     else:
         assert y.shape == x.shape
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_strided_biases(packed):
+    """A bias may be a slice of something wider; so may the weights."""
+    down, up = torch.randn(64, 64), torch.randn(64, 64)
+    down, up = (ops.quantize_4bit(w) if packed else w for w in (down, up))
+    wide = torch.randn(2, 64, 3)
+    x = torch.randn(3, 64)
+    b_up, b_down = wide[0, :, 1], wide[1, :, 2]
+    for path in ("sparse", "dense"):
+        mine, plain = (ops.sparse_down(x, down, b, path=path) for b in (b_down, b_down.contiguous()))
+        assert torch.equal(mine, plain)
+        for tokens in (1, 3):
+            pairs = ((b_up, b_down), (b_up.contiguous(), b_down.contiguous()))
+            mine, plain = (ops.sparse_mlp(x[:tokens], up, down, *pair, path=path) for pair in pairs)
+            assert torch.equal(mine, plain)

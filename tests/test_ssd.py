@@ -340,3 +340,19 @@ def test_reference_backward_of_nothing():
     found = torch.autograd.grad(y.sum() + (last * weight).sum(), leaves)
     assert torch.equal(found[3], weight)
     assert [g.shape for g in found] == [leaf.shape for leaf in leaves]
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 4, 1), (2, 9, 1, 5), (1, 9, 1, 1), (2, 1, 4, 1)])
+def test_strides_of_dimensions_of_one(shape):
+    """A dimension of 1 may have any stride, of x and, through the gate, of the output's gradient."""
+    batch, length, heads, _ = shape
+    x, z = (torch.randn(shape[::-1]).permute(3, 2, 1, 0) for _ in range(2))
+    x = x.as_strided(shape, [7777 if n == 1 else s for n, s in zip(shape, x.stride(), strict=True)])
+    leaves = [t.requires_grad_() for t in (x, torch.randn(batch, length, heads), z)]
+    a, b, c = -torch.ones(heads), torch.randn(batch, length, 1, 3), torch.randn(batch, length, 1, 3)
+    out = ops.mamba_chunk_scan(leaves[0], leaves[1], a, b, c, 8, z=leaves[2], dt_softplus=True)
+    ref, _ = mamba_chunk_scan_ref(leaves[0], leaves[1], a, b, c, z=leaves[2], dt_softplus=True)
+    torch.testing.assert_close(out, ref, rtol=1e-4, atol=1e-5)
+    weight = torch.randn(shape)
+    mine, theirs = (torch.autograd.grad((y * weight).sum(), leaves) for y in (out, ref))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

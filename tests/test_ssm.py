@@ -246,6 +246,7 @@ def test_opcheck_and_compile():
     ("index", "value", "message"),
     [
         (0, torch.zeros(2, 20), r"u: must be \[B, D, L\]"),
+        (1, None, "delta: must be a Tensor"),
         (1, torch.zeros(2, 20, 36), "delta: shape must be"),
         (1, torch.zeros(2, 20, 37, dtype=torch.bfloat16), "delta: dtype must be"),
         (2, torch.zeros(19, 5), "A: shape must be"),

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from deftcore.ops._library import address
-
 
 def wide_dtype(x: Tensor) -> torch.dtype:
     """What states and sums over x are held in."""
@@ -13,7 +11,7 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 def strided(x: Tensor | None) -> tuple[int, int, int, int]:
     """Address and strides over batch, time and channel."""
-    return (0, 0, 0, 0) if x is None else (address(x), x.stride(0), x.stride(2), x.stride(1))
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(2), x.stride(1))
 
 
 def empty_like(x: Tensor) -> Tensor:

@@ -148,6 +148,14 @@ def has_kernel(op: str, x: Tensor) -> bool:
     return x.dtype in DTYPE_CODES and (x.device.type == "cpu" or (x.device.type == "cuda" and cuda_enabled(op)))
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast on x's device computes in; None where it is off, or unknown as on "meta"."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def stream(x: Tensor) -> int:
     """The current CUDA stream of x's device as an address; 0 on the CPU."""
     return torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else 0
@@ -161,7 +169,12 @@ def scratch(x: Tensor, nbytes: int) -> tuple[Tensor, int]:
 
 
 def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    """Of a tensor that a kernel reads as one piece; 0 for None. What is read with its strides gives `data_ptr()`."""
+    if x is None:
+        return 0
+    if not x.is_contiguous():
+        raise RuntimeError(f"deftcore: a kernel would read shape {tuple(x.shape)}, strides {x.stride()} as one piece")
+    return x.data_ptr()
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -206,7 +219,10 @@ def check_integers(name: str, x: Any, shape: tuple[int, ...], why: str, like_nam
         raise ValueError(f"{name}: must be on {like.device} as {like_name}, got {x.device}")
 
 
-def check_shape(name: str, x: Tensor, shape: tuple[int, ...], why: str) -> None:
+def check_shape(name: str, x: Any, shape: tuple[int, ...], why: str) -> None:
+    """Raises unless x is a dense tensor of that shape."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        raise TypeError(f"{name}: must be a dense Tensor, got {getattr(x, 'layout', type(x).__name__)}")
     if tuple(x.shape) != shape:
         raise ValueError(f"{name}: shape must be {shape} ({why}), got {tuple(x.shape)}")
 

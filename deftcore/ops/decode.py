@@ -120,11 +120,11 @@ def selective_state_update(
         raise ValueError(f"state: must be [slots, {', '.join(map(str, rest))}, N], got {tuple(state.shape)}")
     states = state.shape[-1]
     for name, t in (("dt", dt), ("z", z)):
-        if t is not None:
+        if t is not None or name == "dt":
             check_float(name, t)
             check_shape(name, t, tuple(x.shape), "as x")
     for name, t, shape in (("A", A, (*rest, states)), ("D", D, rest), ("dt_bias", dt_bias, rest)):
-        if t is not None:
+        if t is not None or name == "A":
             check_float(name, t)
             check_shape(name, t, shape, "one per channel")
     for name, t in (("B", B), ("C", C)):
@@ -211,7 +211,7 @@ def _scan_update_impl(
     def by_head(t: Tensor | None, batched: bool = True) -> tuple[int, ...]:
         if t is None:
             return (0, 0, 0, 0)
-        return (address(t), *t.stride()[:3]) if batched else (address(t), 0, *t.stride()[:2])
+        return (t.data_ptr(), *t.stride()[:3]) if batched else (t.data_ptr(), 0, *t.stride()[:2])
 
     kernels.selective_state_update(
         address(held), address(slots), by_head(x), by_head(dt), by_head(z), address(out), by_head(a, False),

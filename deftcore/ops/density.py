@@ -131,8 +131,8 @@ def active_count(a: Tensor, mask: Tensor | None, tau: float) -> Tensor:
 def _check_mask(mask: Tensor | None, z: Tensor) -> Tensor | None:
     if mask is None:
         return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: must be a Tensor or None, got {type(mask).__name__}")
+    if not isinstance(mask, Tensor) or mask.layout != torch.strided:
+        raise TypeError(f"mask: must be a dense Tensor or None, got {getattr(mask, 'layout', type(mask).__name__)}")
     if mask.shape != z.shape[:-1]:
         raise ValueError(f"mask: shape must be {tuple(z.shape[:-1])} (tokens of z), got {tuple(mask.shape)}")
     if mask.device != z.device:

@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deftcore.ops._library import check_float, check_like, check_number, check_shape, define, flatten_tokens
+from deftcore.ops._library import (
+    autocast_dtype,
+    check_float,
+    check_like,
+    check_number,
+    check_shape,
+    define,
+    flatten_tokens,
+)
 from deftcore.ops.quant4 import PARTS, SCHEMA, Parts, check_weight, linear_4bit_grad, multiply, parts
 from deftcore.ops.quantized import QuantizedTensor
 
@@ -45,8 +53,8 @@ def lora_linear(
     [[3.0]]
     """
     check_float("x", x)
-    if torch.is_autocast_enabled(x.device.type):  # as nn.Linear would
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:  # as nn.Linear would
         x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
         weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
         bias = None if bias is None else bias.to(dtype)

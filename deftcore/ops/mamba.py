@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deftcore.ops._layout import wide_dtype
-from deftcore.ops._library import check_float, check_like, check_number, check_shape, define, has_kernel, native
+from deftcore.ops._library import (
+    autocast_dtype,
+    check_float,
+    check_like,
+    check_number,
+    check_shape,
+    define,
+    has_kernel,
+    native,
+)
 from deftcore.ops.conv1d import conv_backward, conv_forward
 from deftcore.ops.quant4 import Parts, check_weight, multiply, multiply_backward, parts
 from deftcore.ops.quantized import QuantizedTensor
@@ -123,7 +132,8 @@ def mamba_inner(
     out, last, _, _ = _mamba_inner(
         xz, conv_weight, conv_bias, A.detach().to(wide).t().contiguous(), D.detach().to(wide).contiguous(),
         None if dt_proj.bias is None else dt_proj.bias.detach().to(wide).contiguous(), mask, window,
-        None if first is None else first.transpose(1, 2).contiguous(), tensors, seeds, settings, _keeps(xz, *tensors),
+        None if first is None else first.transpose(1, 2).contiguous(), tensors, seeds, settings,
+        _keeps(xz, window, first, *tensors),
     )  # fmt: skip
     return out, last.transpose(1, 2)
 
@@ -210,14 +220,21 @@ def mamba2_inner(
 
 
 def _shape(layer: Projection) -> tuple[int, int]:
+    """Outputs and inputs of a projection."""
+    if not isinstance(layer, Projection):
+        raise TypeError(f"projections: must be Projection, got {type(layer).__name__}")
+    if not isinstance(layer.weight, (Tensor, QuantizedTensor)):
+        raise TypeError(f"a projection's weight: must be a Tensor or in 4 bits, got {type(layer.weight).__name__}")
+    if len(layer.weight.shape) != 2:
+        raise ValueError(f"a projection's weight: must be a matrix [M, K], got shape {tuple(layer.weight.shape)}")
     rows, columns = layer.weight.shape
     return int(rows), int(columns)
 
 
 def _lower(x: Tensor, layers: Sequence[Projection]) -> tuple[Tensor, tuple[Projection, ...]]:
     """Under autocast, activations and weights in its dtype; LoRA factors in the activations' dtype always."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x = x.to(dtype)
         layers = [
             layer if isinstance(layer.weight, QuantizedTensor) else layer._replace(weight=layer.weight.to(dtype))
@@ -241,6 +258,7 @@ def _check_projection(name: str, layer: Projection, shape: tuple[int, int], x: T
         check_like(name, layer.weight, "the input", x)
         check_shape(name, layer.weight, shape, "outputs, inputs")
     if layer.bias is not None:
+        check_float(f"{name}'s bias", layer.bias)
         check_shape(f"{name}'s bias", layer.bias, shape[:1], "one per output")
     for i, pair in enumerate(layer.lora):
         start, stop = pair.rows or (0, shape[0])
@@ -257,6 +275,7 @@ def _conv_parameters(weight: Tensor, bias: Tensor | None, channels: int, x: Tens
     if weight.dim() != 2 or weight.shape[0] != channels:
         raise ValueError(f"conv_weight: shape must be ({channels}, W), got {tuple(weight.shape)}")
     if bias is not None:
+        check_float("conv_bias", bias)
         check_shape("conv_bias", bias, (channels,), "one per channel")
     wide = wide_dtype(x)
     return weight.detach().to(wide).t().contiguous(), None if bias is None else bias.detach().to(wide).contiguous()
@@ -267,6 +286,8 @@ def _mask(x: Tensor, mask: Tensor | None, batch: int, length: int) -> tuple[Tens
     if mask is None:
         return x, None
     check_shape("mask", mask, (batch, length), "[B, L]")
+    if mask.device != x.device:
+        raise ValueError(f"mask: must be on {x.device} as the input, got {mask.device}")
     mask = mask.to(torch.bool)
     return x * mask.unsqueeze(-1), mask
 
@@ -287,8 +308,8 @@ def _window(state: Tensor | None, batch: int, channels: int, reach: int, x: Tens
     return state.to(x.dtype)
 
 
-def _keeps(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _keeps(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 # ---------------------------------------------------------------------------- projections inside the ops
@@ -620,6 +641,7 @@ def _mamba2_parts(
     step, log_decay = steps_of(dt, a, dt_bias, True, (rest["low"], rest["high"]))
     if mask is not None:
         step, log_decay = (t * mask.unsqueeze(-1) for t in (step, log_decay))
+    step, log_decay = step.contiguous(), log_decay.contiguous()
     shape = (batch, length, groups, states)
     return _Mamba2(
         conv_input, x.unflatten(2, (heads, -1)), b.to(wide).contiguous().view(shape),

@@ -9,6 +9,7 @@ from torch import Tensor
 from deftcore.ops._library import (
     DTYPE_CODES,
     address,
+    autocast_dtype,
     backend,
     check_float,
     check_like,
@@ -149,8 +150,8 @@ def _check_slices(
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """x and bias in the dtype to compute in; the op brings the weight to it."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
+    if dtype is not None and x.dtype != torch.float64:
         return x.to(dtype), None if bias is None else bias.to(dtype)
     check_like("weight", weight, "x", x)
     if bias is not None:
@@ -309,7 +310,7 @@ def _gated_act_impl(gate: Tensor, up: Tensor, activation: int) -> Tensor:
     a = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     g, u = _rows_of(gate), _rows_of(up)
     kernels.gated_act(
-        address(g), address(u), address(a), g.shape[0], g.shape[1], g.stride(0), u.stride(0),
+        g.data_ptr(), u.data_ptr(), address(a), g.shape[0], g.shape[1], g.stride(0), u.stride(0),
         DTYPE_CODES[gate.dtype], activation, stream(gate),
     )  # fmt: skip
     return a
@@ -341,8 +342,8 @@ def _slopes(gate: Tensor, up: Tensor, grad: Tensor, activation: int) -> tuple[Te
     grad_gate = torch.empty_like(grad)
     g, u = _rows_of(gate), _rows_of(up)
     kernels.gated_act_backward(
-        address(g), address(u), address(grad), address(grad_gate), address(grad), g.shape[0], g.shape[1], g.stride(0),
-        u.stride(0), DTYPE_CODES[gate.dtype], activation, stream(gate),
+        g.data_ptr(), u.data_ptr(), address(grad), address(grad_gate), address(grad), g.shape[0], g.shape[1],
+        g.stride(0), u.stride(0), DTYPE_CODES[gate.dtype], activation, stream(gate),
     )  # fmt: skip
     return grad_gate, grad
 

@@ -11,6 +11,7 @@ from deftcore.ops._library import (
     FLOAT_DTYPES,
     address,
     aligned,
+    autocast_dtype,
     backend,
     check_choice,
     check_float,
@@ -64,6 +65,8 @@ def quantize_4bit(
         raise TypeError(f"double_quant: must be a bool, got {type(double_quant).__name__}")
     if parity not in (None, "bnb-cpu"):
         raise ValueError(f"parity: must be None or 'bnb-cpu', got {parity!r}")
+    if w.device.type == "meta" and double_quant:
+        raise ValueError("w: double_quant needs values, got a meta tensor; pass double_quant=False")
     packed, absmax = _quantize_4bit(w.detach(), block_size, QUANT_TYPES[quant_type])
     if w.device.type != "meta" and not bool(torch.isfinite(absmax).all()):
         raise ValueError("w: has values that are not finite; 4-bit blocks cannot hold them")
@@ -135,8 +138,8 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
     [[1.0, 1.0, 1.0, 1.0]]
     """
     check_float("x", x)
-    if torch.is_autocast_enabled(x.device.type):  # as nn.Linear would
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:  # as nn.Linear would
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     check_weight("q", q, x)
     if bias is not None:

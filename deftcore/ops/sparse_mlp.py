@@ -278,7 +278,7 @@ def _down_rows(a: Tensor, w_down_t: Tensor, bias: Tensor | None, tau: float, cap
     y = torch.empty((tokens, width), dtype=a.dtype, device=a.device)
     workspace, rows_read = scratch(a, kernels.sparse_down_workspace(tokens, neurons, width))
     kernels.sparse_down(
-        address(a), address(w_down_t), address(bias), address(y), address(workspace), rows_read,
+        address(a), w_down_t.data_ptr(), address(bias), address(y), address(workspace), rows_read,
         tokens, neurons, width, w_down_t.stride(0), capacity, DTYPE_CODES[a.dtype], tau, stream(a),
     )  # fmt: skip
     return None if capacity < neurons and workspace[-1].item() > capacity else y
@@ -293,6 +293,7 @@ def _sparse_down_impl(a: Tensor, w_down_t: Tensor, bias: Tensor | None, tau: flo
     capacity = _capacity(a, tokens, neurons, width, path)
     if capacity >= 0:
         a, w_down_t = a.contiguous(), _row_major(w_down_t)
+        bias = None if bias is None else bias.contiguous()
         if tokens > MAX_TOKENS:
             return torch.cat([_sparse_down_impl(piece, w_down_t, bias, tau, path) for piece in a.split(MAX_TOKENS)])
         y = _down_rows(a, w_down_t, bias, tau, capacity)
@@ -364,6 +365,7 @@ def _sparse_mlp_impl(
     x = x.contiguous()
     w_gate = None if w_gate is None else _row_major(w_gate)
     w_up, w_down_t = _row_major(w_up), _row_major(w_down_t)
+    b_up, b_down = (None if b is None else b.contiguous() for b in (b_up, b_down))
     # One token is bound by the traffic of the dense matrix and stays in one kernel; several go to the library first.
     # Where dense may still win (a limited capacity), the library's pre-activation serves both ways.
     z = None
@@ -372,7 +374,8 @@ def _sparse_mlp_impl(
     y = torch.empty_like(x)
     workspace, rows_read = scratch(x, kernels.sparse_mlp_workspace(tokens, neurons, width))
     kernels.sparse_mlp(
-        address(x), address(z), address(w_gate), address(w_up), address(w_down_t), address(b_up), address(b_down),
+        address(x), address(z), 0 if w_gate is None else w_gate.data_ptr(), w_up.data_ptr(), w_down_t.data_ptr(),
+        address(b_up), address(b_down),
         address(y), address(workspace), rows_read, tokens, neurons, width,
         0 if w_gate is None else w_gate.stride(0), w_up.stride(0), w_down_t.stride(0), capacity,
         DTYPE_CODES[x.dtype], activation, tau, stream(x),

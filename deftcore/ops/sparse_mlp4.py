@@ -155,14 +155,15 @@ def _sparse_mlp_4bit_impl(
     if kernels is None or capacity < 0:
         return _dense_rest(x, z, matrices, low, b_down, activation, tau)
     up_low = _low(x, low.up_a) if gated else None
+    # Held until the kernel has run: an address keeps nothing alive.
+    up_b, down_a_t, b_down = (None if t is None else t.contiguous() for t in (low.up_b, low.down_a_t, b_down))
     y = torch.empty((tokens, down.cols), dtype=x.dtype, device=x.device)
     rank = 0 if low.down_a_t is None else low.down_a_t.shape[1]
     down_low = torch.empty((tokens, rank), dtype=x.dtype, device=x.device) if rank else None
     workspace, rows_read = scratch(x, kernels.sparse_mlp_4bit_workspace(tokens, down.rows, down.cols, rank))
     kernels.sparse_mlp_4bit(
         address(x), address(z), matrices[1].native() if gated else None, down.native(),
-        address(up_low), address(None if up_low is None or low.up_b is None else low.up_b.contiguous()),
-        address(None if low.down_a_t is None else low.down_a_t.contiguous()), address(down_low), address(b_down),
+        address(up_low), address(up_b), address(down_a_t), address(down_low), address(b_down),
         address(y), address(workspace), rows_read, tokens, 0 if up_low is None else up_low.shape[1], rank, capacity,
         DTYPE_CODES[x.dtype], activation, tau, stream(x),
     )  # fmt: skip

@@ -90,7 +90,7 @@ def mamba_chunk_scan(
         D = (D.unsqueeze(-1) if D.dim() == 1 else D).to(wide).expand(heads, head_dim).reshape(-1).contiguous()
     per_head: tuple[tuple[str, Tensor | None], ...] = (("A", A), ("dt_bias", dt_bias))
     for name, each in per_head:
-        if each is not None:
+        if each is not None or name == "A":
             check_float(name, each)
             check_shape(name, each, (heads,), "one per head")
     if z is not None:
@@ -131,7 +131,7 @@ def steps_of(
 
 def collapsible(x: Tensor) -> Tensor:
     """x [B, L, H, P] with one stride over all channels."""
-    return x if x.stride(2) == x.shape[3] * x.stride(3) else x.contiguous()
+    return x if 1 in x.shape[2:] or x.stride(2) == x.shape[3] * x.stride(3) else x.contiguous()
 
 
 # ---------------------------------------------------------------------------- op
@@ -174,8 +174,8 @@ def ssd_backward(
 
 
 def _strided(x: Tensor) -> tuple[int, int, int, int]:
-    """[B, L, H, P] as [B, H * P, L]."""
-    return (address(x), x.stride(0), x.stride(1), x.stride(3))
+    """[B, L, H, P] as [B, H * P, L]. The stride of a dimension of 1 can be anything, also in a contiguous tensor."""
+    return (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2 if x.shape[3] == 1 else 3))
 
 
 def _native_args(

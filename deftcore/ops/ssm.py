@@ -67,7 +67,7 @@ def selective_scan(
         raise ValueError(f"u: must be [B, D, L], got shape {tuple(u.shape)}")
     batch, channels, _ = u.shape
     for name, x in (("delta", delta), ("z", z)):
-        if x is not None:
+        if x is not None or name == "delta":
             check_like(name, x, "u", u)
             check_shape(name, x, tuple(u.shape), "as u")
     wide = wide_dtype(u)
