@@ -13,10 +13,8 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import deftcore
+from deftcore._versions import TESTED, installed
 from deftcore.nn.shadow import shadow
 from deftcore.ops._dispatch import read_table, write_table
 from deftcore.ops._library import native
@@ -31,7 +30,6 @@ from deftcore.ops.quantized import QuantizedTensor
 
 _FILE = "verified.json"
 _SMALL = 1 << 18  # parameters up to this size are replaced by random values
-_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 _Results = Iterator[tuple[str, Tensor]]
 
 
@@ -246,11 +244,7 @@ def _structure(unit: nn.Module) -> str:
 
 @cache
 def _versions() -> str:
-    found = []
-    for name in _LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found.append(f"{name} {version(name)}")
-    return ", ".join(found)
+    return ", ".join(f"{name} {installed(name)}" for name in TESTED if installed(name))
 
 
 @cache
