@@ -58,7 +58,7 @@ class _Cached:
         return lora_projection(module)
 
     def forward(
-        self,
+        self: Any,
         hidden_states: Tensor,
         cache: Any = None,
         attention_mask: Tensor | None = None,
