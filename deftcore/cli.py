@@ -208,14 +208,9 @@ def info() -> dict[str, Any]:
     from deftcore._versions import describe
     from deftcore.integrations.verify import verdicts
     from deftcore.ops import cuda_enabled, op_names
-    from deftcore.ops._library import native
+    from deftcore.ops._library import KERNELS, native
 
     built = hasattr(native, "cuda")
-    kernels = (
-        "act_density", "density", "sparse_down", "sparse_mlp", "sparse_mlp_4bit", "quantize_4bit", "dequantize_4bit",
-        "linear_4bit", "gated_act", "grouped_delta", "selective_scan", "mamba_chunk_scan", "causal_conv1d",
-        "selective_state_update",
-    )  # fmt: skip
     cuda = "not built"
     if built:
         cuda = "built, " + ("a GPU is there" if torch.cuda.is_available() else "no GPU in use")
@@ -228,7 +223,7 @@ def info() -> dict[str, Any]:
         "versions": describe(),
         "ops": op_names(),
         "kernels": {
-            k: {"cpu": "on", "cuda": "on" if cuda_enabled(k) else "off" if built else "not built"} for k in kernels
+            k: {"cpu": "on", "cuda": "on" if cuda_enabled(k) else "off" if built else "not built"} for k in KERNELS
         },
         "patch": verdicts(),
     }

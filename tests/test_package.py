@@ -147,13 +147,28 @@ def test_docstring_examples(name):
     assert result.failed == 0
 
 
-def test_unverified_cuda_is_off(monkeypatch):
+def test_cuda_kernels_are_on_where_hardware_proved_them(monkeypatch):
     from deftcore.ops import _library
 
-    monkeypatch.delenv("DEFTCORE_EXPERIMENTAL_CUDA", raising=False)
-    assert not any(_library.cuda_enabled(op) for op in _library.op_names() if op not in _library.CUDA_VERIFIED)
-    monkeypatch.setenv("DEFTCORE_EXPERIMENTAL_CUDA", "1")
-    assert _library.cuda_enabled("density") == hasattr(native, "cuda")
+    monkeypatch.setattr(_library, "_HOST_ONLY", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, proved in (((9, 0), True), ((8, 0), False)):
+        monkeypatch.setattr(_library, "_capability", lambda device, found=capability: found)
+        monkeypatch.delenv("DEFTCORE_EXPERIMENTAL_CUDA", raising=False)
+        assert all(_library.cuda_enabled(op) == proved for op in _library.KERNELS)
+        monkeypatch.setenv("DEFTCORE_EXPERIMENTAL_CUDA", "1")
+        assert all(_library.cuda_enabled(op) for op in _library.KERNELS)
+    monkeypatch.setattr(_library, "_HOST_ONLY", True)
+    assert not any(_library.cuda_enabled(op) for op in _library.KERNELS)
+
+
+def test_kernels_are_named_as_they_are_asked_for():
+    from deftcore.ops._library import KERNELS
+
+    asked = set()
+    for path in Path(deftcore.__file__).parent.rglob("*.py"):
+        asked |= set(re.findall(r'(?:backend|has_kernel)\("(\w+)"', path.read_text()))
+    assert asked == set(KERNELS)
 
 
 def test_unknown_attribute():

@@ -20,9 +20,15 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # float64 runs on the references: it is there for gradcheck.
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Ops whose CUDA kernels have passed their tests on hardware (bench/results holds the evidence). The others are compiled
-# but stay off unless DEFTCORE_EXPERIMENTAL_CUDA=1.
-CUDA_VERIFIED: frozenset[str] = frozenset()
+# Names under which a kernel is asked for.
+KERNELS = (
+    "act_density", "density", "sparse_down", "sparse_mlp", "sparse_mlp_4bit", "quantize_4bit", "dequantize_4bit",
+    "linear_4bit", "gated_act", "grouped_delta", "selective_scan", "mamba_chunk_scan", "causal_conv1d",
+    "selective_state_update",
+)  # fmt: skip
+# CUDA kernels that have passed their tests on hardware of a compute capability (bench/results holds the evidence). The
+# others are compiled but stay off unless DEFTCORE_EXPERIMENTAL_CUDA=1.
+CUDA_PROVED: dict[tuple[int, int], frozenset[str]] = {(9, 0): frozenset(KERNELS)}
 
 _lib = torch.library.Library("deftcore", "DEF")
 _defined: list[str] = []
@@ -44,6 +50,7 @@ def _import_native() -> ModuleType:
 
 
 native = _import_native()
+_HOST_ONLY = not hasattr(native, "cuda")
 
 
 def define(
@@ -91,12 +98,21 @@ def _as_kernel(impl: Callable[..., Any], changed: list[int]) -> Callable[..., An
     @wraps(impl)
     def kernel(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            outputs = quiet(*args)
+            outputs = quiet(*args) if _HOST_ONLY else _on_its_device(quiet, args)
         for i in changed:
             torch.autograd.graph.increment_version(args[i])
         return outputs
 
     return kernel
+
+
+def _on_its_device(function: Callable[..., Any], args: tuple) -> Any:
+    """Calls an implementation with its first tensor's GPU as the current one: kernels are launched there."""
+    device = next((a.device for a in args if isinstance(a, Tensor)), None)
+    if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
+        return function(*args)
+    with torch.cuda.device(device):
+        return function(*args)
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,10 +133,18 @@ def op_names() -> list[str]:
     return list(_defined)
 
 
-def cuda_enabled(op: str) -> bool:
-    """Whether the CUDA kernel of `op` is built and switched on."""
-    switched_on = op in CUDA_VERIFIED or os.environ.get("DEFTCORE_EXPERIMENTAL_CUDA") == "1"
-    return hasattr(native, "cuda") and switched_on
+def cuda_enabled(op: str, device: torch.device | int | None = None) -> bool:
+    """Whether the CUDA kernel of `op`, one of `KERNELS`, is built and on for a device (None: the current one)."""
+    if _HOST_ONLY:
+        return False
+    return os.environ.get("DEFTCORE_EXPERIMENTAL_CUDA") == "1" or (
+        torch.cuda.is_available() and op in CUDA_PROVED.get(_capability(device), ())
+    )
+
+
+@cache
+def _capability(device: torch.device | int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @cache
@@ -132,20 +156,24 @@ def _warn_fallback(op: str, device: str, dtype: torch.dtype) -> None:
 
 
 def backend(op: str, x: Tensor) -> ModuleType | None:
-    """The native functions for the device and dtype of `x`, or None when the reference has to serve."""
-    if x.dtype in DTYPE_CODES:
-        if x.device.type == "cpu":
-            return native.cpu
-        if x.device.type == "cuda" and cuda_enabled(op):
-            return native.cuda
-    if x.dtype != torch.float64:
+    """The native functions for the device and dtype of `x`, or None, with a warning, where the reference serves."""
+    found = _native_for(op, x)
+    if found is None and x.dtype != torch.float64:
         _warn_fallback(op, x.device.type, x.dtype)
-    return None
+    return found
 
 
 def has_kernel(op: str, x: Tensor) -> bool:
     """Whether `backend` gives native functions, without its warning."""
-    return x.dtype in DTYPE_CODES and (x.device.type == "cpu" or (x.device.type == "cuda" and cuda_enabled(op)))
+    return _native_for(op, x) is not None
+
+
+def _native_for(op: str, x: Tensor) -> ModuleType | None:
+    if x.dtype not in DTYPE_CODES:
+        return None
+    if x.device.type == "cpu":
+        return native.cpu
+    return native.cuda if x.device.type == "cuda" and cuda_enabled(op, x.device) else None
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
