@@ -2,109 +2,21 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deftcore import ops
-from deftcore.nn.blocks import MlpBlock, Slot, activation_of, base_of, find_mlp_blocks
+from deftcore.nn.blocks import MlpBlock, Slot, base_of, find_mlp_blocks
 from deftcore.nn.gates import Gates, gates_of
+from deftcore.nn.observed import ObservedActivation, Options, Recorder, Tally
 from deftcore.nn.tokens import positions, token_masks, virtual_tokens
 from deftcore.ops._library import check_choice, check_number
-from deftcore.ops.density import DEFAULT_EPS, SURROGATES, active_count, default_tau
+from deftcore.ops.density import DEFAULT_EPS, SURROGATES, default_tau
 
 _SIDES = ("model", "encoder", "decoder")
-
-
-@dataclass
-class _Tally:
-    """What one block has shown: `sums` for the next loss, the rest for the report."""
-
-    width: int = 0
-    sums: list[Tensor] = field(default_factory=list)  # surrogate sums of the last forward, in the graph
-    tokens: list[Tensor | int] = field(default_factory=list)
-    blind: bool = False  # the last training forward ran without a graph
-    active: Tensor | int = 0
-    elements: Tensor | int = 0
-
-
-class _Recorder:
-    """Shared by the observed activations of one model: which tokens count, and whether a forward is under way."""
-
-    def __init__(self, options: "_Options") -> None:
-        self.options = options
-        self.open = False
-        self.masks: dict[str, Tensor | None] = {}
-
-    def mask(self, side: str, z: Tensor) -> Tensor | None:
-        """The token mask of one side, in the shape of z without its last dimension."""
-        mask = self.masks.get(side)
-        rows = z.shape[:-1].numel()
-        if mask is None or rows % mask.shape[0]:
-            return None
-        length = rows // mask.shape[0]
-        if mask.shape[1] >= length:  # cached keys and prefix tokens precede the positions that run now
-            mask = mask[:, mask.shape[1] - length :]
-        else:  # virtual prompt tokens are real positions and count
-            mask = torch.cat((mask.new_ones((mask.shape[0], length - mask.shape[1])), mask), dim=1)
-        return mask.reshape(z.shape[:-1])
-
-
-@dataclass(frozen=True)
-class _Options:
-    alpha: float
-    surrogate: str
-    eps: float
-    beta: float
-    tau: float | None
-    mask_policy: str
-
-
-class ObservedActivation(nn.Module):
-    """An activation whose density is recorded; same function, no parameters, nothing in the state dict."""
-
-    def __init__(self, inner: nn.Module, side: str, recorder: _Recorder) -> None:
-        super().__init__()
-        self.inner = inner
-        self.deftcore_activation = activation_of(inner)
-        self.side = side
-        self.recorder = recorder
-        self.tally = _Tally()
-
-    def forward(self, z: Tensor) -> Tensor:
-        options, recorder = self.recorder.options, self.recorder
-        tau = default_tau(self.deftcore_activation) if options.tau is None else options.tau
-        mask = recorder.mask(self.side, z)
-        # A recomputation under activation checkpointing runs with the recorder closed: it must call the same op, so
-        # that the same tensors are saved, but it is not counted again.
-        if options.alpha != 0 and self.training and torch.is_grad_enabled():
-            a, total, active = ops.act_density(
-                z, self.deftcore_activation, mask=mask, surrogate=options.surrogate, eps=options.eps,
-                beta=options.beta, tau=tau,
-            )  # fmt: skip
-            if recorder.open:
-                self._record(z, mask, total, active)
-            return a
-        a = self.inner(z)
-        if recorder.open:
-            self._record(z, mask, None, active_count(a, mask, tau))
-        return a
-
-    def _record(self, z: Tensor, mask: Tensor | None, total: Tensor | None, active: Tensor) -> None:
-        tokens = z.shape[:-1].numel() if mask is None else (mask != 0).sum()
-        self.tally.width = z.shape[-1]
-        if total is not None:
-            self.tally.sums.append(total)
-            self.tally.tokens.append(tokens)
-        self.tally.blind = total is None and self.training
-        self.tally.active = self.tally.active + active.detach()
-        self.tally.elements = self.tally.elements + tokens * z.shape[-1]
-
-    def extra_repr(self) -> str:
-        return f"{self.deftcore_activation}, side={self.side}"
 
 
 class DensityLoss(nn.Module):
@@ -132,7 +44,8 @@ class DensityLoss(nn.Module):
         ramp: share of the training steps over which alpha rises linearly from 0; needs `set_progress`.
         adaptive: "gate" learns one scalar per block, w = sigmoid(theta), that scales the block's output (theta starts
             at 4; see `gate_values`, `skippable`, `fold_gates`). Gates that the model has already are taken over. They
-            stay on the model after `detach`. The gate is this project's definition, not the paper's.
+            stay on the model after `detach`. Adapters' own files do not hold them: `gates.save(folder)` writes them
+            beside, where `deftcore density`, `export` and the Trainer look. This project's definition, not the paper's.
         gamma: weight of mean(w) in the loss, for `adaptive="gate"`.
         modules: activation modules to watch instead of the model's MLP blocks, by name; not with gates.
 
@@ -170,7 +83,7 @@ class DensityLoss(nn.Module):
         self.progress = 1.0
         if adaptive and modules is not None:
             raise ValueError("modules: adaptive gates are of MLP blocks; give modules or adaptive, not both")
-        self._recorder = _Recorder(_Options(alpha, surrogate, float(eps), float(beta), tau, mask_policy))
+        self._recorder = Recorder(Options(alpha, surrogate, float(eps), float(beta), tau, mask_policy))
         self._handles: list[Any] = []
         self._blocks = find_mlp_blocks(model) if modules is None else _named_blocks(model, modules)
         weights = [1.0] * len(self._blocks) if block_weights is None else [float(w) for w in block_weights]
@@ -362,7 +275,7 @@ class DensityLoss(nn.Module):
     def reset(self) -> None:
         """Starts the report anew."""
         for activation in self._observed:
-            activation.tally = _Tally()
+            activation.tally = Tally()
 
     def detach(self) -> None:
         """Puts the model's own activations back and stops watching. Gates stay: the model was trained with them."""

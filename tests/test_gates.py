@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 
 import deftcore
 from deftcore.adapters import BottleneckConfig, S2ftConfig
+from deftcore.adapters.delta import extract_adapter
 from deftcore.integrations.checkpoints import load_adapter, load_model, load_tokenizer
 from deftcore.objectives import DensityLoss
 from deftcore.pipeline import add_adapter, export, measure_density
@@ -208,6 +209,13 @@ def test_gates_follow_the_model(family):
         torch.testing.assert_close(other(**batch).logits, expected)
 
 
+def test_a_delta_of_a_gated_model_is_refused():
+    model = perturbed(adapted("s2ft", "llama"))
+    gated(model)
+    with pytest.raises(ValueError, match="adaptive gates, which a delta adapter does not hold"):
+        extract_adapter(model)
+
+
 def test_files(tmp_path):
     """Gates beside an adapter are part of what `load_adapter` loads; another model's are refused, damaged ones too."""
     config = peft.LoraConfig(target_modules=["gate_proj"], task_type="CAUSAL_LM")
@@ -297,7 +305,8 @@ def train_in_processes(folder, batch_size):
     """What each process of the test below runs: the Trainer, bare losses, deftcore's own loop."""
     arguments = TrainingArguments(
         str(folder / "trainer"), per_device_train_batch_size=batch_size, gradient_accumulation_steps=2, max_steps=3,
-        learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True, save_steps=100, max_grad_norm=0.0,
+        learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True, max_grad_norm=0.0,
+        save_steps=100, logging_steps=1,
     )  # fmt: skip
     torch.manual_seed(0)
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["gate_proj"], init_lora_weights=False)
@@ -308,6 +317,8 @@ def train_in_processes(folder, batch_size):
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     found = {"trainer": trained, "trainer's gates": density.gates.theta.detach().clone()}
 
+    found["density"] = torch.tensor([entry["density"] for entry in trainer.state.log_history if "density" in entry])
+    assert len(found["density"]) == 3
     rank, world = trainer.args.process_index, trainer.args.world_size
     rows = Ragged("llama").rows[:2]
     local = rows[rank::world]

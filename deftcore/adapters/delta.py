@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deftcore.adapters.bases import check_base, fingerprints
 from deftcore.adapters.s2ft_layer import S2ftLayer
 from deftcore.nn.coupled import is_transposed
+from deftcore.nn.gates import gates_of
 from deftcore.nn.linear import Linear4bit
 from deftcore.ops.grouped_delta import Delta, DeltaBank, LowRankDelta, SliceDelta, grouped_delta_linear
 from deftcore.ops.quantized import QuantizedTensor
@@ -91,8 +92,12 @@ def extract_adapter(model: Any, *, dtype: torch.dtype | None = None) -> DeltaAda
             bit for bit, and float64 where only that is.
 
     Raises:
-        ValueError: when the model has no S2FT layer.
+        ValueError: when the model has no S2FT layer, or adaptive gates, which no delta holds.
     """
+    if gates_of(model) is not None:
+        raise ValueError(
+            "model: has adaptive gates, which a delta adapter does not hold; export the whole model instead"
+        )
     deltas: dict[str, SliceDelta] = {}
     hashes: dict[str, dict[str, str]] = {}
     for name, layer in model.named_modules():

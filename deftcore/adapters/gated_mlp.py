@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from deftcore.adapters.s2ft_layer import S2ftLayer
 from deftcore.nn.blocks import activation_of
 from deftcore.nn.linear import called_plainly
-from deftcore.objectives import ObservedActivation
+from deftcore.nn.observed import ObservedActivation
 from deftcore.ops.partial_linear import gated_linear
 
 

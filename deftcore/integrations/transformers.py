@@ -20,6 +20,7 @@ class DensityTrainerMixin:
     def __init__(self, *args: Any, density: DensityLoss, **kwargs: Any) -> None:
         self.density = density
         self._window: dict[str, Any] = {"tokens": None, "parts": 1}  # of the step under way, for `DensityLoss.loss`
+        self._report: dict[str, Any] | None = None  # what the next log shows
         super().__init__(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -84,9 +85,26 @@ class DensityTrainerMixin:
         self.density.reset()
         return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        self._report = self._gathered()
+        return output
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log:  # type: ignore[attr-defined]
+            self._report = self._gathered()
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def _gathered(self) -> dict[str, Any]:
+        """The density of all processes; every one of them must ask."""
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        return self.density.report(reduce=lambda x: accelerator.reduce(x.to(accelerator.device), "sum"))
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        report = self.density.report()
-        if report["tokens"]:
+        if self._report is None and self.accelerator.num_processes == 1:  # type: ignore[attr-defined]
+            self._report = self.density.report()
+        report, self._report = self._report, None
+        if report is not None and report["tokens"]:
             evaluated = any(key.startswith("eval_") for key in logs)
             logs["eval_density" if evaluated else "density"] = round(report["density"], 6)
             self.density.reset()
