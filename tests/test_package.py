@@ -312,12 +312,12 @@ def test_train_mamba(tmp_path, capsys, family, precision):
     capsys.readouterr()
     recipe = Path(__file__).parents[1] / "recipes" / "mamba-lora.yaml"
     overrides = [f"model={tmp_path}", f"data.train={tmp_path / 'data.txt'}", f"data.validation={tmp_path / 'data.txt'}",
-                 f"output={tmp_path / 'run'}", "training.max_steps=6", "data.max_length=16",
+                 f"output={tmp_path / 'run'}", "training.max_steps=6", "data.max_length=16", "training.log_every=1",
                  f"training.mixed_precision={precision}", "training.learning_rate=1e-2"]  # fmt: skip
     assert main(["train", str(recipe), *overrides, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert result["eval_loss"] < next(entry["loss"] for entry in log if "loss" in entry) or precision == "fp16"
+    assert result["eval_loss"] < next(entry["loss"] for entry in log if "loss" in entry)
     from deftcore.integrations.checkpoints import load_model
 
     model = peft.PeftModel.from_pretrained(load_model(str(tmp_path)), tmp_path / "run" / "final")

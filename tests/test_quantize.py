@@ -513,6 +513,39 @@ def test_patch_bitsandbytes(tmp_path, bnb, dtype, caplog):
     assert {n: type(m) for n, m in adapted.named_modules()} == kinds
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", ["ours", "ours, patched", "bitsandbytes, patched"])
+def test_an_evaluation_leaves_the_next_step_alone(tmp_path, request, dtype, base):
+    """Spec P25: the gradients of a training step, bit for bit, and the stored bytes, whatever ran before."""
+    batch, other = tiny_batch("llama"), torch.tensor([[5, 6, 7]])
+
+    def step(evaluations):
+        if base.startswith("ours"):
+            model = deftcore.quantize(whole_blocks().to(dtype))
+        else:
+            model = bnb_model(tmp_path, request.getfixturevalue("bnb"), dtype)
+        torch.manual_seed(0)
+        adapted = lora(model, "llama")
+        if base.endswith("patched"):
+            deftcore.patch(adapted)
+        stored = {k: v.clone() for k, v in model.state_dict().items()}
+        for gradient in evaluations:
+            with torch.set_grad_enabled(gradient):
+                for ids in (other, batch["input_ids"], other[:, :1]):
+                    adapted.eval()(input_ids=ids)
+        adapted.train()(**batch).loss.backward()
+        after = model.state_dict()
+        assert all(torch.equal(after[k], stored[k]) for k in stored)
+        return {n: p.grad for n, p in adapted.named_parameters() if p.grad is not None}
+
+    want = step([])
+    assert any(bool(grad.any()) for grad in want.values())
+    for evaluations in ([False], [True]):
+        found = step(evaluations)
+        assert want.keys() == found.keys()
+        assert all(torch.equal(found[name], want[name]) for name in want)
+
+
 def test_repacked_weights_are_left_alone(tmp_path, bnb, caplog):
     model = bnb_model(tmp_path, bnb)
     for module in model.modules():

@@ -99,7 +99,8 @@ def test_wrapping_changes_nothing_and_only_slices_train(family, targets, dtype):
     before, logits = state_of(model), model(**batch).logits
     wrapped = wrap(model, family, targets=targets).eval()
     again = wrapped(**batch).logits
-    assert (again - logits).abs().max() <= (1e-5 if dtype == torch.float32 else 0.1) * logits.abs().max()
+    near = 1e-6 if dtype == torch.float32 else 2.0**-6  # two roundings of 16 bits
+    assert (again - logits).abs().max() <= near * logits.abs().max()
     train(wrapped, batch, steps=50, lr=3e-3)
     moved = wrapped(**batch).logits
     assert not torch.equal(moved, again)
@@ -109,7 +110,7 @@ def test_wrapping_changes_nothing_and_only_slices_train(family, targets, dtype):
     layers = layers_of(wrapped)
     adapter = extract_adapter(wrapped)
     merged = wrapped.merge_and_unload()
-    assert (merged(**batch).logits - moved).abs().max() <= (1e-4 if dtype == torch.float32 else 0.2) * moved.abs().max()
+    assert (merged(**batch).logits - moved).abs().max() <= near * moved.abs().max()
     for key, value in merged.state_dict().items():
         delta = adapter.deltas.get(key.removesuffix(".weight"))
         if delta is None:
@@ -134,13 +135,17 @@ def test_unload_restores_every_byte(family):
     assert all(torch.equal(after[key], before[key]) and after[key].is_contiguous() for key in before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", [{}, {"foreach": True}, {"fused": True}])
-def test_equals_masked_full_fine_tuning(family, kind, dtype):
+KINDS = [{}, {"foreach": True}, {"fused": True}]
+SHORT = [(f, d, kind, 4) for f in FAMILIES for d in (torch.float32, torch.bfloat16) for kind in KINDS]
+LONG = [(f, torch.float64, kind, 50) for f, kind in zip(("opt", "gpt2", "llama"), KINDS, strict=True)]
+
+
+@pytest.mark.parametrize(("family", "dtype", "kind", "steps"), [*SHORT, *LONG])
+def test_equals_masked_full_fine_tuning(family, dtype, kind, steps):
     """Spec P3: the trajectory of full fine-tuning whose gradients are masked to the slices, accumulation 2, clipping,
-    weight decay; with plain, foreach and fused AdamW."""
-    batch, options = tiny_batch(family), {"lr": 1e-2, "weight_decay": 0.1, **kind}
+    weight decay; with plain, foreach and fused AdamW. Adam would make full steps of the roundings of gradients about
+    zero; eps is above them."""
+    batch, options = tiny_batch(family), {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3, **kind}
     wrapped = wrap(scaled(family, dtype), family, targets=["o", "down", "v"], master="none")
     adapter = extract_adapter(wrapped)
     full = scaled(family, dtype)
@@ -156,7 +161,7 @@ def test_equals_masked_full_fine_tuning(family, kind, dtype):
     optimizer = torch.optim.AdamW(trainable(wrapped), **options)
     reference = torch.optim.AdamW(trainable(full), **options)
     start = {name: full.get_submodule(name).weight.detach().clone() for name in masks}
-    for _ in range(4):
+    for _ in range(steps):
         for _ in range(2):
             (wrapped(**batch).loss / 2).backward()
             (full(**batch).loss / 2).backward()
@@ -164,7 +169,7 @@ def test_equals_masked_full_fine_tuning(family, kind, dtype):
             full.get_submodule(name).weight.grad.mul_(mask)
         norm = nn.utils.clip_grad_norm_(trainable(wrapped), 0.5)
         wanted = nn.utils.clip_grad_norm_(trainable(full), 0.5)
-        assert abs(norm - wanted) <= (1e-5 if dtype == torch.float32 else 2e-2) * wanted
+        assert abs(norm - wanted) <= (2e-2 if dtype == torch.bfloat16 else 1e-6) * wanted
         optimizer.step()
         reference.step()
         optimizer.zero_grad()
@@ -177,10 +182,11 @@ def test_equals_masked_full_fine_tuning(family, kind, dtype):
         ours, theirs = merged.get_submodule(name).weight, full.get_submodule(name).weight
         change = (theirs.double() - start[name].double()).abs().max()
         error = (ours.double() - theirs.double()).abs()
-        if dtype == torch.float32:
-            assert error.max() <= 2e-3 * change, (name, error.max() / change)
-        else:  # Adam's sign-like steps amplify roundings where the gradient is about zero
-            assert error.mean() <= 0.1 * change, (name, error.mean() / change)
+        if dtype == torch.bfloat16:
+            assert error.mean() <= 0.01 * change, (name, error.mean() / change)
+        else:
+            assert error.max() <= (1e-6 if dtype == torch.float32 else 1e-12), (name, error.max())
+            assert change > 1e-2
 
 
 def test_gradients_equal_slices_of_the_full_gradient():

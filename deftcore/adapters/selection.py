@@ -299,10 +299,12 @@ def _activation_scores(
         side = ("decoder" if ".decoder." in f".{name}" else "encoder") if pair else "model"
 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x, mask = args[0], masks[side]
-            if mask is not None and x.shape[:-1] == mask.shape:
-                x = x[mask]
-            total = x.reshape(-1, x.shape[-1]).double().square().sum(0).cpu()
+            x, mask = args[0].reshape(-1, args[0].shape[-1]), masks[side]  # some models (OPT) flatten already
+            if mask is not None:
+                if mask.numel() != x.shape[0]:
+                    raise ValueError(f"batches: {name} sees {x.shape[0]} tokens, the mask has {mask.numel()}")
+                x = x[mask.flatten().bool()]
+            total = x.double().square().sum(0).cpu()
             sums[name] = sums[name] + total if name in sums else total
 
         return hook
