@@ -13,7 +13,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from deftcore.integrations.checkpoints import is_4bit, load_adapter, load_model, load_tokenizer, save_sparse
+from deftcore.integrations.checkpoints import (
+    is_4bit,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    own_adapter,
+    save_sparse,
+)
 from deftcore.integrations.peft import merge as merge_adapters
 from deftcore.integrations.peft import patch
 from deftcore.integrations.preflight import adapter_config, check_adapter, check_quantize, empty_model
@@ -125,6 +132,8 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
         raise ValueError("; ".join(found))
     quantize = asdict(recipe.quantize) if recipe.method in QUANTIZED_METHODS else None
     empty = empty_model(recipe.model)
+    if own_adapter(recipe.model):
+        raise ValueError(f"model: {recipe.model} has an unmerged adapter beside it; export it with --merge first")
     if quantize:
         check_quantize(empty, recipe.quantize.skip)
     check_adapter(empty, recipe.method, recipe.adapter)
@@ -202,6 +211,7 @@ def export(
 
     where = choose_device(device)
     empty = empty_model(model)
+    adapter = adapter or own_adapter(model)
     if merge and not (adapter and (quantize or is_4bit(empty.config))):
         raise ValueError(f"merge: is for an adapter over a 4-bit base, got {merge!r}")
     check_sparsify(empty, skip=skip)
@@ -255,6 +265,7 @@ def measure_density(
     """
     where = choose_device(device)
     pair = empty_model(model).config.is_encoder_decoder
+    adapter = adapter or own_adapter(model)
     tokenizer = load_tokenizer(model)
     examples = load_examples(data, tokenizer, DataConfig(train=data, max_length=max_length), pair)
     loaded: Any = load_model(model, quantize=quantize)

@@ -202,6 +202,30 @@ def _autocast(precision):
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+def test_exports_are_what_they_say(place, tmp_path, monkeypatch, capsys):
+    """An export with its adapter beside it is measured with it; one without its skipped blocks is not taken for a
+    model whose blocks Transformers would make up."""
+    monkeypatch.chdir(place)
+    run, out, less = (str(tmp_path / name) for name in ("run", "out", "less"))
+    options = ["method=qlora", "adapter={r: 4, init_lora_weights: false}", f"output={run}"]
+    assert main([*TRAIN, *options]) == 0
+    assert main(["export", "base", out, "--adapter", f"{run}/final", "--quantize", "nf4"]) == 0
+    assert main(["export", "base", less, "--skip", "model.layers.1.mlp"]) == 0
+    capsys.readouterr()
+    found = []
+    for arguments in (["base", "--adapter", f"{run}/final", "--quantize", "nf4"], [out], ["base", "--quantize", "nf4"]):
+        assert main(["density", arguments[0], "base/data.txt", *arguments[1:], "--max-length", "16", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert found[0] != pytest.approx(found[2], rel=1e-4)
+    assert main([*TRAIN, f"model={out}"]) == 2
+    assert "has an unmerged adapter beside it" in capsys.readouterr().err
+    for command in (["density", less, "base/data.txt"], ["export", less, f"{tmp_path}/again"]):
+        assert main(command) == 2
+        assert "lacks weights (an export without its skipped blocks" in capsys.readouterr().err
+    assert deftcore.load_sparse(less)(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
 # ---------------------------------------------------------------------------- devices
 
 

@@ -42,16 +42,30 @@ def load_model(path: str | os.PathLike, *, quantize: dict[str, Any] | None = Non
         quantize: options of `load_quantized`, to load into 4 bits. A checkpoint that is 4-bit already stays so.
 
     Raises:
-        FileNotFoundError: when a local path does not exist.
+        FileNotFoundError: when there is no such model.
+        ValueError: when its files lack weights.
     """
     path = checked_folder(path)
     config = AutoConfig.from_pretrained(path)
     if quantize is not None or is_4bit(config):
         model = load_quantized(path, **(quantize or {}), **kwargs)
     else:
-        model = model_kind(config).from_pretrained(path, **kwargs)
+        model, info = model_kind(config).from_pretrained(path, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:  # Transformers would go on with random ones
+            skipped = " (an export without its skipped blocks: use load_sparse)" if _exported(path) else ""
+            raise ValueError(f"model: {path} lacks weights{skipped}: {', '.join(sorted(info['missing_keys'])[:5])}")
     load_gates(model, path)
     return model
+
+
+def _exported(path: str | os.PathLike) -> bool:
+    return (Path(path) / SPARSE_FILE).is_file()
+
+
+def own_adapter(path: str | os.PathLike) -> str:
+    """The folder of the adapter that `deftcore export` left unmerged beside a model, or "" where there is none."""
+    folder = Path(path) / ADAPTER_FOLDER
+    return os.fspath(folder) if _exported(path) and folder.is_dir() else ""
 
 
 def is_4bit(config: Any) -> bool:
