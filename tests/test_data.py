@@ -287,6 +287,8 @@ def test_encoder_and_decoder_get_the_template(template):
     for record, options in (({"text": "x"}, {}), ({"messages": TALK}, {}), (records[0], {"chat": True})):
         with pytest.raises(ValueError, match="encoder-decoder model needs"):
             encode([record], tokenizer, 8, is_encoder_decoder=True, **options)
+    with pytest.raises(ValueError, match="record 1: `prompt` must be a string, got list"):
+        encode([{"prompt": TALK[:1], "completion": TALK[1:2]}], tokenizer, 8, is_encoder_decoder=True)
 
 
 @pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>"])

@@ -100,6 +100,8 @@ def test_resume_is_exact(tmp_path, accumulation):
     # The second run stops after step 3's checkpoint, has logged further, and continues.
     with pytest.raises(Stopped):
         run(tmp_path / "parts", stop=5, **options)
+    with (tmp_path / "parts" / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
     run(tmp_path / "parts", **options)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 

@@ -69,10 +69,10 @@ def encode(
     examples = []
     for i, record in enumerate(records, 1):
         where = _where(record, i)
-        if kind == "messages" or chat or isinstance(record["prompt"], list):
-            example = _conversation(record, kind, tokenizer, where)
-        elif is_encoder_decoder:
+        if is_encoder_decoder:
             example = _source_and_target(record, tokenizer, where)
+        elif kind == "messages" or chat or isinstance(record["prompt"], list):
+            example = _conversation(record, kind, tokenizer, where)
         else:
             example = _prompt_and_completion(record, tokenizer, where)
         cut = {name: ids[:max_length] for name, ids in example.items()}

@@ -122,7 +122,8 @@ class RunFolder:
         """Forgets lines written after the checkpoint that the run continues from."""
         file = self.path / _LOG
         if file.exists():
-            lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
+            whole = file.read_text().split("\n")[:-1]  # a killed run may have left half a line
+            lines = [line for line in whole if json.loads(line)["step"] <= step]
             write_text(file, "".join(f"{line}\n" for line in lines))
 
     def open_log(self, logger: str) -> Callable[[Mapping[str, Any]], None]:
