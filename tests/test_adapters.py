@@ -90,7 +90,9 @@ def test_over_bitsandbytes(tmp_path):
     import transformers
 
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
-    tiny_model("opt").to(torch.bfloat16).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128}  # whole blocks: bitsandbytes needs them
+    config = transformers.OPTConfig(vocab_size=64, num_hidden_layers=2, num_attention_heads=4, **sizes)
+    transformers.OPTForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     options = transformers.BitsAndBytesConfig(load_in_4bit=True)
     base = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=options, dtype=torch.bfloat16
@@ -123,6 +125,18 @@ def test_bad_targets():
         peft.get_peft_model(tiny_model("llama"), BottleneckConfig(target_modules=["embed_tokens"]))
     with pytest.raises(ValueError, match="not found"):
         peft.get_peft_model(tiny_model("llama"), BottleneckConfig(target_modules=["nothing"]))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"target_modules": ["mlp", "norm"]}, "LlamaRMSNorm is neither"),
+    ({"target_modules": ["down_proj"], "parallel": True}, r"layers\.0\.mlp\.down_proj is a linear layer whose MLP"),
+])  # fmt: skip
+def test_bad_targets_leave_the_model_alone(options, message):
+    model = tiny_model("llama")
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=message):
+        peft.get_peft_model(model, BottleneckConfig(**options))
+    assert {name: type(module) for name, module in model.named_modules()} == before
 
 
 def test_registration_guards_names():

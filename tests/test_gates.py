@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from conftest import FAMILIES, task_type, tiny_batch, tiny_model
 from safetensors.torch import load_file
 from test_integrations import DeftTrainer, Ragged, trainer_for
@@ -152,9 +153,10 @@ def test_float32_masters_keep_their_precision():
 
 
 def test_gates_fold_into_bitsandbytes(tmp_path):
-    transformers = pytest.importorskip("transformers")
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
-    whole_blocks("opt").save_pretrained(tmp_path)
+    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128}  # whole blocks: bitsandbytes needs them
+    config = transformers.OPTConfig(vocab_size=64, num_hidden_layers=2, num_attention_heads=4, **sizes)
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path)
     batch = tiny_batch("opt")
     for nested in (False, True):
         options = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=nested)

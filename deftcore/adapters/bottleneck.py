@@ -143,6 +143,15 @@ class BottleneckModel(GathersShards):
     tuner_layer_cls = BottleneckLayer
     target_module_mapping = _TARGETS  # type: ignore[assignment]
 
+    def _prepare_model(self, peft_config: BottleneckConfig, model: nn.Module) -> None:  # type: ignore[override]
+        """Refuses, by name, what a bottleneck cannot go on, before anything changes."""
+        for key, module in model.named_modules():
+            if key and self._check_target_module_exists(peft_config, key):
+                base = module.get_base_layer() if isinstance(module, BottleneckLayer) else module
+                _output_projection(base)
+                if peft_config.parallel and isinstance(base, nn.Linear):
+                    self._first_projection(key)
+
     def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: BottleneckConfig,
@@ -157,7 +166,6 @@ class BottleneckModel(GathersShards):
             target.update_layer(adapter_name, peft_config)
             layer = target
         else:
-            _output_projection(target)  # refuses by name before anything changes
             layer = BottleneckLayer(target, adapter_name, peft_config)
             if adapter_name != self.active_adapter:
                 layer.requires_grad_(False)
