@@ -213,7 +213,7 @@ def test_small_steps_survive_in_bfloat16():
                 p.grad = torch.full_like(p, 1.0)
             optimizer.step()
         finals[master] = (layer.trained().float() - before.float()).mean()
-    assert abs(finals["fp32"] + 3e-3) < 1e-3
+    assert abs(finals["fp32"] + 3e-3) < 1e-4
     assert abs(finals["none"]) < abs(finals["fp32"]) / 2
 
 
@@ -355,62 +355,20 @@ def test_compile():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_split_storage_equals_shared(family):
-    batch = tiny_batch(family)
-    shared, split = (wrap(scaled(family), family, targets=["o", "down", "v"], storage=s) for s in ("shared", "split"))
-    assert torch.equal(split(**batch).logits, scaled(family)(**batch).logits)
-    for model in (shared, split):
-        train(model, batch, steps=5)
-    torch.testing.assert_close(split(**batch).logits, shared(**batch).logits, rtol=1e-3, atol=1e-3)
-    before = scaled(family).state_dict()
+    def model():
+        return scaled(family, torch.float64)
+
+    batch, near = tiny_batch(family), {"rtol": 1e-9, "atol": 1e-12}
+    shared, split = (wrap(model(), family, targets=["o", "down", "v"], storage=s) for s in ("shared", "split"))
+    assert torch.equal(split(**batch).logits, model()(**batch).logits)
+    for wrapped in (shared, split):
+        train(wrapped, batch, steps=5)
+    torch.testing.assert_close(split(**batch).logits, shared(**batch).logits, **near)
+    before = model().state_dict()
     assert all(torch.equal(v, before[k]) for k, v in copy.deepcopy(split).unload().state_dict().items())
     a, b = shared.merge_and_unload().state_dict(), split.merge_and_unload().state_dict()
     for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-3)
-
-
-def sharded_step(rank, port, folder):
-    """Two FSDP2 processes: split storage, the frozen weights and the slices sharded each on their own."""
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    model = wrap(scaled("llama"), targets=["o", "down", "up"], storage="split")
-    base = model.base_model.model
-    for layer in base.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(base, mesh=mesh)
-    batch = {key: value[rank : rank + 1] for key, value in even_batch().items()}
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    for _ in range(2):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    found = {n: p.full_tensor().detach() for n, p in model.named_parameters() if "s2ft" in n}
-    if rank == 0:
-        torch.save(found, folder / "sharded.pt")
-    dist.destroy_process_group()
-
-
-def even_batch():
-    ids = torch.randint(2, 64, (2, 7), generator=torch.Generator().manual_seed(3))
-    return {"input_ids": ids, "labels": ids}
-
-
-def test_fsdp2(tmp_path):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(sharded_step, (port, tmp_path), nprocs=2)
-    model = wrap(scaled("llama"), targets=["o", "down", "up"], storage="split")
-    train(model, even_batch(), steps=2)
-    found = torch.load(tmp_path / "sharded.pt", weights_only=True)
-    wanted = {n: p for n, p in model.named_parameters() if "s2ft" in n}
-    assert found.keys() == wanted.keys()
-    for name, value in found.items():
-        torch.testing.assert_close(value, wanted[name].detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a[key], b[key], **near)
 
 
 def test_quantised_base():
@@ -431,7 +389,7 @@ def test_quantised_base():
     moved = wrapped(**batch).logits
     served = serve(deftcore.quantize(scaled("llama"), block_size=32), {"one": adapter})
     with served.rows(["one", "one"]) as host:
-        torch.testing.assert_close(host(**batch).logits, moved, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(host(**batch).logits, moved, rtol=1e-5, atol=1e-5)
     merged = wrapped.merge_and_unload()
     assert merged(**batch).loss.item() < first
     with pytest.raises(ValueError, match="4-bit; serve"):
@@ -736,7 +694,7 @@ def test_serving_lora_beside_slices():
         merged.get_submodule(name).weight += 2.0 * b @ a
     served = serve(base, {"slices": deltas_of(1), "lora": {name: LowRankDelta(a, b, 2.0)}})
     with served.rows(["lora", "slices"]) as model:
-        torch.testing.assert_close(model(ids).logits[:1], merged(ids[:1]).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(ids).logits[:1], merged(ids[:1]).logits, rtol=1e-5, atol=1e-5)
     assert "2 adapters" in repr(model)
     assert "deftcore::add_deltas" in str(torch.ops.deftcore.add_deltas.default._schema)
     assert "grouped_delta_linear" in ops.__all__
