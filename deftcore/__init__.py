@@ -12,15 +12,16 @@ from deftcore._versions import warn_untested
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from deftcore.integrations.checkpoints import load_quantized, load_sparse, save_sparse
+    from deftcore.integrations.checkpoints import load_sparse, save_sparse
     from deftcore.integrations.peft import merge, patch, unpatch
+    from deftcore.integrations.quantized_files import load_quantized
     from deftcore.nn.linear import prepare_for_training, quantize
     from deftcore.nn.mlp import sparsify
     from deftcore.objectives import DensityLoss
 
 _HOMES = {
     "DensityLoss": "deftcore.objectives",
-    "load_quantized": "deftcore.integrations.checkpoints",
+    "load_quantized": "deftcore.integrations.quantized_files",
     "load_sparse": "deftcore.integrations.checkpoints",
     "merge": "deftcore.integrations.peft",
     "patch": "deftcore.integrations.peft",

@@ -8,10 +8,11 @@ except ImportError as error:
 from deftcore._versions import warn_untested
 from deftcore.adapters._register import register_with_peft
 from deftcore.adapters.bottleneck import BottleneckConfig, BottleneckModel
-from deftcore.adapters.delta import DeltaAdapter, DeltaHost, extract_adapter, fuse, serve
+from deftcore.adapters.delta import DeltaAdapter, DeltaHost, extract_adapter, fuse
 from deftcore.adapters.mamba_lora import MambaLoraConfig, MambaLoraModel
 from deftcore.adapters.s2ft import S2ftConfig, S2ftModel
 from deftcore.adapters.selection import select_channels
+from deftcore.adapters.serving import serve
 
 warn_untested("transformers", "peft", "accelerate", "bitsandbytes")
 register_with_peft("BOTTLENECK", BottleneckConfig, BottleneckModel)

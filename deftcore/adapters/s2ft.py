@@ -99,7 +99,7 @@ class S2ftConfig(PeftConfig):
 
 class S2ftModel(GathersShards):
     """Permutes a model and puts `S2ftLayer`s into it; made by `peft.get_peft_model`. One adapter per model: adapters
-    are taken out, switched and served with `deftcore.adapters.delta`."""
+    are taken out, switched and served with `deftcore.adapters.delta` and `serving`."""
 
     prefix: str = "s2ft_"
     tuner_layer_cls = S2ftLayer

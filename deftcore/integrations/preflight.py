@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig
 
-from deftcore.integrations.checkpoints import checked_folder, model_kind
+from deftcore.integrations.quantized_files import checked_folder, model_kind
 from deftcore.nn.linear import linears_to_quantize
 from deftcore.training.fields import near
 from deftcore.training.recipe import adapter_kinds
