@@ -238,6 +238,26 @@ def test_a_proof_changes_nothing(kind, train):
         handle.remove()
 
 
+def test_a_proof_runs_in_full_precision(monkeypatch):
+    """And in no autocast: neither is what the model was patched under."""
+    seen = []
+    run = peft_integration.run_linear
+
+    def watched(unit, dtype):
+        seen.append((torch.backends.mkldnn.matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
+        yield from run(unit, dtype)
+
+    monkeypatch.setattr(peft_integration, "run_linear", watched)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            deftcore.patch(lora(tiny_model("llama")))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {("ieee", False)}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", MIXERS)
 def test_mixers_with_adapters_and_4bit_projections_are_proved(family, dtype):

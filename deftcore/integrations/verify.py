@@ -13,6 +13,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -154,7 +155,7 @@ def _results(case: Case, unit: nn.Module, dtype: torch.dtype) -> dict[str, Tenso
     device = _device(unit)
     devices = [torch.device(device)] if device.startswith("cuda") else []
     disabled = logging.root.manager.disable
-    with torch.random.fork_rng(devices), warnings.catch_warnings():
+    with torch.random.fork_rng(devices), warnings.catch_warnings(), _full_precision():
         warnings.simplefilter("ignore")  # what a library says about the proof's input is no news to the user
         logging.disable(max(disabled, logging.WARNING))
         try:
@@ -163,6 +164,21 @@ def _results(case: Case, unit: nn.Module, dtype: torch.dtype) -> dict[str, Tenso
                 return {name: value.detach() for name, value in case.run(unit, dtype)}
         finally:
             logging.disable(disabled)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 products as such: where TF32 or bfloat16 may stand for it, the original is no measure."""
+    libraries: Any = torch.backends
+    backends = [libraries.cuda.matmul, libraries.cudnn.conv, libraries.mkldnn.matmul, libraries.mkldnn.conv]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def run_linear(unit: nn.Module, dtype: torch.dtype) -> _Results:
