@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import recompute
 from torch import nn
 
 import deftcore
@@ -515,7 +516,7 @@ def test_activation_checkpointing(family):
         torch.manual_seed(0)
         model = add_adapter(model_of(family), "mamba-lora", {"r": 4, "init_lora_weights": False}).train()
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute(model)
         ids = torch.arange(18).view(2, 9) + 2
         model(input_ids=ids, labels=ids).loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
