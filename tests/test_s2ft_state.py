@@ -124,6 +124,26 @@ def test_every_change_of_a_master_is_seen():
         assert torch.equal(torch.cat(layer._blocks()), torch.cat(list(layer.slices)).bfloat16())
 
 
+def test_masters_under_compile_and_inference_mode():
+    model = wrap(scaled("llama", torch.bfloat16))
+    layer = next(iter(layers_of(model).values()))
+    x = torch.randn(3, layer.base_layer.in_features, dtype=torch.bfloat16)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    first = layer(x)
+    assert torch.equal(compiled(x), first)
+    for part in layer.slices:
+        part.data.mul_(2)
+    second = compiled(x)
+    assert not torch.equal(second, first)
+    assert torch.equal(second, layer(x))
+    with torch.inference_mode():
+        for part in layer.slices:
+            part.data.mul_(0.5)
+        assert torch.equal(layer(x), first)
+    layer.enable_adapters(False)
+    torch.testing.assert_close(compiled(x), layer.base_layer(x), rtol=2**-6, atol=2**-9)
+
+
 def test_forwards_before_the_first_backward():
     """Writing a master into its weight leaves the graphs of earlier forwards alone; a step after one does not."""
     batch = tiny_batch("llama")
