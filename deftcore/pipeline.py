@@ -23,7 +23,7 @@ from deftcore.integrations.checkpoints import (
 )
 from deftcore.integrations.peft import merge as merge_adapters
 from deftcore.integrations.peft import patch
-from deftcore.integrations.preflight import adapter_config, check_adapter, check_quantize, empty_model
+from deftcore.integrations.preflight import adapter_config, check_adapter, check_lengths, check_quantize, empty_model
 from deftcore.nn.blocks import find_mlp_blocks
 from deftcore.nn.linear import Linear4bit
 from deftcore.nn.mlp import check_sparsify
@@ -142,6 +142,7 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     pair, padding = empty.config.is_encoder_decoder, tokenizer.pad_token_id or 0
     examples = load_examples(recipe.data.train, tokenizer, recipe.data, pair)
     validation = load_examples(recipe.data.validation, tokenizer, recipe.data, pair) if recipe.data.validation else None
+    check_lengths(empty, [*examples, *(validation or [])])
     torch.manual_seed(recipe.training.seed)  # adapters start from the recipe's seed
     base: Any = load_model(recipe.model, quantize=quantize, **_dtype(recipe, empty.config))
     depends_on = {
@@ -264,10 +265,12 @@ def measure_density(
         FileNotFoundError, ValueError: naming the argument.
     """
     where = choose_device(device)
-    pair = empty_model(model).config.is_encoder_decoder
+    empty = empty_model(model)
+    pair = empty.config.is_encoder_decoder
     adapter = adapter or own_adapter(model)
     tokenizer = load_tokenizer(model)
     examples = load_examples(data, tokenizer, DataConfig(train=data, max_length=max_length), pair)
+    check_lengths(empty, examples)
     loaded: Any = load_model(model, quantize=quantize)
     loaded = (load_adapter(loaded, adapter) if adapter else loaded).to(where)
     objective = DensityLoss(loaded, alpha=0.0)

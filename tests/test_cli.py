@@ -27,7 +27,11 @@ def place(tmp_path_factory):
     from test_mamba import model_of
 
     root = tmp_path_factory.mktemp("place")
-    for name, model in (("base", None), ("gpt2", tiny_model("gpt2")), ("mamba", model_of("mamba"))):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "ffn_dim": 72, "num_attention_heads": 4}
+    config = transformers.OPTConfig(vocab_size=64, word_embed_proj_dim=32, max_position_embeddings=20, **sizes)
+    short = transformers.OPTForCausalLM(config)
+    models = {"base": None, "gpt2": tiny_model("gpt2"), "mamba": model_of("mamba"), "short": short}
+    for name, model in models.items():
         (root / name).mkdir()
         save_base(root / name, model, **({"intermediate_size": 128} if name == "base" else {}))
     (root / "file").write_text("x")
@@ -79,6 +83,14 @@ MISTAKES = [
         "training.gradient_checkpointing: must be false with method prefix",
     ),
     ([*TRAIN, "model=gpt2", "deft=true"], "deft: model: GPT2LMHeadModel has no MLP block of a known family"),
+    (
+        [*TRAIN, "model=short", "data.max_length=21"],
+        "max_length: must be at most 20, the positions of model.decoder.emb",
+    ),
+    (
+        ["density", "short", "base/data.txt"],
+        "max_length: must be at most 20, the positions of model.decoder.embed_positi",
+    ),
     (["train", "none.yaml"], "recipe: no such file: none.yaml"),
     (["train", "full"], "recipe: is a folder: full"),
     (["train"], "the following arguments are required: recipe"),

@@ -3,7 +3,7 @@
 import copy
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -15,6 +15,7 @@ from deftcore.nn.linear import linears_to_quantize
 from deftcore.training.fields import near
 from deftcore.training.recipe import adapter_kinds
 
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 _NAMED = ("target_modules", "modules_to_save", "exclude_modules")  # of PEFT's configs
 
 
@@ -70,6 +71,17 @@ def check_quantize(model: nn.Module, skip: Iterable[str]) -> None:
         linears_to_quantize(model, list(skip))
     except ValueError as error:
         raise ValueError(f"quantize.{error}") from error
+
+
+def check_lengths(model: Any, examples: Iterable[Mapping[str, Any]]) -> None:
+    """Raises for examples that are longer than a model's table of positions, where it has one."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    tables = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.endswith(_POSITIONS)]
+    longest = max((len(example["input_ids"]) for example in examples), default=0)
+    if limit is not None and tables and longest > limit:
+        raise ValueError(
+            f"max_length: must be at most {limit}, the positions of {tables[0]}; an example has {longest} tokens"
+        )
 
 
 def check_names(field: str, wanted: Any, modules: list[str]) -> None:
