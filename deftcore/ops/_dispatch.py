@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def break_even_density(
     tokens: int,
     neurons: int,
     width: int,
-    sparse: Callable[[Tensor, Any], Tensor],
-    dense: Callable[[Tensor, Any], Tensor],
+    sparse: Callable[[Any, Any], Tensor],
+    dense: Callable[[Any, Any], Tensor],
     kind: str = "",
     make_weight: Callable[[], Any] | None = None,
     inputs: tuple[Any, Any] | None = None,
@@ -94,8 +95,8 @@ def _measure(
     like: Tensor,
     tokens: int,
     neurons: int,
-    sparse: Callable[[Tensor, Any], Tensor],
-    dense: Callable[[Tensor, Any], Tensor],
+    sparse: Callable[[Any, Any], Tensor],
+    dense: Callable[[Any, Any], Tensor],
     make_weight: Callable[[], Any],
     inputs: tuple[Any, Any] | None,
 ) -> float:
@@ -111,7 +112,7 @@ def _measure(
     for repeat in range(_REPEATS + 1):
         for case, (run, a) in enumerate(cases):
             weight = weights[(repeat + case) % copies]
-            seconds = _seconds(lambda run=run, a=a, weight=weight: run(a, weight), like.device)
+            seconds = _seconds(partial(run, a, weight), like.device)
             if repeat:  # the first round warms up
                 times[case].append(seconds)
     dense_time, full_time, quarter_time = map(statistics.median, times)
