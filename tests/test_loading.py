@@ -157,6 +157,46 @@ def test_checkpoints_that_transformers_loads(tmp_path, case, dtype):
     assert torch.equal(ours(**batch).logits, theirs(**batch).logits)
 
 
+HEADS = {
+    "llama": ("model.embed_tokens.weight", "lm_head.weight"),
+    "opt": ("model.decoder.embed_tokens.weight", "lm_head.weight"),
+    "bert": ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+    "t5": ("shared.weight", "lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("family", HEADS)
+@pytest.mark.parametrize("stored", ["the embedding", "the head", "both alike", "both unlike"])
+def test_tied_embeddings(tmp_path, family, stored):
+    """A configuration that ties them, over files that hold one of them, or both."""
+    import transformers as t
+
+    embedding, head = HEADS[family]
+    model = tiny_model(family)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+
+    def change(weights):
+        both = weights | {head: weights[embedding].clone() + (1 if stored == "both unlike" else 0)}
+        left_out = {"the embedding": [head], "the head": [embedding]}.get(stored, [])
+        return {key: value for key, value in both.items() if key not in left_out}
+
+    rewrite(tmp_path, change)
+    kind = t.AutoModelForSeq2SeqLM if family == "t5" else t.AutoModelForCausalLM
+    theirs, info = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    ours = deftcore.load_quantized(tmp_path)
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        assert torch.equal(getattr(ours, name)().weight, getattr(theirs, name)().weight)
+    heads = [model.get_output_embeddings().weight for model in (ours, theirs)]
+    embeddings = [model.get_input_embeddings().weight for model in (ours, theirs)]
+    assert (heads[0] is embeddings[0]) == (heads[1] is embeddings[1]) == (stored != "both unlike")
+    batch = tiny_batch(family)
+    wanted = deftcore.quantize(theirs, skip=[head.removesuffix(".weight")])
+    assert torch.equal(ours(**batch).logits, wanted(**batch).logits)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -120,7 +120,7 @@ def load_quantized(
         layer = Linear4bit(q, compute_dtype=compute_dtype, source_cls=type(linear))
         layer.bias = linear.bias  # on the meta device until its own turn
         setattr(model.get_submodule(holder), attribute, layer)
-    model.tie_weights()
+    model.tie_weights(missing_keys=expected - files.keys(), recompute_mapping=False)  # what is stored apart stays apart
     if stored is None:
         set_quantization_config(model, skip, compute_dtype=compute_dtype, **options)
     else:
