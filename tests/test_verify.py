@@ -350,6 +350,30 @@ def test_biases_that_train_get_their_gradient(kind, bias):
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "trained"),
+    [(family, part) for family in MIXERS for part in ("bias", "A_log", "D", "conv1d.weight", "proj.weight")]
+    + [("mamba2", "norm.weight")],
+)
+def test_whatever_trains_in_a_mixer_gets_its_gradient(family, trained):
+    """Beside LoRA, set before `patch` and after it: the fused op takes all of these for constants."""
+    config = MambaLoraConfig(r=4, target_modules=["out_proj"], init_lora_weights=False)
+    plain = peft.get_peft_model(mamba_model(family), config).train()
+    later = deftcore.patch(copy.deepcopy(plain))
+    for model in (plain, later):
+        for name, parameter in model.named_parameters():
+            if ".mixer." in name and name.endswith(trained):
+                parameter.requires_grad_()
+    ids = torch.randint(1, 64, (2, 9))
+    found = []
+    for model in (plain, later, deftcore.patch(copy.deepcopy(plain))):
+        model(ids).logits.square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert sum(name.endswith(trained) for name in found[0]) >= 2
+    for grads in found[1:]:
+        torch.testing.assert_close(grads, found[0], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_float32_factors_over_a_16bit_base_are_fused(dtype, dropout, monkeypatch):
