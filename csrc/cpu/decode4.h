@@ -7,6 +7,8 @@
 // scales. Everything else decodes in order.
 #pragma once
 
+#include <algorithm>
+
 #include "deftcore/format4.h"
 #include "isa.h"
 
@@ -153,7 +155,7 @@ inline float scale_of(const Quant4& q, int64_t block) {
 // scales[first, first + count) as floats.
 inline void decode_scales(const Quant4& q, int64_t first, int64_t count, float* out) {
   if (q.nested_absmax == nullptr) {
-    std::memcpy(out, static_cast<const float*>(q.absmax) + first, static_cast<size_t>(count) * 4);
+    std::copy_n(static_cast<const float*>(q.absmax) + first, count, out);  // from nowhere where a matrix is empty
     return;
   }
   const uint8_t* codes = static_cast<const uint8_t*>(q.absmax) + first;
