@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"deftcore: {error}", file=sys.stderr)
         return 2
-    logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(level=logging.DEBUG if args.verbose else logging.ERROR, format="%(name)s: %(message)s")
     if not args.verbose:
         _quieten()
     try:
@@ -106,7 +106,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quieten() -> None:
-    """Progress is ours to show; Transformers' notices only clutter it."""
+    """Progress is ours to show, and our own warnings; the notices of others only clutter it."""
+    logging.getLogger("deftcore").setLevel(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -155,6 +157,18 @@ def test_a_mistake_is_one_line_before_weights_are_read(place, monkeypatch, capsy
     assert error.startswith("deftcore: ")
     assert "\n" not in error
     assert sorted(place.iterdir()) == before
+
+
+def test_without_a_network_a_missing_model_is_one_line(place):
+    """No retries, and no notices of other libraries on the way."""
+    script = "import sys; from deftcore.cli import main; sys.exit(main(['density', 'bse', 'base/data.txt']))"
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=place, env=os.environ | nowhere, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("deftcore: model: no such folder: bse")
 
 
 def test_unwritable_output_is_refused(place, monkeypatch, capsys):

@@ -214,7 +214,7 @@ def checked_folder(path: str | os.PathLike) -> str:
     Raises:
         FileNotFoundError: naming the path.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, try_to_load_from_cache
 
     path = os.fspath(path)
     if Path(path).is_dir():
@@ -226,8 +226,9 @@ def checked_folder(path: str | os.PathLike) -> str:
     if path.count("/") > 1 or path.startswith((".", "/", "~")) or path.endswith("/"):
         raise FileNotFoundError(f"model: no such folder: {path}")
     try:
-        hf_hub_download(path, CONFIG_NAME)
-    except (OSError, ValueError) as error:  # no such id, no network, not a possible id
+        if not isinstance(try_to_load_from_cache(path, CONFIG_NAME), str):
+            HfApi().model_info(path, timeout=10)  # one request; a download would try for half a minute
+    except Exception as error:  # no such id, no possible id, or whatever the client raises where there is no network
         raise FileNotFoundError(
             f"model: no such folder: {path}; nor has the Hugging Face cache or hub, if within reach, such a model"
         ) from error
