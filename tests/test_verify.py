@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 
 import peft
 import pytest
@@ -306,6 +307,28 @@ def test_a_refusal_is_kept_and_listed(monkeypatch, capsys):
     assert main(["info"]) == 0
     start = "patch, refused: LoRA over Linear (float32), rank 4 float32: "
     assert any(line.startswith(start) for line in capsys.readouterr().out.splitlines())
+
+
+def test_verdicts_of_another_build_are_not_listed(monkeypatch):
+    deftcore.patch(lora(tiny_model("llama")))
+    assert verify.verdicts()["proved"]
+    for name in ("_build", "_versions"):
+        with monkeypatch.context() as other:
+            other.setattr(verify, name, lambda: "other")
+            assert verify.verdicts() == {"proved": [], "refused": []}
+
+
+def test_our_own_warnings_are_heard(monkeypatch):
+    """Those that are given once, as of a kernel that has to fall back: a proof may not use them up in silence."""
+    right = peft_integration.lora_linear
+
+    def warns(*args, **kwargs):
+        warnings.warn("deftcore.lora_linear: falls back", stacklevel=2)
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(peft_integration, "lora_linear", warns)
+    with pytest.warns(UserWarning, match="falls back"):
+        deftcore.patch(lora(tiny_model("llama")))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):

@@ -58,6 +58,7 @@ class Verdict:
     reason: str
     difference: float
     versions: str
+    build: str
 
 
 class Proofs:
@@ -81,16 +82,16 @@ class Proofs:
             return f"cannot be verified: {type(error).__name__}: {error}"
 
     def _verdict(self, case: Case, original: type, fused: type) -> Verdict:
-        versions = _versions()
+        versions, build = _versions(), _build()
         codes = [f"{kind.__qualname__} {_code(getattr(kind, 'forward'))}" for kind in (original, fused)]  # noqa: B009
-        parts = (case.label, case.dtype, codes, _structure(case.module), versions, _build(), native.isa_name(),
+        parts = (case.label, case.dtype, codes, _structure(case.module), versions, build, native.isa_name(),
                  _device(case.module))  # fmt: skip
         key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:24]
         try:
             return Verdict(**self._known[key])
         except (KeyError, TypeError):  # absent, or of another layout
             reason, difference = _compare(case, fused)
-            self._known[key] = asdict(verdict := Verdict(case.label, reason, difference, versions))
+            self._known[key] = asdict(verdict := Verdict(case.label, reason, difference, versions, build))
             self._new[key] = self._known[key]
             return verdict
 
@@ -101,14 +102,14 @@ class Proofs:
 
 
 def verdicts() -> dict[str, list[str]]:
-    """What was proved and what was refused on this machine with the libraries installed now, one line each."""
+    """What this build proved and refused on this machine with the libraries installed now, one line each."""
     found: dict[str, list[str]] = {"proved": [], "refused": []}
     for entry in read_table(_FILE).values():
         try:
             verdict = Verdict(**entry)
         except TypeError:
             continue
-        if verdict.versions != _versions():
+        if (verdict.versions, verdict.build) != (_versions(), _build()):
             continue
         line = f"{verdict.what}: " + (verdict.reason or f"difference {verdict.difference:.1e}")
         found["refused" if verdict.reason else "proved"].append(line)
@@ -157,6 +158,7 @@ def _results(case: Case, unit: nn.Module, dtype: torch.dtype) -> dict[str, Tenso
     disabled = logging.root.manager.disable
     with torch.random.fork_rng(devices), warnings.catch_warnings(), _full_precision():
         warnings.simplefilter("ignore")  # what a library says about the proof's input is no news to the user
+        warnings.filterwarnings("default", message=r"deftcore\.")  # said once per process: not here and then never
         logging.disable(max(disabled, logging.WARNING))
         try:
             with torch.autocast(device.partition(":")[0], enabled=False):
