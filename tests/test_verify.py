@@ -454,7 +454,7 @@ def test_hooks_on_the_parts_run(where):
 
 
 @pytest.mark.parametrize("first", ["patch", "offload"])
-@pytest.mark.parametrize("family", ["llama", "mamba"])
+@pytest.mark.parametrize("family", ["llama", *MIXERS])
 def test_offloaded_weights(family, first):
     """Accelerate keeps weights elsewhere and brings them in as each module is called."""
     from accelerate import cpu_offload
@@ -462,8 +462,9 @@ def test_offloaded_weights(family, first):
     if family == "llama":
         model = lora(tiny_model("llama"), init_lora_weights=False)
     else:
-        config = MambaLoraConfig(r=4, target_modules=["x_proj", "out_proj"], init_lora_weights=False)
-        model = peft.get_peft_model(mamba_model("mamba"), config).eval()
+        targets = ["in_proj", "out_proj"] if family == "mamba2" else ["x_proj", "out_proj"]
+        config = MambaLoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+        model = peft.get_peft_model(mamba_model(family), config).eval()
     ids = tiny_batch("llama")["input_ids"]
     with torch.no_grad():
         expected = model(ids).logits

@@ -129,6 +129,8 @@ def _compare(case: Case, fused: type) -> tuple[str, float]:
     reference = theirs if wide is None else _results(case, wide, torch.float32)
     try:
         ours = _results(case, replaced, case.dtype)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # says nothing about the class
     except Exception as failure:
         return f"{fused.__name__} failed, {type(failure).__name__}: {failure}", math.inf
     if ours.keys() != theirs.keys():
