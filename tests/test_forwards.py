@@ -83,6 +83,14 @@ def test_unknown_keyword_reaches_the_original_forward_or_raises(kind, state):
         layer(x, unknown_keyword=1)
 
 
+def test_norms_in_float32_hand_everything_on():
+    model = deftcore.prepare_for_training(tiny_model("llama").to(torch.bfloat16), gradient_checkpointing=False)
+    norm = layer_of(model, "LlamaRMSNorm")
+    assert norm(torch.ones(1, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="unknown_keyword"):
+        norm(torch.ones(1, 32), unknown_keyword=1)
+
+
 @pytest.mark.parametrize("place", ["mamba", "falcon_mamba", "mamba2"])
 def test_a_patched_mixer_names_what_it_does_not_know(place):
     import transformers
