@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -120,7 +121,7 @@ def test_the_trainer_mixin_hands_everything_on(method):
     seen = {}
 
     class Base:
-        pass
+        accelerator = SimpleNamespace(num_processes=1)
 
     def record(self, *args, **kwargs):
         seen.update(kwargs)

@@ -7,6 +7,7 @@ namespace deftcore::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kMinBlocks = 2;  // named, or ptxas aims at more blocks, fewer registers, and spills
 constexpr int64_t kSumSteps = 64;
 
 unsigned blocks_for(int64_t items) { return static_cast<unsigned>((items + kThreads - 1) / kThreads); }
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(CausalConv1dArgs args
 
 // Steps 1 - width .. -1 are what came before.
 template <class T>
-__global__ void __launch_bounds__(kThreads) input_kernel(CausalConv1dBackwardArgs back) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) input_kernel(CausalConv1dBackwardArgs back) {
   const CausalConv1dArgs& args = back.forward;
   const int64_t most = args.width - 1, rows = args.length + most, i = item();
   if (i >= args.batch * rows * args.channels) return;
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) input_kernel(CausalConv1dBackwardArg
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) sums_kernel(CausalConv1dBackwardArgs back) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) sums_kernel(CausalConv1dBackwardArgs back) {
   const CausalConv1dArgs& args = back.forward;
   const int64_t pieces = (args.length + kSumSteps - 1) / kSumSteps, i = item();
   if (i >= args.batch * pieces * args.channels) return;
