@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from deftcore.adapters.bases import is_sharded, whole
 from deftcore.integrations.checkpoints import (
     is_4bit,
     load_adapter,
@@ -178,10 +179,14 @@ def load_examples(path: str, tokenizer: Any, data: DataConfig, is_encoder_decode
 
 
 def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes what was trained (the adapter, or a whole model) and the tokenizer, and opens it again to be sure."""
+    """Writes what was trained (the adapter, or a whole model) and the tokenizer, and opens it again to be sure. Every
+    process must call it where the model is sharded (FSDP2); the first one's files count."""
     from safetensors import safe_open
 
-    model.save_pretrained(folder)
+    options = {"state_dict": _whole_state(model)} if any(map(is_sharded, model.parameters())) else {}
+    model.save_pretrained(folder, **options)
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return
     tokenizer.save_pretrained(folder)
     written = 0
     for file in folder.glob("*.safetensors"):
@@ -189,6 +194,15 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
             written += sum(tensors.get_slice(key).get_shape() != [0] for key in tensors.keys())  # noqa: SIM118
     if not written:
         raise RuntimeError(f"{folder}: nothing was saved")
+
+
+def _whole_state(model: Any) -> dict[str, Any]:
+    """The state of a sharded model, of a PEFT model what trains, in whole tensors."""
+    state = model.state_dict()
+    if hasattr(model, "peft_config"):
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        state = {key: value for key, value in state.items() if key in trained}
+    return {key: whole(value) for key, value in state.items()}
 
 
 @checked

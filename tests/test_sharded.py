@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from deftcore.adapters import BottleneckConfig, DeltaAdapter, extract_adapter
 from deftcore.adapters.bases import whole
+from deftcore.pipeline import save_adapter
 from deftcore.training.run_folder import load_parameters, save_parameters
 
 S2FT = {"targets": ["o", "down", "up"], "storage": "split", "modules_to_save": ["lm_head"]}
@@ -31,7 +32,23 @@ def bottleneck():
     return model
 
 
+def lora():
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["lm_head"]
+    )
+    return peft.get_peft_model(tiny_model("llama"), config)
+
+
+class NoTokenizer:
+    def save_pretrained(self, folder):
+        pass
+
+
 MAKE = {"s2ft": s2ft, "bottleneck": bottleneck}
+
+
+WHOLE = {"lora": lora, "full": lambda: tiny_model("llama")}  # saved by the training pipeline
 
 
 def even_batch():
@@ -46,7 +63,7 @@ def work(rank, port, folder):
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
 
     def shard(model):
-        base = model.base_model.model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         for layer in base.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(base, mesh=mesh)
@@ -74,6 +91,9 @@ def work(rank, port, folder):
                 adapter.save(folder / "delta.safetensors")
             with pytest.raises(ValueError, match="merge: the weights are sharded"):
                 model.merge_adapter()
+    for name, make in WHOLE.items():
+        model = step(shard(make()), 2)
+        save_adapter(model, NoTokenizer(), folder / (name if rank == 0 else f"unused {name}"))
     dist.destroy_process_group()
 
 
@@ -100,6 +120,21 @@ def test_adapters_are_written_whole(folder, name, off):
         scaled("llama") if name == "s2ft" else tiny_model("llama"), folder / f"{name}{off}"
     )
     torch.testing.assert_close(again(**even_batch()).logits, model(**even_batch()).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_the_pipeline_writes_whole_models(folder):
+    import transformers as t
+
+    for name, make in WHOLE.items():
+        model = train(make(), even_batch(), 2)
+        again = (
+            peft.PeftModel.from_pretrained(tiny_model("llama"), folder / name)
+            if name == "lora"
+            else t.LlamaForCausalLM.from_pretrained(folder / name)
+        )
+        found = again.state_dict()
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4)
 
 
 def test_updates_are_taken_out_whole(folder):
