@@ -2,7 +2,7 @@
 
 A good call is compared with the same call in float64, gradients and states changed in place included; a call with one
 argument spoilt must work or raise ValueError or TypeError. Call n of a case depends on n alone. DEFTCORE_FUZZ_CALLS is
-the number of calls a case (40 by default), DEFTCORE_FUZZ_FIRST the first. Over a build with -DDEFTCORE_SANITIZE=ON
+the number of calls a case (24 by default), DEFTCORE_FUZZ_FIRST the first. Over a build with -DDEFTCORE_SANITIZE=ON
 (see .ci/run) a report ends the process; DEFTCORE_FUZZ_LOG names a file that then holds the case and number.
 """
 
@@ -24,7 +24,7 @@ from deftcore.ops.mamba import LoraPair, Projection
 from deftcore.ops.quant4 import QuantizedTensor, quantize_ref
 from deftcore.ops.quantized import QUANT_TYPES
 
-CALLS = int(os.environ.get("DEFTCORE_FUZZ_CALLS", "40"))
+CALLS = int(os.environ.get("DEFTCORE_FUZZ_CALLS", "24"))
 FIRST = int(os.environ.get("DEFTCORE_FUZZ_FIRST", "0"))
 LOG = os.environ.get("DEFTCORE_FUZZ_LOG")
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest value

@@ -191,16 +191,11 @@ def grouped_delta_linear(
     check_float("x", x)
     if x.dim() < 2:
         raise ValueError(f"x: must be [B, ..., K], got shape {tuple(x.shape)}")
-    if isinstance(base, QuantizedTensor):
-        check_weight("base", base, x)
-    else:
-        check_like("base", base, "x", x)
-        if base.dim() != 2:
-            raise ValueError(f"base: must be a matrix [M, K], got shape {tuple(base.shape)}")
+    if not isinstance(base, (Tensor, QuantizedTensor)):
+        raise TypeError(f"base: must be a Tensor or a QuantizedTensor, got {type(base).__name__}")
+    if base.dim() != 2:
+        raise ValueError(f"base: must be a matrix [M, K], got shape {tuple(base.shape)}")
     shape = (int(base.shape[0]), int(base.shape[1]))
-    if bias is not None:
-        check_like("bias", bias, "x", x)
-        check_shape("bias", bias, shape[:1], "one per output")
     if x.shape[-1] != shape[1]:
         raise ValueError(f"x: last dimension must be {shape[1]} (base.shape[1]), got {tuple(x.shape)}")
     bank = deltas if isinstance(deltas, DeltaBank) else DeltaBank(deltas, shape, dtype=x.dtype, device=x.device)
@@ -221,6 +216,13 @@ def grouped_delta_linear(
             raise ValueError(f"adapter_index: must be in -1..{len(bank) - 1}, got {low}..{high}")
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("x: this op is for inference; call it under torch.no_grad()")
+    if isinstance(base, QuantizedTensor):
+        check_weight("base", base, x)
+    else:
+        check_like("base", base, "x", x)
+    if bias is not None:
+        check_like("bias", bias, "x", x)
+        check_shape("bias", bias, shape[:1], "one per output")
     y = linear_4bit(x, base, bias) if isinstance(base, QuantizedTensor) else F.linear(x, base, bias)
     _add_deltas(y, x, adapter_index, bank.starts, bank.tensors, bank.most)
     return y
