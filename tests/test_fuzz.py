@@ -64,6 +64,11 @@ class Draw:
         held = torch.zeros(x.untyped_storage().nbytes() // 4, dtype=dtype)
         return held.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
 
+    def odd(self, x: Tensor) -> Tensor:
+        """x with another stride where a dimension is 1: PyTorch calls it contiguous all the same."""
+        strides = [7777 if n == 1 and self.chance(0.3) else s for n, s in zip(x.shape, x.stride(), strict=True)]
+        return x.as_strided(x.shape, strides)
+
     def maybe(self, make: Callable[[], Any]) -> Any:
         return make() if self.chance(0.5) else None
 
@@ -512,6 +517,7 @@ def run(name: str, number: int) -> None:
     """Call `number` of a case."""
     d = Draw(name, number)
     call = CASES[name](d)
+    call = call._replace(arguments=mapped(call.arguments, d.odd))
     if number % 4 == 3:
         run_bad(d, call)
     else:

@@ -356,3 +356,13 @@ def test_strides_of_dimensions_of_one(shape):
     weight = torch.randn(shape)
     mine, theirs = (torch.autograd.grad((y * weight).sum(), leaves) for y in (out, ref))
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_update_with_one_state_in_any_layout():
+    x, a, b = torch.randn(2, 3, 4), -torch.rand(1, 3, 4).permute(1, 2, 0), torch.randn(2, 1, 1)
+    a = a.as_strided(a.shape, (4, 1, 12))
+    results = []
+    for rates in (a, a.clone(memory_format=torch.contiguous_format)):
+        state = torch.ones(2, 3, 4, 1)
+        results.append((ops.selective_state_update(state, x, x, rates, b, b, dt_softplus=True), state))
+    torch.testing.assert_close(*results, rtol=0, atol=0)

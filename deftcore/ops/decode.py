@@ -205,7 +205,9 @@ def _scan_update_impl(
         return _scan_step(state, x, dt, a, b, c, d, z, bias, softplus, slots)
     batch, heads, head_dim = x.shape
     out, held = x.new_empty(x.shape), state.contiguous()
-    a = a if a.stride(2) in (0, 1) and a.shape[2] > 1 else a.contiguous()
+    a_step = 0 if a.shape[2] == 1 else a.stride(2)  # a dimension of 1 can have any stride
+    if a_step not in (0, 1):
+        a, a_step = a.contiguous(), 1
     b, c = b.contiguous(), c.contiguous()
 
     def by_head(t: Tensor | None, batched: bool = True) -> tuple[int, ...]:
@@ -215,7 +217,7 @@ def _scan_update_impl(
 
     kernels.selective_state_update(
         address(held), address(slots), by_head(x), by_head(dt), by_head(z), address(out), by_head(a, False),
-        a.stride(2), address(b), address(c), by_head(d, False), by_head(bias, False), batch, heads, head_dim,
+        a_step, address(b), address(c), by_head(d, False), by_head(bias, False), batch, heads, head_dim,
         a.shape[2], b.shape[1], DTYPE_CODES[x.dtype], DTYPE_CODES[state.dtype], softplus, stream(x),
     )  # fmt: skip
     if held is not state:
