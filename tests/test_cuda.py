@@ -200,6 +200,37 @@ def test_sparse_mlp_4bit(columns, dtype):
             assert error < {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_4bit_views_at_odd_addresses(dtype):
+    """Activations and packed bytes that are views into the middle of a buffer."""
+    gate, up, down = (ops.quantize_4bit(torch.randn(96, 128) / 11).to("cuda") for _ in range(3))
+    x = torch.randn(3 * 128 + 1, dtype=dtype, device="cuda")[1:].view(3, 128)
+    x64, g64, u64, d64 = x.double(), *(w.dequantize(torch.float64) for w in (gate, up, down))
+    for moved in (False, True):
+        if moved:
+            for w in (gate, up, down):
+                w.packed = torch.cat((w.packed[:1], w.packed))[1:]
+                assert w.packed.data_ptr() % 2 == 1
+        mlp = ops.sparse_gated_mlp(x, gate, up, down, activation="relu", path="sparse")
+        pairs = (ops.linear_4bit(x, gate), x64 @ g64.t()), (mlp, (F.relu(x64 @ g64.t()) * (x64 @ u64.t())) @ d64)
+        for found, ref in pairs:
+            error = (found.double() - ref).norm() / ref.norm()
+            assert error < {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+
+
+def test_auto_is_sparse_or_dense_and_right():
+    """Measured on first use; the answer is kept, inside a captured graph too."""
+    a, w = torch.relu(torch.randn(2, 512)).cuda(), torch.randn(512, 96).cuda()
+    for _ in range(2):
+        torch.testing.assert_close(ops.sparse_down(a, w), a @ w, rtol=1e-4, atol=1e-3)
+    gate, up, down = (torch.randn(512, 96).cuda() / 10 for _ in range(3))
+    x = torch.randn(1, 96).cuda()
+    expected = (F.relu(x @ gate.t()) * (x @ up.t())) @ down
+    torch.testing.assert_close(
+        ops.sparse_gated_mlp(x, gate, up, down, activation="relu"), expected, rtol=1e-4, atol=1e-4
+    )
+
+
 # ---------------------------------------------------------------------------- partial linear layers and deltas
 
 
