@@ -281,7 +281,7 @@ def main():
     output = args.output or RESULTS / f"{args.device}.json"
     results = json.loads(output.read_text()) if args.only and output.exists() else {}
     results |= {
-        "command": "python -m bench" + ("" if args.device == "cpu" else f" --device {args.device}"),
+        "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "machine": _machine(torch.empty(0, device=args.device)),
         "python": platform.python_version(),
         "info": info(),

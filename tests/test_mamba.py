@@ -22,7 +22,6 @@ from deftcore.nn import Mamba2Mixer, MambaMixer, MixerState
 from deftcore.ops.mamba import LoraPair, Projection, project
 from deftcore.ops.ssd import mamba_chunk_scan_ref
 from deftcore.ops.ssm import selective_scan_ref
-from deftcore.pipeline import add_adapter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTH, RANK, STATES, HIDDEN = 24, 3, 5, 12
@@ -511,6 +510,8 @@ def padded_batch():
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2"])
 def test_activation_checkpointing(family):
     """LoRA on patched blocks: gradients by recomputation are those from kept activations."""
+    from deftcore.pipeline import add_adapter
+
     found = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
