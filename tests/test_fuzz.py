@@ -373,7 +373,8 @@ def mamba_chunk_scan(d: Draw) -> Call:
         "return_final_states": d.chance(0.5),
     }  # fmt: skip
     return Call(
-        ops.mamba_chunk_scan, arguments, ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+        ops.mamba_chunk_scan, arguments, ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states"),
+        roundings=4,
     )  # fmt: skip
 
 
@@ -422,7 +423,7 @@ def mamba2_inner(d: Draw) -> Call:
         "conv_state": d.maybe(lambda: d.tensor(batch, channels, taps - 1)),
         "initial_state": d.maybe(lambda: d.tensor(batch, heads, dim, states, dtype=torch.float32)),
     }  # fmt: skip
-    return Call(ops.mamba2_inner, arguments, ("zxbcdt", "conv_state", "initial_state"), roundings=6)
+    return Call(ops.mamba2_inner, arguments, ("zxbcdt", "conv_state", "initial_state"), roundings=10)
 
 
 # ---------------------------------------------------------------------------- running a call
