@@ -97,6 +97,18 @@ def test_pieces_continue(lengths):
     assert torch.equal(state, end)
 
 
+def test_pieces_continue_inside_a_sequence():
+    """Steps of the sequence before are not carried on."""
+    (x, weight, bias, first), _ = inputs()
+    numbers = torch.tensor([0] * 9 + [1] * 2 + [2] * 26).expand(2, -1)
+    whole = ops.causal_conv1d(x, weight, bias, first, seq_idx=numbers)
+    for cut in (1, 2, 5, 10, 12, 13, 20):
+        head, tail = slice(cut), slice(cut, None)
+        out, state = ops.causal_conv1d(x[..., head], weight, bias, first, True, seq_idx=numbers[:, head])
+        rest = ops.causal_conv1d(x[..., tail], weight, bias, state, seq_idx=numbers[:, tail])
+        torch.testing.assert_close(torch.cat((out, rest), -1), whole, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [3, 4, 9])
 @pytest.mark.parametrize("steps", [0, 1, 2, 6])

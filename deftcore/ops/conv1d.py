@@ -42,13 +42,14 @@ def causal_conv1d(
         x: [B, C, L], any strides ([B, L, C] transposed needs no copy).
         weight: [C, W], W up to 16; bias: [C] or None. Any floating dtype.
         initial_states: [B, C, W - 1] in x's dtype, what came before x; None is 0.
-        return_final_states: also return what the next call takes as `initial_states`.
+        return_final_states: also return what the next call takes as `initial_states`, to go on with the last sequence.
         activation: None, "silu" or "swish" (the same).
         seq_idx: [B, L] integers; no tap reaches a step of another number. `initial_states` belong to the first. A
             negative number is padding: 0 comes out.
 
     Returns:
-        out [B, C, L] in x's dtype; with `return_final_states` also the last W - 1 steps, [B, C, W - 1].
+        out [B, C, L] in x's dtype; with `return_final_states` also the last W - 1 steps, [B, C, W - 1], with 0 for
+            those of sequences before the last.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -71,7 +72,12 @@ def causal_conv1d(
         out = out.masked_fill((seq_idx < 0).unsqueeze(1), 0)
     if not return_final_states:
         return out
-    return out, next_window(x, initial_states, reach)
+    window = next_window(x, initial_states, reach)
+    since = _reach(seq_idx, x.shape[2])
+    if since is not None and x.shape[2]:
+        back = torch.arange(reach - 1, -1, -1, device=x.device)
+        window = window.masked_fill(back > since[..., -1:], 0)
+    return out, window
 
 
 def next_window(x: Tensor, window: Tensor | None, reach: int) -> Tensor:
