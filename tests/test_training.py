@@ -283,6 +283,14 @@ def test_examples_are_needed(tmp_path):
         train(model, [], TrainingConfig(), tmp_path)
 
 
+def test_validation_that_measures_nothing_is_refused(tmp_path):
+    """It gave a loss of 0, which no later one is below."""
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM"))
+    example = {"input_ids": [5, 6, 7]}
+    with pytest.raises(ValueError, match="validation: none of 1 has anything to predict"):
+        train(model, [example], TrainingConfig(), tmp_path, validation=[example | {"labels": [5, -100, -100]}])
+
+
 def test_batches_share_and_return():
     rows = [{"input_ids": [i, i]} for i in range(11)]
     whole = list(Batches(rows, 4, 0, False).epoch(3))

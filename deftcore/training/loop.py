@@ -106,8 +106,8 @@ def train(
         files: texts to write into `output` once the run may begin, by name.
 
     Raises:
-        ValueError: no examples, an example without labels, no trainable parameter; `output` holds another run (naming
-            what differs, old and new).
+        ValueError: no examples, an example without labels, validation without any, fewer of either than processes, no
+            trainable parameter; `output` holds another run (naming what differs, old and new).
     """
     if not examples:
         raise ValueError("examples: must not be empty")
@@ -168,10 +168,15 @@ class _Run:
             raise ValueError(
                 f"examples: {len(silent)} of {len(examples)} have nothing to predict, first example {silent[0]}"
             )
-        if len(self.batches) == 0:
-            raise ValueError(f"examples: {len(examples)} are too few for {accelerator.num_processes} processes")
+        if validation and not any(predicts(example, self.pair) for example in validation):
+            raise ValueError(f"validation: none of {len(validation)} has anything to predict")
         for name, batches in (("examples", self.batches), ("validation", self.validation)):
-            if batches is not None and batches.left_out and accelerator.is_main_process:
+            if batches is None:
+                continue
+            if len(batches) == 0:
+                count = len(batches.examples)
+                raise ValueError(f"{name}: {count} are too few for {accelerator.num_processes} processes")
+            if batches.left_out and accelerator.is_main_process:
                 _log.warning(
                     "%s: the last %d of an epoch's %d are left out, fewer than the %d processes",
                     name, batches.left_out, len(batches.examples), accelerator.num_processes,
