@@ -138,6 +138,15 @@ def test_runs_that_say_nothing_of_themselves_and_other_versions(tmp_path, caplog
         run(tmp_path, save_every=2)
 
 
+def test_models_that_stand_in_the_folder_are_not_removed(tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "model.safetensors").write_bytes(b"somebody's")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a run without run\.json"):
+        run(tmp_path)
+    assert contents(tmp_path) == before
+
+
 def test_recipes(tmp_path):
     """The recipe of a refused run is not written beside the old run; a base model is known by its weights."""
     tokenizer = make_tokenizer()

@@ -27,6 +27,7 @@ from deftcore.adapters.bases import sharded_as
 _log = logging.getLogger(__name__)
 _KEEP_CHECKPOINTS = 2
 _RUN, _RESULT, _LOG, _CHECKPOINTS = "run.json", "result.json", "log.jsonl", "checkpoints"
+_MODELS = ("best", "final", "trained")
 _PARAMETERS = "trainable.safetensors"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
@@ -49,7 +50,9 @@ class RunFolder:
         Raises:
             ValueError: the folder holds another run, or one of which nothing is known.
         """
-        if not (self.checkpoints() or self.result()):
+        known = (self.path / _RUN).exists()
+        models = any((self.path / name).exists() for name in _MODELS)  # `begin` would remove them
+        if not (self.checkpoints() or self.result() or (models and not known)):
             return
         ways = "train anew with --restart (resume=False), or choose another output"
         try:
@@ -89,7 +92,7 @@ class RunFolder:
         """Forgets the run: its checkpoints, results and log would otherwise be taken for the next one's."""
         for name in (_RUN, _RESULT, _LOG):
             (self.path / name).unlink(missing_ok=True)
-        for name in (_CHECKPOINTS, "best", "final", "trained", "tensorboard"):
+        for name in (_CHECKPOINTS, *_MODELS, "tensorboard"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def finish(self, result: Mapping[str, Any]) -> None:
