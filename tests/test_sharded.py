@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from deftcore.adapters import BottleneckConfig, DeltaAdapter, extract_adapter
 from deftcore.adapters.bases import whole
 from deftcore.pipeline import save_adapter
+from deftcore.training.identity import digest_tensors
 from deftcore.training.run_folder import load_parameters, save_parameters
 
 S2FT = {"targets": ["o", "down", "up"], "storage": "split", "modules_to_save": ["lm_head"]}
@@ -81,7 +82,10 @@ def work(rank, port, folder):
         if rank == 0:
             save_parameters(state, folder / name)
         dist.barrier()
-        again = shard(make())
+        made = make()
+        digest = digest_tensors(list(made.named_parameters()))
+        again = shard(made)
+        assert digest_tensors(list(again.named_parameters())) == digest
         load_parameters({n: p for n, p in again.named_parameters() if p.requires_grad}, folder / name)
         for ours, theirs in zip(trainable(again), trainable(model), strict=True):
             assert torch.equal(ours.full_tensor(), theirs.full_tensor())

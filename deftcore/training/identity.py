@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deftcore.adapters.bases import is_sharded, whole
 from deftcore.objectives import DensityLoss
 from deftcore.training.data import Example
 from deftcore.training.recipe import TrainingConfig
@@ -46,14 +47,17 @@ def dependences(
 
 
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A short hash of names, shapes, dtypes and every bit."""
+    """A short hash of names, shapes, dtypes and every bit; of sharded tensors, every process must ask."""
+    tensors = list(tensors)
 
     def digest(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item
         found = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        found.update(whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return found.digest()
 
+    if any(is_sharded(tensor) for _, tensor in tensors):  # gathered one by one, in one order on all processes
+        return hashlib.sha256(b"".join(map(digest, tensors))).hexdigest()[:16]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets go of the interpreter
         return hashlib.sha256(b"".join(pool.map(digest, tensors))).hexdigest()[:16]
 
