@@ -22,7 +22,7 @@ from bench import quant4, s2ft, ssm
 from bench.harness import Rotating, alternate, console, keep_freed_memory, streaming_bandwidth
 from deftcore import ops
 from deftcore.cli import info
-from deftcore.ops._dispatch import _machine
+from deftcore.ops._dispatch import machine_name
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -282,7 +282,7 @@ def main():
     results = json.loads(output.read_text()) if args.only and output.exists() else {}
     results |= {
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
-        "machine": _machine(torch.empty(0, device=args.device)),
+        "machine": machine_name(torch.empty(0, device=args.device)),
         "python": platform.python_version(),
         "info": info(),
         "streaming_gb_per_s": bandwidth / 1e9,

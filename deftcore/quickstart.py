@@ -376,9 +376,9 @@ def _compare_4bit(model: Any, prompts: list[torch.Tensor], settings: Settings, f
 
 
 def _machine() -> dict[str, Any]:
-    from deftcore.ops._dispatch import _machine as name
+    from deftcore.ops._dispatch import machine_name
 
-    return {"name": name(torch.empty(0)), "threads": torch.get_num_threads()}
+    return {"name": machine_name(torch.empty(0)), "threads": torch.get_num_threads()}
 
 
 def _picture(report: dict[str, Any], path: Path) -> None:

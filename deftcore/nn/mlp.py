@@ -14,7 +14,7 @@ from deftcore.nn.linear import PackedModule
 from deftcore.nn.tied import merge_and_unload, tuned_ties
 from deftcore.ops.density import ACTIVATIONS, default_tau
 from deftcore.ops.quantized import QuantizedTensor
-from deftcore.ops.sparse_mlp import PATHS, _sparse_mlp
+from deftcore.ops.sparse_mlp import PATHS, sparse_mlp_op
 from deftcore.ops.sparse_mlp4 import NO_LOW_RANK, LowRank4, mlp_4bit
 
 logger = logging.getLogger("deftcore")
@@ -92,7 +92,7 @@ class SparseMLP(nn.Module):
             if self.lora_a is not None:
                 low[:, : self.lora_a.shape[0]] = flat @ self.lora_a.t()
             flat = torch.cat((flat, low), dim=1)
-        y = _sparse_mlp(
+        y = sparse_mlp_op(
             flat, self.w_gate, self.rows[:, 0], self.rows[:, 1], self.b_up, self.b_down,
             ACTIVATIONS[self.activation], self.tau, PATHS[self.path],
         )  # fmt: skip

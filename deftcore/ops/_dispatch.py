@@ -62,7 +62,7 @@ def break_even_density(
     quick = (like.device.type, where, like.dtype, bucket, neurons, width, kind)
     if quick not in _known:
         table = _load()
-        key = f"{_machine(like)} {neurons}x{width} {str(like.dtype)[6:]}{kind and ' ' + kind} tokens={bucket}"
+        key = f"{machine_name(like)} {neurons}x{width} {str(like.dtype)[6:]}{kind and ' ' + kind} tokens={bucket}"
         if key not in table:
             if like.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return 0.0
@@ -77,7 +77,8 @@ def break_even_density(
     return _known[quick]
 
 
-def _machine(like: Tensor) -> str:
+def machine_name(like: Tensor) -> str:
+    """What a measurement on like's device depends on: the processor and how it is used, and versions."""
     if like.device.type == "cuda":
         return f"{torch.cuda.get_device_name(like.device)} torch-{torch.__version__} deftcore-{native.version}"
     cpu = platform.processor() or platform.machine()

@@ -209,7 +209,7 @@ def act_density_ref(
     z: Tensor, activation: str, mask: Tensor | None, surrogate: str, param: float, tau: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, in plain PyTorch; any floating dtype."""
-    wide = _activate(z if z.dtype == torch.float64 else z.float(), activation)
+    wide = activate(z if z.dtype == torch.float64 else z.float(), activation)
     s, active = _surrogate(wide, surrogate, param), ~(wide.abs() <= tau)
     if mask is not None:  # select, so that NaN and infinity at masked tokens change nothing
         keep = (mask != 0).unsqueeze(-1)
@@ -217,7 +217,8 @@ def act_density_ref(
     return wide.to(z.dtype), s.sum(), active.sum()
 
 
-def _activate(z: Tensor, activation: str) -> Tensor:
+def activate(z: Tensor, activation: str) -> Tensor:
+    """f(z) by PyTorch, in z's dtype."""
     if activation == "relu":
         return F.relu(z)
     if activation == "relu2":
@@ -278,11 +279,11 @@ def act_density_backward_ref(
     wide = z if z.dtype == torch.float64 else z.float()
     total = torch.zeros_like(wide) if grad_a is None else grad_a.to(wide.dtype)
     if grad_sum is not None:
-        slope = grad_sum.to(wide.dtype) * _surrogate_grad(_activate(wide, activation), surrogate, param)
+        slope = grad_sum.to(wide.dtype) * _surrogate_grad(activate(wide, activation), surrogate, param)
         if mask is not None:
             slope = torch.where((mask != 0).unsqueeze(-1), slope, torch.zeros_like(slope))
         total = total + slope
-    return (_activation_grad(wide, activation) * total).to(z.dtype)
+    return (activation_grad(wide, activation) * total).to(z.dtype)
 
 
 def _surrogate_grad(a: Tensor, surrogate: str, param: float) -> Tensor:
@@ -294,7 +295,8 @@ def _surrogate_grad(a: Tensor, surrogate: str, param: float) -> Tensor:
     return a.sign()
 
 
-def _activation_grad(z: Tensor, activation: str) -> Tensor:
+def activation_grad(z: Tensor, activation: str) -> Tensor:
+    """f'(z) by PyTorch, in z's dtype."""
     if activation == "relu":
         return torch.where(z <= 0, 0.0, 1.0).to(z.dtype)
     if activation == "relu2":

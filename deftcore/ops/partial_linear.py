@@ -18,7 +18,7 @@ from deftcore.ops._library import (
     flatten_tokens,
     stream,
 )
-from deftcore.ops.density import ACTIVATIONS, _activate, _activation_grad, activation_name
+from deftcore.ops.density import ACTIVATIONS, activate, activation_grad, activation_name
 
 _NAMES = {code: name for name, code in ACTIVATIONS.items()}
 
@@ -323,15 +323,15 @@ def _gated_act_fake(gate: Tensor, up: Tensor, activation: int) -> Tensor:
 def gated_act_ref(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """f(gate) * up, rounded once."""
     wide = gate if gate.dtype == torch.float64 else gate.float()
-    return (_activate(wide, activation) * up.to(wide.dtype)).to(gate.dtype)
+    return (activate(wide, activation) * up.to(wide.dtype)).to(gate.dtype)
 
 
 def gated_act_backward_ref(gate: Tensor, up: Tensor, grad: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Slopes of `gated_act_ref`."""
     wide = gate if gate.dtype == torch.float64 else gate.float()
     grad = grad.to(wide.dtype)
-    grad_gate = grad * up.to(wide.dtype) * _activation_grad(wide, activation)
-    return grad_gate.to(gate.dtype), (grad * _activate(wide, activation)).to(gate.dtype)
+    grad_gate = grad * up.to(wide.dtype) * activation_grad(wide, activation)
+    return grad_gate.to(gate.dtype), (grad * activate(wide, activation)).to(gate.dtype)
 
 
 def _slopes(gate: Tensor, up: Tensor, grad: Tensor, activation: int) -> tuple[Tensor, Tensor]:
@@ -427,7 +427,7 @@ def gated_linear_ref(
     bias: Tensor | None,
 ) -> Tensor:
     """The definition, in plain PyTorch; any floating dtype."""
-    return partial_linear_ref(_activate(gate, activation) * up, weight, trained, starts, 1, bias)
+    return partial_linear_ref(activate(gate, activation) * up, weight, trained, starts, 1, bias)
 
 
 _SLICES = "Tensor weight, Tensor[] trained, int[] starts"

@@ -22,7 +22,7 @@ from deftcore.ops._library import (
     scratch,
     stream,
 )
-from deftcore.ops.density import ACTIVATIONS, _activate, activation_name, default_tau
+from deftcore.ops.density import ACTIVATIONS, activate, activation_name, default_tau
 from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.sparse_mlp4 import IDENTITY, check_weights, mlp_4bit
 
@@ -195,7 +195,7 @@ def _mlp(
     if packed:
         y = mlp_4bit(flat, list(weights.values()), b_up, b_down, ACTIVATIONS[f], tau, code)
     else:
-        y = _sparse_mlp(flat, w_gate, w_up, w_down_t, b_up, b_down, ACTIVATIONS[f], tau, code)
+        y = sparse_mlp_op(flat, w_gate, w_up, w_down_t, b_up, b_down, ACTIVATIONS[f], tau, code)
     return y if x.dim() == 2 else y.reshape(x.shape)
 
 
@@ -382,7 +382,7 @@ def _sparse_mlp_impl(
     )  # fmt: skip
     if capacity < neurons and workspace[-1].item() > capacity:
         assert z is not None
-        a = _activate(z, list(ACTIVATIONS)[activation])
+        a = activate(z, list(ACTIVATIONS)[activation])
         return _mlp_rest(x, a, w_gate, w_up, w_down_t, b_down, tau)
     return y
 
@@ -422,7 +422,7 @@ def sparse_mlp_ref(
 ) -> Tensor:
     """The definition, in plain PyTorch; any floating dtype."""
     z = F.linear(x, w_up if w_gate is None else w_gate, b_up)
-    return _mlp_rest(x, _activate(z, activation), w_gate, w_up, w_down_t, b_down, tau)
+    return _mlp_rest(x, activate(z, activation), w_gate, w_up, w_down_t, b_down, tau)
 
 
 def _mlp_rest(
@@ -442,7 +442,7 @@ _sparse_down = define(
     setup_context=_sparse_down_setup,
     backward=_sparse_down_backward,
 )
-_sparse_mlp = define(
+sparse_mlp_op = define(
     "sparse_mlp(Tensor x, Tensor? w_gate, Tensor w_up, Tensor w_down_t, Tensor? b_up, Tensor? b_down, int activation, "
     "float tau, int path) -> Tensor",
     _sparse_mlp_impl,

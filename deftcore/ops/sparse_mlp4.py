@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deftcore.ops import _dispatch
 from deftcore.ops._library import DTYPE_CODES, address, aligned, backend, define, native, scratch, stream
-from deftcore.ops.density import ACTIVATIONS, _activate
+from deftcore.ops.density import ACTIVATIONS, activate
 from deftcore.ops.quant4 import (
     Parts,
     check_weight,
@@ -181,7 +181,7 @@ def _pre_activation(x: Tensor, matrices: list[Parts], low: LowRank4, b_up: Tenso
 
 
 def _keep_active(z: Tensor, activation: int, tau: float) -> Tensor:
-    a = z if activation == IDENTITY else _activate(z, list(ACTIVATIONS)[activation])
+    a = z if activation == IDENTITY else activate(z, list(ACTIVATIONS)[activation])
     return a if tau == 0 else torch.where(a.abs() <= tau, torch.zeros_like(a), a)
 
 
