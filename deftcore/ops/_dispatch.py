@@ -57,7 +57,7 @@ def break_even_density(
         kind, make_weight: a name for weights other than [neurons, width] of like's dtype, and how to make one.
         inputs: what to pass for `a` at density 1 and 1/4, where that is not an activation [tokens, neurons].
     """
-    bucket = 1 << max(tokens - 1, 0).bit_length()
+    bucket = bucket_of(tokens)
     where = like.device.index if like.device.type == "cuda" else torch.get_num_threads()
     quick = (like.device.type, where, like.dtype, bucket, neurons, width, kind)
     if quick not in _known:
@@ -75,6 +75,11 @@ def break_even_density(
             write_table(_FILE, table)
         _known[quick] = table[key]
     return _known[quick]
+
+
+def bucket_of(tokens: int) -> int:
+    """The number of tokens, a power of two, that stands for this one in the measurements."""
+    return 1 << max(tokens - 1, 0).bit_length()
 
 
 def machine_name(like: Tensor) -> str:

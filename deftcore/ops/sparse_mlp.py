@@ -235,7 +235,7 @@ def _mlp_capacity(x: Tensor, tokens: int, neurons: int, width: int, gated: bool,
     """`_capacity` of a whole MLP, which on a GPU is measured itself: its few launches count as much as its bytes."""
     if path != PATHS["auto"] or x.device.type != "cuda":
         return _capacity(x, tokens, neurons, width, path)
-    tokens = min(tokens, MAX_TOKENS)
+    tokens = _dispatch.bucket_of(min(tokens, MAX_TOKENS))
     ones = x.new_ones(tokens, width)
 
     def run(case: str, weights: Tensor, path: str) -> Tensor:
