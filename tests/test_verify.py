@@ -1,6 +1,7 @@
 """Proof before use: `patch` refuses what differs from the original, by name, and changes nothing while it looks."""
 
 import copy
+import functools
 import logging
 import warnings
 
@@ -297,6 +298,31 @@ def test_verdicts_are_kept(monkeypatch):
     deftcore.patch(lora(tiny_model("llama")))
     assert len(made) == 6
     assert [p.name for p in cache_folder().iterdir()] == ["verified.json"]
+
+
+def halved(forward):
+    @functools.wraps(forward)
+    def inner(self, *args, **kwargs):
+        return 0.5 * forward(self, *args, **kwargs)
+
+    return inner
+
+
+def test_a_verdict_is_of_the_code_that_was_there(monkeypatch):
+    """A wrapper around the original's forward asks for a proof of its own."""
+    kind = modeling_mamba.MambaMixer
+    deftcore.patch(mamba_model("mamba"))
+    monkeypatch.setattr(kind, "forward", halved(kind.forward))
+    refused(mamba_model("mamba"), "layers.0.mixer")
+
+
+def test_a_verdict_is_of_the_constants_too():
+    made = []
+    for number in (1.0, 2.0):
+        space = {}
+        exec(f"def forward(self, x):\n    return {number} * x", space)
+        made.append(verify._code(type("Same", (nn.Module,), space)))
+    assert made[0] != made[1]
 
 
 def test_a_refusal_is_kept_and_listed(monkeypatch, capsys):

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class Proofs:
     def __init__(self) -> None:
         self._known = read_table(_FILE)
         self._new: dict[str, Any] = {}
+        self._code = cache(_code)  # for one call: methods may be replaced before the next
 
     def refusal(self, original: type, fused: type, cases: Callable[[], list[Case]]) -> str:
         """Why `fused` must not take `original`'s place; empty where every case passes."""
@@ -83,9 +85,8 @@ class Proofs:
 
     def _verdict(self, case: Case, original: type, fused: type) -> Verdict:
         versions, build = _versions(), _build()
-        codes = [f"{kind.__qualname__} {_code(getattr(kind, 'forward'))}" for kind in (original, fused)]  # noqa: B009
-        parts = (case.label, case.dtype, codes, _structure(case.module), versions, build, native.isa_name(),
-                 _device(case.module))  # fmt: skip
+        parts = (case.label, case.dtype, self._code(original), self._code(fused), _structure(case.module), versions,
+                 build, native.isa_name(), _device(case.module))  # fmt: skip
         key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:24]
         try:
             return Verdict(**self._known[key])
@@ -245,11 +246,33 @@ def _unknown_arguments(original: Any, fused: Any) -> list[str]:
     return [name for name, p in theirs.items() if name not in ours and p.kind not in several]
 
 
+def _code(kind: type) -> str:
+    """Changes with any method of a class, wrappers around it and constants in it included; nn.Module's are left out."""
+    lines = [f"{kind.__module__}.{kind.__qualname__}"]
+    for base in kind.__mro__:
+        if not issubclass(nn.Module, base):
+            for name, method in sorted(vars(base).items()):
+                lines += [f"{base.__qualname__}.{name} {layer}" for layer in _layers(method)]
+    return "\n".join(lines)
+
+
+def _layers(method: Any) -> Iterator[str]:
+    """The code and the defaults of a function and of those that it wraps."""
+    method = getattr(method, "__func__", getattr(method, "fget", method))  # beneath a class method, a property
+    while method is not None:
+        if isinstance(code := getattr(method, "__code__", None), CodeType):
+            yield f"{_bytecode(code)} {method.__defaults__} {method.__kwdefaults__}"
+        method = getattr(method, "__wrapped__", None)
+
+
 @cache
-def _code(forward: Any) -> str:
-    inner = inspect.unwrap(forward)
-    code = getattr(inner, "__code__", None)
-    return f"{inner.__module__}.{inner.__qualname__}{inspect.signature(inner)}{code.co_code.hex() if code else ''}"
+def _bytecode(code: CodeType) -> str:
+    constants = [_bytecode(c) if isinstance(c, CodeType) else _constant(c) for c in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {code.co_varnames} {constants}"
+
+
+def _constant(value: Any) -> str:
+    return str(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
 
 
 def _structure(unit: nn.Module) -> str:
