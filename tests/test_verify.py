@@ -551,6 +551,15 @@ def wrong_order(self, x):
     return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
 
 
+def slightly(self, x):
+    return 0.88 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_sparsify_refuses_a_small_multiplier_in_bfloat16():
+    with pytest.raises(ValueError, match="OwnMLP has the parts of an MLP but computes something else"):
+        deftcore.sparsify(llama_with(slightly).bfloat16())
+
+
 @pytest.mark.parametrize("forward", [limited, scaled, normed, wrong_order])
 @pytest.mark.parametrize("adapter", [False, True])
 def test_sparsify_refuses_a_block_that_computes_something_else(forward, adapter):

@@ -103,7 +103,7 @@ def check_function(block: MlpBlock) -> None:
             else:
                 inner = activation(inner)
             expected, found = (y.nan_to_num() for y in (down(inner.to(_input_dtype(last, inner.dtype))), unit(x)))
-            if (found - expected).abs().max() > 32 * torch.finfo(found.dtype).eps * expected.abs().max():
+            if (found - expected).abs().max() > 8 * torch.finfo(found.dtype).eps * expected.abs().max():
                 raise ValueError(
                     f"{block.name}: {type(holder).__name__} has the parts of an MLP but computes something else of them"
                 )
