@@ -53,6 +53,7 @@ MISTAKES = [
     ([*TRAIN, "adapter.target_modules=[q_proj, nope]"], "adapter.target_modules: no module named 'nope'; known: "),
     ([*TRAIN, "adapter.target_modules=[q_prj]"], "no module named 'q_prj'; did you mean q_proj"),
     ([*TRAIN, "adapter.target_modules=.*q_prj"], "adapter.target_modules: no module fits '.*q_prj'; did you mean q_pr"),
+    ([*TRAIN, "adapter.target_modules=(q_proj"], "adapter.target_modules: '(q_proj' is no regular expression: missing"),
     (
         [*TRAIN, "adapter.modules_to_save=[lm_hed]"],
         "adapter.modules_to_save: no module named 'lm_hed'; did you mean lm",

@@ -5,11 +5,13 @@ import json
 import peft
 import pytest
 import torch
+import transformers
 from conftest import tiny_batch, tiny_model
 from safetensors.torch import load_file, save_file
 
 import deftcore
 from deftcore.integrations.checkpoints import load_adapter
+from deftcore.integrations.preflight import check_lengths
 from deftcore.nn import Linear4bit
 
 LORA = {"r": 2, "task_type": "CAUSAL_LM", "init_lora_weights": False}
@@ -210,3 +212,15 @@ def test_checkpoints_that_are_refused(tmp_path, change, message):
     rewrite(tmp_path, change)
     with pytest.raises(ValueError, match=message):
         deftcore.load_quantized(tmp_path)
+
+
+def test_roberta_counts_its_positions_from_behind_the_padding():
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = transformers.RobertaConfig(**sizes, num_attention_heads=2, max_position_embeddings=20, is_decoder=True)
+    model = transformers.RobertaForCausalLM(config).eval()
+    check_lengths(model, [{"input_ids": [5] * 18}])
+    model(input_ids=torch.full((1, 18), 5))
+    with pytest.raises(
+        ValueError, match=r"at most 18, the positions of roberta\.embeddings\.position_embeddings; an ex"
+    ):
+        check_lengths(model, [{"input_ids": [5] * 19}])

@@ -76,20 +76,33 @@ def check_quantize(model: nn.Module, skip: Iterable[str]) -> None:
 def check_lengths(model: Any, examples: Iterable[Mapping[str, Any]]) -> None:
     """Raises for examples that are longer than a model's table of positions, where it has one."""
     limit = getattr(model.config, "max_position_embeddings", None)
-    tables = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.endswith(_POSITIONS)]
+    tables = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.endswith(_POSITIONS)}
+    if limit is None or not tables:
+        return
+    name, table = next(iter(tables.items()))
+    if table.padding_idx is not None:  # RoBERTa counts from behind it
+        limit -= table.padding_idx + 1
     longest = max((len(example["input_ids"]) for example in examples), default=0)
-    if limit is not None and tables and longest > limit:
+    if longest > limit:
         raise ValueError(
-            f"max_length: must be at most {limit}, the positions of {tables[0]}; an example has {longest} tokens"
+            f"max_length: must be at most {limit}, the positions of {name}; an example has {longest} tokens"
         )
 
 
 def check_names(field: str, wanted: Any, modules: list[str]) -> None:
-    """Raises for a name, or a pattern, that fits none of the modules. Names fit by their last parts."""
+    """Raises for a name, or a pattern, that fits none of the modules. Names fit by their last parts.
+
+    Raises:
+        ValueError: naming the field, and names that are near.
+    """
     if wanted is None or wanted == "all-linear":
         return
     if isinstance(wanted, str):
-        if not any(re.fullmatch(wanted, name) for name in modules):
+        try:
+            pattern = re.compile(wanted)
+        except re.error as error:
+            raise ValueError(f"{field}: {wanted!r} is no regular expression: {error}") from error
+        if not any(map(pattern.fullmatch, modules)):
             raise ValueError(f"{field}: no module fits {wanted!r}{_near(wanted, modules)}")
         return
     for name in wanted:
