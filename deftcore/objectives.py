@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deftcore.nn.blocks import MlpBlock, Slot, base_of, find_mlp_blocks
+from deftcore.nn.blocks import MlpBlock, Slot, base_of, find_mlp_blocks, side_of
 from deftcore.nn.gates import Gates, gates_of
 from deftcore.nn.observed import ObservedActivation, Options, Recorder, Tally
 from deftcore.nn.tokens import positions, token_masks, virtual_tokens
@@ -217,10 +217,10 @@ class DensityLoss(nn.Module):
 
     # ------------------------------------------------------------------ report
 
-    def count_tokens(self, batch: Mapping[str, Any], is_encoder_decoder: bool) -> dict[str, float]:
+    def count_tokens(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """Tokens per side of a batch that the loss will count, for `loss(tokens=...)`."""
         counts = {}
-        for side, mask in token_masks(batch, is_encoder_decoder).items():
+        for side, mask in token_masks(batch, self._pair).items():
             if mask is None or self._recorder.options.mask_policy == "count_padding":
                 count = positions(batch, side)
             else:
@@ -241,7 +241,7 @@ class DensityLoss(nn.Module):
         sides = ("encoder", "decoder") if self._pair else ("model",)
         totals = torch.zeros(len(sides), dtype=torch.float64, device=device)
         for batch in batches:
-            counts = self.count_tokens(batch, self._pair)
+            counts = self.count_tokens(batch)
             totals += torch.tensor([counts[side] for side in sides], dtype=torch.float64, device=device)
         if _world() > 1:
             dist.all_reduce(totals)
@@ -348,7 +348,7 @@ def _named_blocks(model: nn.Module, names: Iterable[str]) -> list[MlpBlock]:
         if any("Experts" in type(modules[path]).__name__ for path in _paths(parent)):
             raise ValueError(f"modules: {name} is inside experts, which regroup the tokens: no mask applies there")
         slot = Slot(modules[parent], attribute)
-        blocks.append(MlpBlock(name, "model", slot, None, slot, slot, None))
+        blocks.append(MlpBlock(name, side_of(base_of(model), name), slot, None, slot, slot, None))
     if not blocks:
         raise ValueError("modules: must name at least one activation module, got none")
     return blocks

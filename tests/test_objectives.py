@@ -175,7 +175,7 @@ def test_accumulation_equals_one_batch():
     batch = tiny_batch("llama")
     model(**batch)
     whole = objective.loss().item()
-    counts = [objective.count_tokens({k: v[i : i + 1] for k, v in batch.items()}, False) for i in range(2)]
+    counts = [objective.count_tokens({k: v[i : i + 1] for k, v in batch.items()}) for i in range(2)]
     total = {"model": counts[0]["model"] + counts[1]["model"]}
     assert total == {"model": 12.0}
     parts = 0.0
@@ -270,7 +270,7 @@ def test_tokens_of_a_batch_are_those_that_the_loss_counts(kind, family):
     objective = DensityLoss(model, surrogate="tanh")
     batch = tiny_batch(family)
     virtual = 0 if kind == "PrefixTuningConfig" else 2 * 3
-    counts = objective.count_tokens(batch, family == "t5")
+    counts = objective.count_tokens(batch)
     assert counts == ({"encoder": 12 + virtual, "decoder": 12} if family == "t5" else {"model": 12 + virtual})
     assert objective.window_tokens([batch, batch]) == {side: 2 * count for side, count in counts.items()}
     model(**batch)
@@ -278,10 +278,10 @@ def test_tokens_of_a_batch_are_those_that_the_loss_counts(kind, family):
     model(**batch)
     assert share == pytest.approx(objective.loss().item(), rel=1e-6)
     bare = {"input_ids": batch["input_ids"], "decoder_input_ids": batch["input_ids"][:, :4]}
-    counts = objective.count_tokens(bare, family == "t5")
+    counts = objective.count_tokens(bare)
     assert counts == ({"encoder": 14 + virtual, "decoder": 8} if family == "t5" else {"model": 14 + virtual})
     with pytest.raises(ValueError, match="batch: must have one of input_ids, inputs_embeds, got labels"):
-        objective.count_tokens({"labels": batch["labels"]}, False)
+        objective.count_tokens({"labels": batch["labels"]})
 
 
 def test_experts_are_refused_by_name():
@@ -324,6 +324,21 @@ def test_named_modules():
     assert list(objective.report()["blocks"]) == ["model.layers.1.mlp.act_fn"]
     with pytest.raises(ValueError, match=r"no module 'model\.layers\.7\.mlp\.act_fn'"):
         DensityLoss(tiny_model("llama"), modules=["model.layers.7.mlp.act_fn"])
+
+
+def test_named_modules_of_an_encoder_decoder_count_their_own_side():
+    model, batch = tiny_model("t5").train(), tiny_batch("t5")
+    every = DensityLoss(model)
+    model(**batch)
+    expected, whole = every.report(), every.loss()
+    names = [f"{block}.act" for block in expected["blocks"]]
+    every.detach()
+    objective = DensityLoss(model, modules=names)
+    model(**batch)
+    found = objective.report()
+    assert [found[side] for side in ("encoder", "decoder")] == [expected[side] for side in ("encoder", "decoder")]
+    assert found["tokens"] == expected["tokens"]
+    torch.testing.assert_close(objective.loss(tokens=objective.window_tokens([batch])), whole)
 
 
 @pytest.mark.parametrize(

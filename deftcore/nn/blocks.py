@@ -146,7 +146,7 @@ def _blocks(model: nn.Module) -> Iterator[MlpBlock]:
             parent, attribute = path.rsplit(".", 1)
             container = Slot(modules[parent], attribute)
         name = path.replace(".base_layer", "")
-        side = next((s for s in ("encoder", "decoder") if f".{s}." in f".{name}." and _is_pair(model)), "model")
+        side = side_of(model, name)
         if _has(module, "gate_proj", "up_proj", "down_proj", "act_fn"):
             yield MlpBlock(name, side, *_slots(module, "act_fn", "gate_proj", "up_proj", "down_proj"), container)
         elif _has(module, "wi_0", "wi_1", "wo", "act"):
@@ -169,5 +169,8 @@ def _has(module: nn.Module, *names: str) -> bool:
     return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
 
 
-def _is_pair(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+def side_of(model: nn.Module, name: str) -> str:
+    """ "encoder" or "decoder" for a module of an encoder-decoder model, "model" for any other."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "model"
+    return next((side for side in ("encoder", "decoder") if f".{side}." in f".{name}."), "model")
