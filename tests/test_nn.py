@@ -94,6 +94,9 @@ def test_refusals_name_the_layer_and_change_nothing():
         deftcore.sparsify(tiny_model("llama"), skip=["nope"])
     with pytest.raises(ValueError, match="path:"):
         deftcore.sparsify(tiny_model("llama"), path="fast")
+    for tau in (-1.0, float("nan"), {"model.layers.0.mlp": float("inf")}):
+        with pytest.raises(ValueError, match="tau: must be finite and at least 0"):
+            deftcore.sparsify(tiny_model("llama"), tau=tau)
     with pytest.raises(ValueError, match="Conv1d has no MLP block"):
         deftcore.sparsify(nn.Conv1d(1, 1, 1))
 

@@ -12,6 +12,7 @@ from deftcore.nn.blocks import MlpBlock, activation_of, base_of, check_function,
 from deftcore.nn.gates import gates_of
 from deftcore.nn.linear import PackedModule
 from deftcore.nn.tied import merge_and_unload, tuned_ties
+from deftcore.ops._library import check_number
 from deftcore.ops.density import ACTIVATIONS, default_tau
 from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.sparse_mlp import PATHS, sparse_mlp_op
@@ -210,7 +211,8 @@ def sparsify(
         Its files would not load again: write the dense model with `deftcore.save_sparse` instead.
 
     Raises:
-        ValueError: naming the model, block or layer that is not understood. The model is as it was then.
+        ValueError, TypeError: naming the argument, or the model, block or layer that is not understood. The model is as
+            it was then.
     """
     merge = check_sparsify(model, tau=tau, path=path, skip=skip, merge=merge)
     gates = gates_of(model)
@@ -257,12 +259,14 @@ def check_sparsify(
     """Whether `sparsify` would merge an adapter; raises what it would raise, and changes nothing.
 
     Raises:
-        ValueError: as `sparsify`.
+        ValueError, TypeError: as `sparsify`.
     """
     if path not in PATHS:
         raise ValueError(f"path: must be one of {', '.join(PATHS)}, got {path!r}")
     if hasattr(base_of(model), "deftcore_blocks"):
         raise ValueError("model: is in its sparse form already")
+    for value in tau.values() if isinstance(tau, dict) else [] if tau is None else [tau]:
+        check_number("tau", value, minimum=0.0)
     blocks = find_mlp_blocks(model)
     names = [block.name for block in blocks]
     for argument, given in (("skip", skip), ("tau", tau if isinstance(tau, dict) else ())):
