@@ -640,6 +640,9 @@ def test_merge_to_16bit(tmp_path, kind, request, caplog):
 
 def test_merge_to_4bit_and_errors():
     model = deftcore.patch(lora(deftcore.quantize(tiny_model("llama"), block_size=32), "llama"))
+    for options in ({"dtype": torch.int8}, {"to": "4bit", "dtype": torch.float32}):
+        with pytest.raises(ValueError, match="dtype: must be a floating type, and is for to='16bit' alone"):
+            deftcore.merge(model, **options)
     with pytest.raises(ValueError, match="to: must be '16bit' or '4bit', got '8bit'"):
         deftcore.merge(model, to="8bit")
     with pytest.raises(ValueError, match="model: must be a PEFT model"):

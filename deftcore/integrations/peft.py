@@ -19,6 +19,7 @@ from deftcore.integrations.verify import Case, Proofs, describe, run_linear, tes
 from deftcore.nn.gates import gates_of
 from deftcore.nn.linear import Linear4bit, MergeReport, called_plainly, dense_layer, merged_4bit, merged_16bit
 from deftcore.nn.tied import merge_and_unload, tuned_ties
+from deftcore.ops._library import FLOAT_DTYPES
 from deftcore.ops.lora import lora_linear
 from deftcore.ops.quantized import QuantizedTensor
 
@@ -298,6 +299,8 @@ def merge(model: Any, *, to: str = "16bit", dtype: torch.dtype | None = None) ->
     """
     if to not in ("16bit", "4bit"):
         raise ValueError(f"to: must be '16bit' or '4bit', got {to!r}")
+    if dtype is not None and (to == "4bit" or dtype not in FLOAT_DTYPES):
+        raise ValueError(f"dtype: must be a floating type, and is for to='16bit' alone, got {dtype} with to={to!r}")
     if not hasattr(model, "merge_and_unload"):
         raise ValueError(f"model: must be a PEFT model, got {type(model).__name__}")
     for name, module in model.named_modules():
