@@ -130,6 +130,10 @@ def save_sparse(
         skip: names of blocks to leave out.
         adapter: folder of an adapter to keep beside the model, unmerged: LoRA over 4 bits, bottlenecks, prompts.
         extra_files: files to copy beside the model, such as the tokenizer's.
+
+    Raises:
+        FileExistsError: the folder is not empty.
+        ValueError: naming the blocks that the model lacks, or why it cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -143,7 +147,7 @@ def save_sparse(
     if unknown:
         raise ValueError(f"skip, tau: no MLP block named {', '.join(unknown)}; the model has {', '.join(names)}")
     dropped = tuple(f"{name}.{part}" for name in skip for part in _projections(model, name))
-    state = {key: value for key, value in model.state_dict().items() if not key.startswith(dropped or ("\0",))}
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith(dropped)}
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -191,7 +195,7 @@ def load_sparse(folder: str | os.PathLike, *, path: str = "auto", **kwargs: Any)
             setattr(model.get_submodule(holder), attribute, nn.Parameter(zeros, requires_grad=False))
     else:
         model, info = model_kind(config).from_pretrained(folder, output_loading_info=True, **kwargs)
-        missing = [key for key in info["missing_keys"] if not key.startswith(dropped or ("\0",))]
+        missing = [key for key in info["missing_keys"] if not key.startswith(dropped)]
         if missing or info["unexpected_keys"]:
             raise ValueError(f"folder: missing weights {missing}, unexpected {sorted(info['unexpected_keys'])}")
     if not (Path(folder) / ADAPTER_FOLDER).is_dir():

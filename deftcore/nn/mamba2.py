@@ -103,14 +103,14 @@ class Mamba2Block(MixerBlock):
             [width, states, states], dim=-1
         )
         shape = (self.num_heads, self.head_dim)
-        step = F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.limit()).to(dt.dtype)
+        dt_bias = None
         if self.limit() == (0.0, float("inf")):
-            step, dt_bias = dt, self.dt_bias.float()[:, None].expand(shape)
-        else:
-            dt_bias = None
+            dt_bias = self.dt_bias.float()[:, None].expand(shape)
+        else:  # which the op does not know
+            dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.limit()).to(dt.dtype)
         b, c = (t.unflatten(-1, (self.n_groups, -1)) for t in (b, c))
         y = selective_state_update(
-            state.ssm, x.unflatten(-1, shape), step.unsqueeze(-1).expand(-1, *shape),
+            state.ssm, x.unflatten(-1, shape), dt.unsqueeze(-1).expand(-1, *shape),
             self.decay()[:, None, None].expand(*shape, self.ssm_state_size), b, c,
             self.D.float()[:, None].expand(shape), None, dt_bias, dt_bias is not None,
         )  # fmt: skip
