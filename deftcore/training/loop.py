@@ -316,6 +316,9 @@ class _Run:
                     extra_loss += float(extra.detach()) / accelerator.num_processes
                 accelerator.backward(loss)
             task_loss += float(task.detach()) / accelerator.num_processes
+        sums = accelerator.reduce(torch.tensor([task_loss, extra_loss], device=accelerator.device), "sum").tolist()
+        if not math.isfinite(sum(sums)):
+            raise RuntimeError(f"{self.label}: the loss is {sum(sums)} at step {self.state.step + 1}")
         if objective is not None and objective.gates is not None:
             objective.gates.reduce_gradient()
         if self.config.max_grad_norm:
@@ -324,12 +327,9 @@ class _Run:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        sums = accelerator.reduce(torch.tensor([task_loss, extra_loss], device=accelerator.device), "sum").tolist()
         result = {"loss": sums[0], "learning_rate": rate}
         if objective is not None:
             result |= {"density_loss": sums[1], "density": self._gather_density()["density"]}
-        if not math.isfinite(sums[0]):
-            raise RuntimeError(f"{self.label}: the loss is {sums[0]} at step {self.state.step + 1}")
         return result
 
     def _parameters(self) -> list[nn.Parameter]:
