@@ -291,6 +291,16 @@ def test_validation_that_measures_nothing_is_refused(tmp_path):
         train(model, [example], TrainingConfig(), tmp_path, validation=[example | {"labels": [5, -100, -100]}])
 
 
+def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[9] = torch.nan
+    before = model.lm_head.weight.clone()
+    with pytest.raises(RuntimeError, match="the loss is nan at step 1"):
+        train(model, [{"input_ids": [5, 9, 7]}], TrainingConfig(), tmp_path)
+    assert torch.equal(model.lm_head.weight, before)
+
+
 def test_batches_share_and_return():
     rows = [{"input_ids": [i, i]} for i in range(11)]
     whole = list(Batches(rows, 4, 0, False).epoch(3))
@@ -349,6 +359,8 @@ MISTAKES = [
     ("adapter.target_modules=[q_proj", "adapter.target_modules: '[q_proj' is not YAML: line 1, column 8"),
     ("adapter.target_modules=3", "adapter.target_modules: must be a list or text, got 3"),
     ("adapter.r=true", "adapter.r: must be a number, got True"),
+    ("adapter.r=0", "adapter.r: must be at least 1, got 0"),
+    ("adapter.lora_dropout=1.5", "adapter.lora_dropout: must be at most 1, got 1.5"),
     ("adapter.lora_dropout=.nan", "adapter.lora_dropout: must be a finite number, got nan"),
     ("adapter.task_type=CAUSAL_LM", "adapter.task_type: unknown; known: r, target_modules"),
     ("training.max_steps=.inf", "training.max_steps: must be a finite number, got inf"),

@@ -33,6 +33,7 @@ from deftcore.training.fields import (
 
 METHODS = ("lora", "qlora", "s2ft", "qs2ft", "mamba-lora", "bottleneck", "prompt", "prefix", "full")
 QUANTIZED_METHODS = ("qlora", "qs2ft")
+_IN_RANGE = {"r": Count, "num_virtual_tokens": Count, "lora_dropout": Share}  # PEFT checks them on wrapping or later
 
 
 @dataclass(frozen=True, config=OPTIONS)
@@ -227,6 +228,7 @@ def adapter_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
     common = {each.name for each in dataclasses.fields(peft.PeftConfig)}  # set on wrapping
     numbers = {int: Integer, float: Number}
     hints: dict[str, Any] = {name: numbers.get(hint, hint) for name, hint in typing.get_type_hints(kind).items()}
+    hints |= {name: limits for name, limits in _IN_RANGE.items() if name in hints}
     initial = "init_lora_weights"
     if initial in hints:  # PEFT's own hint holds a placeholder for these
         hints[initial] = typing.Union[hints[initial], Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]]  # noqa: UP007
