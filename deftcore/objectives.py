@@ -279,8 +279,9 @@ class DensityLoss(nn.Module):
 
     def detach(self) -> None:
         """Puts the model's own activations back and stops watching. Gates stay: the model was trained with them."""
-        for block in self._blocks:
-            block.activation.set(_unobserved(block))
+        for block, activation in zip(self._blocks, self._observed, strict=True):
+            if block.activation.get() is activation:  # not a later loss's
+                block.activation.set(activation.inner)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

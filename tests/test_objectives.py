@@ -326,6 +326,18 @@ def test_named_modules():
         DensityLoss(tiny_model("llama"), modules=["model.layers.7.mlp.act_fn"])
 
 
+def test_a_later_loss_outlives_the_earlier_one():
+    model, batch = tiny_model("llama").train(), tiny_batch("llama")
+    before = {name: type(m) for name, m in model.named_modules()}
+    earlier, later = DensityLoss(model), DensityLoss(model)
+    earlier.detach()
+    model(**batch)
+    assert later.loss().item() > 0
+    assert later.report()["tokens"] == 12
+    later.detach()
+    assert {name: type(m) for name, m in model.named_modules()} == before
+
+
 def test_named_modules_of_an_encoder_decoder_count_their_own_side():
     model, batch = tiny_model("t5").train(), tiny_batch("t5")
     every = DensityLoss(model)
