@@ -571,8 +571,24 @@ def test_extract_apply_remove(tmp_path, family, dtype):
         fresh.get_submodule(next(iter(adapter.deltas))).weight.add_(1)
     with pytest.raises(ValueError, match="made for other base weights"):
         DeltaHost(fresh).apply(adapter)
+    with pytest.raises(ValueError, match="made for other base weights"):
+        serve(fresh, {"one": adapter})
+    assert all(type(module).__name__ != "GroupedDeltaLinear" for module in fresh.modules())
     with pytest.raises(ValueError, match="another base"):
         DeltaHost(scaled("opt", dtype)).apply(adapter)
+
+
+def test_a_refused_switch_keeps_what_is_applied():
+    model, first, other = scaled("llama"), deltas_of(1), deltas_of(2)
+    host = DeltaHost(model)
+    host.apply(first)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    name = next(iter(other.deltas))
+    other.hashes[name] = {dtype: "0" for dtype in other.hashes[name]}
+    with pytest.raises(ValueError, match="made for other base weights"):
+        host.switch(other)
+    assert host.applied is first
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def deltas_of(seed, exclude=None, family="llama"):

@@ -178,20 +178,21 @@ class DeltaHost:
         self.applied = None
 
     def switch(self, adapter: DeltaAdapter) -> None:
-        """`remove`, then `apply`."""
+        """`remove`, then `apply`; the applied adapter stays where this one is refused."""
+        before = self.applied
         self.remove()
-        self.apply(adapter)
+        try:
+            self.apply(adapter)
+        except ValueError:
+            if before is not None:
+                self.apply(before)
+            raise
 
     def _read(self, adapter: DeltaAdapter) -> dict[str, tuple[Tensor, Tensor]]:
         """Where the adapter writes, and what stands there; refuses an adapter of another base."""
         own = {}
         for name, delta in adapter.deltas.items():
-            lines = self._lines(name, delta)
-            _check_fits(name, delta, (lines.shape[0], lines.shape[1]))
-            index = delta.indices.to(lines.device, torch.int64)
-            own[name] = index, lines.index_select(0, index)
-            if name in adapter.hashes:
-                check_base(name, adapter.hashes[name], fingerprints({name: own[name][1]}))
+            own[name] = values_under(adapter, name, self._lines(name, delta))
         return own
 
     def _lines(self, name: str, delta: SliceDelta) -> Tensor:
@@ -199,9 +200,7 @@ class DeltaHost:
         module = linear_of(self.model, name)
         if not isinstance(module.weight, Tensor) or isinstance(module, Linear4bit):
             raise ValueError(f"adapter: {name} is 4-bit; serve the adapter beside it with `serve`")
-        weight = module.weight.detach()
-        weight = weight.t() if is_transposed(module) else weight
-        return weight.t() if delta.axis == 1 else weight
+        return lines_of(module, delta)
 
 
 def linear_of(model: nn.Module, name: str) -> Any:
@@ -209,6 +208,27 @@ def linear_of(model: nn.Module, name: str) -> Any:
         return model.get_submodule(name)
     except AttributeError as error:
         raise ValueError(f"adapter: the model has no module {name!r}; it is of another base") from error
+
+
+def lines_of(module: Any, delta: SliceDelta) -> Tensor:
+    """A dense layer's weight with the axis first that the delta changes."""
+    weight = module.weight.detach()
+    return weight.t() if is_transposed(module) != (delta.axis == 1) else weight
+
+
+def values_under(adapter: DeltaAdapter, name: str, lines: Tensor) -> tuple[Tensor, Tensor]:
+    """Where an adapter writes into a weight, and what stands there.
+
+    Raises:
+        ValueError: the adapter is of another base.
+    """
+    delta = adapter.deltas[name]
+    _check_fits(name, delta, (lines.shape[0], lines.shape[1]))
+    index = delta.indices.to(lines.device, torch.int64)
+    values = lines.index_select(0, index)
+    if name in adapter.hashes:
+        check_base(name, adapter.hashes[name], fingerprints({name: values}))
+    return index, values
 
 
 def _check_fits(name: str, delta: SliceDelta, lines: tuple[int, int]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deftcore.adapters.delta import DeltaAdapter, linear_of
+from deftcore.adapters.delta import DeltaAdapter, linear_of, lines_of, values_under
 from deftcore.nn.coupled import is_transposed
 from deftcore.nn.linear import Linear4bit
 from deftcore.ops.grouped_delta import Delta, DeltaBank, LowRankDelta, grouped_delta_linear
@@ -136,7 +136,8 @@ def serve(
             model.generate(**batch)
 
     Args:
-        adapters: by name: what `extract_adapter` gave, or `LowRankDelta`s (LoRA) by module name.
+        adapters: by name: what `extract_adapter` gave, or `LowRankDelta`s (LoRA) by module name. A dense base is
+            compared with an adapter's hashes; 4 bits may round the base that an adapter was made for.
         dtype: that 4-bit layers are called in; None is float32. Dense layers have their own.
 
     Raises:
@@ -147,6 +148,12 @@ def serve(
     per_adapter = [a.deltas if isinstance(a, DeltaAdapter) else a for a in adapters.values()]
     rows = _Rows(dtype=dtype)
     modules = {name: linear_of(model, name) for name in sorted({n for deltas in per_adapter for n in deltas})}
+    for adapter in adapters.values():
+        if not isinstance(adapter, DeltaAdapter):
+            continue
+        for name, delta in adapter.deltas.items():
+            if not isinstance(modules[name], Linear4bit):
+                values_under(adapter, name, lines_of(modules[name], delta))
     served = {
         name: GroupedDeltaLinear(module, [deltas.get(name) for deltas in per_adapter], rows)
         for name, module in modules.items()
