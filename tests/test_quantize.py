@@ -638,6 +638,19 @@ def test_merge_to_16bit(tmp_path, kind, request, caplog):
     torch.testing.assert_close(again(**batch).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("to", ["16bit", "4bit"])
+def test_merge_of_a_model_turned_off_takes_every_layer_or_none(to):
+    """PEFT merges adapters that are turned off; those over 4 bits are no exception."""
+    base = deftcore.quantize(tiny_model("llama"), block_size=32)
+    options = {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
+    model = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
+    off = copy.deepcopy(model)
+    off.base_model.disable_adapter_layers()
+    batch = tiny_batch("llama")
+    on, off = (deftcore.merge(each, to=to)(**batch).logits for each in (model, off))
+    assert torch.equal(on, off)
+
+
 def test_merge_to_4bit_and_errors():
     model = deftcore.patch(lora(deftcore.quantize(tiny_model("llama"), block_size=32), "llama"))
     for options in ({"dtype": torch.int8}, {"to": "4bit", "dtype": torch.float32}):

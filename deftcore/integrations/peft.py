@@ -351,16 +351,16 @@ def _check_delta(name: str, layer: Any) -> None:
     """Raises ValueError, naming the layer, where `_delta` does not cover it."""
     if layer.merged:
         raise ValueError(f"{name}: is merged already; unmerge first")
-    if isinstance(layer, LoraLayer) and not layer.disable_adapters:
+    if isinstance(layer, LoraLayer):
         active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
         if any(adapter in layer.lora_variant or layer.lora_bias[adapter] for adapter in active):
             raise ValueError(f"{name}: only plain LoRA without a bias can be merged")
 
 
 def _delta(layer: Any, q: QuantizedTensor) -> Tensor | None:
-    """The update of a layer's active adapters, float32 [M, K]; None where there is none."""
-    if layer.disable_adapters:
-        return None
+    """The update of a layer's active adapters, float32 [M, K]; None where there is none. As in PEFT, an adapter that is
+    turned off counts too: what is merged does not depend on the base's type.
+    """
     if isinstance(layer, S2ftLayer):
         return layer.get_delta_weight()
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
