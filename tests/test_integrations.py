@@ -270,6 +270,22 @@ def test_save_and_load_sparse(tmp_path):
     assert sizes[1] < sizes[0]
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_unmerged_models_are_not_written(tmp_path, whole):
+    """Their names are PEFT's: the folder would hold the adapter alone, or weights that nothing finds."""
+    model = lora_model("llama", target_modules=["gate_proj", "q_proj"])
+    with pytest.raises(ValueError, match=r"model: has an adapter.*merge"):
+        deftcore.save_sparse(model if whole else model.get_base_model(), tmp_path / "m")
+    prompted = peft.get_peft_model(
+        tiny_model("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    if whole:
+        with pytest.raises(ValueError, match="model: has an adapter"):
+            deftcore.save_sparse(prompted, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+    deftcore.load_sparse(deftcore.save_sparse(deftcore.merge(model), tmp_path / "m"))
+
+
 def test_damaged_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="deftcore_sparse"):
         deftcore.load_sparse(tmp_path)

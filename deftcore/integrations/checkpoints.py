@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -124,6 +126,7 @@ def save_sparse(
     """Writes a merged, not yet sparsified model with its sparse settings, ready for `load_sparse`.
 
     The weights keep Transformers' names; those of skipped blocks are left out. The folder appears whole or not at all.
+    A model that is sparsified, has adaptive gates or an adapter on it is refused.
 
     Args:
         tau: threshold per block name; a missing block uses its activation's default.
@@ -142,6 +145,8 @@ def save_sparse(
         raise ValueError("model: is in its sparse form already; write it before sparsify")
     if gates_of(model) is not None:
         raise ValueError("model: has adaptive gates, which its files do not hold; fold them first (fold_gates)")
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("model: has an adapter, whose weights load_sparse would not find; merge it first (merge)")
     names = [block.name for block in find_mlp_blocks(model)]
     unknown = sorted((set(skip) | set(tau or ())) - set(names))
     if unknown:
