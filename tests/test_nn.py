@@ -269,3 +269,16 @@ def test_unmerged_lora_keeps_its_bias(family):
         ref = model(**tiny_batch(family)).logits
         sparse = deftcore.sparsify(model, merge=False)
         torch.testing.assert_close(sparse(**tiny_batch(family)).logits, ref, rtol=1e-4, atol=1e-5)
+
+
+def test_merge_after_sparsify_is_refused():
+    """Over 4-bit bases sparsify keeps LoRA unmerged beside the sparse blocks."""
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        hidden_act="relu",
+    )  # fmt: skip
+    model = deftcore.quantize(transformers.LlamaForCausalLM(config), block_size=32)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    deftcore.sparsify(deftcore.patch(model))
+    with pytest.raises(ValueError, match="model: is in its sparse form already"):
+        deftcore.merge(model)

@@ -203,3 +203,8 @@ def test_another_base_is_refused_in_every_dtype(tmp_path):
         nearly.model.layers[0].mlp.down_proj.weight.mul_(1 + 2.0**-22)
     with pytest.raises(ValueError, match="made for other base weights"):
         peft.PeftModel.from_pretrained(nearly, tmp_path / "wide")
+
+
+def test_host_wants_an_adapter():
+    with pytest.raises(TypeError, match=r"adapter: must be a DeltaAdapter \(DeltaAdapter.load reads a file\), got str"):
+        DeltaHost(torch.nn.Linear(2, 2)).switch("law.safetensors")

@@ -132,6 +132,13 @@ def _sum(before: Tensor, delta: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- on a model's weights
 
 
+def _check_adapter(adapter: Any) -> None:
+    if not isinstance(adapter, DeltaAdapter):
+        raise TypeError(
+            f"adapter: must be a DeltaAdapter (DeltaAdapter.load reads a file), got {type(adapter).__name__}"
+        )
+
+
 class DeltaHost:
     """Puts delta adapters onto a plain model's weights and takes them off again, exactly.
 
@@ -157,8 +164,10 @@ class DeltaHost:
         """Adds an adapter to the weights.
 
         Raises:
+            TypeError: for anything but a `DeltaAdapter`.
             ValueError: when one is applied already, or this adapter is of another base. The model is unchanged then.
         """
+        _check_adapter(adapter)
         if self.applied is not None:
             raise ValueError("adapter: another is applied; switch() or remove() it first")
         if adapter not in self._own:
@@ -179,6 +188,7 @@ class DeltaHost:
 
     def switch(self, adapter: DeltaAdapter) -> None:
         """`remove`, then `apply`; the applied adapter stays where this one is refused."""
+        _check_adapter(adapter)
         before = self.applied
         self.remove()
         try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from deftcore.adapters.mamba_lora import factors
 from deftcore.adapters.s2ft import S2ftLayer
 from deftcore.integrations.verify import Case, Proofs, describe, run_linear, test_bed
+from deftcore.nn.blocks import base_of
 from deftcore.nn.gates import gates_of
 from deftcore.nn.linear import Linear4bit, MergeReport, called_plainly, dense_layer, merged_4bit, merged_16bit
 from deftcore.nn.tied import merge_and_unload, tuned_ties
@@ -303,6 +304,8 @@ def merge(model: Any, *, to: str = "16bit", dtype: torch.dtype | None = None) ->
         raise ValueError(f"dtype: must be a floating type, and is for to='16bit' alone, got {dtype} with to={to!r}")
     if not hasattr(model, "merge_and_unload"):
         raise ValueError(f"model: must be a PEFT model, got {type(model).__name__}")
+    if hasattr(base_of(model), "deftcore_blocks"):
+        raise ValueError("model: is in its sparse form already; merge it before sparsify")
     for name, module in model.named_modules():
         if isinstance(module, (LoraLayer, S2ftLayer)) and hasattr(module.get_base_layer(), "quantized"):
             _check_delta(name, module)
