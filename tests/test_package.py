@@ -123,7 +123,7 @@ def test_kernels_on_every_isa(isa):
     chosen = "not fuzz and not compile and not opcheck and not aliases and not dropout"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
-        env=os.environ | {"DEFTCORE_CPU_ISA": isa}, capture_output=True, text=True, timeout=400,
+        env=os.environ | {"DEFTCORE_CPU_ISA": isa}, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
 
