@@ -422,8 +422,9 @@ def mamba2_inner(d: Draw) -> Call:
         "mask": d.maybe(lambda: torch.rand(batch, length, generator=d.generator) < 0.8),
         "conv_state": d.maybe(lambda: d.tensor(batch, channels, taps - 1)),
         "initial_state": d.maybe(lambda: d.tensor(batch, heads, dim, states, dtype=torch.float32)),
+        "norm_eps": 0.1,  # smaller, and the norm of a row that all but vanishes blows up its roundings
     }  # fmt: skip
-    return Call(ops.mamba2_inner, arguments, ("zxbcdt", "conv_state", "initial_state"), roundings=10)
+    return Call(ops.mamba2_inner, arguments, ("zxbcdt", "conv_state", "initial_state"), roundings=4)
 
 
 # ---------------------------------------------------------------------------- running a call
