@@ -21,7 +21,7 @@ from rich.progress import track
 from bench import quant4, s2ft, ssm
 from bench.harness import Rotating, alternate, console, keep_freed_memory, streaming_bandwidth
 from deftcore import ops
-from deftcore.cli import info
+from deftcore.cli.main import info
 from deftcore.ops._dispatch import machine_name
 
 RESULTS = Path(__file__).parent / "results"

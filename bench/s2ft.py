@@ -40,7 +40,7 @@ def make(device, method, width, layers, dtype):
     import peft
     from transformers import LlamaConfig, LlamaModel
 
-    from deftcore.adapters import S2ftConfig
+    from deftcore.methods.s2ft.model import S2ftConfig
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -205,7 +205,7 @@ def bench_switching(quick):
     import peft
     from transformers import LlamaConfig, LlamaModel
 
-    from deftcore.adapters import DeltaAdapter, DeltaHost
+    from deftcore.methods.s2ft.delta import DeltaAdapter, DeltaHost
 
     width, layers = (1024, 2) if quick else (2048, 12)
     config = LlamaConfig(

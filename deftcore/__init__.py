@@ -1,7 +1,7 @@
 """deftcore: cheap fine-tuning that leaves a cheaper model.
 
-`deftcore.ops` and `deftcore.nn` need PyTorch alone; adapters, objectives' integrations and training need
-`deftcore[train]`. Names below load their module on first use.
+`deftcore.ops` and `deftcore.nn` need PyTorch alone; what stands above them (`models`, `training`, `methods`, the
+command) needs `deftcore[train]`. Names below load their module on first use.
 """
 
 from importlib import import_module
@@ -12,30 +12,62 @@ from deftcore._versions import warn_untested
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from deftcore.integrations.checkpoints import load_sparse, save_sparse
-    from deftcore.integrations.peft import merge, patch, unpatch
-    from deftcore.integrations.quantized_files import load_quantized
+    from deftcore.methods.deft.files import load_sparse, save_sparse
+    from deftcore.methods.deft.objective import DensityLoss
+    from deftcore.methods.lora.bottleneck import BottleneckConfig
+    from deftcore.methods.lora.patch import merge, patch, unpatch
+    from deftcore.methods.mamba.lora import MambaLoraConfig
+    from deftcore.methods.s2ft.delta import DeltaAdapter, DeltaHost, extract_adapter, fuse
+    from deftcore.methods.s2ft.model import S2ftConfig
+    from deftcore.methods.s2ft.selection import select_channels
+    from deftcore.methods.s2ft.serving import serve
+    from deftcore.models.quantized_files import load_quantized
+    from deftcore.models.sparsify import sparsify
     from deftcore.nn.linear import prepare_for_training, quantize
-    from deftcore.nn.mlp import sparsify
-    from deftcore.objectives import DensityLoss
 
 _HOMES = {
-    "DensityLoss": "deftcore.objectives",
-    "load_quantized": "deftcore.integrations.quantized_files",
-    "load_sparse": "deftcore.integrations.checkpoints",
-    "merge": "deftcore.integrations.peft",
-    "patch": "deftcore.integrations.peft",
+    "BottleneckConfig": "deftcore.methods.lora.bottleneck",
+    "DeltaAdapter": "deftcore.methods.s2ft.delta",
+    "DeltaHost": "deftcore.methods.s2ft.delta",
+    "DensityLoss": "deftcore.methods.deft.objective",
+    "MambaLoraConfig": "deftcore.methods.mamba.lora",
+    "S2ftConfig": "deftcore.methods.s2ft.model",
+    "extract_adapter": "deftcore.methods.s2ft.delta",
+    "fuse": "deftcore.methods.s2ft.delta",
+    "load_quantized": "deftcore.models.quantized_files",
+    "load_sparse": "deftcore.methods.deft.files",
+    "merge": "deftcore.methods.lora.patch",
+    "patch": "deftcore.methods.lora.patch",
     "prepare_for_training": "deftcore.nn.linear",
     "quantize": "deftcore.nn.linear",
-    "save_sparse": "deftcore.integrations.checkpoints",
-    "sparsify": "deftcore.nn.mlp",
-    "unpatch": "deftcore.integrations.peft",
+    "save_sparse": "deftcore.methods.deft.files",
+    "select_channels": "deftcore.methods.s2ft.selection",
+    "serve": "deftcore.methods.s2ft.serving",
+    "sparsify": "deftcore.models.sparsify",
+    "unpatch": "deftcore.methods.lora.patch",
 }
 
 __all__ = [
-    "DensityLoss", "load_quantized", "load_sparse", "merge", "patch", "prepare_for_training", "quantize", "save_sparse",
-    "sparsify", "unpatch",
-]  # fmt: skip
+    "BottleneckConfig",
+    "DeltaAdapter",
+    "DeltaHost",
+    "DensityLoss",
+    "MambaLoraConfig",
+    "S2ftConfig",
+    "extract_adapter",
+    "fuse",
+    "load_quantized",
+    "load_sparse",
+    "merge",
+    "patch",
+    "prepare_for_training",
+    "quantize",
+    "save_sparse",
+    "select_channels",
+    "serve",
+    "sparsify",
+    "unpatch",
+]
 
 
 warn_untested("torch")

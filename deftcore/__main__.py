@@ -1,5 +1,5 @@
 import sys
 
-from deftcore.cli import main
+from deftcore.cli.main import main
 
 sys.exit(main())

@@ -7,7 +7,9 @@ import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deftcore.adapters import DeltaAdapter, S2ftConfig, extract_adapter, serve
+from deftcore.methods.s2ft.delta import DeltaAdapter, extract_adapter
+from deftcore.methods.s2ft.model import S2ftConfig
+from deftcore.methods.s2ft.serving import serve
 
 
 def base() -> LlamaForCausalLM:

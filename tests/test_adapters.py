@@ -7,9 +7,8 @@ from conftest import FAMILIES, task_type, tiny_batch, tiny_model
 from torch import nn
 
 import deftcore
-from deftcore.adapters import BottleneckConfig
-from deftcore.adapters._register import register_with_peft
-from deftcore.adapters.bottleneck import BottleneckLayer, BottleneckModel
+from deftcore.methods.lora.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel
+from deftcore.training.tuners import register_with_peft
 
 
 def randomised(model):

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from test_package import save_base
 
 import deftcore
-from deftcore import pipeline, quickstart, stability
-from deftcore.cli import main
+from deftcore.cli import quickstart
+from deftcore.cli.main import main
+from deftcore.methods.mamba import stability
+from deftcore.training import pipeline
 from deftcore.training.device import choose_device
 
 TRAIN = ["train", "r.yaml"]
@@ -162,7 +164,7 @@ def test_a_mistake_is_one_line_before_weights_are_read(place, monkeypatch, capsy
 
 def test_without_a_network_a_missing_model_is_one_line(place):
     """No retries, and no notices of other libraries on the way."""
-    script = "import sys; from deftcore.cli import main; sys.exit(main(['density', 'bse', 'base/data.txt']))"
+    script = "import sys; from deftcore.cli.main import main; sys.exit(main(['density', 'bse', 'base/data.txt']))"
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=place, env=os.environ | nowhere, capture_output=True, text=True, timeout=100
@@ -188,7 +190,7 @@ def test_train_gpt2_in_4_bits(place, tmp_path, monkeypatch, capsys):
     assert main([*TRAIN, "model=gpt2", "method=qlora", f"output={tmp_path}", "data.validation=base/data.txt"]) == 0
     assert "eval_loss" in capsys.readouterr().out
     model = deftcore.load_quantized("gpt2")
-    from deftcore.integrations.checkpoints import load_adapter
+    from deftcore.models.checkpoints import load_adapter
 
     adapted = deftcore.patch(load_adapter(model, tmp_path / "final"))
     assert adapted(torch.tensor([[1, 2, 3]])).logits.isfinite().all()

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from deftcore.pipeline import measure_density
 from deftcore.training import TrainingConfig, encode, read_records, train
 from deftcore.training.data import Batches
+from deftcore.training.pipeline import measure_density
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
 CHATML = (

@@ -12,9 +12,9 @@ from conftest import tiny_model
 from torch import nn
 
 import deftcore
-from deftcore.adapters import BottleneckConfig
-from deftcore.integrations import kernel_aliases
-from deftcore.integrations.transformers import DensityTrainerMixin
+from deftcore.methods.deft.trainer import DensityTrainerMixin
+from deftcore.methods.lora.bottleneck import BottleneckConfig
+from deftcore.methods.mamba import kernel_aliases
 
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 

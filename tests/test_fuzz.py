@@ -20,9 +20,9 @@ from torch import Tensor
 from deftcore import ops
 from deftcore.ops.density import ACTIVATIONS
 from deftcore.ops.grouped_delta import LowRankDelta, SliceDelta
-from deftcore.ops.mamba import LoraPair, Projection
 from deftcore.ops.quant4 import QuantizedTensor, quantize_ref
 from deftcore.ops.quantized import QUANT_TYPES
+from deftcore.ops.ssm.mamba import LoraPair, Projection
 
 CALLS = int(os.environ.get("DEFTCORE_FUZZ_CALLS", "24"))
 FIRST = int(os.environ.get("DEFTCORE_FUZZ_FIRST", "0"))

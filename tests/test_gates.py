@@ -20,12 +20,13 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
 import deftcore
-from deftcore.adapters import BottleneckConfig, S2ftConfig
-from deftcore.adapters.delta import extract_adapter
-from deftcore.integrations.checkpoints import load_adapter, load_model, load_tokenizer
-from deftcore.objectives import DensityLoss
-from deftcore.pipeline import add_adapter, export, measure_density
+from deftcore.methods.deft.objective import DensityLoss
+from deftcore.methods.lora.bottleneck import BottleneckConfig
+from deftcore.methods.s2ft.delta import extract_adapter
+from deftcore.methods.s2ft.model import S2ftConfig
+from deftcore.models.checkpoints import load_adapter, load_model, load_tokenizer
 from deftcore.training import TrainingConfig, encode, read_records, train
+from deftcore.training.pipeline import add_adapter, export, measure_density
 
 THETA = (0.3, -1.2, 1.0, -0.4)
 

@@ -13,10 +13,11 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 import deftcore
-from deftcore.adapters import BottleneckConfig, S2ftConfig
-from deftcore.integrations.peft import FusedLoraLinear
-from deftcore.integrations.transformers import DensityTrainerMixin
-from deftcore.objectives import DensityLoss
+from deftcore.methods.deft.objective import DensityLoss
+from deftcore.methods.deft.trainer import DensityTrainerMixin
+from deftcore.methods.lora.bottleneck import BottleneckConfig
+from deftcore.methods.lora.patch import FusedLoraLinear
+from deftcore.methods.s2ft.model import S2ftConfig
 
 
 def lora_model(family="llama", **options):

@@ -13,16 +13,16 @@ from conftest import assert_close_to_ref
 
 import deftcore
 from deftcore import ops
-from deftcore.integrations import kernel_aliases
-from deftcore.integrations.kernel_aliases import (
+from deftcore.methods.mamba import kernel_aliases
+from deftcore.methods.mamba.kernel_aliases import (
     causal_conv1d_fn,
     causal_conv1d_update,
     mamba_chunk_scan_combined,
     selective_scan_fn,
     selective_state_update,
 )
-from deftcore.ops.ssd import mamba_chunk_scan_ref
-from deftcore.ops.ssm import selective_scan_ref
+from deftcore.ops.ssm.scan import selective_scan_ref
+from deftcore.ops.ssm.ssd import mamba_chunk_scan_ref
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -10,8 +10,8 @@ from conftest import tiny_batch, tiny_model
 from safetensors.torch import load_file, save_file
 
 import deftcore
-from deftcore.integrations.checkpoints import load_adapter
-from deftcore.integrations.preflight import check_lengths
+from deftcore.models.checkpoints import load_adapter
+from deftcore.models.preflight import check_lengths
 from deftcore.nn import Linear4bit
 
 LORA = {"r": 2, "task_type": "CAUSAL_LM", "init_lora_weights": False}
@@ -58,8 +58,8 @@ CASES = {
     "DoRA": (peft.LoraConfig(**LORA, target_modules=QV, use_dora=True), {}, "auto"),
     "IA3": (peft.IA3Config(task_type="CAUSAL_LM", target_modules=QV, feedforward_modules=[]), {}, "auto"),
     "prompt": (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), {}, "auto"),
-    "bottleneck": (deftcore.adapters.BottleneckConfig(), {"vocabulary": 70}, True),
-    "S2FT": (deftcore.adapters.S2ftConfig(channel_ratio=0.2), {"vocabulary": 70}, True),
+    "bottleneck": (deftcore.methods.lora.bottleneck.BottleneckConfig(), {"vocabulary": 70}, True),
+    "S2FT": (deftcore.methods.s2ft.model.S2ftConfig(channel_ratio=0.2), {"vocabulary": 70}, True),
 }  # fmt: skip
 
 

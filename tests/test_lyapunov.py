@@ -10,8 +10,9 @@ from test_mamba import FAMILIES, model_of
 from test_package import save_base
 
 import deftcore
-from deftcore import ops, stability
-from deftcore.cli import main
+from deftcore import ops
+from deftcore.cli.main import main
+from deftcore.methods.mamba import stability
 
 
 def test_hand_made_systems():

@@ -16,12 +16,11 @@ from torch import nn
 
 import deftcore
 from deftcore import ops
-from deftcore.adapters import MambaLoraConfig
-from deftcore.adapters.mamba_lora import slices_of
+from deftcore.methods.mamba.lora import MambaLoraConfig, slices_of
 from deftcore.nn import Mamba2Mixer, MambaMixer, MixerState
-from deftcore.ops.mamba import LoraPair, Projection, project
-from deftcore.ops.ssd import mamba_chunk_scan_ref
-from deftcore.ops.ssm import selective_scan_ref
+from deftcore.ops.ssm.mamba import LoraPair, Projection, project
+from deftcore.ops.ssm.scan import selective_scan_ref
+from deftcore.ops.ssm.ssd import mamba_chunk_scan_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTH, RANK, STATES, HIDDEN = 24, 3, 5, 12
@@ -510,7 +509,7 @@ def padded_batch():
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2"])
 def test_activation_checkpointing(family):
     """LoRA on patched blocks: gradients by recomputation are those from kept activations."""
-    from deftcore.pipeline import add_adapter
+    from deftcore.training.pipeline import add_adapter
 
     found = []
     for checkpointing in (False, True):
@@ -928,7 +927,7 @@ def test_packed_sequences_in_mamba2():
 
 ALIASES = """
 import torch
-from deftcore.integrations.kernel_aliases import install_kernel_aliases
+from deftcore.methods.mamba.kernel_aliases import install_kernel_aliases
 install_kernel_aliases()
 install_kernel_aliases()
 import transformers, warnings
@@ -971,7 +970,7 @@ def test_transformers_finds_the_aliases():
     assert done.stdout.strip() == "fine", done.stderr[-3000:]
     late = (
         "import transformers.models.mamba.modeling_mamba\n"
-        "from deftcore.integrations.kernel_aliases import install_kernel_aliases as install\ninstall()"
+        "from deftcore.methods.mamba.kernel_aliases import install_kernel_aliases as install\ninstall()"
     )
     done = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, timeout=240)
     assert "has been imported already" in done.stderr

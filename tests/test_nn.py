@@ -11,8 +11,9 @@ from conftest import FAMILIES, tiny_batch, tiny_model
 from torch import nn
 
 import deftcore
-from deftcore.adapters import BottleneckConfig
-from deftcore.nn import SparseMLP, SparseMLP4bit, find_mlp_blocks
+from deftcore.methods.lora.bottleneck import BottleneckConfig
+from deftcore.models.blocks import find_mlp_blocks
+from deftcore.nn import SparseMLP, SparseMLP4bit
 
 
 @pytest.mark.parametrize("path", ["sparse", "dense"])
@@ -51,7 +52,7 @@ def test_gated_t5_and_smooth_activations():
 
 
 def test_cached_decoding_matches():
-    from deftcore.integrations.transformers import greedy_decode
+    from deftcore.models.decoding import greedy_decode
 
     model = tiny_model("llama").eval()
     sparse = deftcore.sparsify(copy.deepcopy(model))

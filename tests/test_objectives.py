@@ -11,9 +11,9 @@ import transformers
 from conftest import FAMILIES, recompute, task_type, tiny_batch, tiny_model
 
 import deftcore
-from deftcore.adapters import BottleneckConfig
-from deftcore.nn import find_mlp_blocks
-from deftcore.objectives import DensityLoss
+from deftcore.methods.deft.objective import DensityLoss
+from deftcore.methods.lora.bottleneck import BottleneckConfig
+from deftcore.models.blocks import find_mlp_blocks
 
 # PEFT 0.21 passes prefixes to the model under the cache's old name.
 OLD_CACHE_NAME = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")

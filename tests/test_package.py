@@ -1,6 +1,5 @@
 """The house: layers, instruction sets, the OpenMP runtime, the command line, doctests."""
 
-import ast
 import doctest
 import json
 import os
@@ -18,41 +17,12 @@ import torch
 import deftcore
 from deftcore import _versions
 from deftcore._versions import TESTED
-from deftcore.cli import main
-from deftcore.integrations.checkpoints import load_model
+from deftcore.cli.main import main
+from deftcore.models.checkpoints import load_model
 from deftcore.ops._library import native
-from deftcore.pipeline import add_adapter
+from deftcore.training.pipeline import add_adapter
 
-PACKAGE = Path(deftcore.__file__).parent
 TESTS = Path(__file__).parent
-# Lowest first; a file may import from its own layer and from those before it.
-LAYERS = (("ops",), ("nn",), ("adapters", "objectives", "optim"), ("training",), ("integrations",),
-          ("pipeline",), ("quickstart", "stability"), ("cli",), ("__main__",))  # fmt: skip
-
-
-def layer_of(module: str) -> int:
-    name = module.split(".")[1] if "." in module else ""
-    return next((i for i, names in enumerate(LAYERS) if name in names), -1)
-
-
-def test_imports_point_down():
-    upward = []
-    for path in PACKAGE.rglob("*.py"):
-        name = "deftcore." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        if name == "deftcore.__init__":  # names load their module on first use
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            targets = []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                targets = [node.module]
-            elif isinstance(node, ast.Import):
-                targets = [alias.name for alias in node.names]
-            upward += [
-                f"{name} -> {target}"
-                for target in targets
-                if target.startswith("deftcore.") and layer_of(target) > layer_of(name)
-            ]
-    assert not upward
 
 
 def run_python(code, **environment):
@@ -140,7 +110,7 @@ def test_unknown_isa_is_refused():
     assert "DEFTCORE_CPU_ISA: this machine has scalar" in run_python(code, DEFTCORE_CPU_ISA="neon")
 
 
-@pytest.mark.parametrize("name", ["conv1d", "density", "lora", "sparse_mlp", "ssd", "ssm"])
+@pytest.mark.parametrize("name", ["density", "lora", "sparse_mlp", "ssm.conv1d", "ssm.scan", "ssm.ssd"])
 def test_docstring_examples(name):
     result = doctest.testmod(sys.modules[f"deftcore.ops.{name}"], extraglobs={"torch": torch})
     assert result.attempted > 0
@@ -187,7 +157,7 @@ def test_versions_agree_with_pyproject():
         assert re.findall(rf'"{name}([<>=][^";]*)', project) == [tested.allowed], name
         lowest = re.match(r"[>=]=([0-9.]+)", tested.allowed)[1]
         assert name == "torch" or tested.oldest.startswith(lowest), name
-    done = subprocess.run([sys.executable, PACKAGE / "_versions.py"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, _versions.__file__], capture_output=True, text=True, timeout=60)
     assert f"transformers=={TESTED['transformers'].oldest} peft=={TESTED['peft'].oldest}" in done.stdout
 
 
@@ -231,7 +201,7 @@ def save_base(folder, model=None, **sizes):
     """A small model (a Llama where none is given), a tokenizer and a text."""
     from conftest import tiny_model
 
-    from deftcore.quickstart import _tokenizer
+    from deftcore.cli.quickstart import _tokenizer
 
     text = "the quick brown fox jumps over the lazy dog. " * 40
     tokenizer = _tokenizer(text, 300)
@@ -318,7 +288,7 @@ def test_train_mamba(tmp_path, capsys, family, precision):
     result = json.loads(capsys.readouterr().out)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert result["eval_loss"] < next(entry["loss"] for entry in log if "loss" in entry)
-    from deftcore.integrations.checkpoints import load_model
+    from deftcore.models.checkpoints import load_model
 
     model = peft.PeftModel.from_pretrained(load_model(str(tmp_path)), tmp_path / "run" / "final")
     ids = torch.tensor([[1, 2, 3]])
@@ -366,7 +336,7 @@ def test_serving_example():
 
 def test_quickstart_small(tmp_path):
     """The whole quickstart at a size for tests."""
-    from deftcore.quickstart import Settings, run
+    from deftcore.cli.quickstart import Settings, run
 
     settings = Settings(
         vocab_size=400, hidden_size=48, intermediate_size=256, max_length=32, batch_size=4, base_steps=4, tune_steps=3,

@@ -15,7 +15,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 
-from deftcore.adapters import BottleneckConfig, MambaLoraConfig, S2ftConfig
+from deftcore.methods.lora.bottleneck import BottleneckConfig
+from deftcore.methods.mamba.lora import MambaLoraConfig
+from deftcore.methods.s2ft.model import S2ftConfig
 
 
 @dataclass

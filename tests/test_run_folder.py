@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from test_data import make_tokenizer
 from test_training import Stopped, assert_same_run, examples, run
 
-from deftcore.objectives import DensityLoss
-from deftcore.pipeline import train_recipe
+from deftcore.methods.deft.objective import DensityLoss
 from deftcore.training import TrainingConfig, load_recipe, train
+from deftcore.training.pipeline import train_recipe
 
 
 def contents(folder):

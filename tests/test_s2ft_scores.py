@@ -5,8 +5,9 @@ import torch
 from conftest import tiny_batch
 from s2ft_models import scaled
 
-from deftcore.adapters import S2ftConfig, select_channels
-from deftcore.nn.coupled import find_coupled
+from deftcore.methods.s2ft.model import S2ftConfig
+from deftcore.methods.s2ft.selection import select_channels
+from deftcore.models.coupled import find_coupled
 
 HEAD = 8  # width of the tiny models' heads
 

@@ -9,7 +9,7 @@ from conftest import tiny_batch
 from s2ft_models import ALL, layers_of, scaled, train, trainable, wrap
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from deftcore.adapters import DeltaAdapter, DeltaHost, extract_adapter
+from deftcore.methods.s2ft.delta import DeltaAdapter, DeltaHost, extract_adapter
 
 STORAGE = pytest.mark.parametrize("storage", ["shared", "split"])
 

@@ -9,10 +9,11 @@ from conftest import tiny_batch, tiny_model
 from s2ft_models import scaled, train, trainable, wrap
 from safetensors.torch import load_file
 
-from deftcore.adapters import BottleneckConfig, DeltaAdapter, extract_adapter
-from deftcore.adapters.bases import whole
-from deftcore.pipeline import save_adapter
+from deftcore.methods.lora.bottleneck import BottleneckConfig
+from deftcore.methods.s2ft.delta import DeltaAdapter, extract_adapter
+from deftcore.nn.sharding import whole
 from deftcore.training.identity import digest_tensors
+from deftcore.training.pipeline import save_adapter
 from deftcore.training.run_folder import load_parameters, save_parameters
 
 S2FT = {"targets": ["o", "down", "up"], "storage": "split", "modules_to_save": ["lm_head"]}

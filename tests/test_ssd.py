@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deftcore import ops
-from deftcore.ops.ssd import mamba_chunk_scan_ref
+from deftcore.ops.ssm.ssd import mamba_chunk_scan_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")

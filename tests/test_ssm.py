@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deftcore import ops
-from deftcore.ops.ssm import selective_scan_ref
+from deftcore.ops.ssm.scan import selective_scan_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -15,11 +15,11 @@ from conftest import tiny_model
 from safetensors.torch import load_file
 
 import deftcore
-from deftcore.adapters import S2ftConfig
-from deftcore.objectives import DensityLoss
-from deftcore.pipeline import add_adapter
+from deftcore.methods.deft.objective import DensityLoss
+from deftcore.methods.s2ft.model import S2ftConfig
 from deftcore.training import TrainingConfig, load_recipe, train
 from deftcore.training.data import Batches
+from deftcore.training.pipeline import add_adapter
 
 SCRIPT = """
 import sys, time, torch

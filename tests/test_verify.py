@@ -14,13 +14,14 @@ from torch import nn
 from transformers.models.mamba import modeling_mamba
 
 import deftcore
-from deftcore.adapters import MambaLoraConfig, S2ftConfig
-from deftcore.adapters.gated_mlp import FusedGatedMlp
-from deftcore.integrations import mamba as mamba_integration
-from deftcore.integrations import peft as peft_integration
-from deftcore.integrations import verify
-from deftcore.integrations.peft import FusedLoraLinear
-from deftcore.nn.blocks import check_function, find_mlp_blocks
+from deftcore.methods.lora import patch as peft_integration
+from deftcore.methods.lora.patch import FusedLoraLinear
+from deftcore.methods.mamba import patch as mamba_integration
+from deftcore.methods.mamba.lora import MambaLoraConfig
+from deftcore.methods.s2ft.gated_mlp import FusedGatedMlp
+from deftcore.methods.s2ft.model import S2ftConfig
+from deftcore.models.blocks import check_function, find_mlp_blocks
+from deftcore.nn import verify
 from deftcore.nn.mamba import MambaBlock
 from deftcore.nn.mamba2 import Mamba2Block
 from deftcore.ops._dispatch import cache_folder, read_table, write_table
@@ -97,7 +98,7 @@ def test_a_lora_layer_of_the_wrong_sign_is_refused(packed, dtype, monkeypatch, c
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_bitsandbytes_layer_of_the_wrong_sign_is_refused(bias, monkeypatch):
     model, x = bnb_layer(bias=bias).train(), torch.randn(3, 64)
-    from deftcore.integrations import bitsandbytes
+    from deftcore.methods.lora import bitsandbytes
 
     expected = model(x)
     monkeypatch.setattr(bitsandbytes, "linear_packed", negated(bitsandbytes.linear_packed))
@@ -326,7 +327,7 @@ def test_a_verdict_is_of_the_constants_too():
 
 
 def test_a_refusal_is_kept_and_listed(monkeypatch, capsys):
-    from deftcore.cli import main
+    from deftcore.cli.main import main
 
     wrong_sign(monkeypatch, peft_integration, "lora_linear")
     refused(lora(tiny_model("llama")), "q_proj")

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deftcore.nn.mixer import MixerBlock, MixerState, check_size, initial_steps, masked
-from deftcore.ops.conv1d import causal_conv1d
-from deftcore.ops.decode import causal_conv1d_update, selective_state_update
-from deftcore.ops.mamba import MASKED_STEP, Projection, mamba_inner, project
-from deftcore.ops.ssm import selective_scan
+from deftcore.ops.ssm.conv1d import causal_conv1d
+from deftcore.ops.ssm.decode import causal_conv1d_update, selective_state_update
+from deftcore.ops.ssm.mamba import MASKED_STEP, Projection, mamba_inner, project
+from deftcore.ops.ssm.scan import selective_scan
 
 
 class MambaBlock(MixerBlock):

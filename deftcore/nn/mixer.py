@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from deftcore.nn.linear import Linear4bit, called_plainly
-from deftcore.ops.conv1d import next_window
-from deftcore.ops.mamba import Projection
+from deftcore.ops.ssm.conv1d import next_window
+from deftcore.ops.ssm.mamba import Projection
 
 
 class MixerState(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from deftcore import ops
-from deftcore.nn.blocks import activation_of
+from deftcore.nn.activations import activation_of
 from deftcore.ops.density import active_count, default_tau
 
 

@@ -1,19 +1,19 @@
 """PyTorch operators over native kernels. Needs PyTorch alone."""
 
 from deftcore.ops._library import cuda_enabled, op_names
-from deftcore.ops.conv1d import causal_conv1d, causal_conv1d_varlen_states
-from deftcore.ops.decode import causal_conv1d_update, selective_state_update
 from deftcore.ops.density import act_density, density
 from deftcore.ops.grouped_delta import DeltaBank, LowRankDelta, SliceDelta, grouped_delta_linear
 from deftcore.ops.lora import lora_linear
-from deftcore.ops.lyapunov import lyapunov_exponents
-from deftcore.ops.mamba import LoraPair, Projection, mamba2_inner, mamba_inner
 from deftcore.ops.partial_linear import gated_linear, partial_linear
 from deftcore.ops.quant4 import dequantize_4bit, linear_4bit, quantize_4bit
 from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.sparse_mlp import bundle_rows, sparse_down, sparse_gated_mlp, sparse_mlp
-from deftcore.ops.ssd import mamba_chunk_scan
-from deftcore.ops.ssm import selective_scan
+from deftcore.ops.ssm.conv1d import causal_conv1d, causal_conv1d_varlen_states
+from deftcore.ops.ssm.decode import causal_conv1d_update, selective_state_update
+from deftcore.ops.ssm.lyapunov import lyapunov_exponents
+from deftcore.ops.ssm.mamba import LoraPair, Projection, mamba2_inner, mamba_inner
+from deftcore.ops.ssm.scan import selective_scan
+from deftcore.ops.ssm.ssd import mamba_chunk_scan
 
 __all__ = [
     "DeltaBank",

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deftcore.adapters.bases import is_sharded, whole
-from deftcore.objectives import DensityLoss
+from deftcore.methods.deft.objective import DensityLoss
+from deftcore.nn.sharding import is_sharded, whole
 from deftcore.training.data import Example
 from deftcore.training.recipe import TrainingConfig
 

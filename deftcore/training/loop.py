@@ -25,10 +25,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from deftcore.adapters.bases import is_sharded, whole
-from deftcore.adapters.s2ft import S2ftLayer
+from deftcore.methods.deft.objective import DensityLoss
+from deftcore.methods.s2ft.model import S2ftLayer
 from deftcore.nn.linear import PackedModule, checkpoint_activations
-from deftcore.objectives import DensityLoss
+from deftcore.nn.sharding import is_sharded, whole
 from deftcore.training.data import Batches, Example, predicts
 from deftcore.training.identity import dependences
 from deftcore.training.recipe import TrainingConfig

@@ -70,7 +70,7 @@ class DataConfig:
 
 @dataclass(frozen=True, config=OPTIONS)
 class DeftConfig:
-    """The density objective; fields as in `deftcore.objectives.DensityLoss`."""
+    """The density objective; fields as in `deftcore.methods.deft.objective.DensityLoss`."""
 
     enabled: bool = False
     alpha: NonNegative = 1.0
@@ -203,7 +203,9 @@ def adapter_kinds() -> dict[str, Any]:
     """The PEFT config class of each method that has one."""
     import peft
 
-    from deftcore.adapters import BottleneckConfig, MambaLoraConfig, S2ftConfig
+    from deftcore.methods.lora.bottleneck import BottleneckConfig
+    from deftcore.methods.mamba.lora import MambaLoraConfig
+    from deftcore.methods.s2ft.model import S2ftConfig
 
     return {
         "lora": peft.LoraConfig, "qlora": peft.LoraConfig, "s2ft": S2ftConfig, "qs2ft": S2ftConfig,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deftcore import __version__
 from deftcore._versions import installed
-from deftcore.adapters.bases import sharded_as
+from deftcore.nn.sharding import sharded_as
 
 _log = logging.getLogger(__name__)
 _KEEP_CHECKPOINTS = 2

@@ -1,0 +1,5 @@
+"""The `deftcore` command."""
+
+from deftcore.cli.main import main
+
+__all__ = ["main"]

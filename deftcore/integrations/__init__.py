@@ -1,5 +1,0 @@
-"""Transformers and PEFT."""
-
-from deftcore._versions import warn_untested
-
-warn_untested("transformers", "peft", "accelerate", "bitsandbytes")

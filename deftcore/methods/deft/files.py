@@ -1,0 +1,127 @@
+"""Sparse models on disk."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from deftcore.methods.lora.patch import patch
+from deftcore.models.blocks import find_mlp_blocks
+from deftcore.models.checkpoints import ADAPTER_FOLDER, SPARSE_FILE, load_adapter
+from deftcore.models.gates import gates_of
+from deftcore.models.quantized_files import is_4bit, load_quantized, model_kind
+from deftcore.models.sparsify import sparsify
+
+
+def save_sparse(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    *,
+    tau: dict[str, float] | None = None,
+    skip: Collection[str] = (),
+    adapter: str | os.PathLike | None = None,
+    extra_files: Collection[Path] = (),
+) -> Path:
+    """Writes a merged, not yet sparsified model with its sparse settings, ready for `load_sparse`.
+
+    The weights keep Transformers' names; those of skipped blocks are left out. The folder appears whole or not at all.
+    A model that is sparsified, has adaptive gates or an adapter on it is refused.
+
+    Args:
+        tau: threshold per block name; a missing block uses its activation's default.
+        skip: names of blocks to leave out.
+        adapter: folder of an adapter to keep beside the model, unmerged: LoRA over 4 bits, bottlenecks, prompts.
+        extra_files: files to copy beside the model, such as the tokenizer's.
+
+    Raises:
+        FileExistsError: the folder is not empty.
+        ValueError: naming the blocks that the model lacks, or why it cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"folder: {folder} exists and is not empty")
+    if hasattr(model, "deftcore_blocks"):
+        raise ValueError("model: is in its sparse form already; write it before sparsify")
+    if gates_of(model) is not None:
+        raise ValueError("model: has adaptive gates, which its files do not hold; fold them first (fold_gates)")
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("model: has an adapter, whose weights load_sparse would not find; merge it first (merge)")
+    names = [block.name for block in find_mlp_blocks(model)]
+    unknown = sorted((set(skip) | set(tau or ())) - set(names))
+    if unknown:
+        raise ValueError(f"skip, tau: no MLP block named {', '.join(unknown)}; the model has {', '.join(names)}")
+    dropped = tuple(f"{name}.{part}" for name in skip for part in _projections(model, name))
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith(dropped)}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        model.save_pretrained(temporary, state_dict=state)
+        if adapter is not None:
+            shutil.copytree(adapter, temporary / ADAPTER_FOLDER)
+        for file in extra_files:
+            shutil.copy(file, temporary / file.name)
+        settings = {"format": 1, "tau": tau or {}, "skip": sorted(skip)}
+        (temporary / SPARSE_FILE).write_text(json.dumps(settings, indent=1))
+        if folder.exists():
+            folder.rmdir()
+        temporary.chmod(0o755)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def load_sparse(folder: str | os.PathLike, *, path: str = "auto", **kwargs: Any) -> nn.Module:
+    """The sparse-inference model that `save_sparse` or `deftcore export` wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: when the folder or its settings are missing or damaged.
+    """
+    file = Path(folder) / SPARSE_FILE
+    if not file.exists():
+        raise FileNotFoundError(f"folder: {folder} has no {SPARSE_FILE}; write it with `deftcore export`")
+    try:
+        settings = json.loads(file.read_text())
+        tau, skip = dict(settings["tau"]), list(settings["skip"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"folder: {file} is damaged: {error}") from error
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights():
+        shape: Any = model_kind(config).from_config(config)
+    dropped = tuple(f"{name}.{part}" for name in skip for part in _projections(shape, name))
+    if is_4bit(config):
+        model: Any = load_quantized(folder, missing_ok=dropped, **kwargs)
+        for key, missing in [item for item in model.named_parameters() if item[1].is_meta]:
+            # Left out by `skip`: zeros that take no memory, so that an adapter over the block finds a device.
+            holder, _, attribute = key.rpartition(".")
+            zeros = torch.zeros((), dtype=missing.dtype).expand(missing.shape)
+            setattr(model.get_submodule(holder), attribute, nn.Parameter(zeros, requires_grad=False))
+    else:
+        model, info = model_kind(config).from_pretrained(folder, output_loading_info=True, **kwargs)
+        missing = [key for key in info["missing_keys"] if not key.startswith(dropped)]
+        if missing or info["unexpected_keys"]:
+            raise ValueError(f"folder: missing weights {missing}, unexpected {sorted(info['unexpected_keys'])}")
+    if not (Path(folder) / ADAPTER_FOLDER).is_dir():
+        return sparsify(model, tau=tau, path=path, skip=skip)
+    adapted = load_adapter(model, Path(folder) / ADAPTER_FOLDER)
+    if adapted.active_peft_config.peft_type == "LORA":
+        patch(adapted)
+    return sparsify(adapted, tau=tau, path=path, skip=skip, merge=False)
+
+
+def _projections(model: nn.Module, name: str) -> list[str]:
+    block = next(b for b in find_mlp_blocks(model) if b.name == name)
+    if block.container is not None:
+        return ["gate_proj.", "up_proj.", "down_proj.", "wi.", "wi_0.", "wi_1.", "wo."]
+    return ["fc1.", "fc2.", "intermediate.dense.", "output.dense."]

@@ -1,0 +1,217 @@
+"""Bottleneck adapters: y + s * up(f(down(y))) after the MLP (Pfeiffer et al., arXiv 2005.00052), or the parallel form
+y + s * up(f(down(x))) on the MLP's input (AdaptFormer, Chen et al., arXiv 2205.13535)."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from deftcore.training.tuners import GathersShards, MethodName
+
+# Model types whose MLP is one module, and those whose layer calls the projections itself.
+_TARGETS: dict[str, list[str] | str] = {
+    **{key: ["mlp"] for key in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")},
+    **{key: ["DenseReluDense"] for key in ("t5", "mt5")},
+    "opt": ["fc2"],
+    "bert": r".*\.layer\.\d+\.output\.dense",
+    "roberta": r".*\.layer\.\d+\.output\.dense",
+}
+_NON_LINEARITIES = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+_NO_MERGE = "merge: a bottleneck adapter is not linear and cannot be merged into the weights; use unload()"
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """Config of bottleneck adapters.
+
+    Raises ValueError, naming the field, on a value out of range.
+    """
+
+    reduction_factor: int = field(default=16, metadata={"help": "Model width over bottleneck width."})
+    non_linearity: str = field(default="relu", metadata={"help": "relu, gelu or silu, inside the bottleneck."})
+    parallel: bool = field(default=False, metadata={"help": "Read the MLP's input, not its output (AdaptFormer)."})
+    scaling: float = field(default=1.0, metadata={"help": "Factor of the adapter's output; AdaptFormer uses 0.1."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules that return the MLP's output; None picks them by model type."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer numbers; None is all."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MethodName("BOTTLENECK")
+        if not isinstance(self.reduction_factor, int) or self.reduction_factor < 1:
+            raise ValueError(f"reduction_factor: must be an integer of at least 1, got {self.reduction_factor!r}")
+        if self.non_linearity not in _NON_LINEARITIES:
+            raise ValueError(f"non_linearity: must be one of {', '.join(_NON_LINEARITIES)}, got {self.non_linearity!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: must be in [0, 1), got {self.dropout}")
+        if isinstance(self.target_modules, list):
+            self.target_modules = sorted(set(self.target_modules))
+
+
+class BottleneckLayer(nn.Module, BaseTunerLayer):
+    """Wraps the module that returns an MLP's output. `up` starts at zero: the model is unchanged at first."""
+
+    adds_to_block = True  # to the block's output: gates and the sparse form go beneath
+    adapter_layer_names = ("bottleneck_down", "bottleneck_up")
+    other_param_names = ("configs", "bottleneck_dropout")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bottleneck_down = nn.ModuleDict()
+        self.bottleneck_up = nn.ModuleDict()
+        self.bottleneck_dropout = nn.ModuleDict()
+        self.configs: dict[str, BottleneckConfig] = {}
+        self.merged_adapters: list[str] = []
+        self._tap: torch.utils.hooks.RemovableHandle | None = None
+        self._mlp_input: Tensor | None = None
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: BottleneckConfig, **_: Any) -> None:
+        base = self.get_base_layer()
+        reference = _output_projection(base)
+        width = reference.out_features
+        size = max(width // config.reduction_factor, 1)
+        options: dict[str, Any] = {"device": reference.weight.device, "dtype": _dtype_of(reference)}
+        self.configs[adapter_name] = config
+        up = nn.Linear(size, width, **options)
+        self.bottleneck_down[adapter_name] = nn.Linear(width, size, **options)
+        self.bottleneck_up[adapter_name] = up
+        self.bottleneck_dropout[adapter_name] = nn.Dropout(config.dropout)
+        if reference.weight.device.type != "meta":
+            nn.init.zeros_(up.weight)
+            nn.init.zeros_(up.bias)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def tap(self, first: nn.Module) -> None:
+        """Reads the MLP's input at its first projection, where the layer calls the projections itself."""
+        if self._tap is None:
+            self._tap = first.register_forward_pre_hook(self._remember)
+
+    def untap(self) -> None:
+        """Undoes `tap`, when the layer is unloaded."""
+        if self._tap is not None:
+            self._tap.remove()
+            self._tap = None
+
+    def _remember(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._mlp_input = args[0]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        mlp_input, self._mlp_input = (x if self._tap is None else self._mlp_input), None
+        if self.disable_adapters:
+            return y
+        for name in self.active_adapters:
+            if name in self.bottleneck_down:
+                config = self.configs[name]
+                source = mlp_input if config.parallel else y
+                y = y + config.scaling * self._adapt(name, source).to(y.dtype)
+        return y
+
+    def _adapt(self, name: str, x: Tensor | None) -> Tensor:
+        if x is None:
+            raise RuntimeError("BottleneckLayer: the MLP's first projection has not run before its last")
+        down: Any = self.bottleneck_down[name]
+        up = self.bottleneck_up[name]
+        hidden = down(self.bottleneck_dropout[name](x.to(down.weight.dtype)))
+        return up(getattr(torch.nn.functional, self.configs[name].non_linearity)(hidden))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(_NO_MERGE)
+
+    def unmerge(self) -> None:
+        raise ValueError("unmerge: a bottleneck adapter is never merged")
+
+    def __repr__(self) -> str:
+        return "bottleneck." + super().__repr__()
+
+
+class BottleneckModel(GathersShards):
+    """Puts `BottleneckLayer`s into a model; made by `peft.get_peft_model`."""
+
+    prefix: str = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+    target_module_mapping = _TARGETS  # type: ignore[assignment]
+
+    def _prepare_model(self, peft_config: BottleneckConfig, model: nn.Module) -> None:  # type: ignore[override]
+        """Refuses, by name, what a bottleneck cannot go on, before anything changes."""
+        for key, module in model.named_modules():
+            if key and self._check_target_module_exists(peft_config, key):
+                base = module.get_base_layer() if isinstance(module, BottleneckLayer) else module
+                _output_projection(base)
+                if peft_config.parallel and isinstance(base, nn.Linear):
+                    self._first_projection(key)
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: BottleneckConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, BottleneckLayer):
+            target.update_layer(adapter_name, peft_config)
+            layer = target
+        else:
+            layer = BottleneckLayer(target, adapter_name, peft_config)
+            if adapter_name != self.active_adapter:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        if peft_config.parallel and isinstance(layer.get_base_layer(), nn.Linear):
+            layer.tap(self._first_projection(current_key))
+
+    def _first_projection(self, key: str) -> nn.Module:
+        """fc1 beside an OPT layer's fc2; intermediate.dense beside a BERT layer's output.dense."""
+        sibling = re.sub(r"fc2$", "fc1", re.sub(r"output\.dense$", "intermediate.dense", key))
+        if sibling == key:
+            raise ValueError(
+                f"target_modules: {key} is a linear layer whose MLP input is not known; "
+                "parallel adapters go on whole MLP modules, OPT's fc2 or BERT's output.dense"
+            )
+        return self.model.get_submodule(sibling)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own would copy `weight` to whole MLP modules, which have none; the adapter was made on their device.
+        if isinstance(child, BottleneckLayer):
+            child.untap()
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(_NO_MERGE)
+
+    @staticmethod
+    def _create_new_module(peft_config: BottleneckConfig, adapter_name: str, target: nn.Module) -> nn.Module:
+        return BottleneckLayer(target, adapter_name, peft_config)
+
+
+def _output_projection(module: nn.Module) -> nn.Linear:
+    """The linear layer that gives the module's output."""
+    for name in ("down_proj", "wo", "fc2", "c_proj"):
+        child = getattr(module, name, None)
+        child = getattr(child, "base_layer", child)
+        if isinstance(child, nn.Linear):
+            return child
+    if isinstance(module, nn.Linear):
+        return module
+    raise ValueError(f"target_modules: {type(module).__name__} is neither a linear layer nor an MLP module")
+
+
+def _dtype_of(linear: Any) -> torch.dtype:
+    """The dtype of a layer's weight; of what was quantised, where the weight is packed bytes."""
+    if linear.weight.is_floating_point():
+        return linear.weight.dtype
+    packed = getattr(linear, "quantized", None) or getattr(linear.weight, "quant_state", None)
+    return getattr(packed, "dtype", torch.float32)

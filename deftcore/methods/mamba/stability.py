@@ -1,0 +1,316 @@
+"""Lyapunov exponents of Mamba models, and how far mixed-precision runs drift from float32 (arXiv 2406.00209).
+
+The protocol: one model fine-tuned with LoRA in float32 and in each precision, same seed and data order; after given
+numbers of steps both are compared on a fixed set. Two float32 runs of different seeds are the yardstick.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from deftcore.models.checkpoints import load_model, load_tokenizer
+from deftcore.models.preflight import empty_model
+from deftcore.nn.mamba import MambaBlock
+from deftcore.nn.mamba2 import Mamba2Block
+from deftcore.ops.ssm.lyapunov import lyapunov_exponents
+from deftcore.training.data import Batches
+from deftcore.training.device import choose_device
+from deftcore.training.fields import (
+    Count,
+    DataFile,
+    Length,
+    Needed,
+    OutputFolder,
+    Positive,
+    Text,
+    Whole,
+    checked,
+    one_of,
+)
+from deftcore.training.pipeline import add_adapter, is_mamba, load_examples, write_json
+from deftcore.training.recipe import DataConfig
+
+_EVALUATION = 8  # batches of the fixed set
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+Batch = dict[str, Tensor]
+
+
+@torch.no_grad()
+def exponents(model: nn.Module, batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
+    """Exponents of each (patched) mixer over all rows of the batches.
+
+    Returns, by layer name: `max`, `min` and `mean` over rows, channels and states, the mean step, the number of steps,
+    and the memory length -1 / max in steps.
+    """
+    mixers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, (MambaBlock, Mamba2Block))}
+    if not mixers:
+        raise ValueError(
+            f"model: {type(model).__name__} has no Mamba mixer on deftcore's ops; call deftcore.patch first"
+        )
+    found: dict[str, list[tuple[Tensor, Tensor, int]]] = {name: [] for name in mixers}
+    mask: list[Tensor | None] = [None]
+
+    def watch(name: str) -> Any:
+        def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            steps = module.steps(hidden, mask[0])
+            values = lyapunov_exponents(steps, module.decay(), mask=mask[0])
+            count = steps.shape[0] * steps.shape[2] if mask[0] is None else int(mask[0].sum())
+            kept = steps if mask[0] is None else steps * mask[0].unsqueeze(1)
+            found[name].append((values, kept.sum(dtype=torch.float64) / (steps.shape[1] * count), count))
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(watch(name), with_kwargs=True) for name, m in mixers.items()]
+    try:
+        for batch in batches:
+            padding = batch.get("attention_mask")
+            mask[0] = None if padding is None or bool(padding.all()) else padding
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    report = {}
+    for name, rows in found.items():
+        values = torch.cat([v.flatten() for v, _, _ in rows])
+        total = sum(count for _, _, count in rows)
+        largest = float(values.max())
+        report[name] = {
+            "max": largest, "min": float(values.min()), "mean": float(values.mean()),
+            "mean_step": float(sum(mean * count for _, mean, count in rows)) / total, "steps": total,
+            "memory": -1 / largest if largest else math.inf,
+        }  # fmt: skip
+    return report
+
+
+@torch.no_grad()
+def divergence(reference: nn.Module, other: nn.Module, batches: Sequence[Batch], precision: str) -> dict[str, Any]:
+    """How far `other`, run in `precision`, is from `reference` in float32 on the same batches.
+
+    Returns mean |logit difference|, mean KL of the next-token distributions (nats), the difference of the losses, and
+    by layer the relative deviation |h - h'| / |h| over time with the fitted slope of its logarithm after its peak.
+    """
+    sums, count, curves = [0.0, 0.0, 0.0], 0, []
+    for batch in batches:
+        exact = reference(**batch, output_hidden_states=True)
+        with _precision(precision, batch["input_ids"].device.type):
+            low = other(**batch, output_hidden_states=True)
+        keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        a, b = exact.logits.float()[keep], low.logits.float()[keep]
+        sums[0] += float((a - b).abs().mean(-1).sum())
+        sums[1] += float(F.kl_div(b.log_softmax(-1), a.log_softmax(-1), reduction="sum", log_target=True))
+        sums[2] += float(low.loss - exact.loss) * int(keep.sum())
+        count += int(keep.sum())
+        curves.append(
+            torch.stack(
+                [
+                    ((h.float() - g.float()).norm(dim=-1) / h.float().norm(dim=-1).clamp(min=1e-12)).mean(0)
+                    for h, g in zip(exact.hidden_states, low.hidden_states, strict=True)
+                ]
+            )
+        )
+    shortest = min(c.shape[1] for c in curves)
+    curve = torch.stack([c[:, :shortest] for c in curves]).mean(0).cpu()
+    return {
+        "mean_abs_logit": sums[0] / count, "kl": sums[1] / count, "loss_difference": sums[2] / count,
+        "deviation": curve.tolist(), "slope": [_slope(row) for row in curve],
+    }  # fmt: skip
+
+
+def _slope(curve: Tensor) -> float:
+    """Of log(deviation) from its peak on, per token."""
+    start = int(curve.argmax())
+    tail = curve[start:].clamp(min=1e-12).log().double()
+    if len(tail) < 2:
+        return 0.0
+    t = torch.arange(len(tail), dtype=torch.float64)
+    t = t - t.mean()
+    return float((t * (tail - tail.mean())).sum() / t.square().sum())
+
+
+@contextmanager
+def _precision(precision: str, device: str) -> Iterator[None]:
+    dtype = _DTYPES[precision]
+    with nullcontext() if dtype is None else torch.autocast(device, dtype=dtype):
+        yield
+
+
+@checked
+def run(
+    model: Needed,
+    data: DataFile,
+    output: OutputFolder,
+    *,
+    precisions: Sequence[Annotated[str, one_of("bf16", "fp16")]] = ("bf16",),
+    steps: Annotated[Sequence[Whole], Field(min_length=1)] = (0, 10, 100),
+    against: Text = "",
+    seeds: Count = 1,
+    max_length: Length = 256,
+    batch_size: Count = 4,
+    learning_rate: Positive = 2e-4,
+    device: Text = "auto",
+) -> dict[str, Any]:
+    """The whole protocol; writes report.json and lyapunov.png to `output`.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the argument.
+    """
+    where = choose_device(device)
+    if not is_mamba(empty_model(model)):
+        raise ValueError(f"model: {model} is not a Mamba, Mamba-2 or FalconMamba model")
+    if against:
+        empty_model(against)
+    folder = Path(output)
+    report: dict[str, Any] = {"steps": sorted(set(steps)), "precisions": list(precisions), "models": {}}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for path in filter(None, (model, against)):
+            report["models"][path] = _protocol(
+                path, data, report["steps"], precisions, seeds, max_length, batch_size, learning_rate, progress,
+                where,
+            )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", report)
+    _draw(report, folder / "lyapunov.png")
+    return report
+
+
+def _protocol(
+    path: str, data: str, steps: list[int], precisions: Sequence[str], seeds: int, max_length: int, batch_size: int,
+    learning_rate: float, progress: Progress, device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    tokenizer = load_tokenizer(path)
+    examples = load_examples(data, tokenizer, DataConfig(train=data, max_length=max_length), False)
+    base = cast(Any, load_model(path)).to(device)
+    fixed, rest = examples[: _EVALUATION * batch_size], examples[_EVALUATION * batch_size :] or examples
+    padding = tokenizer.pad_token_id or 0
+    evaluation = list(Batches(fixed, batch_size, padding, False, shuffle=False, device=device).epoch(0))
+    runs = [(precision, seed) for seed in range(seeds) for precision in ("fp32", *precisions)]
+    if seeds == 1:
+        runs.append(("fp32", 1))  # the yardstick: another seed in float32
+    report: dict[str, Any] = {
+        "mamba": is_mamba(base), "type": base.config.model_type,
+        "parameters": sum(p.numel() for p in base.parameters()),
+        "evaluation_tokens": sum(len(e["input_ids"]) for e in fixed), "checkpoints": [],
+    }  # fmt: skip
+    models = {}
+    for precision, seed in runs:
+        torch.manual_seed(seed)
+        models[precision, seed] = _Run(copy.deepcopy(base), precision, learning_rate)
+    task = progress.add_task(Path(path).name, total=steps[-1] * len(runs) + len(steps))
+    done = 0
+    for target in steps:
+        for (_, seed), each in models.items():
+            each.train(_stream(rest, batch_size, padding, seed, device), done, target, lambda: progress.advance(task))
+        done = target
+        entry: dict[str, Any] = {"step": target, "runs": []}
+        for (precision, seed), each in models.items():
+            if (precision, seed) == ("fp32", 0):
+                continue
+            reference = models["fp32", 0 if precision == "fp32" else seed]
+            result = divergence(reference.model.eval(), each.model.eval(), evaluation, precision)
+            if report["mamba"]:
+                with _precision(precision, device.type):
+                    result["lyapunov"] = exponents(each.model, evaluation)
+            entry["runs"].append({"precision": precision, "seed": seed, **result})
+        if report["mamba"]:
+            entry["lyapunov"] = exponents(models["fp32", 0].model, evaluation)
+        report["checkpoints"].append(entry)
+        progress.advance(task)
+    return report
+
+
+class _Run:
+    """One model being fine-tuned in one precision."""
+
+    def __init__(self, model: Any, precision: str, learning_rate: float) -> None:
+        method = "mamba-lora" if is_mamba(model) else "lora"
+        options = {"r": 8, "lora_alpha": 16}
+        self.model = add_adapter(
+            model, method, options if is_mamba(model) else options | {"target_modules": "all-linear"}
+        )
+        self.precision = precision
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+        self.scaler = torch.amp.GradScaler(trained[0].device.type, enabled=precision == "fp16")
+
+    def train(self, stream: Iterator[Batch], done: int, target: int, advance: Any) -> None:
+        self.model.train()
+        for step, batch in enumerate(stream):
+            if step >= target:
+                break
+            if step < done:  # batches of earlier calls
+                continue
+            with _precision(self.precision, batch["input_ids"].device.type):
+                loss = self.model(**batch).loss
+            self.scaler.scale(loss.float()).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+            advance()
+
+
+def _stream(examples: list[Any], batch_size: int, padding: int, seed: int, device: torch.device) -> Iterator[Batch]:
+    """Batches without end, in an order that the seed decides."""
+    batches = Batches(examples, batch_size, padding, False, seed=seed, device=device)
+    epoch = 0
+    while True:
+        yield from batches.epoch(epoch)
+        epoch += 1
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """What the command prints."""
+    found = []
+    for path, result in report["models"].items():
+        found.append(f"{path}: {result['parameters'] / 1e6:.1f} M parameters")
+        for entry in result["checkpoints"]:
+            if "lyapunov" in entry:
+                worst = max(layer["max"] for layer in entry["lyapunov"].values())
+                found.append(f"  step {entry['step']}: largest exponent {worst:.3e} per step")
+            for each in entry["runs"]:
+                found.append(
+                    f"  step {entry['step']}, {each['precision']} seed {each['seed']}: mean |logit difference| "
+                    f"{each['mean_abs_logit']:.4f}, KL {each['kl']:.2e}, loss {each['loss_difference']:+.4f}, "
+                    f"slope of the deviation in the last layer {each['slope'][-1]:+.1e}"
+                )
+    return found
+
+
+def _draw(report: dict[str, Any], path: Path) -> None:
+    """Exponents per layer, and deviation over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for result in report["models"].values():
+        kind = result["type"]
+        last = result["checkpoints"][-1]
+        if "lyapunov" in last:
+            layers = last["lyapunov"].values()
+            left.plot([-layer["max"] for layer in layers], "o-", label=f"{kind}: largest")
+            left.plot([-layer["mean"] for layer in layers], "x:", label=f"{kind}: mean")
+        for each in last["runs"]:
+            right.plot(each["deviation"][-1], label=f"{kind} {each['precision']} seed {each['seed']}")
+    left.set(xlabel="layer", ylabel="-exponent (nats per token)", yscale="log", title="Lyapunov exponents")
+    right.set(
+        xlabel="token", ylabel="|h - h'| / |h|, last layer", yscale="log", title=f"after {report['steps'][-1]} steps"
+    )
+    for axis in (left, right):
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=120, format="png")
+    plt.close(figure)
+    partial.replace(path)

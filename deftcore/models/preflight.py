@@ -1,0 +1,128 @@
+"""What can be known before weights are read: the model's names, and whether an adapter fits them."""
+
+import copy
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig
+
+from deftcore.models.quantized_files import checked_folder, model_kind
+from deftcore.nn.linear import linears_to_quantize
+from deftcore.training.fields import near
+from deftcore.training.recipe import adapter_kinds
+
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings")
+_NAMED = ("target_modules", "modules_to_save", "exclude_modules")  # of PEFT's configs
+
+
+def empty_model(path: str | os.PathLike) -> Any:
+    """The model of a Transformers folder or hub id without its weights, on the meta device.
+
+    Raises:
+        FileNotFoundError, ValueError: when there is no such model.
+    """
+    config = AutoConfig.from_pretrained(checked_folder(path))
+    with init_empty_weights():
+        model = model_kind(config).from_config(config)
+    model.tie_weights()
+    return model
+
+
+def check_adapter(model: Any, method: str, options: dict[str, Any]) -> None:
+    """Raises what wrapping a model would raise, by wrapping one without weights.
+
+    Args:
+        model: of `empty_model`; it is changed.
+        method, options: as in `deftcore.training.pipeline.add_adapter`.
+
+    Raises:
+        ValueError: naming the field of the adapter, with near names where a module's is unknown.
+    """
+    from deftcore.methods.s2ft.model import S2ftConfig
+    from deftcore.methods.s2ft.selection import make_plan
+
+    if method == "full":
+        return
+    modules = [name for name, _ in model.named_modules() if name]
+    for field in _NAMED:
+        check_names(f"adapter.{field}", options.get(field), modules)
+    config = adapter_config(model, method, options)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = False  # others look at the weights
+    try:
+        if isinstance(config, S2ftConfig):
+            config.strategy = "random"  # likewise
+            make_plan(model, config)
+        else:
+            import peft
+
+            peft.get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"adapter: {error}") from error
+
+
+def check_quantize(model: nn.Module, skip: Iterable[str]) -> None:
+    """Raises for names in `quantize.skip` that the model does not have."""
+    try:
+        linears_to_quantize(model, list(skip))
+    except ValueError as error:
+        raise ValueError(f"quantize.{error}") from error
+
+
+def check_lengths(model: Any, examples: Iterable[Mapping[str, Any]]) -> None:
+    """Raises for examples that are longer than a model's table of positions, where it has one."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    tables = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.endswith(_POSITIONS)}
+    if limit is None or not tables:
+        return
+    name, table = next(iter(tables.items()))
+    if table.padding_idx is not None:  # RoBERTa counts from behind it
+        limit -= table.padding_idx + 1
+    longest = max((len(example["input_ids"]) for example in examples), default=0)
+    if longest > limit:
+        raise ValueError(
+            f"max_length: must be at most {limit}, the positions of {name}; an example has {longest} tokens"
+        )
+
+
+def check_names(field: str, wanted: Any, modules: list[str]) -> None:
+    """Raises for a name, or a pattern, that fits none of the modules. Names fit by their last parts.
+
+    Raises:
+        ValueError: naming the field, and names that are near.
+    """
+    if wanted is None or wanted == "all-linear":
+        return
+    if isinstance(wanted, str):
+        try:
+            pattern = re.compile(wanted)
+        except re.error as error:
+            raise ValueError(f"{field}: {wanted!r} is no regular expression: {error}") from error
+        if not any(map(pattern.fullmatch, modules)):
+            raise ValueError(f"{field}: no module fits {wanted!r}{_near(wanted, modules)}")
+        return
+    for name in wanted:
+        if not any(f".{module}".endswith(f".{name}") for module in modules):
+            raise ValueError(f"{field}: no module named {name!r}{_near(name, modules)}")
+
+
+def _near(name: str, modules: list[str]) -> str:
+    last = [part for part in dict.fromkeys(module.rpartition(".")[2] for module in modules) if not part.isdigit()]
+    return near(name, last)
+
+
+def adapter_config(model: Any, method: str, options: dict[str, Any]) -> Any:
+    """The PEFT config of a method for a model.
+
+    Raises:
+        ValueError: naming options that the method's config does not have.
+    """
+    task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    try:
+        return adapter_kinds()[method](task_type=task, **copy.deepcopy(options))
+    except TypeError as error:
+        raise ValueError(f"adapter: {error}") from error
