@@ -191,7 +191,7 @@ import json, resource, statistics, sys, time, warnings
 warnings.filterwarnings("ignore")
 import peft, torch, transformers
 import deftcore
-from deftcore.objectives import DensityLoss
+from deftcore.methods.deft.objective import DensityLoss
 torch.manual_seed(0)
 config = transformers.LlamaConfig(vocab_size=2048, hidden_size=512, intermediate_size=4096, num_hidden_layers=4,
                                   num_attention_heads=8, num_key_value_heads=8, hidden_act="relu")

@@ -328,9 +328,10 @@ def _decode(
 
 PEAK_MEMORY = """
 import sys, torch
-from deftcore.integrations.checkpoints import load_adapter, load_model, load_sparse
-from deftcore.integrations.peft import patch
-from deftcore.integrations.transformers import greedy_decode
+from deftcore.methods.deft.files import load_sparse
+from deftcore.models.checkpoints import load_adapter, load_model
+from deftcore.methods.lora.patch import patch
+from deftcore.models.decoding import greedy_decode
 kind, folder, *ids = sys.argv[1:]
 model = {
     "idle": lambda: None,
