@@ -5,7 +5,6 @@ Writes bench/results/<device>.json and the plots in bench/results; `--quick` run
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from rich.progress import track
 from bench import quant4, s2ft, ssm
 from bench.harness import Rotating, alternate, console, keep_freed_memory, streaming_bandwidth
 from deftcore import ops
+from deftcore._files import write_json
 from deftcore.cli.main import info
 from deftcore.ops._dispatch import machine_name
 
@@ -325,9 +325,7 @@ def main():
         except Exception:  # one family's failure must not cost the others' hour
             traceback.print_exc()
             failed.append(name)
-        partial = output.with_suffix(".tmp")
-        partial.write_text(json.dumps(results, indent=1))
-        os.replace(partial, output)
+        write_json(output, results)
     print_tables(results)
     print(f"\nstreaming read {bandwidth / 1e9:.1f} GB/s on {results['machine']}")
     if results.get("sparse_down") and not args.quick:

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from deftcore._files import cache_folder, write_json
 from deftcore.cli.quickstart import Settings, base_model, reference_text
-from deftcore.ops._dispatch import cache_folder
 from deftcore.training import TrainingConfig, encode, train
-from deftcore.training.pipeline import add_adapter, write_json
+from deftcore.training.pipeline import add_adapter
 
 SETTINGS = Settings(hidden_size=768, intermediate_size=2048, num_layers=6, base_steps=80)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

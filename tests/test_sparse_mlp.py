@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deftcore import ops
+from deftcore._files import cache_folder
 from deftcore.ops import _dispatch
 from deftcore.ops.density import ACTIVATIONS
 from deftcore.ops.sparse_mlp import _down_rows, sparse_mlp_ref
@@ -176,7 +177,7 @@ def test_auto_measures_once_per_machine(monkeypatch):
     monkeypatch.setattr(_dispatch, "_known", {})  # a new process reads the file
     ops.sparse_down(a, w)
     assert calls == [(4, 96)]
-    (_dispatch.cache_folder() / "cost_model.json").write_text("{damaged")
+    (cache_folder() / "cost_model.json").write_text("{damaged")
     monkeypatch.setattr(_dispatch, "_known", {})
     ops.sparse_down(a, w)
     assert len(calls) == 2

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.models.mamba import modeling_mamba
 
 import deftcore
+from deftcore._files import add_to_table, cache_folder, read_table
 from deftcore.methods.lora import patch as peft_integration
 from deftcore.methods.lora.patch import FusedLoraLinear
 from deftcore.methods.mamba import patch as mamba_integration
@@ -24,7 +25,6 @@ from deftcore.models.blocks import check_function, find_mlp_blocks
 from deftcore.nn import verify
 from deftcore.nn.mamba import MambaBlock
 from deftcore.nn.mamba2 import Mamba2Block
-from deftcore.ops._dispatch import cache_folder, read_table, write_table
 
 MIXERS = ("mamba", "falcon_mamba", "mamba2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -295,7 +295,7 @@ def test_verdicts_are_kept(monkeypatch):
     (cache_folder() / "verified.json").write_text('{"a": 3')
     deftcore.patch(lora(tiny_model("llama")))
     assert len(made) == 5
-    write_table("verified.json", {key: {"what": 1} for key in read_table("verified.json")})
+    add_to_table("verified.json", {key: {"what": 1} for key in read_table("verified.json")})
     deftcore.patch(lora(tiny_model("llama")))
     assert len(made) == 6
     assert [p.name for p in cache_folder().iterdir()] == ["verified.json"]

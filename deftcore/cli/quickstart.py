@@ -25,18 +25,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from deftcore._files import cache_folder, replacing_file, write_json
 from deftcore.methods.deft.files import save_sparse
 from deftcore.methods.deft.objective import DensityLoss
 from deftcore.methods.lora.patch import merge
 from deftcore.models.decoding import greedy_decode
 from deftcore.models.sparsify import sparsify
 from deftcore.nn.linear import quantize as quantize_model
-from deftcore.ops._dispatch import cache_folder
 from deftcore.ops.quantized import QUANT_TYPES
 from deftcore.training.data import Batches, Example, encode
 from deftcore.training.fields import OutputFolder, Seed, Text, checked, one_of
 from deftcore.training.loop import TrainResult, train
-from deftcore.training.pipeline import add_adapter, save_adapter, write_json
+from deftcore.training.pipeline import add_adapter, save_adapter
 from deftcore.training.recipe import TrainingConfig
 
 logger = logging.getLogger("deftcore")
@@ -408,7 +408,6 @@ def _picture(report: dict[str, Any], path: Path) -> None:
     right.set(title="Decoding, tokens per second", xticks=range(len(names)), xticklabels=names)
     right.margins(y=0.15)
     right.legend(frameon=False)
-    partial = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(partial, dpi=150)
+    with replacing_file(path) as partial:
+        figure.savefig(partial, dpi=150)
     plt.close(figure)
-    partial.replace(path)

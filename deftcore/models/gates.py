@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deftcore._files import replacing_file
 from deftcore.models.blocks import MlpBlock, base_of, find_mlp_blocks
 
 GATES_FILE = "density_gates.safetensors"
@@ -122,13 +123,11 @@ class Gates(nn.Module):
         return accepted
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes density_gates.safetensors, under a temporary name first."""
+        """Writes density_gates.safetensors, whole or not at all."""
         from safetensors.torch import save_file
 
-        path = Path(folder) / GATES_FILE
-        partial_file = path.with_name(f".{path.name}.tmp")
-        save_file({"theta": self.theta.detach().cpu()}, partial_file, {"blocks": json.dumps(self.names)})
-        partial_file.replace(path)
+        with replacing_file(Path(folder) / GATES_FILE) as partial:
+            save_file({"theta": self.theta.detach().cpu()}, partial, {"blocks": json.dumps(self.names)})
 
     @torch.no_grad()
     def load(self, folder: str | os.PathLike) -> None:

@@ -10,9 +10,9 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig
 
+from deftcore._names import near
 from deftcore.models.quantized_files import checked_folder, model_kind
 from deftcore.nn.linear import linears_to_quantize
-from deftcore.training.fields import near
 from deftcore.training.recipe import adapter_kinds
 
 _POSITIONS = ("wpe", "embed_positions", "position_embeddings")

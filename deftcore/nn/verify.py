@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 import deftcore
+from deftcore._files import add_to_table, read_table
 from deftcore._versions import TESTED, installed
 from deftcore.nn.shadow import shadow
-from deftcore.ops._dispatch import read_table, write_table
 from deftcore.ops._library import native
 from deftcore.ops.quantized import QuantizedTensor
 
@@ -99,7 +99,7 @@ class Proofs:
     def keep(self) -> None:
         """Writes what is new."""
         if self._new:
-            write_table(_FILE, self._new)
+            add_to_table(_FILE, self._new)
 
 
 def verdicts() -> dict[str, list[str]]:

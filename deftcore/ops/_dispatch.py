@@ -1,16 +1,12 @@
 """When does the sparse path pay? A break-even density, measured once per machine, shape, dtype and token count.
 
 Both paths are timed on cold weights, on a GPU by its own clock; the sparse path's time is taken as linear in the rows
-read. Results are kept in `$DEFTCORE_CACHE` (default `~/.cache/deftcore`) in cost_model.json, under a key of everything
-they depend on.
+read. Results are kept in the cache folder in cost_model.json, under a key of everything they depend on.
 """
 
-import json
 import logging
-import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deftcore._files import add_to_table, read_table
 from deftcore.ops._library import native
 
 logger = logging.getLogger("deftcore")
@@ -28,12 +25,6 @@ _COLD_BYTES = 96 << 20  # more than a last-level cache holds
 _REPEATS = 5
 _FILE = "cost_model.json"
 _known: dict[tuple, float] = {}
-
-
-def cache_folder() -> Path:
-    """Where deftcore keeps what it measured or made: `$DEFTCORE_CACHE`, else `$XDG_CACHE_HOME/deftcore`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DEFTCORE_CACHE") or Path(base) / "deftcore")
 
 
 def break_even_density(
@@ -72,7 +63,7 @@ def break_even_density(
 
             table[key] = _measure(like, bucket, neurons, sparse, dense, make_weight or plain_weight, inputs)
             logger.info("cost model: %s: sparse below density %.2f", key, table[key])
-            write_table(_FILE, table)
+            add_to_table(_FILE, {key: table[key]})
         _known[quick] = table[key]
     return _known[quick]
 
@@ -159,24 +150,3 @@ def _load() -> dict[str, float]:
         return {str(key): min(max(float(value), 0.0), 1.0) for key, value in read_table(_FILE).items()}
     except (ValueError, TypeError):
         return {}  # damaged: measured again
-
-
-def read_table(name: str) -> dict[str, Any]:
-    """The JSON object in a file of the cache folder; empty where the file is absent or damaged."""
-    try:
-        raw = json.loads((cache_folder() / name).read_text())
-    except (OSError, ValueError):
-        return {}
-    return raw if isinstance(raw, dict) else {}
-
-
-def write_table(name: str, entries: dict[str, Any]) -> None:
-    """Adds entries to such a file, under a temporary name first. A folder that cannot be written is only logged."""
-    path = cache_folder() / name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(read_table(name) | entries, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)
-    except OSError as error:
-        logger.info("%s: not kept, %s", name, error)

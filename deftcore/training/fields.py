@@ -1,15 +1,16 @@
 """Types of configuration fields, and what is wrong with a value: one line a field, all fields at once."""
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, validate_call
+
+from deftcore._names import near
 
 F = TypeVar("F", bound=Callable[..., Any])
 OPTIONS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
@@ -142,13 +143,6 @@ def _fields(kind: Any) -> dict[Any, Any]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """What to say behind an unknown name: the known ones that resemble it, or else all of them."""
-    names = [str(each) for each in known]
-    found = difflib.get_close_matches(name, names, 3)
-    return f"; did you mean {' or '.join(found)}?" if found else f"; known: {', '.join(names)}"
 
 
 def mistakes(name: str, kind: Any, value: Any) -> list[str]:

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from deftcore._files import replacing_folder
 from deftcore.methods.deft.objective import DensityLoss
 from deftcore.methods.s2ft.model import S2ftLayer
 from deftcore.nn.linear import PackedModule, checkpoint_activations
@@ -32,7 +33,7 @@ from deftcore.nn.sharding import is_sharded, whole
 from deftcore.training.data import Batches, Example, predicts
 from deftcore.training.identity import dependences
 from deftcore.training.recipe import TrainingConfig
-from deftcore.training.run_folder import RunFolder, load_parameters, replacing, save_parameters
+from deftcore.training.run_folder import RunFolder, load_parameters, save_parameters
 
 _log = logging.getLogger(__name__)
 
@@ -273,7 +274,7 @@ class _Run:
         )
         whole_state = self._whole()
         if self.accelerator.is_main_process:
-            with replacing(self.folder.path / "trained") as folder:
+            with replacing_folder(self.folder.path / "trained") as folder:
                 save_parameters(whole_state, folder)
             self.folder.finish(result.to_dict())
         self.accelerator.wait_for_everyone()
@@ -384,7 +385,7 @@ class _Run:
     def _save(self, name: str) -> None:
         main, sharded = self.accelerator.is_main_process, any(map(is_sharded, self.plain_model.parameters()))
         if self.save_model is not None and main:
-            with replacing(self.folder.path / name) as folder:
+            with replacing_folder(self.folder.path / name) as folder:
                 self.save_model(self.plain_model, folder)
                 if self.objective is not None and self.objective.gates is not None:
                     self.objective.gates.save(folder)

@@ -1,6 +1,5 @@
 """Whole tasks over models on disk: train from a recipe, measure density, export for sparse inference."""
 
-import json
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -44,7 +43,6 @@ from deftcore.training.identity import digest_tensors
 from deftcore.training.loop import TrainResult, train
 from deftcore.training.recipe import QUANTIZED_METHODS, DataConfig, DeftConfig, Recipe
 from deftcore.training.records import read_records
-from deftcore.training.run_folder import write_text
 
 logger = logging.getLogger("deftcore")
 
@@ -295,8 +293,3 @@ def measure_density(
             total += float(loaded(**batch).loss) * predicted
             count += predicted
     return objective.report() | {"loss": total / max(count, 1), "dtype": str(next(loaded.parameters()).dtype)[6:]}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes under a temporary name and renames."""
-    write_text(path, json.dumps(value, indent=1))

@@ -9,9 +9,7 @@ import json
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deftcore import __version__
+from deftcore._files import write_json, write_text
 from deftcore._versions import installed
 from deftcore.nn.sharding import sharded_as
 
@@ -84,7 +83,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.checkpoints():
             self.clear()
-            write_text(self.path / _RUN, json.dumps({"depends_on": self.depends_on, "versions": _versions()}, indent=1))
+            write_json(self.path / _RUN, {"depends_on": self.depends_on, "versions": _versions()})
         for name, text in files.items():
             write_text(self.path / name, text)
 
@@ -96,7 +95,7 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        write_text(self.path / _RESULT, json.dumps(result, indent=1))
+        write_json(self.path / _RESULT, result)
 
     def result(self) -> dict[str, Any] | None:
         """What the run came to; None before its end."""
@@ -167,30 +166,6 @@ def _plain(value: Any) -> Any:
 
 def _versions() -> dict[str, str]:
     return {"deftcore": __version__, **{name: installed(name) for name in _PACKAGES}}
-
-
-# ---------------------------------------------------------------------------- whole files
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes under a temporary name and renames."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A folder under a temporary name that takes its place when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_parameters(parameters: Mapping[str, Tensor], folder: Path) -> None:

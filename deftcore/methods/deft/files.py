@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from deftcore._files import replacing_folder, write_json
 from deftcore.methods.lora.patch import patch
 from deftcore.models.blocks import find_mlp_blocks
 from deftcore.models.checkpoints import ADAPTER_FOLDER, SPARSE_FILE, load_adapter
@@ -62,23 +62,13 @@ def save_sparse(
         raise ValueError(f"skip, tau: no MLP block named {', '.join(unknown)}; the model has {', '.join(names)}")
     dropped = tuple(f"{name}.{part}" for name in skip for part in _projections(model, name))
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(dropped)}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        model.save_pretrained(temporary, state_dict=state)
+    with replacing_folder(folder) as partial:
+        model.save_pretrained(partial, state_dict=state)
         if adapter is not None:
-            shutil.copytree(adapter, temporary / ADAPTER_FOLDER)
+            shutil.copytree(adapter, partial / ADAPTER_FOLDER)
         for file in extra_files:
-            shutil.copy(file, temporary / file.name)
-        settings = {"format": 1, "tau": tau or {}, "skip": sorted(skip)}
-        (temporary / SPARSE_FILE).write_text(json.dumps(settings, indent=1))
-        if folder.exists():
-            folder.rmdir()
-        temporary.chmod(0o755)
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            shutil.copy(file, partial / file.name)
+        write_json(partial / SPARSE_FILE, {"format": 1, "tau": tau or {}, "skip": sorted(skip)})
     return folder
 
 

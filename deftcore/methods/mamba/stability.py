@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from deftcore._files import replacing_file, write_json
 from deftcore.models.checkpoints import load_model, load_tokenizer
 from deftcore.models.preflight import empty_model
 from deftcore.nn.mamba import MambaBlock
@@ -37,7 +38,7 @@ from deftcore.training.fields import (
     checked,
     one_of,
 )
-from deftcore.training.pipeline import add_adapter, is_mamba, load_examples, write_json
+from deftcore.training.pipeline import add_adapter, is_mamba, load_examples
 from deftcore.training.recipe import DataConfig
 
 _EVALUATION = 8  # batches of the fixed set
@@ -310,7 +311,6 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     for axis in (left, right):
         axis.legend(fontsize=7)
     figure.tight_layout()
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=120, format="png")
+    with replacing_file(path) as partial:
+        figure.savefig(partial, dpi=120)
     plt.close(figure)
-    partial.replace(path)

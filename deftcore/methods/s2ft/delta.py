@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deftcore._files import replacing_file
 from deftcore.methods.s2ft.fingerprints import check_base, fingerprints
 from deftcore.methods.s2ft.layer import S2ftLayer
 from deftcore.models.coupled import is_transposed
@@ -40,7 +41,7 @@ class DeltaAdapter:
         return f"DeltaAdapter({len(self.deltas)} weights, {size} values)"
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a safetensors file, under a temporary name first."""
+        """Writes a safetensors file, whole or not at all."""
         from safetensors.torch import save_file
 
         tensors = {}
@@ -49,10 +50,8 @@ class DeltaAdapter:
             tensors[f"{name}.block"] = delta.block.contiguous()
         axes = {name: delta.axis for name, delta in self.deltas.items()}
         meta = {"format": _FORMAT, "axes": axes, "hashes": self.hashes, "details": self.details}
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, partial, {"deftcore": json.dumps(meta)})
-        partial.replace(path)
+        with replacing_file(path) as partial:
+            save_file(tensors, partial, {"deftcore": json.dumps(meta)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "DeltaAdapter":

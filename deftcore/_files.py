@@ -1,0 +1,92 @@
+"""Files that appear whole or not at all, and the folder in which deftcore keeps what it measured or made."""
+
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+_log = logging.getLogger("deftcore")
+
+
+@contextmanager
+def replacing_file(target: str | os.PathLike) -> Iterator[Path]:
+    """A path beside `target`, of the same suffix, to write to: the file takes target's place when the block ends well.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "picture.png"
+    >>> with replacing_file(file) as partial:
+    ...     _ = partial.write_bytes(b"...")
+    >>> [each.name for each in file.parent.iterdir()]
+    ['picture.png']
+    """
+    target = Path(target)
+    partial = _beside(target)
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """A new folder beside `target` that takes its place, and that of all in it, when the block ends well."""
+    target = Path(target)
+    partial = _beside(target)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _beside(target: Path) -> Path:
+    """A name in target's folder that nobody has: several processes may write the same file."""
+    return target.with_name(f".{target.stem}.{uuid.uuid4().hex[:12]}{target.suffix}")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    with replacing_file(path) as partial:
+        partial.write_text(text)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=1))
+
+
+# ---------------------------------------------------------------------------- the cache
+
+
+def cache_folder() -> Path:
+    """`$DEFTCORE_CACHE`, else the user's cache folder for deftcore (on Linux `~/.cache/deftcore`)."""
+    return Path(os.environ.get("DEFTCORE_CACHE") or platformdirs.user_cache_path("deftcore", appauthor=False))
+
+
+def read_table(name: str) -> dict[str, Any]:
+    """The JSON object in a file of the cache folder; empty where the file is absent or damaged."""
+    try:
+        raw = json.loads((cache_folder() / name).read_text())
+    except (OSError, ValueError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
+
+
+def add_to_table(name: str, entries: dict[str, Any]) -> None:
+    """Adds entries to such a file. A folder that cannot be written is only logged."""
+    path = cache_folder() / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, dict(sorted((read_table(name) | entries).items())))
+    except OSError as error:
+        _log.info("%s: not kept, %s", name, error)

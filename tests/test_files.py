@@ -1,0 +1,62 @@
+"""Files appear whole or not at all; the cache folder is where the user says."""
+
+import stat
+
+import pytest
+
+from deftcore._files import add_to_table, cache_folder, read_table, replacing_file, replacing_folder, write_json
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def half_written(path):
+    path.write_text("half")
+    raise IsADirectoryError
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, {"x": 1})
+    with pytest.raises(IsADirectoryError), replacing_file(file) as partial:
+        half_written(partial)
+    assert file.read_text() == '{\n "x": 1\n}'
+    assert names(tmp_path) == ["a.json"]
+    with replacing_file(file) as partial:
+        partial.write_text("whole")
+    assert file.read_text() == "whole"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    folder = tmp_path / "deep" / "model"
+    with replacing_folder(folder) as partial:
+        (partial / "old").write_text("1")
+    with pytest.raises(IsADirectoryError), replacing_folder(folder) as partial:
+        half_written(partial / "half")
+    assert names(folder) == ["old"]
+    with replacing_folder(folder) as partial:
+        (partial / "new").write_text("3")
+    assert names(folder) == ["new"]
+    assert names(folder.parent) == ["model"]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)  # others may read it
+
+
+def test_tables(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEFTCORE_CACHE", str(tmp_path / "cache"))
+    assert cache_folder() == tmp_path / "cache"
+    assert read_table("t.json") == {}
+    add_to_table("t.json", {"b": 1})
+    add_to_table("t.json", {"a": 2, "b": 3})
+    assert read_table("t.json") == {"a": 2, "b": 3}
+    (cache_folder() / "t.json").write_text("[1")
+    assert read_table("t.json") == {}
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setenv("DEFTCORE_CACHE", str(tmp_path / "taken"))
+    add_to_table("t.json", {"a": 1})  # only logged
+    monkeypatch.delenv("DEFTCORE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "deftcore"
