@@ -1,7 +1,7 @@
 // act_density forward and backward against a bare copy of the same bytes, which is its roofline.
 #include <cstring>
 
-#include "deftcore/density.h"
+#include "deftcore/ops.h"
 #include "timing.h"
 
 using namespace deftcore;

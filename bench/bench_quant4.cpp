@@ -1,7 +1,8 @@
 // 4-bit products, 4096 -> 11008, double-quantised scales, cold weights: time, packed bytes per second, GFLOP/s.
+#include <algorithm>
 #include <cstring>
 
-#include "deftcore/quant4.h"
+#include "deftcore/ops.h"
 #include "timing.h"
 
 using namespace deftcore;
@@ -54,7 +55,8 @@ int main(int argc, char** argv) {
         args.w = {w.packed.data(), kNf4Code, w.codes.data(), w.nested.data(), book.data(), 0.05f, rows, cols, block};
       };
       next();
-      std::vector<char> workspace(cpu::linear_4bit_workspace(args) + 64);
+      std::vector<char> workspace(
+          std::max(cpu::linear_4bit_workspace(args), cpu::linear_4bit_backward_workspace(args)) + 64);
       args.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) & ~uintptr_t{63});
       const auto times = bench::alternate({[&] {
                                              next();

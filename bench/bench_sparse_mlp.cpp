@@ -1,5 +1,5 @@
 // sparse_down over densities and tokens, cold weights: time, bytes of weights per second against plain streaming reads.
-#include "deftcore/sparse_mlp.h"
+#include "deftcore/ops.h"
 #include "timing.h"
 
 using namespace deftcore;

@@ -1,6 +1,5 @@
 // Causal depthwise convolution with SiLU, its backward and its one-step form. Bound by memory traffic: a chunk of steps
 // passes through a tile of kWidth channels, its history of width - 1 steps included, in any layout of the tensors.
-#include "deftcore/ssm.h"
 #include "scan_tile.h"
 
 namespace deftcore::cpu {
@@ -13,7 +12,7 @@ struct Chunk {
 };
 
 Chunk chunk_of(const CausalConv1dArgs& args, int64_t index) {
-  const int64_t per_batch = (args.length + kScanChunk - 1) / kScanChunk, start = index % per_batch * kScanChunk;
+  const int64_t per_batch = chunk_count(args.length), start = index % per_batch * kScanChunk;
   return {index / per_batch, start, std::min(args.length - start, kScanChunk)};
 }
 
@@ -143,7 +142,7 @@ void backward_block(const CausalConv1dBackwardArgs& back, const Chunk& chunk, co
 template <int kTaps, class T>
 void backward(const CausalConv1dBackwardArgs& back) {
   const CausalConv1dArgs& args = back.forward;
-  const int64_t chunks = args.batch * ((args.length + kScanChunk - 1) / kScanChunk);
+  const int64_t chunks = args.batch * chunk_count(args.length);
   const int64_t blocks = (args.channels + kWidth - 1) / kWidth;
   const bool by_block = back.grad_weight != nullptr || back.grad_bias != nullptr;
   const int parts = parts_for(args.batch * args.length * args.channels * 8);
@@ -212,7 +211,7 @@ void dispatch_taps(const CausalConv1dArgs& args, Fn&& fn) {
 // ----------------------------------------------------------------------------
 
 void DEFTCORE_KERNEL(causal_conv1d)(const CausalConv1dArgs& args) {
-  const int64_t chunks = args.batch * ((args.length + kScanChunk - 1) / kScanChunk);
+  const int64_t chunks = args.batch * chunk_count(args.length);
   dispatch_dtype(args.dtype, [&](auto t) {
     dispatch_taps(args, [&](auto taps) {
       for_range(chunks, args.batch * args.length * args.channels * 8,

@@ -6,74 +6,14 @@
 #include <cmath>
 #include <cstring>
 
-#include "deftcore/density.h"
 #include "deftcore/math.h"
-#include "deftcore/partial_linear.h"
-#include "deftcore/quant4.h"
-#include "deftcore/sparse_mlp.h"
-#include "deftcore/ssm.h"
+#include "kernels.h"
 #include "threads.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-#define DEFTCORE_JOIN_(a, b) a##_##b
-#define DEFTCORE_JOIN(a, b) DEFTCORE_JOIN_(a, b)
-// act_density -> act_density_avx512
-#define DEFTCORE_KERNEL(name) DEFTCORE_JOIN(name, DEFTCORE_ISA)
-
-namespace deftcore::cpu {
-
-// The kernels of a level: X(name, argument struct, isa).
-#define DEFTCORE_KERNELS_OF(isa, X)                          \
-  X(act_density, ActDensityArgs, isa)                        \
-  X(act_density_backward, ActDensityBackwardArgs, isa)       \
-  X(density, DensityArgs, isa)                               \
-  X(sparse_down, SparseDownArgs, isa)                        \
-  X(sparse_mlp, SparseMlpArgs, isa)                          \
-  X(sparse_mlp_4bit, SparseMlp4bitArgs, isa)                 \
-  X(quantize_4bit, Quantize4bitArgs, isa)                    \
-  X(dequantize_4bit, Dequantize4bitArgs, isa)                \
-  X(linear_4bit, Linear4bitArgs, isa)                        \
-  X(linear_4bit_backward, Linear4bitArgs, isa)               \
-  X(gated_act, GatedActArgs, isa)                            \
-  X(gated_act_backward, GatedActBackwardArgs, isa)           \
-  X(grouped_delta, GroupedDeltaArgs, isa)                    \
-  X(selective_scan, SelectiveScanArgs, isa)                  \
-  X(selective_scan_backward, SelectiveScanBackwardArgs, isa) \
-  X(selective_state_update, StateUpdateArgs, isa)            \
-  X(causal_conv1d, CausalConv1dArgs, isa)                    \
-  X(causal_conv1d_backward, CausalConv1dBackwardArgs, isa)   \
-  X(causal_conv1d_update, CausalConv1dUpdateArgs, isa)       \
-  X(ssd, SsdArgs, isa)                                       \
-  X(ssd_backward, SsdBackwardArgs, isa)
-
-// Workspaces whose size the kernel file knows: X(name, argument struct, isa).
-#define DEFTCORE_WORKSPACES_OF(isa, X)                \
-  X(linear_4bit_workspace, Linear4bitArgs, isa)       \
-  X(selective_scan_workspace, SelectiveScanArgs, isa) \
-  X(ssd_workspace, SsdArgs, isa)
-
-// One table of functions per level; isa.cpp picks one per process.
-struct Kernels {
-  const char* name;
-#define DEFTCORE_MEMBER(kernel, Args, isa) void (*kernel)(const Args&);
-  DEFTCORE_KERNELS_OF(, DEFTCORE_MEMBER)
-#undef DEFTCORE_MEMBER
-#define DEFTCORE_MEMBER(kernel, Args, isa) void (*kernel)(const Args&, size_t* bytes);
-  DEFTCORE_WORKSPACES_OF(, DEFTCORE_MEMBER)
-#undef DEFTCORE_MEMBER
-};
-const Kernels& kernels();
-
-// Name of the level in use, and a space-separated list of those this machine can run.
-const char* isa_name();
-std::string isa_available();
-
-}  // namespace deftcore::cpu
-
-#if defined(DEFTCORE_ISA)
 namespace deftcore::cpu {
 namespace {
 
@@ -376,4 +316,3 @@ inline void dispatch_dtype(DType dtype, Fn&& fn) {
 
 }  // namespace
 }  // namespace deftcore::cpu
-#endif

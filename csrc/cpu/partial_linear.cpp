@@ -2,11 +2,10 @@
 // SiLU and GELU); and y[t] += delta[adapter[t]] x[t] for a few tokens, bound by reading each delta in use once. Tokens
 // of one delta are taken together in tiles; a dot stage (scatter and low-rank rows) and an axpy stage (gathered and
 // low-rank rows) share the work evenly. Every output is summed by one part in a fixed order.
-#include "deftcore/partial_linear.h"
-
 #include <algorithm>
 
 #include "isa.h"
+#include "workspace.h"
 
 namespace deftcore::cpu {
 namespace {
@@ -71,19 +70,25 @@ struct Tile {
 };
 
 struct Work {
-  Tile* tiles;
+  Tile* tiles;     // [tokens], at most one each
+  int64_t* order;  // [tokens]
+  float* low;      // [tiles, kTile, most]: x . low_in
   int64_t tile_count;
-  float* low;  // [tiles, kTile, most]: x . low_in
 };
+
+Work lay_out(const GroupedDeltaArgs& args, Workspace& room) {
+  Work work{};
+  work.tiles = room.take<Tile>(args.tokens);
+  work.order = room.take<int64_t>(args.tokens);
+  work.low = room.take<float>(args.tokens * kTile * args.most);
+  return work;
+}
 
 int64_t rows_between(const int64_t* start, int64_t delta) { return start[delta + 1] - start[delta]; }
 
 // Groups the tokens by delta, in order of their numbers; those without one are left out.
 void make_tiles(const GroupedDeltaArgs& args, Work& work) {
-  const auto bytes = reinterpret_cast<char*>(args.workspace);
-  work.tiles = reinterpret_cast<Tile*>(bytes);
-  auto order = reinterpret_cast<int64_t*>(work.tiles + args.tokens);
-  work.low = reinterpret_cast<float*>(order + args.tokens);
+  int64_t* order = work.order;
   int64_t used = 0;
   for (int64_t t = 0; t < args.tokens; ++t) {
     if (args.adapter[t] >= 0 && args.adapter[t] < args.bank.count) order[used++] = t;
@@ -214,7 +219,8 @@ void axpys(const GroupedDeltaArgs& args, const Work& work, int64_t i, int64_t fi
 
 template <class T>
 void run_grouped_delta(const GroupedDeltaArgs& args) {
-  Work work;
+  Workspace room(args.workspace);
+  Work work = lay_out(args, room);
   make_tiles(args, work);
   const DeltaBank& bank = args.bank;
   int64_t dot_rows = 0, axpy_rows = 0;
@@ -257,6 +263,12 @@ void DEFTCORE_KERNEL(gated_act_backward)(const GatedActBackwardArgs& args) {
                      });
     });
   });
+}
+
+size_t DEFTCORE_KERNEL(grouped_delta_workspace)(const GroupedDeltaArgs& args) {
+  Workspace room;
+  lay_out(args, room);
+  return room.size();
 }
 
 void DEFTCORE_KERNEL(grouped_delta)(const GroupedDeltaArgs& args) {

@@ -1,6 +1,7 @@
 // 4-bit weights: quantise and decode, bound by the traffic of the unpacked side, and the product for few tokens, bound
 // by the packed bytes for one. Products of many tokens, and those of the backward, are in quant4_gemm.cpp.
 #include "dot4.h"
+#include "workspace.h"
 
 namespace deftcore::cpu {
 namespace {
@@ -44,7 +45,7 @@ void quantize_block(const T* w, int64_t n, int64_t block_size, const float* thre
   const Vec inverse(1.0f / floored), divisor(floored), one(1.0f), minus(-1.0f);
   // Whole blocks multiply by the reciprocal and a short last one divides, as bitsandbytes on CPUs does.
   const auto scaled = [&](Vec v) { return whole ? at_most(at_least(v * inverse, minus), one) : v / divisor; };
-  uint8_t index[4096 + kWidth];
+  uint8_t index[kMaxBlock + kWidth];
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) count_below(scaled(load(w + i)), thresholds, index + i);
   if (i < n) count_below(scaled(load_tail(w + i, n - i)), thresholds, index + i);
@@ -115,31 +116,41 @@ constexpr int64_t kFewTokens = kWidth / 2 > 4 ? kWidth / 2 : 4;
 
 bool is_few(const Linear4bitArgs& args) { return args.tokens <= kFewTokens && is_regular(args.w); }
 
-size_t few_workspace(const Linear4bitArgs& args) {
-  const int64_t x = args.tokens * chunks_of(args.w.cols) * kChunk;
-  return static_cast<size_t>(x + most_parts() * kDot4Rows * row_scale_size(args.w)) * 4 + 64;
+template <class T>
+struct FewBuffers {
+  typename DotForm<T>::X* x;  // [tokens, x_stride] in the dot form's order
+  float* scales;              // [parts, scale_stride]: of the rows of a group
+  int64_t x_stride, scale_stride;
+};
+
+template <class T>
+FewBuffers<T> lay_out(const Linear4bitArgs& args, Workspace& room) {
+  FewBuffers<T> b{};
+  b.x_stride = chunks_of(args.w.cols) * kChunk;
+  b.scale_stride = kDot4Rows * row_scale_size(args.w);
+  b.x = room.take<typename DotForm<T>::X>(args.tokens * b.x_stride);
+  b.scales = room.take<float>(most_parts() * b.scale_stride);
+  return b;
 }
 
 template <class T>
 void linear_few(const Linear4bitArgs& args) {
   using Form = DotForm<T>;
-  using X = typename Form::X;
   const Quant4& q = args.w;
-  const int64_t tokens = args.tokens, rank = args.rank, x_stride = chunks_of(q.cols) * kChunk;
+  const int64_t tokens = args.tokens, rank = args.rank;
   const T *low = static_cast<const T*>(args.low), *lora = static_cast<const T*>(args.lora);
   const T* bias = static_cast<const T*>(args.bias);
   T* y = static_cast<T*>(args.y);
-  X* x = static_cast<X*>(args.workspace);
-  float* scales = reinterpret_cast<float*>(x + tokens * x_stride);
+  Workspace room(args.workspace);
+  const FewBuffers<T> b = lay_out<T>(args, room);
   for (int64_t m = 0; m < tokens; ++m) {
-    to_positions<Form>(static_cast<const T*>(args.x) + m * q.cols, q.cols, x + m * x_stride);
+    to_positions<Form>(static_cast<const T*>(args.x) + m * q.cols, q.cols, b.x + m * b.x_stride);
   }
   const int parts = parts_for(q.rows * q.cols / 2);
   for_parts(parts, [&](int part) {
     const Range rows = share(q.rows, parts, part, kDot4Rows);
-    float* mine = scales + part * kDot4Rows * row_scale_size(q);
     dots4<Form>(
-        q, [](int64_t n) { return n; }, rows, x, x_stride, tokens, mine,
+        q, [](int64_t n) { return n; }, rows, b.x, b.x_stride, tokens, b.scales + part * b.scale_stride,
         [&](int64_t n, int64_t m, float dot) {
           if (bias != nullptr) dot += to_float(bias[n]);
           for (int64_t r = 0; r < rank; ++r) dot += to_float(low[m * rank + r]) * to_float(lora[n * rank + r]);
@@ -162,17 +173,18 @@ void DEFTCORE_KERNEL(dequantize_4bit)(const Dequantize4bitArgs& args) {
 
 // In quant4_gemm.cpp.
 void DEFTCORE_KERNEL(linear_4bit_many)(const Linear4bitArgs& args);
-void DEFTCORE_KERNEL(linear_4bit_many_workspace)(const Linear4bitArgs& args, size_t* bytes);
+size_t DEFTCORE_KERNEL(linear_4bit_many_workspace)(const Linear4bitArgs& args);
 
 void DEFTCORE_KERNEL(linear_4bit)(const Linear4bitArgs& args) {
   if (!is_few(args)) return DEFTCORE_KERNEL(linear_4bit_many)(args);
   dispatch_dtype(args.dtype, [&](auto t) { linear_few<decltype(t)>(args); });
 }
 
-void DEFTCORE_KERNEL(linear_4bit_workspace)(const Linear4bitArgs& args, size_t* bytes) {
-  DEFTCORE_KERNEL(linear_4bit_many_workspace)(args, bytes);
-  const size_t few = few_workspace(args);
-  if (is_few(args) && few > *bytes) *bytes = few;
+size_t DEFTCORE_KERNEL(linear_4bit_workspace)(const Linear4bitArgs& args) {
+  if (!is_few(args)) return DEFTCORE_KERNEL(linear_4bit_many_workspace)(args);
+  Workspace room;
+  dispatch_dtype(args.dtype, [&](auto t) { lay_out<decltype(t)>(args, room); });
+  return room.size();
 }
 
 }  // namespace deftcore::cpu

@@ -7,6 +7,7 @@
 // A tile stays in the second-level cache and serves every token of a block; the float copy of W never exists. The
 // low-rank term is one more tile, copied instead of decoded. Parts own outputs, so repeats are bit-equal.
 #include "decode4.h"
+#include "workspace.h"
 
 namespace deftcore::cpu {
 namespace {
@@ -209,65 +210,71 @@ void codes_to_words(const Quant4& q, const CodeBook& book, int64_t row, int64_t 
 }
 #endif
 
-int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
-// The workspace in floats (a word is as large): B with the low-rank rows, then what each part has of its own.
+// The workspace: B with the low-rank rows, and what each part has of its own.
+template <class Word>
 struct Layout {
-  int64_t b_rows, low_rows;             // words of B along the reduction
-  int64_t tile, row, c, scales, lines;  // per part
-  int64_t parts;
-  int64_t tokens;  // per pass
-
-  template <class Word>
-  static Layout of(const Linear4bitArgs& args, bool backward) {
-    Layout l{};
-    l.tokens = args.tokens < kBlockTokens ? args.tokens : kBlockTokens;
-    l.b_rows = (backward ? args.w.rows : args.w.cols) / Word::kElements + 1;
-    l.low_rows = (args.rank + Word::kElements - 1) / Word::kElements;
-    const int64_t rank = round_up(args.rank, 2), padded = round_up(l.tokens, kWidth);
-    l.parts = parts_for(args.w.rows * args.w.cols * args.tokens / 16);
-    if (backward) {
-      const int64_t most = round_up((round_up(args.w.cols, kBackOutputs) + l.parts - 1) / l.parts, kBackOutputs);
-      l.tile = (rank > kBackDepth ? rank : kBackDepth) * kBackOutputs;
-      l.row = 2 * kBackOutputs;
-      l.c = most * padded;
-      l.lines = is_regular(args.w) ? kBackRows * most / 8 : 0;  // bytes / 4
-      l.scales = kBackOutputs;
-    } else {
-      l.tile = (rank > kDepth ? rank : kDepth) * kOutputs;
-      l.row = rank > kDepth ? rank : kDepth;
-      l.c = kOutputs * padded;
-      l.scales = kOutputs * kMaxGroups + 16;
-    }
-    return l;
-  }
-  int64_t b_floats() const { return round_up((b_rows + low_rows) * round_up(tokens, kWidth), 16); }
-  int64_t part_floats() const {
-    return round_up(tile, 16) + round_up(row, 16) + round_up(c, 16) + round_up(scales, 16) + round_up(lines, 16);
-  }
-  int64_t bytes() const { return 4 * (b_floats() + parts * part_floats()); }
+  int64_t b_rows, low_rows;  // words of B along the reduction
+  int64_t parts, tokens;     // tokens per pass
+  typename Word::Type* b;    // [b_rows + low_rows, tokens], whole vectors
+  char* own;
+  int64_t own_bytes;
 };
 
+// A part's own.
+template <class Word>
 struct Scratch {
-  float *tile, *row, *c, *scales, *lines;
-  Scratch(float* base, const Layout& l)
-      : tile(base),
-        row(tile + round_up(l.tile, 16)),
-        c(row + round_up(l.row, 16)),
-        scales(c + round_up(l.c, 16)),
-        lines(scales + round_up(l.scales, 16)) {}
+  typename Word::Type* tile;  // weights, or the low-rank term's rows
+  float* row;                 // one row, decoded
+  float* c;                   // sums
+  float* scales;
+  uint8_t* lines;  // backward over a regular matrix: a sweep's packed bytes
 };
+
+template <class Word>
+Scratch<Word> lay_out_part(const Linear4bitArgs& args, bool backward, const Layout<Word>& l, Workspace& room) {
+  Scratch<Word> own{};
+  const int64_t rank = round_up(args.rank, 2), padded = round_up(l.tokens, kWidth);
+  if (backward) {
+    const int64_t most = round_up((round_up(args.w.cols, kBackOutputs) + l.parts - 1) / l.parts, kBackOutputs);
+    own.tile = room.take<typename Word::Type>(std::max(rank, kBackDepth) * kBackOutputs);
+    own.row = room.take<float>(2 * kBackOutputs);
+    own.c = room.take<float>(most * padded);
+    own.scales = room.take<float>(kBackOutputs);
+    own.lines = room.take<uint8_t>(is_regular(args.w) ? kBackRows * most / 2 : 0);
+  } else {
+    own.tile = room.take<typename Word::Type>(std::max(rank, kDepth) * kOutputs);
+    own.row = room.take<float>(std::max(rank, kDepth));
+    own.c = room.take<float>(kOutputs * padded);
+    own.scales = room.take<float>(kOutputs * kMaxGroups);
+  }
+  return own;
+}
+
+template <class Word>
+Layout<Word> lay_out(const Linear4bitArgs& args, bool backward, Workspace& room) {
+  Layout<Word> l{};
+  l.tokens = std::min(args.tokens, kBlockTokens);
+  l.b_rows = (backward ? args.w.rows : args.w.cols) / Word::kElements + 1;
+  l.low_rows = (args.rank + Word::kElements - 1) / Word::kElements;
+  l.parts = parts_for(args.w.rows * args.w.cols * args.tokens / 16);
+  l.b = room.take<typename Word::Type>((l.b_rows + l.low_rows) * round_up(l.tokens, kWidth));
+  Workspace part;
+  lay_out_part(args, backward, l, part);
+  l.own_bytes = part.bytes();
+  l.own = room.take<char>(l.parts * l.own_bytes);
+  return l;
+}
 
 // One part of a pass over W, forward: outputs `mine` for the panel's tokens.
 template <class Word, class T>
-void forward_pass(const Linear4bitArgs& args, const Layout& layout, const Scratch& scratch, Range mine, Panels panels,
-                  const typename Word::Type* b, const typename Word::Type* b_low, T* y) {
+void forward_pass(const Linear4bitArgs& args, const Layout<Word>& layout, const Scratch<Word>& scratch, Range mine,
+                  Panels panels, const typename Word::Type* b, const typename Word::Type* b_low, T* y) {
   using W = typename Word::Type;
   const Quant4& q = args.w;
   const T *lora = static_cast<const T*>(args.lora), *bias = static_cast<const T*>(args.bias);
   const CodeBook book(q.code);
   const int64_t c_stride = panels.padded(), rank = args.rank;
-  W* tile = reinterpret_cast<W*>(scratch.tile);
+  W* tile = scratch.tile;
   float one = 1.0f;
   for (int64_t n0 = mine.begin; n0 < mine.end; n0 += kOutputs) {
     const int64_t n_count = mine.end - n0 < kOutputs ? mine.end - n0 : kOutputs;
@@ -339,15 +346,15 @@ void forward_pass(const Linear4bitArgs& args, const Layout& layout, const Scratc
 // sets, so that a few columns of many rows are read badly where they lie: a sweep's bytes are first copied, row by row,
 // into a line per tile and row.
 template <class Word, class T>
-void backward_pass(const Linear4bitArgs& args, const Layout& layout, const Scratch& scratch, Range mine, Panels panels,
-                   const typename Word::Type* b, const typename Word::Type* b_low, T* y) {
+void backward_pass(const Linear4bitArgs& args, const Layout<Word>& layout, const Scratch<Word>& scratch, Range mine,
+                   Panels panels, const typename Word::Type* b, const typename Word::Type* b_low, T* y) {
   using W = typename Word::Type;
   const Quant4& q = args.w;
   const T* lora = static_cast<const T*>(args.lora);
   const CodeBook book(q.code);
   const int64_t c_stride = panels.padded(), rank = args.rank;
-  W* tile = reinterpret_cast<W*>(scratch.tile);
-  uint8_t* lines = reinterpret_cast<uint8_t*>(scratch.lines);
+  W* tile = scratch.tile;
+  uint8_t* lines = scratch.lines;
   float one = 1.0f;
   // Rows [0, rows) of a tile of `count` columns; values(n, out) writes one as floats.
   const auto multiply_rows = [&](int64_t rows, int64_t count, const W* rhs, int64_t rhs_depth, int64_t first, float* c,
@@ -418,12 +425,11 @@ void linear(const Linear4bitArgs& args, bool backward) {
   using Word = typename WordOf<T>::Type;
   using W = typename Word::Type;
   const int64_t inputs = backward ? args.w.rows : args.w.cols, outputs = backward ? args.w.cols : args.w.rows;
-  const Layout layout = Layout::of<Word>(args, backward);
+  Workspace room(args.workspace);
+  const Layout<Word> layout = lay_out<Word>(args, backward, room);
   const T *x = static_cast<const T*>(args.x), *low = static_cast<const T*>(args.low);
   T* y = static_cast<T*>(args.y);
-  W* b = static_cast<W*>(args.workspace);
-  float* own = static_cast<float*>(args.workspace) + layout.b_floats();
-
+  W* b = layout.b;
   const int64_t parts = layout.parts;
   parallel(static_cast<int>(parts), [&](Team& team) {
     for (int64_t m0 = 0; m0 < args.tokens; m0 += layout.tokens) {
@@ -437,7 +443,8 @@ void linear(const Linear4bitArgs& args, bool backward) {
         }
       });
       team.stage([&](int part) {
-        const Scratch scratch(own + part * layout.part_floats(), layout);
+        Workspace own(layout.own + part * layout.own_bytes);
+        const Scratch<Word> scratch = lay_out_part(args, backward, layout, own);
         const Range mine = share(outputs, parts, part, backward ? kBackOutputs : kMicroRows);
         if (backward) {
           backward_pass<Word>(args, layout, scratch, mine, panels, b, b_low, y + m0 * outputs);
@@ -447,6 +454,12 @@ void linear(const Linear4bitArgs& args, bool backward) {
       });
     }
   });
+}
+
+size_t workspace_size(const Linear4bitArgs& args, bool backward) {
+  Workspace room;
+  dispatch_dtype(args.dtype, [&](auto t) { lay_out<typename WordOf<decltype(t)>::Type>(args, backward, room); });
+  return room.size();
 }
 
 }  // namespace
@@ -461,12 +474,10 @@ void DEFTCORE_KERNEL(linear_4bit_backward)(const Linear4bitArgs& args) {
   dispatch_dtype(args.dtype, [&](auto t) { linear<decltype(t)>(args, true); });
 }
 
-void DEFTCORE_KERNEL(linear_4bit_many_workspace)(const Linear4bitArgs& args, size_t* bytes) {
-  dispatch_dtype(args.dtype, [&](auto t) {
-    using Word = typename WordOf<decltype(t)>::Type;
-    const int64_t forward = Layout::of<Word>(args, false).bytes(), backward = Layout::of<Word>(args, true).bytes();
-    *bytes = static_cast<size_t>(forward > backward ? forward : backward);
-  });
+size_t DEFTCORE_KERNEL(linear_4bit_many_workspace)(const Linear4bitArgs& args) { return workspace_size(args, false); }
+
+size_t DEFTCORE_KERNEL(linear_4bit_backward_workspace)(const Linear4bitArgs& args) {
+  return workspace_size(args, true);
 }
 
 }  // namespace deftcore::cpu

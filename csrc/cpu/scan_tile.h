@@ -13,6 +13,8 @@ namespace {
 constexpr int64_t kTile = kScanChunk * kWidth;
 constexpr size_t kAhead = 64;  // bytes
 
+inline int64_t chunk_count(int64_t length) { return (length + kScanChunk - 1) / kScanChunk; }
+
 constexpr float kLog2E = 1.44269504088896341f;
 
 // 2^x for decays. 1 at 0 exactly and never above 1 for x <= 0 (the constant term is 1, so that long memories cannot

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "isa.h"
+#include "workspace.h"
 
 #if defined(__AVX512BF16__)
 #define DEFTCORE_DOT_BF16 1
@@ -32,34 +33,27 @@ struct Matrix {
   const T* row(int64_t i) const { return data + i * stride; }
 };
 
-// The workspace, cut up; isa.cpp computes its size.
+// A row of sums: whole tiles of columns, and rows that do not all start on one cache set.
+inline int64_t sum_stride(int64_t width) { return round_up(width, 64) + 16; }
+
+// What every product here needs of the workspace.
 struct Buffers {
-  int32_t* list;    // [neurons + 64]
+  int32_t* list;    // [neurons], and room for the last whole vector that `compress` writes
   int64_t* counts;  // [parts]
   float* h;         // [neurons, tokens]
-  uint32_t* pairs;  // [neurons / 2, tokens]
+  uint32_t* pairs;  // [neurons / 2, tokens], both rounded up
   float* acc;       // [tokens, acc_stride]
-  float* act;       // [tokens, neurons], MLPs only, as is x_wide
-  float* x_wide;    // [tokens, acc_stride]
   int64_t acc_stride;
 };
 
-Buffers carve(void* workspace, int64_t parts, int64_t tokens, int64_t neurons, int64_t width) {
-  char* next = static_cast<char*>(workspace);
-  const auto take = [&](int64_t count, size_t size) {
-    char* mine = next;
-    next += (static_cast<size_t>(count) * size + 63) & ~static_cast<size_t>(63);
-    return mine;
-  };
+Buffers lay_out(int64_t tokens, int64_t neurons, int64_t width, Workspace& room) {
   Buffers b{};
-  b.acc_stride = (width + 63) / 64 * 64 + 16;  // whole tiles, and rows that do not all start on one cache set
-  b.list = reinterpret_cast<int32_t*>(take(neurons + 64, 4));
-  b.counts = reinterpret_cast<int64_t*>(take(parts, 8));
-  b.h = reinterpret_cast<float*>(take(neurons * tokens + 64, 4));
-  b.pairs = reinterpret_cast<uint32_t*>(take((neurons + 64) * tokens / 2 + 64, 4));
-  b.acc = reinterpret_cast<float*>(take(tokens * b.acc_stride, 4));
-  b.act = reinterpret_cast<float*>(take(tokens * neurons, 4));
-  b.x_wide = reinterpret_cast<float*>(next);
+  b.acc_stride = sum_stride(width);
+  b.list = room.take<int32_t>(round_up(neurons, kWidth));
+  b.counts = room.take<int64_t>(most_parts());
+  b.h = room.take<float>(neurons * tokens);
+  b.pairs = room.take<uint32_t>((neurons + 1) / 2 * tokens);
+  b.acc = room.take<float>(tokens * b.acc_stride);
   return b;
 }
 

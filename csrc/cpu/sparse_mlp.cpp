@@ -94,13 +94,16 @@ void dots(Matrix<T> w, RowOf&& row_of, Range range, const X* x, int64_t x_stride
   }
 }
 
+// ---------------------------------------------------------------------------- products
+
 template <class T>
 void sparse_down(const SparseDownArgs& args) {
   const T* a = static_cast<const T*>(args.a);
   const Matrix<T> w{static_cast<const T*>(args.w_down_t), args.w_stride};
   const int64_t tokens = args.tokens, neurons = args.neurons, width = args.width;
   const int parts = parts_for(neurons * (width / 8 + tokens) * static_cast<int64_t>(sizeof(T)));
-  const Buffers b = carve(args.workspace, parts, tokens, neurons, width);
+  Workspace room(args.workspace);
+  const Buffers b = lay_out(tokens, neurons, width, room);
   int64_t active = 0;
   parallel(parts, [&](Team& team) {
     team.stage([&](int part) { compact(a, tokens, neurons, args.tau, parts, part, b); });
@@ -112,6 +115,18 @@ void sparse_down(const SparseDownArgs& args) {
           [&](int, Range columns) { down_product(w, active, tokens, columns, b, b.acc, b.acc_stride); });
   });
   *args.rows_read = active;
+}
+
+struct MlpBuffers : Buffers {
+  float* act;     // [tokens, neurons]
+  float* x_wide;  // [tokens, acc_stride], unless x is read as pairs
+};
+
+MlpBuffers lay_out(const SparseMlpArgs& args, Workspace& room) {
+  MlpBuffers b{lay_out(args.tokens, args.neurons, args.width, room), nullptr, nullptr};
+  b.act = room.take<float>(args.tokens * args.neurons);
+  b.x_wide = room.take<float>(args.tokens * b.acc_stride);
+  return b;
 }
 
 template <class T>
@@ -126,7 +141,8 @@ void sparse_mlp(const SparseMlpArgs& args) {
   const T* b_up = static_cast<const T*>(args.b_up);
   const int64_t tokens = args.tokens, neurons = args.neurons, width = args.width;
   const int parts = parts_for(neurons * width * static_cast<int64_t>(sizeof(T)));
-  const Buffers b = carve(args.workspace, parts, tokens, neurons, width);
+  Workspace room(args.workspace);
+  const MlpBuffers b = lay_out(args, room);
   float* const act = b.act;
   for (int64_t m = 0; m < tokens && !kHasPairs<T>; ++m) {
     float* row = b.x_wide + m * b.acc_stride;
@@ -180,6 +196,18 @@ void sparse_mlp(const SparseMlpArgs& args) {
 
 void DEFTCORE_KERNEL(sparse_down)(const SparseDownArgs& args) {
   dispatch_dtype(args.dtype, [&](auto t) { sparse_down<decltype(t)>(args); });
+}
+
+size_t DEFTCORE_KERNEL(sparse_down_workspace)(const SparseDownArgs& args) {
+  Workspace room;
+  lay_out(args.tokens, args.neurons, args.width, room);
+  return room.size();
+}
+
+size_t DEFTCORE_KERNEL(sparse_mlp_workspace)(const SparseMlpArgs& args) {
+  Workspace room;
+  lay_out(args, room);
+  return room.size();
 }
 
 void DEFTCORE_KERNEL(sparse_mlp)(const SparseMlpArgs& args) {

@@ -138,35 +138,45 @@ auto fill_from4(const Quant4& q, const CodeBook& book, const int32_t* list, Rang
   };
 }
 
-// The workspace beyond that of a sparse MLP; isa.cpp computes its size.
-struct Extra {
-  char* x;        // [tokens, x_stride] in the dot form's order
-  float* low;     // [tokens, low_stride]
-  float* scales;  // per part
-  int64_t low_stride, scale_stride;
+template <class T>
+struct Mlp4Buffers : Buffers {
+  float* act;                 // [tokens, neurons]
+  typename DotForm<T>::X* x;  // [tokens, x_stride] in the dot form's order; gated MLP only
+  float* low;                 // [tokens, low_stride]
+  float* scales;              // [parts, scale_stride]
+  int64_t x_stride, low_stride, scale_stride;
   float* scales_of(int part) const { return scales + part * scale_stride; }
 };
 
 template <class T>
+Mlp4Buffers<T> lay_out(const SparseMlp4bitArgs& args, Workspace& room) {
+  Mlp4Buffers<T> b{};
+  static_cast<Buffers&>(b) = lay_out(args.tokens, args.neurons, args.width, room);
+  // Rows whose scales a part holds at once: of W_up in one stage, in the next a panel's of W_down or a piece's, for
+  // each of its tokens.
+  const int64_t up = args.w_up.packed == nullptr ? 0 : kDot4Rows * row_scale_size(args.w_up);
+  const int64_t down = std::max(PanelOf<T>::kRows, kStreamRows * kFewTokens) * row_scale_size(args.w_down_t);
+  b.x_stride = up == 0 ? 0 : chunks_of(args.width) * kChunk;
+  b.low_stride = sum_stride(args.down_rank);
+  b.scale_stride = round_up(std::max(up, down), 16);
+  b.act = room.take<float>(args.tokens * args.neurons);
+  b.x = room.take<typename DotForm<T>::X>(args.tokens * b.x_stride);
+  b.low = room.take<float>(args.tokens * b.low_stride);
+  b.scales = room.take<float>(most_parts() * b.scale_stride);
+  return b;
+}
+
+template <class T>
 void sparse_mlp_4bit(const SparseMlp4bitArgs& args) {
   using Form = DotForm<T>;
-  using X = typename Form::X;
   const bool gated = args.w_up.packed != nullptr;
   const Quant4 &w_up = args.w_up, &w_down = args.w_down_t;
   const T *x = static_cast<const T*>(args.x), *z = static_cast<const T*>(args.z);
   const T *up_low = static_cast<const T*>(args.up_low), *up_lora = static_cast<const T*>(args.up_lora);
   const int64_t tokens = args.tokens, neurons = args.neurons, width = args.width;
   const int parts = parts_for(neurons * (width / 8 + tokens) * 2);
-  const Buffers b = carve(args.workspace, parts, tokens, neurons, width);
-  const int64_t x_stride = gated ? chunks_of(width) * kChunk : 0;
-  Extra extra{};
-  extra.low_stride = (args.down_rank + 63) / 64 * 64 + 16;
-  extra.scale_stride = 128 * row_scale_size(w_down) + (gated ? kDot4Rows * row_scale_size(w_up) : 0);
-  extra.x = reinterpret_cast<char*>(b.x_wide);
-  extra.low = b.x_wide + tokens * x_stride;
-  extra.scales = extra.low + tokens * extra.low_stride;
-  X* x_form = reinterpret_cast<X*>(extra.x);
-  static_assert(PanelOf<T>::kRows <= 128 && kStreamRows * kFewTokens <= 128);
+  Workspace room(args.workspace);
+  const Mlp4Buffers<T> b = lay_out<T>(args, room);
 
   int64_t active = 0;
   parallel(parts, [&](Team& team) {
@@ -179,7 +189,7 @@ void sparse_mlp_4bit(const SparseMlp4bitArgs& args) {
       }
       if (gated) {
         const Range turn = share(tokens, parts, part);
-        for (int64_t m = turn.begin; m < turn.end; ++m) to_positions<Form>(x + m * width, width, x_form + m * x_stride);
+        for (int64_t m = turn.begin; m < turn.end; ++m) to_positions<Form>(x + m * width, width, b.x + m * b.x_stride);
       }
       compact(b.act, tokens, neurons, args.tau, parts, part, b);
     });
@@ -189,7 +199,7 @@ void sparse_mlp_4bit(const SparseMlp4bitArgs& args) {
       gather_active(b.act, tokens, neurons, args.tau, b.list, rows, b.h);
       if (!gated) return;
       dots4<Form>(
-          w_up, [&](int64_t k) { return b.list[k]; }, rows, x_form, x_stride, tokens, extra.scales_of(part),
+          w_up, [&](int64_t k) { return b.list[k]; }, rows, b.x, b.x_stride, tokens, b.scales_of(part),
           [&](int64_t k, int64_t m, float dot) {
             for (int64_t r = 0; r < args.up_rank; ++r) {
               dot += to_float(up_low[m * args.up_rank + r]) * to_float(up_lora[b.list[k] * args.up_rank + r]);
@@ -200,15 +210,14 @@ void sparse_mlp_4bit(const SparseMlp4bitArgs& args) {
     const auto product = [&](int part, Range columns) {
       if (part == 0 && args.down_rank > 0) {
         const Range ranks{0, args.down_rank};
-        for (int64_t i = 0; i < tokens * extra.low_stride; ++i) extra.low[i] = 0.0f;
+        for (int64_t i = 0; i < tokens * b.low_stride; ++i) b.low[i] = 0.0f;
         const Matrix<T> lora{static_cast<const T*>(args.down_lora), args.down_rank};
-        down_product(lora, active, tokens, ranks, b, extra.low, extra.low_stride);
-        write_output<T>(extra.low, extra.low_stride, nullptr, tokens, args.down_rank, ranks,
-                        static_cast<T*>(args.down_low));
+        down_product(lora, active, tokens, ranks, b, b.low, b.low_stride);
+        write_output<T>(b.low, b.low_stride, nullptr, tokens, args.down_rank, ranks, static_cast<T*>(args.down_low));
       }
       if (columns.begin == columns.end) return;
       using Panel = PanelOf<T>;
-      float* scales = extra.scales_of(part);
+      float* scales = b.scales_of(part);
       if (tokens > kDirectTokens) {
         const CodeBook book(w_down.code);
         return down_tokens<Panel>(active, panel_operand<Panel>(b), tokens, columns, b.acc, b.acc_stride,
@@ -237,6 +246,12 @@ void sparse_mlp_4bit(const SparseMlp4bitArgs& args) {
 }  // namespace
 
 // ----------------------------------------------------------------------------
+
+size_t DEFTCORE_KERNEL(sparse_mlp_4bit_workspace)(const SparseMlp4bitArgs& args) {
+  Workspace room;
+  dispatch_dtype(args.dtype, [&](auto t) { lay_out<decltype(t)>(args, room); });
+  return room.size();
+}
 
 void DEFTCORE_KERNEL(sparse_mlp_4bit)(const SparseMlp4bitArgs& args) {
   dispatch_dtype(args.dtype, [&](auto t) { sparse_mlp_4bit<decltype(t)>(args); });

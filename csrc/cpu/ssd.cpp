@@ -4,15 +4,13 @@
 // where the sums over channels that b and c need are plain accumulations. The backward first runs forward again for the
 // states between chunks, head by head, so that nothing but the inputs is kept.
 #include "scan_tile.h"
+#include "workspace.h"
 
 namespace deftcore::cpu {
 namespace {
 
-constexpr int64_t kMaxStates = 256;
 constexpr int kStateBlock = kWidth == 16 ? 16 : 4;  // states in registers
 constexpr int kQuad = 4;                            // channels side by side in the backward
-
-int64_t chunk_count(const SsdArgs& args) { return (args.length + kScanChunk - 1) / kScanChunk; }
 
 // Some states of one block of channels over a chunk; y [steps, kWidth] collects c . h.
 template <int kCount>
@@ -91,29 +89,25 @@ struct Scratch {
   float* bounds;  // [chunks, at least 1, channels, states], states before each chunk
 };
 
-int64_t align_floats(int64_t floats) { return (floats + 15) / 16 * 16; }
-
-// Floats of a part; `own` is set up where there is a base.
-int64_t lay_out(const SsdArgs& args, float* base, Scratch* own) {
+Scratch lay_out(const SsdArgs& args, Workspace& room) {
   Scratch s{};
-  s.states = align_floats(args.states);
-  s.channels = (args.head_dim + kQuad - 1) / kQuad * kQuad;
-  int64_t used = 0;
-  const auto take = [&](int64_t floats) {
-    float* at = base == nullptr ? nullptr : base + used;
-    used += align_floats(floats);
-    return at;
-  };
-  s.h = reinterpret_cast<Vec*>(take((kScanChunk + 1) * kQuad * 16));
-  s.into_x = reinterpret_cast<Vec*>(take(kScanChunk * kQuad * 16));
-  s.into_a = reinterpret_cast<Vec*>(take(kScanChunk * 16));
-  for (float** tile : {&s.b, &s.c, &s.sum_b, &s.sum_c}) *tile = take(kScanChunk * s.states);
-  for (float** tile : {&s.x, &s.sx, &s.dy, &s.dx}) *tile = take(kScanChunk * s.channels);
-  s.g = take(s.channels * s.states);
-  s.sums = take(4 * args.length * args.states);
-  s.bounds = take(std::max<int64_t>(chunk_count(args), 1) * s.channels * s.states);
-  if (own != nullptr) *own = s;
-  return used;
+  s.states = round_up(args.states, kWidth);
+  s.channels = round_up(args.head_dim, kQuad);
+  s.h = room.take<Vec>((kScanChunk + 1) * kQuad);
+  s.into_x = room.take<Vec>(kScanChunk * kQuad);
+  s.into_a = room.take<Vec>(kScanChunk);
+  for (float** tile : {&s.b, &s.c, &s.sum_b, &s.sum_c}) *tile = room.take<float>(kScanChunk * s.states);
+  for (float** tile : {&s.x, &s.sx, &s.dy, &s.dx}) *tile = room.take<float>(kScanChunk * s.channels);
+  s.g = room.take<float>(s.channels * s.states);
+  s.sums = room.take<float>(4 * args.length * args.states);
+  s.bounds = room.take<float>(std::max<int64_t>(chunk_count(args.length), 1) * s.channels * s.states);
+  return s;
+}
+
+int64_t bytes_of_part(const SsdArgs& args) {
+  Workspace room;
+  lay_out(args, room);
+  return room.bytes();
 }
 
 // [steps, channels] of one head as floats.
@@ -223,7 +217,7 @@ void backward_head(const SsdBackwardArgs& back, int64_t batch, int64_t head, con
     std::copy_n(grad_first + p * args.states, args.states, own.g + p * own.states);
   }
   Steps at;
-  for (int64_t chunk = 0; chunk + 1 < chunk_count(args); ++chunk) {
+  for (int64_t chunk = 0; chunk + 1 < chunk_count(args.length); ++chunk) {
     read_chunk<T>(args, batch, head, chunk * kScanChunk, kScanChunk, own, at);
     for (int64_t p = 0; p < width; p += kQuad) {
       for (int64_t n = 0; n < own.states; n += kWidth) {
@@ -235,7 +229,7 @@ void backward_head(const SsdBackwardArgs& back, int64_t batch, int64_t head, con
       }
     }
   }
-  for (int64_t chunk = chunk_count(args) - 1; chunk >= 0; --chunk) {
+  for (int64_t chunk = chunk_count(args.length) - 1; chunk >= 0; --chunk) {
     const int64_t start = chunk * kScanChunk, steps = std::min(args.length - start, kScanChunk);
     read_chunk<T>(args, batch, head, start, steps, own, at);
     const int64_t first = (batch * args.length + start) * row + group * args.states;
@@ -294,12 +288,11 @@ struct Shared {
 template <class T>
 void backward(const SsdBackwardArgs& back) {
   const SsdArgs& args = back.forward;
-  const int64_t plane = args.length * args.states, per_part = lay_out(args, nullptr, nullptr);
+  const int64_t plane = args.length * args.states, per_part = bytes_of_part(args);
   const int parts = parts_for(args.batch * args.length * args.heads * args.head_dim * args.states);
   const auto scratch_of = [&](int part) {
-    Scratch own;
-    lay_out(args, static_cast<float*>(back.workspace) + part * per_part, &own);
-    return own;
+    Workspace room(static_cast<char*>(back.workspace) + part * per_part);
+    return lay_out(args, room);
   };
   parallel(parts, [&](Team& team) {
     for (int64_t batch = 0; batch < args.batch; ++batch) {
@@ -356,8 +349,8 @@ void DEFTCORE_KERNEL(ssd)(const SsdArgs& args) {
   });
 }
 
-void DEFTCORE_KERNEL(ssd_workspace)(const SsdArgs& args, size_t* bytes) {
-  *bytes = static_cast<size_t>(most_parts()) * static_cast<size_t>(lay_out(args, nullptr, nullptr)) * 4;
+size_t DEFTCORE_KERNEL(ssd_backward_workspace)(const SsdBackwardArgs& args) {
+  return static_cast<size_t>(most_parts() * bytes_of_part(args.forward));
 }
 
 void DEFTCORE_KERNEL(ssd_backward)(const SsdBackwardArgs& args) {

@@ -4,14 +4,11 @@
 // pass through tiles, so that any memory layout of the tensors becomes [step, channel] at the cost of one copy through
 // L1. The backward takes chunks from the last to the first: it recomputes a chunk's states from the saved one before
 // it, then runs the adjoint g_t = c_t dy_t + a_{t+1} g_{t+1} back over them.
-#include "deftcore/ssm.h"
-
 #include "scan_tile.h"
+#include "workspace.h"
 
 namespace deftcore::cpu {
 namespace {
-
-constexpr int64_t kMaxStates = 256;
 
 // Channels of one group.
 struct Block : Lanes {
@@ -28,8 +25,6 @@ int64_t block_count(const SelectiveScanArgs& args) {
   const int64_t size = args.channels / args.groups;
   return args.groups * ((size + kWidth - 1) / kWidth);
 }
-
-int64_t chunk_count(const SelectiveScanArgs& args) { return (args.length + kScanChunk - 1) / kScanChunk; }
 
 // delta in place of which the step: delta + bias, through softplus.
 void to_steps(const SelectiveScanArgs& args, const Block& block, int64_t steps, float* tile) {
@@ -77,7 +72,7 @@ void scan_block(const SelectiveScanArgs& args, int64_t batch, int64_t chunk, con
     h[n] = load_some(kept + n * width, block.count);
   }
   if (args.chunks != nullptr) {
-    float* saved = args.chunks + (batch * chunk_count(args) + chunk) * states * width + block.first;
+    float* saved = args.chunks + (batch * chunk_count(args.length) + chunk) * states * width + block.first;
     for (int64_t n = 0; n < states; ++n) store_some(saved + n * width, h[n], block.count);
   }
   read_tile<T>(args.u, batch, start, steps, block, u);
@@ -121,7 +116,7 @@ void scan(const SelectiveScanArgs& args) {
           store_some(args.last + place, h, block.count);
         }
       }
-      for (int64_t chunk = 0; chunk < chunk_count(args); ++chunk) {
+      for (int64_t chunk = 0; chunk < chunk_count(args.length); ++chunk) {
         for (int64_t i = begin; i < end; ++i) {
           const Block block = block_of(args, i % blocks);
           if (args.states == 16) {
@@ -151,22 +146,24 @@ struct Scratch {
   float* part_c;
 };
 
-size_t scratch_bytes(const SelectiveScanArgs& args) {
-  const size_t states = static_cast<size_t>(args.states), chunk = static_cast<size_t>(kScanChunk);
-  const size_t vectors = 2 * chunk * states * 64, floats = 2 * (static_cast<size_t>(args.length) + chunk) * states * 4;
-  return (vectors + floats + 63) / 64 * 64;
+Scratch lay_out(const SelectiveScanArgs& args, Workspace& room) {
+  const int64_t rows = kScanChunk * args.states, sums = args.length * args.states;
+  Scratch own{};
+  own.sums = room.take<Sums>(rows);
+  for (float** turned : {&own.b, &own.c}) *turned = room.take<float>(rows);
+  for (float** part : {&own.part_b, &own.part_c}) *part = room.take<float>(sums);
+  return own;
+}
+
+int64_t bytes_of_part(const SelectiveScanArgs& args) {
+  Workspace room;
+  lay_out(args, room);
+  return room.bytes();
 }
 
 Scratch scratch_of(const SelectiveScanArgs& args, void* workspace, int part) {
-  const int64_t states = args.states, rows = kScanChunk * states;
-  char* base = static_cast<char*>(workspace) + static_cast<size_t>(part) * scratch_bytes(args);
-  Scratch own;
-  own.sums = reinterpret_cast<Sums*>(base);
-  own.b = reinterpret_cast<float*>(own.sums + rows);
-  own.c = own.b + rows;
-  own.part_b = own.c + rows;
-  own.part_c = own.part_b + args.length * states;
-  return own;
+  Workspace room(static_cast<char*>(workspace) + part * bytes_of_part(args));
+  return lay_out(args, room);
 }
 
 // One block over one chunk; `carry` [states, channels] is a_{t+1} g_{t+1} on entry and a_start g_start on return.
@@ -188,7 +185,7 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
   if constexpr (!kFixedC) c.read_from(own.c);
   const Vec zero(0.0f);
   const Vec d = args.d == nullptr ? zero : load_some(args.d + block.first, block.count);
-  const float* saved = args.chunks + (batch * chunk_count(args) + chunk) * states * args.channels + block.first;
+  const float* saved = args.chunks + (batch * chunk_count(args.length) + chunk) * states * args.channels + block.first;
   Vec sum_d = zero, sum_bias = zero;
   Vec dy[kScanChunk], y[kScanChunk], grad_u[kScanChunk], grad_step[kScanChunk], gate_grad[kScanChunk];
   for (int64_t t = 0; t < steps; ++t) {
@@ -290,10 +287,10 @@ void turn(const SelectiveScanArgs& args, const float* data, int64_t batch, int64
 // grad [batch, length, groups, states] of one batch and group: the parts' sums, added in their order.
 void add_parts(const SelectiveScanArgs& args, void* workspace, int parts, bool is_c, int64_t batch, int64_t group,
                Range times, float* grad) {
-  for (int64_t t = times.begin; t < times.end; ++t) {
-    float* to = grad + ((batch * args.length + t) * args.groups + group) * args.states;
-    for (int part = 0; part < parts; ++part) {
-      const Scratch own = scratch_of(args, workspace, part);
+  for (int part = 0; part < parts; ++part) {
+    const Scratch own = scratch_of(args, workspace, part);
+    for (int64_t t = times.begin; t < times.end; ++t) {
+      float* to = grad + ((batch * args.length + t) * args.groups + group) * args.states;
       const float* sums = (is_c ? own.part_c : own.part_b) + t * args.states;
       for (int64_t n = 0; n < args.states; ++n) to[n] += sums[n];
     }
@@ -309,7 +306,7 @@ void scan_backward(const SelectiveScanBackwardArgs& back) {
   const auto sum_part = [&](int part, int64_t batch, int64_t group) {
     const Scratch own = scratch_of(args, back.workspace, part);
     const Range mine = share(per_group, parts, part);
-    for (int64_t chunk = chunk_count(args) - 1; chunk >= 0; --chunk) {
+    for (int64_t chunk = chunk_count(args.length) - 1; chunk >= 0; --chunk) {
       const int64_t start = chunk * kScanChunk, steps = std::min(args.length - start, kScanChunk);
       std::fill(own.sums, own.sums + kScanChunk * args.states, Sums{Vec(0.0f), Vec(0.0f)});
       if (!kFixedB) turn(args, args.b, batch, group, start, steps, own.b);
@@ -414,8 +411,8 @@ void DEFTCORE_KERNEL(selective_scan)(const SelectiveScanArgs& args) {
   });
 }
 
-void DEFTCORE_KERNEL(selective_scan_workspace)(const SelectiveScanArgs& args, size_t* bytes) {
-  *bytes = scratch_bytes(args) * static_cast<size_t>(most_parts());
+size_t DEFTCORE_KERNEL(selective_scan_backward_workspace)(const SelectiveScanBackwardArgs& args) {
+  return static_cast<size_t>(most_parts() * bytes_of_part(args.forward));
 }
 
 void DEFTCORE_KERNEL(selective_scan_backward)(const SelectiveScanBackwardArgs& args) {

@@ -9,7 +9,7 @@
 #include <string>
 #include <type_traits>
 
-#include "deftcore/common.h"
+#include "deftcore/ops.h"
 
 #define DEFTCORE_CUDA_CHECK(call) ::deftcore::cuda::check((call), __FILE__, __LINE__)
 

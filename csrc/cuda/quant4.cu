@@ -226,13 +226,13 @@ void dequantize_4bit(const Dequantize4bitArgs& args, Stream stream) {
 
 size_t linear_4bit_workspace(const Linear4bitArgs&) { return 0; }
 
-int64_t linear_4bit_tokens(const Quant4& w, DType dtype, bool backward) {
-  if (backward || !is_regular(w) || !aligned16(w.packed)) return 0;
+int64_t linear_4bit_tokens(const Quant4& w, DType dtype) {
+  if (!is_regular(w) || !aligned16(w.packed)) return 0;
   return dtype == DType::kFloat32 ? kFewTokensFloat : kFewTokensHalf;
 }
 
 void linear_4bit(const Linear4bitArgs& args, Stream stream) {
-  require(args.tokens <= linear_4bit_tokens(args.w, args.dtype, false) && aligned16(args.x), "linear_4bit",
+  require(args.tokens <= linear_4bit_tokens(args.w, args.dtype) && aligned16(args.x), "linear_4bit",
           "more than linear_4bit_tokens, or x is not 16-byte aligned");
   if (args.tokens == 0 || args.w.rows == 0) return;
   dispatch_dtype(args.dtype, [&](auto t) { gemv<decltype(t)>(args, stream_of(stream)); });

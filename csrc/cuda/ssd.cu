@@ -182,7 +182,8 @@ void ssd(const SsdArgs& args, Stream stream) {
   });
 }
 
-size_t ssd_workspace(const SsdArgs& args) {
+size_t ssd_backward_workspace(const SsdBackwardArgs& back) {
+  const SsdArgs& args = back.forward;
   return static_cast<size_t>(args.batch * args.heads * args.head_dim * channel_floats(args)) * sizeof(float);
 }
 

@@ -283,8 +283,8 @@ void selective_scan(const SelectiveScanArgs& args, Stream stream) {
   });
 }
 
-size_t selective_scan_workspace(const SelectiveScanArgs& args) {
-  return static_cast<size_t>(2 * part_floats(args)) * sizeof(float);
+size_t selective_scan_backward_workspace(const SelectiveScanBackwardArgs& args) {
+  return static_cast<size_t>(2 * part_floats(args.forward)) * sizeof(float);
 }
 
 void selective_scan_backward(const SelectiveScanBackwardArgs& back, Stream stream) {

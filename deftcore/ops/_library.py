@@ -189,11 +189,17 @@ def stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else 0
 
 
-def scratch(x: Tensor, nbytes: int) -> tuple[Tensor, int]:
-    """A workspace of nbytes on x's device whose last element is an int64 counter, and the counter's address."""
-    words = (nbytes + 7) // 8 + 1
+def give_workspace(args: Any, nbytes: int, x: Tensor) -> Tensor:
+    """Gives a kernel's arguments a 64-byte aligned workspace on x's device, to be held until the kernel has run.
+
+    Its last element, an int64, is where those arguments that report `rows_read` do so.
+    """
+    words = nbytes // 8 + 9
     workspace = torch.empty(words, dtype=torch.int64, device=x.device)
-    return workspace, workspace.data_ptr() + 8 * (words - 1)
+    args.workspace = -(-workspace.data_ptr() // 64) * 64
+    if hasattr(args, "rows_read"):
+        args.rows_read = workspace.data_ptr() + 8 * (words - 1)
+    return workspace
 
 
 def address(x: Tensor | None) -> int:

@@ -16,6 +16,7 @@ from deftcore.ops._library import (
     check_float,
     check_number,
     define,
+    native,
     stream,
 )
 
@@ -171,10 +172,12 @@ def _act_density_impl(
     a = torch.empty_like(z)
     total = torch.empty((), dtype=torch.float32, device=z.device)
     count = torch.empty((), dtype=torch.int64, device=z.device)
-    kernels.act_density(
-        address(z), address(mask), address(a), address(total), address(count), _rows(z), z.shape[-1],
-        DTYPE_CODES[z.dtype], activation, surrogate, param, tau, stream(z),
+    args = native.ActDensity(
+        z=address(z), mask=address(mask), a=address(a), surrogate_sum=address(total), active_count=address(count),
+        rows=_rows(z), width=z.shape[-1], dtype=DTYPE_CODES[z.dtype], activation=activation, surrogate=surrogate,
+        surrogate_param=param, tau=tau,
     )  # fmt: skip
+    kernels.act_density(args, stream(z))
     return a, total, count
 
 
@@ -255,10 +258,12 @@ def _act_density_backward_impl(
     grad_sum = None if grad_sum is None else grad_sum.float()
     mask = None if mask is None else mask.contiguous()
     grad_z = torch.empty_like(z)
-    kernels.act_density_backward(
-        address(z), address(grad_a), address(grad_sum), address(mask), address(grad_z), _rows(z), z.shape[-1],
-        DTYPE_CODES[z.dtype], activation, surrogate, param, stream(z),
+    args = native.ActDensityBackward(
+        z=address(z), grad_a=address(grad_a), grad_sum=address(grad_sum), mask=address(mask), grad_z=address(grad_z),
+        rows=_rows(z), width=z.shape[-1], dtype=DTYPE_CODES[z.dtype], activation=activation, surrogate=surrogate,
+        surrogate_param=param,
     )  # fmt: skip
+    kernels.act_density_backward(args, stream(z))
     return grad_z
 
 
@@ -321,9 +326,11 @@ def _density_count_impl(a: Tensor, mask: Tensor | None, tau: float) -> Tensor:
     a = a.contiguous()
     mask = None if mask is None else mask.contiguous()
     count = torch.empty((), dtype=torch.int64, device=a.device)
-    kernels.density(
-        address(a), address(mask), address(count), _rows(a), a.shape[-1], DTYPE_CODES[a.dtype], tau, stream(a)
-    )
+    args = native.Density(
+        a=address(a), mask=address(mask), active_count=address(count), rows=_rows(a), width=a.shape[-1],
+        dtype=DTYPE_CODES[a.dtype], tau=tau,
+    )  # fmt: skip
+    kernels.density(args, stream(a))
     return count
 
 

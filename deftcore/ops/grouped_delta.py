@@ -17,6 +17,7 @@ from deftcore.ops._library import (
     check_shape,
     define,
     flatten_tokens,
+    give_workspace,
     native,
     stream,
 )
@@ -246,14 +247,17 @@ def _add_deltas_impl(
     flat, t = flat.contiguous(), [address(tensor) for tensor in tensors]
     (tokens, inputs), count = flat.shape, starts.shape[1] - 1
     first, step = address(starts), 8 * (count + 1)
-    workspace = torch.empty(kernels.grouped_delta_workspace(tokens, most), dtype=torch.uint8, device=x.device)
     bank = native.DeltaBank(
-        first, t[0], t[1], first + step, t[2], t[3], first + 2 * step, t[4], t[5], count, inputs, out.shape[1]
-    )
-    kernels.grouped_delta(
-        bank, address(flat), address(index), address(out), address(workspace), tokens, most, DTYPE_CODES[x.dtype],
-        stream(x),
+        gather_start=first, gather_index=t[0], gather_rows=t[1], scatter_start=first + step, scatter_index=t[2],
+        scatter_rows=t[3], low_start=first + 2 * step, low_in=t[4], low_out=t[5], count=count, inputs=inputs,
+        outputs=out.shape[1],
     )  # fmt: skip
+    args = native.GroupedDelta(
+        bank=bank, x=address(flat), adapter=address(index), y=address(out), workspace=0, tokens=tokens, most=most,
+        dtype=DTYPE_CODES[x.dtype],
+    )  # fmt: skip
+    _held = give_workspace(args, kernels.grouped_delta_workspace(args), x)
+    kernels.grouped_delta(args, stream(x))
 
 
 def _add_by_adapter(out: Tensor, flat: Tensor, index: Tensor, starts: Tensor, tensors: list[Tensor]) -> None:

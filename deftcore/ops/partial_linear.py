@@ -16,6 +16,7 @@ from deftcore.ops._library import (
     check_shape,
     define,
     flatten_tokens,
+    native,
     stream,
 )
 from deftcore.ops.density import ACTIVATIONS, activate, activation_grad, activation_name
@@ -309,10 +310,11 @@ def _gated_act_impl(gate: Tensor, up: Tensor, activation: int) -> Tensor:
         return gated_act_ref(gate, up, _NAMES[activation])
     a = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     g, u = _rows_of(gate), _rows_of(up)
-    kernels.gated_act(
-        g.data_ptr(), u.data_ptr(), address(a), g.shape[0], g.shape[1], g.stride(0), u.stride(0),
-        DTYPE_CODES[gate.dtype], activation, stream(gate),
+    args = native.GatedAct(
+        gate=g.data_ptr(), up=u.data_ptr(), a=address(a), rows=g.shape[0], width=g.shape[1], gate_stride=g.stride(0),
+        up_stride=u.stride(0), dtype=DTYPE_CODES[gate.dtype], activation=activation,
     )  # fmt: skip
+    kernels.gated_act(args, stream(gate))
     return a
 
 
@@ -341,10 +343,12 @@ def _slopes(gate: Tensor, up: Tensor, grad: Tensor, activation: int) -> tuple[Te
         return gated_act_backward_ref(gate, up, grad, _NAMES[activation])
     grad_gate = torch.empty_like(grad)
     g, u = _rows_of(gate), _rows_of(up)
-    kernels.gated_act_backward(
-        g.data_ptr(), u.data_ptr(), address(grad), address(grad_gate), address(grad), g.shape[0], g.shape[1],
-        g.stride(0), u.stride(0), DTYPE_CODES[gate.dtype], activation, stream(gate),
+    args = native.GatedActBackward(
+        gate=g.data_ptr(), up=u.data_ptr(), grad=address(grad), grad_gate=address(grad_gate), grad_up=address(grad),
+        rows=g.shape[0], width=g.shape[1], gate_stride=g.stride(0), up_stride=u.stride(0),
+        dtype=DTYPE_CODES[gate.dtype], activation=activation,
     )  # fmt: skip
+    kernels.gated_act_backward(args, stream(gate))
     return grad_gate, grad
 
 

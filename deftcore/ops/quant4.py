@@ -19,6 +19,7 @@ from deftcore.ops._library import (
     check_shape,
     define,
     flatten_tokens,
+    give_workspace,
     native,
     stream,
 )
@@ -180,8 +181,10 @@ class Parts(NamedTuple):
 
     def native(self) -> Any:
         return native.Quant4(
-            address(self.packed), address(self.code), address(self.absmax), address(self.nested_absmax),
-            address(self.nested_code), self.offset, self.rows, self.cols, self.block_size, self.column_blocks,
+            packed=address(self.packed), code=address(self.code), absmax=address(self.absmax),
+            nested_absmax=address(self.nested_absmax), nested_code=address(self.nested_code),
+            nested_offset=self.offset, rows=self.rows, cols=self.cols, block_size=self.block_size,
+            column_blocks=self.column_blocks,
         )  # fmt: skip
 
 
@@ -228,9 +231,11 @@ def _quantize_4bit_impl(w: Tensor, block_size: int, quant_type: int) -> tuple[Te
     if kernels is None:
         return quantize_ref(w, block_size, quant_type)
     w = w.contiguous()
-    kernels.quantize_4bit(
-        address(w), address(packed), address(absmax), count, block_size, DTYPE_CODES[w.dtype], quant_type, stream(w)
-    )
+    args = native.Quantize4bit(
+        w=address(w), packed=address(packed), absmax=address(absmax), count=count, block_size=block_size,
+        dtype=DTYPE_CODES[w.dtype], type=quant_type,
+    )  # fmt: skip
+    kernels.quantize_4bit(args, stream(w))
     return packed, absmax
 
 
@@ -268,7 +273,8 @@ def _decode(w: Parts, dtype: torch.dtype) -> Tensor:
     kernels = backend("dequantize_4bit", out)
     if kernels is None:
         return dequantize_ref(w, dtype)
-    kernels.dequantize_4bit(w.native(), address(out), DTYPE_CODES[dtype], stream(out))
+    args = native.Dequantize4bit(w=w.native(), out=address(out), dtype=DTYPE_CODES[dtype])
+    kernels.dequantize_4bit(args, stream(out))
     return out
 
 
@@ -308,11 +314,11 @@ def multiply_backward(g: Tensor, w: Parts, low: Tensor | None = None, lora: Tens
 def _native_product(
     backward: bool, x: Tensor, w: Parts, bias: Tensor | None, low: Tensor | None, lora: Tensor | None
 ) -> Tensor | None:
-    kernels = backend("linear_4bit", x)
-    if kernels is None:
+    kernels, op = backend("linear_4bit", x), "linear_4bit_backward" if backward else "linear_4bit"
+    if kernels is None or not hasattr(kernels, op):
         return None
     view, dtype, tokens = w.native(), DTYPE_CODES[x.dtype], x.shape[0]
-    if tokens > kernels.linear_4bit_tokens(view, dtype, backward):
+    if tokens > kernels.linear_4bit_tokens(view, dtype):
         return None
     y = torch.empty((tokens, w.cols if backward else w.rows), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
@@ -320,12 +326,12 @@ def _native_product(
     x, bias = aligned(x), None if bias is None else bias.contiguous()
     low, lora = (None, None) if low is None or lora is None else (low.contiguous(), lora.contiguous())
     rank = 0 if low is None else low.shape[1]
-    size = kernels.linear_4bit_workspace(view, tokens, rank, dtype)
-    workspace = torch.empty(size + 64, dtype=torch.uint8, device=x.device)
-    (kernels.linear_4bit_backward if backward else kernels.linear_4bit)(
-        view, address(x), address(bias), address(low), address(lora), address(y),
-        -(-address(workspace) // 64) * 64, tokens, rank, dtype, stream(x),
+    args = native.Linear4bit(
+        w=view, x=address(x), bias=address(bias), low=address(low), lora=address(lora), y=address(y), workspace=0,
+        tokens=tokens, rank=rank, dtype=dtype,
     )  # fmt: skip
+    _held = give_workspace(args, getattr(kernels, f"{op}_workspace")(args), x)
+    getattr(kernels, op)(args, stream(x))
     return y
 
 

@@ -18,8 +18,8 @@ from deftcore.ops._library import (
     check_shape,
     define,
     flatten_tokens,
+    give_workspace,
     native,
-    scratch,
     stream,
 )
 from deftcore.ops.density import ACTIVATIONS, activate, activation_name, default_tau
@@ -276,11 +276,13 @@ def _down_rows(a: Tensor, w_down_t: Tensor, bias: Tensor | None, tau: float, cap
     assert kernels is not None
     (tokens, neurons), width = a.shape, w_down_t.shape[1]
     y = torch.empty((tokens, width), dtype=a.dtype, device=a.device)
-    workspace, rows_read = scratch(a, kernels.sparse_down_workspace(tokens, neurons, width))
-    kernels.sparse_down(
-        address(a), w_down_t.data_ptr(), address(bias), address(y), address(workspace), rows_read,
-        tokens, neurons, width, w_down_t.stride(0), capacity, DTYPE_CODES[a.dtype], tau, stream(a),
+    args = native.SparseDown(
+        a=address(a), w_down_t=w_down_t.data_ptr(), bias=address(bias), y=address(y), workspace=0, rows_read=0,
+        tokens=tokens, neurons=neurons, width=width, w_stride=w_down_t.stride(0), capacity=capacity,
+        dtype=DTYPE_CODES[a.dtype], tau=tau,
     )  # fmt: skip
+    workspace = give_workspace(args, kernels.sparse_down_workspace(args), a)
+    kernels.sparse_down(args, stream(a))
     return None if capacity < neurons and workspace[-1].item() > capacity else y
 
 
@@ -372,14 +374,15 @@ def _sparse_mlp_impl(
     if tokens > 1 or capacity < neurons:
         z = F.linear(x, w_up if w_gate is None else w_gate, b_up)
     y = torch.empty_like(x)
-    workspace, rows_read = scratch(x, kernels.sparse_mlp_workspace(tokens, neurons, width))
-    kernels.sparse_mlp(
-        address(x), address(z), 0 if w_gate is None else w_gate.data_ptr(), w_up.data_ptr(), w_down_t.data_ptr(),
-        address(b_up), address(b_down),
-        address(y), address(workspace), rows_read, tokens, neurons, width,
-        0 if w_gate is None else w_gate.stride(0), w_up.stride(0), w_down_t.stride(0), capacity,
-        DTYPE_CODES[x.dtype], activation, tau, stream(x),
+    args = native.SparseMlp(
+        x=address(x), z=address(z), w_gate=0 if w_gate is None else w_gate.data_ptr(), w_up=w_up.data_ptr(),
+        w_down_t=w_down_t.data_ptr(), b_up=address(b_up), b_down=address(b_down), y=address(y), workspace=0,
+        rows_read=0, tokens=tokens, neurons=neurons, width=width,
+        gate_stride=0 if w_gate is None else w_gate.stride(0), up_stride=w_up.stride(0),
+        down_stride=w_down_t.stride(0), capacity=capacity, dtype=DTYPE_CODES[x.dtype], activation=activation, tau=tau,
     )  # fmt: skip
+    workspace = give_workspace(args, kernels.sparse_mlp_workspace(args), x)
+    kernels.sparse_mlp(args, stream(x))
     if capacity < neurons and workspace[-1].item() > capacity:
         assert z is not None
         a = activate(z, list(ACTIVATIONS)[activation])

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from deftcore.ops import _dispatch
-from deftcore.ops._library import DTYPE_CODES, address, aligned, backend, define, native, scratch, stream
+from deftcore.ops._library import (
+    DTYPE_CODES,
+    address,
+    aligned,
+    backend,
+    define,
+    give_workspace,
+    native,
+    stream,
+)
 from deftcore.ops.density import ACTIVATIONS, activate
 from deftcore.ops.quant4 import (
     Parts,
@@ -160,13 +169,15 @@ def _sparse_mlp_4bit_impl(
     y = torch.empty((tokens, down.cols), dtype=x.dtype, device=x.device)
     rank = 0 if low.down_a_t is None else low.down_a_t.shape[1]
     down_low = torch.empty((tokens, rank), dtype=x.dtype, device=x.device) if rank else None
-    workspace, rows_read = scratch(x, kernels.sparse_mlp_4bit_workspace(tokens, down.rows, down.cols, rank))
-    kernels.sparse_mlp_4bit(
-        address(x), address(z), matrices[1].native() if gated else None, down.native(),
-        address(up_low), address(up_b), address(down_a_t), address(down_low), address(b_down),
-        address(y), address(workspace), rows_read, tokens, 0 if up_low is None else up_low.shape[1], rank, capacity,
-        DTYPE_CODES[x.dtype], activation, tau, stream(x),
+    args = native.SparseMlp4bit(
+        x=address(x), z=address(z), w_up=matrices[1].native() if gated else None, w_down_t=down.native(),
+        up_low=address(up_low), up_lora=address(up_b), down_lora=address(down_a_t), down_low=address(down_low),
+        b_down=address(b_down), y=address(y), workspace=0, rows_read=0, tokens=tokens, neurons=down.rows,
+        width=down.cols, up_rank=0 if up_low is None else up_low.shape[1], down_rank=rank, capacity=capacity,
+        dtype=DTYPE_CODES[x.dtype], activation=max(activation, 0), activated=activation == IDENTITY, tau=tau,
     )  # fmt: skip
+    workspace = give_workspace(args, kernels.sparse_mlp_4bit_workspace(args), x)
+    kernels.sparse_mlp_4bit(args, stream(x))
     if capacity < down.rows and workspace[-1].item() > capacity:
         return _dense_rest(x, z, matrices, low, b_down, activation, tau)
     return y if down_low is None or low.down_b is None else y.addmm_(down_low, low.down_b.t())

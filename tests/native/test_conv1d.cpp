@@ -1,6 +1,6 @@
 // The causal convolution and its backward against double-precision loops, on exactly sized buffers.
 #include "check.h"
-#include "deftcore/ssm.h"
+#include "deftcore/ops.h"
 
 using namespace deftcore;
 

@@ -1,7 +1,7 @@
 // act_density against double-precision formulas, on exactly sized buffers so that the sanitizers see any overrun.
 #include "check.h"
-#include "deftcore/density.h"
 #include "deftcore/math.h"
+#include "deftcore/ops.h"
 
 using namespace deftcore;
 

@@ -1,7 +1,7 @@
 // gated_act and grouped_delta against double-precision formulas, on exactly sized buffers so that the sanitizers see
 // any overrun.
 #include "check.h"
-#include "deftcore/partial_linear.h"
+#include "deftcore/ops.h"
 
 using namespace deftcore;
 
@@ -40,7 +40,7 @@ void test_grouped(int64_t tokens, int64_t inputs, int64_t outputs) {
   for (size_t t = 0; t < adapter.size(); ++t) adapter[t] = static_cast<int64_t>(t % 4) - 1;  // 2 is out of range
   std::vector<float> y = before;
   GroupedDeltaArgs args{bank, x.data(), adapter.data(), y.data(), nullptr, tokens, 3, DType::kFloat32};
-  std::vector<double> workspace(cpu::grouped_delta_workspace(args) / sizeof(double) + 1);
+  const Room workspace(cpu::grouped_delta_workspace(args));
   args.workspace = workspace.data();
   cpu::grouped_delta(args, nullptr);
   for (int64_t t = 0; t < tokens; ++t) {

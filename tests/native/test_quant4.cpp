@@ -1,6 +1,6 @@
 // quantise, decode and the products against plain loops in double, on exactly sized buffers.
 #include "check.h"
-#include "deftcore/quant4.h"
+#include "deftcore/ops.h"
 
 using namespace deftcore;
 
@@ -49,8 +49,8 @@ void test_linear(const Matrix& w, int64_t tokens, int64_t rank) {
     std::vector<float> y(static_cast<size_t>(tokens * outputs), NAN);
     Linear4bitArgs args{w.view,   x.data(), nullptr, low.data(), lora.data(),
                         y.data(), nullptr,  tokens,  rank,       DType::kFloat32};
-    std::vector<char> workspace(cpu::linear_4bit_workspace(args) + 64);
-    args.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) & ~uintptr_t{63});
+    const Room workspace((backward ? cpu::linear_4bit_backward_workspace : cpu::linear_4bit_workspace)(args));
+    args.workspace = workspace.data();
     (backward ? cpu::linear_4bit_backward : cpu::linear_4bit)(args, nullptr);
     for (int64_t m = 0; m < tokens; ++m) {
       for (int64_t o = 0; o < outputs; ++o) {

@@ -1,17 +1,10 @@
 // sparse_down and sparse_mlp against plain loops in double, on exactly sized buffers.
 #include "check.h"
-#include "deftcore/quant4.h"
-#include "deftcore/sparse_mlp.h"
+#include "deftcore/ops.h"
 
 using namespace deftcore;
 
 namespace {
-
-std::vector<char> workspace_of(size_t bytes) { return std::vector<char>(bytes + 64); }
-
-void* aligned(std::vector<char>& buffer) {
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~static_cast<uintptr_t>(63));
-}
 
 void test_down(int64_t tokens, int64_t neurons, int64_t width, int64_t stride) {
   std::vector<float> a = random_floats(static_cast<size_t>(tokens * neurons), 1);
@@ -31,8 +24,8 @@ void test_down(int64_t tokens, int64_t neurons, int64_t width, int64_t stride) {
   int64_t rows_read = -1;
   SparseDownArgs args{a.data(), w.data(), bias.data(), y.data(), nullptr,         &rows_read, tokens,
                       neurons,  width,    stride,      neurons,  DType::kFloat32, 0.0f};
-  std::vector<char> workspace = workspace_of(cpu::sparse_down_workspace(args));
-  args.workspace = aligned(workspace);
+  const Room workspace(cpu::sparse_down_workspace(args));
+  args.workspace = workspace.data();
   cpu::sparse_down(args, nullptr);
   CHECK(rows_read == expected_rows);
   for (int64_t m = 0; m < tokens; ++m) {
@@ -60,8 +53,8 @@ void test_gated(int64_t tokens, int64_t neurons, int64_t width) {
   SparseMlpArgs args{x.data(), nullptr, gate.data(), up.data(),       down.data(),       nullptr, nullptr,
                      y.data(), nullptr, &rows_read,  tokens,          neurons,           width,   width,
                      width,    width,   neurons,     DType::kFloat32, Activation::kRelu, 0.0f};
-  std::vector<char> workspace = workspace_of(cpu::sparse_mlp_workspace(args));
-  args.workspace = aligned(workspace);
+  const Room workspace(cpu::sparse_mlp_workspace(args));
+  args.workspace = workspace.data();
   cpu::sparse_mlp(args, nullptr);
   const auto dot = [&](const std::vector<float>& w, int64_t m, int64_t i) {
     double sum = 0;
@@ -120,8 +113,8 @@ void test_gated4(int64_t tokens, int64_t neurons, int64_t width, int64_t block, 
                          down_lora.data(), down_low.data(),   bias.data(), y.data(), nullptr,       &rows_read,
                          tokens,           neurons,           width,       rank,     rank,          neurons,
                          DType::kFloat32,  Activation::kRelu, false,       0.0f};
-  std::vector<char> workspace = workspace_of(cpu::sparse_mlp_4bit_workspace(args));
-  args.workspace = aligned(workspace);
+  const Room workspace(cpu::sparse_mlp_4bit_workspace(args));
+  args.workspace = workspace.data();
   cpu::sparse_mlp_4bit(args, nullptr);
   const auto value = [](const std::vector<float>& v, int64_t i) {
     return static_cast<double>(v[static_cast<size_t>(i)]);

@@ -1,7 +1,7 @@
 // The scalar-decay scan against a double-precision loop, its backward against differences, and the one-step form, on
 // exactly sized buffers.
 #include "check.h"
-#include "deftcore/ssm.h"
+#include "deftcore/ops.h"
 
 using namespace deftcore;
 
@@ -73,11 +73,11 @@ void test_scan(Problem p) {
   std::vector<float> ones(out.size(), 1.0f), dx(out.size()), dstep(p.step.size()), ddecay(p.step.size()),
       db(p.b.size()), dc(p.c.size()), dd(p.d.size()), dfirst(last.size(), 1.0f);
   args.out = p.tensor(ones);
-  std::vector<double> workspace(cpu::ssd_workspace(args) / sizeof(double) + 8);
-  char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
-  cpu::ssd_backward(
-      {args, p.tensor(dx), dstep.data(), ddecay.data(), db.data(), dc.data(), dd.data(), dfirst.data(), aligned},
-      nullptr);
+  SsdBackwardArgs back{args,      p.tensor(dx), dstep.data(),  ddecay.data(), db.data(),
+                       dc.data(), dd.data(),    dfirst.data(), nullptr};
+  const Room workspace(cpu::ssd_backward_workspace(back));
+  back.workspace = workspace.data();
+  cpu::ssd_backward(back, nullptr);
   const auto check = [&](std::vector<float>& values, const std::vector<float>& slopes) {
     check_slopes(values, slopes, [&] { return p.total(nullptr); });
   };

@@ -1,7 +1,7 @@
 // The selective scan against a double-precision loop, and its backward against differences, on exactly sized buffers so
 // that the sanitizers see any overrun.
 #include "check.h"
-#include "deftcore/ssm.h"
+#include "deftcore/ops.h"
 
 using namespace deftcore;
 
@@ -77,21 +77,11 @@ void test_scan(Problem p) {
   std::vector<float> ones(size, 1.0f), du(size), ddelta(size), dz(size), da(p.a.size()), db(p.b.size()), dc(p.c.size()),
       dd(p.d.size()), dbias(p.bias.size()), dfirst(plane, 1.0f);
   args.out = p.tensor(ones);
-  std::vector<double> workspace(cpu::selective_scan_workspace(args) / sizeof(double) + 8);
-  char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
-  cpu::selective_scan_backward({args,
-                                p.tensor(du),
-                                p.tensor(ddelta),
-                                p.tensor(dz),
-                                {},
-                                da.data(),
-                                db.data(),
-                                dc.data(),
-                                dd.data(),
-                                dbias.data(),
-                                dfirst.data(),
-                                aligned},
-                               nullptr);
+  SelectiveScanBackwardArgs back{args,      p.tensor(du), p.tensor(ddelta), p.tensor(dz),  {},     da.data(), db.data(),
+                                 dc.data(), dd.data(),    dbias.data(),     dfirst.data(), nullptr};
+  const Room workspace(cpu::selective_scan_backward_workspace(back));
+  back.workspace = workspace.data();
+  cpu::selective_scan_backward(back, nullptr);
   const auto check = [&](std::vector<float>& values, const std::vector<float>& slopes) {
     check_slopes(values, slopes, [&] { return p.total(nullptr); });
   };

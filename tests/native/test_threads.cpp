@@ -3,8 +3,7 @@
 
 #include "../../csrc/cpu/threads.h"
 #include "check.h"
-#include "deftcore/quant4.h"
-#include "deftcore/ssm.h"
+#include "deftcore/ops.h"
 
 using namespace deftcore;
 
@@ -48,8 +47,8 @@ std::vector<float> layer_gradient() {
   args.x = grad.data();
   args.y = y.data();
   args.tokens = kTokens;
-  std::vector<float> room(cpu::linear_4bit_workspace(args) / 4 + 16, NAN);
-  args.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64);
+  const Room workspace(cpu::linear_4bit_backward_workspace(args));
+  args.workspace = workspace.data();
   cpu::linear_4bit_backward(args, nullptr);
   return y;
 }
@@ -87,8 +86,8 @@ std::vector<float> scan_gradient() {
   args.grad_b = grad_b.data();
   args.grad_c = grad_c.data();
   args.grad_first = first.data();
-  std::vector<float> room(cpu::ssd_workspace(args.forward) / 4 + 16, NAN);
-  args.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64);
+  const Room workspace(cpu::ssd_backward_workspace(args));
+  args.workspace = workspace.data();
   cpu::ssd_backward(args, nullptr);
   return grad_b;
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
 
 namespace deftcore {
@@ -22,6 +23,12 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+
+// Inside a struct of arguments: its members once more, in words and as references in the same order, from which the
+// binding makes a constructor that takes each by name. record.h does not compile where one is missing.
+#define DEFTCORE_FIELDS(...)                           \
+  static constexpr const char* kFields = #__VA_ARGS__; \
+  auto fields() { return std::tie(__VA_ARGS__); }
 
 inline size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 

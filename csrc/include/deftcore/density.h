@@ -17,6 +17,9 @@ struct ActDensityArgs {
   Surrogate surrogate;
   float surrogate_param;  // eps of l0, beta of tanh
   float tau;              // counted when |a| > tau or a is NaN
+
+  DEFTCORE_FIELDS(z, mask, a, surrogate_sum, active_count, rows, width, dtype, activation, surrogate, surrogate_param,
+                  tau)
 };
 
 struct ActDensityBackwardArgs {
@@ -30,6 +33,8 @@ struct ActDensityBackwardArgs {
   Activation activation;
   Surrogate surrogate;
   float surrogate_param;
+
+  DEFTCORE_FIELDS(z, grad_a, grad_sum, mask, grad_z, rows, width, dtype, activation, surrogate, surrogate_param)
 };
 
 struct DensityArgs {
@@ -39,18 +44,8 @@ struct DensityArgs {
   int64_t rows, width;
   DType dtype;
   float tau;
+
+  DEFTCORE_FIELDS(a, mask, active_count, rows, width, dtype, tau)
 };
-
-namespace cpu {
-void act_density(const ActDensityArgs& args, Stream stream);
-void act_density_backward(const ActDensityBackwardArgs& args, Stream stream);
-void density(const DensityArgs& args, Stream stream);
-}  // namespace cpu
-
-namespace cuda {
-void act_density(const ActDensityArgs& args, Stream stream);
-void act_density_backward(const ActDensityBackwardArgs& args, Stream stream);
-void density(const DensityArgs& args, Stream stream);
-}  // namespace cuda
 
 }  // namespace deftcore

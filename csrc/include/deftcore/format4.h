@@ -65,6 +65,9 @@ struct Quant4 {
   int64_t rows, cols;
   int64_t block_size;  // a power of two, at least 32
   bool column_blocks = false;
+
+  DEFTCORE_FIELDS(packed, code, absmax, nested_absmax, nested_code, nested_offset, rows, cols, block_size,
+                  column_blocks)
 };
 inline constexpr int64_t kNestedBlock = 256;
 

@@ -13,6 +13,8 @@ struct GatedActArgs {
   int64_t rows, width, gate_stride, up_stride;
   DType dtype;
   Activation activation;
+
+  DEFTCORE_FIELDS(gate, up, a, rows, width, gate_stride, up_stride, dtype, activation)
 };
 
 // grad_gate = grad * up * f'(gate), grad_up = grad * f(gate).
@@ -25,6 +27,8 @@ struct GatedActBackwardArgs {
   int64_t rows, width, gate_stride, up_stride;
   DType dtype;
   Activation activation;
+
+  DEFTCORE_FIELDS(gate, up, grad, grad_gate, grad_up, rows, width, gate_stride, up_stride, dtype, activation)
 };
 
 // Several deltas of one [outputs, inputs] weight, one after another. Delta j has, in this order of the lists,
@@ -43,6 +47,9 @@ struct DeltaBank {
   const void* low_in;   // [ranks, inputs]
   const void* low_out;  // [ranks, outputs]
   int64_t count, inputs, outputs;
+
+  DEFTCORE_FIELDS(gather_start, gather_index, gather_rows, scatter_start, scatter_index, scatter_rows, low_start,
+                  low_in, low_out, count, inputs, outputs)
 };
 
 // y[t] += delta[adapter[t]] x[t]; a number outside 0..count - 1 is no delta.
@@ -51,24 +58,12 @@ struct GroupedDeltaArgs {
   const void* x;           // [tokens, inputs], contiguous
   const int64_t* adapter;  // [tokens]
   void* y;                 // [tokens, outputs], contiguous, in and out
-  void* workspace;         // grouped_delta_workspace(tokens, ...) bytes, 64-byte aligned
+  void* workspace;         // 64-byte aligned
   int64_t tokens;
   int64_t most;  // rows of the largest delta: gathered, scattered and ranks together
   DType dtype;
+
+  DEFTCORE_FIELDS(bank, x, adapter, y, workspace, tokens, most, dtype)
 };
-
-namespace cpu {
-void gated_act(const GatedActArgs& args, Stream stream);
-void gated_act_backward(const GatedActBackwardArgs& args, Stream stream);
-size_t grouped_delta_workspace(const GroupedDeltaArgs& args);
-void grouped_delta(const GroupedDeltaArgs& args, Stream stream);
-}  // namespace cpu
-
-namespace cuda {
-void gated_act(const GatedActArgs& args, Stream stream);
-void gated_act_backward(const GatedActBackwardArgs& args, Stream stream);
-size_t grouped_delta_workspace(const GroupedDeltaArgs& args);
-void grouped_delta(const GroupedDeltaArgs& args, Stream stream);
-}  // namespace cuda
 
 }  // namespace deftcore

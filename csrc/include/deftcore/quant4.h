@@ -6,6 +6,9 @@
 
 namespace deftcore {
 
+// Largest block that is quantised.
+inline constexpr int64_t kMaxBlock = 4096;
+
 struct Quantize4bitArgs {
   const void* w;    // [count]
   uint8_t* packed;  // [ceil(count / 2)], out
@@ -13,12 +16,16 @@ struct Quantize4bitArgs {
   int64_t count, block_size;
   DType dtype;
   QuantType type;
+
+  DEFTCORE_FIELDS(w, packed, absmax, count, block_size, dtype, type)
 };
 
 struct Dequantize4bitArgs {
   Quant4 w;
   void* out;  // [rows, cols], contiguous
   DType dtype;
+
+  DEFTCORE_FIELDS(w, out, dtype)
 };
 
 // linear_4bit:           y [tokens, rows] = x [tokens, cols] W^T + low lora^T + bias, lora [rows, rank]
@@ -30,28 +37,19 @@ struct Linear4bitArgs {
   const void* low;   // [tokens, rank], contiguous, or null: the low-rank term's left factor, its scaling included
   const void* lora;  // contiguous, or null
   void* y;           // contiguous, out
-  void* workspace;   // linear_4bit_workspace(args) bytes, 64-byte aligned; one size serves both directions
+  void* workspace;   // 64-byte aligned
   int64_t tokens, rank;
   DType dtype;
+
+  DEFTCORE_FIELDS(w, x, bias, low, lora, y, workspace, tokens, rank, dtype)
 };
 
+// Most tokens that linear_4bit takes; for more, dequantize_4bit and a library's product are faster.
 namespace cpu {
-void quantize_4bit(const Quantize4bitArgs& args, Stream stream);
-void dequantize_4bit(const Dequantize4bitArgs& args, Stream stream);
-size_t linear_4bit_workspace(const Linear4bitArgs& args);
-inline int64_t linear_4bit_tokens(const Quant4&, DType, bool) { return INT64_MAX; }  // any number of them
-void linear_4bit(const Linear4bitArgs& args, Stream stream);
-void linear_4bit_backward(const Linear4bitArgs& args, Stream stream);
+inline int64_t linear_4bit_tokens(const Quant4&, DType) { return INT64_MAX; }
 }  // namespace cpu
-
 namespace cuda {
-void quantize_4bit(const Quantize4bitArgs& args, Stream stream);
-void dequantize_4bit(const Dequantize4bitArgs& args, Stream stream);
-size_t linear_4bit_workspace(const Linear4bitArgs& args);
-// Most tokens that linear_4bit takes; for more, and for the backward product, dequantize_4bit and a library's product
-// are faster.
-int64_t linear_4bit_tokens(const Quant4& w, DType dtype, bool backward);
-void linear_4bit(const Linear4bitArgs& args, Stream stream);  // x 16-byte aligned
+int64_t linear_4bit_tokens(const Quant4& w, DType dtype);
 }  // namespace cuda
 
 }  // namespace deftcore

@@ -14,12 +14,14 @@ struct SparseDownArgs {
   const void* w_down_t;  // [neurons, width], row stride w_stride
   const void* bias;      // [width] or null
   void* y;               // [tokens, width], contiguous, out
-  void* workspace;       // sparse_down_workspace(args) bytes, 64-byte aligned
+  void* workspace;       // 64-byte aligned
   int64_t* rows_read;    // [1], out: size of the active set; above `capacity` y was not written
   int64_t tokens, neurons, width, w_stride;
   int64_t capacity;  // most active neurons worth the sparse path; `neurons` for no limit
   DType dtype;
   float tau;
+
+  DEFTCORE_FIELDS(a, w_down_t, bias, y, workspace, rows_read, tokens, neurons, width, w_stride, capacity, dtype, tau)
 };
 
 // Plain MLP (w_gate null):  y = f(x W_up^T + b_up) W_down^T + b_down
@@ -34,7 +36,7 @@ struct SparseMlpArgs {
   const void* b_up;      // [neurons] or null (plain MLP only)
   const void* b_down;    // [width] or null
   void* y;               // [tokens, width], contiguous, out
-  void* workspace;       // sparse_mlp_workspace(args) bytes, 64-byte aligned
+  void* workspace;       // 64-byte aligned
   int64_t* rows_read;    // [1], out: size of the active set; above `capacity` y was not written
   int64_t tokens, neurons, width;
   int64_t gate_stride, up_stride, down_stride;
@@ -42,6 +44,9 @@ struct SparseMlpArgs {
   DType dtype;
   Activation activation;
   float tau;
+
+  DEFTCORE_FIELDS(x, z, w_gate, w_up, w_down_t, b_up, b_down, y, workspace, rows_read, tokens, neurons, width,
+                  gate_stride, up_stride, down_stride, capacity, dtype, activation, tau)
 };
 
 // The MLP from its pre-activation on, over 4-bit weights; the caller computes z = x W^T of the first projection.
@@ -58,7 +63,7 @@ struct SparseMlp4bitArgs {
   void* down_low;         // [tokens, down_rank], out: h down_lora
   const void* b_down;     // [width] or null
   void* y;                // [tokens, width], contiguous, out
-  void* workspace;        // sparse_mlp_4bit_workspace(args) bytes, 64-byte aligned
+  void* workspace;        // 64-byte aligned
   int64_t* rows_read;     // [1], out: size of the active set; above `capacity` y was not written
   int64_t tokens, neurons, width, up_rank, down_rank;
   int64_t capacity;  // as in SparseDownArgs
@@ -66,24 +71,9 @@ struct SparseMlp4bitArgs {
   Activation activation;
   bool activated;  // z is f(z) already
   float tau;
+
+  DEFTCORE_FIELDS(x, z, w_up, w_down_t, up_low, up_lora, down_lora, down_low, b_down, y, workspace, rows_read, tokens,
+                  neurons, width, up_rank, down_rank, capacity, dtype, activation, activated, tau)
 };
-
-namespace cpu {
-size_t sparse_mlp_4bit_workspace(const SparseMlp4bitArgs& args);
-void sparse_mlp_4bit(const SparseMlp4bitArgs& args, Stream stream);
-size_t sparse_down_workspace(const SparseDownArgs& args);
-size_t sparse_mlp_workspace(const SparseMlpArgs& args);
-void sparse_down(const SparseDownArgs& args, Stream stream);
-void sparse_mlp(const SparseMlpArgs& args, Stream stream);
-}  // namespace cpu
-
-namespace cuda {
-size_t sparse_mlp_4bit_workspace(const SparseMlp4bitArgs& args);
-void sparse_mlp_4bit(const SparseMlp4bitArgs& args, Stream stream);
-size_t sparse_down_workspace(const SparseDownArgs& args);
-size_t sparse_mlp_workspace(const SparseMlpArgs& args);
-void sparse_down(const SparseDownArgs& args, Stream stream);
-void sparse_mlp(const SparseMlpArgs& args, Stream stream);
-}  // namespace cuda
 
 }  // namespace deftcore

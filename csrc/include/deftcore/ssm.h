@@ -8,6 +8,8 @@ namespace deftcore {
 
 // Time steps between saved states: the backward recomputes a chunk's states from the one before it.
 inline constexpr int64_t kScanChunk = 32;
+// Most states of a scan.
+inline constexpr int64_t kMaxStates = 256;
 
 // A [batch, length, channels] tensor of any layout, as element strides.
 struct ScanTensor {
@@ -32,6 +34,9 @@ struct SelectiveScanArgs {
   int64_t batch, length, channels, states, groups;
   DType dtype;
   bool softplus, fixed_b, fixed_c;
+
+  DEFTCORE_FIELDS(u, delta, z, out, a, b, c, d, delta_bias, first, last, chunks, batch, length, channels, states,
+                  groups, dtype, softplus, fixed_b, fixed_c)
 };
 
 // Gradients of the above. Null outputs are not computed.
@@ -45,7 +50,10 @@ struct SelectiveScanBackwardArgs {
   float* grad_d;                          // [channels] or null
   float* grad_delta_bias;                 // [channels] or null
   float* grad_first;                      // [batch, states, channels], in: the gradient of `last`; out: of `first`
-  void* workspace;                        // selective_scan_workspace(args) bytes, 64-byte aligned
+  void* workspace;                        // 64-byte aligned
+
+  DEFTCORE_FIELDS(forward, grad_u, grad_delta, grad_z, out_again, grad_a, grad_b, grad_c, grad_d, grad_delta_bias,
+                  grad_first, workspace)
 };
 
 // out_t = f(bias + sum_k weight[k] x_{t - width + 1 + k}), f silu or the identity. x before the start is `first`'s last
@@ -59,6 +67,8 @@ struct CausalConv1dArgs {
   int64_t batch, length, channels, width;
   DType dtype;
   bool silu;
+
+  DEFTCORE_FIELDS(x, out, first, weight, bias, sequence, batch, length, channels, width, dtype, silu)
 };
 
 struct CausalConv1dBackwardArgs {
@@ -67,6 +77,8 @@ struct CausalConv1dBackwardArgs {
   ScanTensor grad_first;     // or null
   float* grad_weight;        // [width, channels] or null; zeroed by the caller, as is the next
   float* grad_bias;          // [channels] or null
+
+  DEFTCORE_FIELDS(forward, grad_x, grad_first, grad_weight, grad_bias)
 };
 inline constexpr int64_t kMaxConvWidth = 16;
 
@@ -83,6 +95,8 @@ struct SsdArgs {
   float* last;             // likewise, out
   int64_t batch, length, heads, head_dim, states, groups;
   DType dtype;
+
+  DEFTCORE_FIELDS(x, out, step, log_decay, b, c, d, first, last, batch, length, heads, head_dim, states, groups, dtype)
 };
 
 struct SsdBackwardArgs {
@@ -94,7 +108,9 @@ struct SsdBackwardArgs {
   float* grad_c;          // likewise
   float* grad_d;          // as d, zeroed by the caller; or null
   float* grad_first;      // as first, in: the gradient of `last`; out: of `first`
-  void* workspace;        // ssd_workspace(args) bytes, 64-byte aligned
+  void* workspace;        // 64-byte aligned
+
+  DEFTCORE_FIELDS(forward, grad_x, grad_step, grad_log_decay, grad_b, grad_c, grad_d, grad_first, workspace)
 };
 
 // A [batch, heads, head_dim] tensor as element strides; any of them may be 0.
@@ -119,6 +135,9 @@ struct StateUpdateArgs {
   DType dtype;  // of x, dt, z, b, c, out
   DType state_dtype;
   bool softplus;
+
+  DEFTCORE_FIELDS(state, slots, x, dt, z, out, a, a_state, b, c, d, bias, batch, heads, head_dim, states, groups, dtype,
+                  state_dtype, softplus)
 };
 
 // x [batch, channels, length] after `state` [batch, channels, window]: out as causal_conv1d's, and the window moves on.
@@ -131,32 +150,8 @@ struct CausalConv1dUpdateArgs {
   int64_t batch, length, channels, width, window;
   DType dtype;
   bool silu;
+
+  DEFTCORE_FIELDS(x, out, state, slots, weight, bias, batch, length, channels, width, window, dtype, silu)
 };
-
-namespace cpu {
-void selective_scan(const SelectiveScanArgs& args, Stream stream);
-size_t selective_scan_workspace(const SelectiveScanArgs& args);
-void selective_scan_backward(const SelectiveScanBackwardArgs& args, Stream stream);
-void causal_conv1d(const CausalConv1dArgs& args, Stream stream);
-void causal_conv1d_backward(const CausalConv1dBackwardArgs& args, Stream stream);
-void causal_conv1d_update(const CausalConv1dUpdateArgs& args, Stream stream);
-void ssd(const SsdArgs& args, Stream stream);
-size_t ssd_workspace(const SsdArgs& args);
-void ssd_backward(const SsdBackwardArgs& args, Stream stream);
-void selective_state_update(const StateUpdateArgs& args, Stream stream);
-}  // namespace cpu
-
-namespace cuda {
-void selective_scan(const SelectiveScanArgs& args, Stream stream);
-size_t selective_scan_workspace(const SelectiveScanArgs& args);
-void selective_scan_backward(const SelectiveScanBackwardArgs& args, Stream stream);
-void causal_conv1d(const CausalConv1dArgs& args, Stream stream);
-void causal_conv1d_backward(const CausalConv1dBackwardArgs& args, Stream stream);
-void causal_conv1d_update(const CausalConv1dUpdateArgs& args, Stream stream);
-void ssd(const SsdArgs& args, Stream stream);
-size_t ssd_workspace(const SsdArgs& args);
-void ssd_backward(const SsdBackwardArgs& args, Stream stream);
-void selective_state_update(const StateUpdateArgs& args, Stream stream);
-}  // namespace cuda
 
 }  // namespace deftcore

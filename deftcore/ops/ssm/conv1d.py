@@ -187,11 +187,12 @@ def conv_backward(
     grad_taps = torch.zeros_like(taps) if wanted[1] else empty
     grad_bias = torch.zeros_like(bias) if bias is not None and wanted[2] else empty.clone()
     grad_first = torch.zeros_like(first) if first is not None and wanted[3] else x.new_empty(0)
-    kernels.causal_conv1d_backward(
-        _native_args(x, grad, taps, bias, first, sequence, silu), strided(grad_x),
-        strided(grad_first if grad_first.numel() else None), address(grad_taps) if wanted[1] else 0,
-        address(grad_bias) if grad_bias.numel() else 0, stream(x),
+    args = native.CausalConv1dBackward(
+        forward=_native_args(x, grad, taps, bias, first, sequence, silu), grad_x=strided(grad_x),
+        grad_first=strided(grad_first if grad_first.numel() else None),
+        grad_weight=address(grad_taps) if wanted[1] else 0, grad_bias=address(grad_bias) if grad_bias.numel() else 0,
     )  # fmt: skip
+    kernels.causal_conv1d_backward(args, stream(x))
     return grad_x, grad_taps, grad_bias, grad_first
 
 
@@ -199,8 +200,9 @@ def _native_args(
     x: Tensor, out: Tensor, taps: Tensor, bias: Tensor | None, first: Tensor | None, sequence: Tensor | None, silu: bool
 ) -> Any:
     return native.CausalConv1d(
-        strided(x), strided(out), strided(first if first is not None and first.numel() else None), address(taps),
-        address(bias), address(sequence), x.shape[0], x.shape[2], x.shape[1], taps.shape[0], DTYPE_CODES[x.dtype], silu,
+        x=strided(x), out=strided(out), first=strided(first if first is not None and first.numel() else None),
+        weight=address(taps), bias=address(bias), sequence=address(sequence), batch=x.shape[0], length=x.shape[2],
+        channels=x.shape[1], width=taps.shape[0], dtype=DTYPE_CODES[x.dtype], silu=silu,
     )  # fmt: skip
 
 

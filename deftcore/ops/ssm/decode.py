@@ -21,6 +21,7 @@ from deftcore.ops._library import (
     check_like,
     check_shape,
     define,
+    native,
     stream,
 )
 from deftcore.ops.ssm.conv1d import causal_conv1d_op, conv_parameters
@@ -187,10 +188,12 @@ def _conv_update_impl(
         return _conv_through_window(x, state, taps, bias, None, slots, silu)
     out = x.new_empty(x.shape)
     held = state.contiguous()
-    kernels.causal_conv1d_update(
-        strided(x), strided(out), address(held), address(slots), address(taps), address(bias), x.shape[0], x.shape[2],
-        x.shape[1], taps.shape[0], state.shape[2], DTYPE_CODES[x.dtype], silu, stream(x),
+    args = native.CausalConv1dUpdate(
+        x=strided(x), out=strided(out), state=address(held), slots=address(slots), weight=address(taps),
+        bias=address(bias), batch=x.shape[0], length=x.shape[2], channels=x.shape[1], width=taps.shape[0],
+        window=state.shape[2], dtype=DTYPE_CODES[x.dtype], silu=silu,
     )  # fmt: skip
+    kernels.causal_conv1d_update(args, stream(x))
     if held is not state:
         state.copy_(held)
     return out
@@ -215,11 +218,13 @@ def _scan_update_impl(
             return (0, 0, 0, 0)
         return (t.data_ptr(), *t.stride()[:3]) if batched else (t.data_ptr(), 0, *t.stride()[:2])
 
-    kernels.selective_state_update(
-        address(held), address(slots), by_head(x), by_head(dt), by_head(z), address(out), by_head(a, False),
-        a_step, address(b), address(c), by_head(d, False), by_head(bias, False), batch, heads, head_dim,
-        a.shape[2], b.shape[1], DTYPE_CODES[x.dtype], DTYPE_CODES[state.dtype], softplus, stream(x),
+    args = native.StateUpdate(
+        state=address(held), slots=address(slots), x=by_head(x), dt=by_head(dt), z=by_head(z), out=address(out),
+        a=by_head(a, False), a_state=a_step, b=address(b), c=address(c), d=by_head(d, False),
+        bias=by_head(bias, False), batch=batch, heads=heads, head_dim=head_dim, states=a.shape[2], groups=b.shape[1],
+        dtype=DTYPE_CODES[x.dtype], state_dtype=DTYPE_CODES[state.dtype], softplus=softplus,
     )  # fmt: skip
+    kernels.selective_state_update(args, stream(x))
     if held is not state:
         state.copy_(held)
     return out

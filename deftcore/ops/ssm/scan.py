@@ -15,6 +15,7 @@ from deftcore.ops._library import (
     check_like,
     check_shape,
     define,
+    give_workspace,
     has_kernel,
     native,
     stream,
@@ -151,9 +152,11 @@ def _native_args(
 ) -> Any:  # fmt: skip
     groups = b.shape[2] if b.dim() == 4 else c.shape[2] if c.dim() == 4 else 1
     return native.SelectiveScan(
-        *(strided(x) for x in (u, delta, z, out)), address(a), address(b), address(c), address(d), address(delta_bias),
-        address(first), address(last), address(chunks) if chunks.numel() else 0, u.shape[0], u.shape[2], u.shape[1],
-        a.shape[0], groups, DTYPE_CODES[u.dtype], softplus, b.dim() == 2, c.dim() == 2,
+        u=strided(u), delta=strided(delta), z=strided(z), out=strided(out), a=address(a), b=address(b), c=address(c),
+        d=address(d), delta_bias=address(delta_bias), first=address(first), last=address(last),
+        chunks=address(chunks) if chunks.numel() else 0, batch=u.shape[0], length=u.shape[2], channels=u.shape[1],
+        states=a.shape[0], groups=groups, dtype=DTYPE_CODES[u.dtype], softplus=softplus, fixed_b=b.dim() == 2,
+        fixed_c=c.dim() == 2,
     )  # fmt: skip
 
 
@@ -207,13 +210,16 @@ def scan_backward(
         torch.zeros_like(x) if x is not None and need else None
         for x, need in zip((a, b, c, d, delta_bias), (*wanted[2:6], wanted[7]), strict=True)
     ]
+    into_a, into_b, into_c, into_d, into_bias = map(address, sums)
     grad_first = grad_last.to(torch.float32).clone(memory_format=torch.contiguous_format)
-    forward = _native_args(u, delta, a, b, c, d, z, delta_bias, first, softplus, grad_out, None, chunks)
-    workspace = torch.empty(kernels.selective_scan_workspace(forward) + 64, dtype=torch.uint8, device=u.device)
-    kernels.selective_scan_backward(
-        forward, *(strided(x) for x in (grad_u, grad_delta, grad_z, again)),
-        *(address(x) for x in sums), address(grad_first), (address(workspace) + 63) // 64 * 64, stream(u),
+    args = native.SelectiveScanBackward(
+        forward=_native_args(u, delta, a, b, c, d, z, delta_bias, first, softplus, grad_out, None, chunks),
+        grad_u=strided(grad_u), grad_delta=strided(grad_delta), grad_z=strided(grad_z), out_again=strided(again),
+        grad_a=into_a, grad_b=into_b, grad_c=into_c, grad_d=into_d, grad_delta_bias=into_bias,
+        grad_first=address(grad_first), workspace=0,
     )  # fmt: skip
+    _held = give_workspace(args, kernels.selective_scan_backward_workspace(args), u)
+    kernels.selective_scan_backward(args, stream(u))
     empty = a.new_empty(0)
     grad_a, grad_b, grad_c, grad_d, grad_bias = (empty.clone() if x is None else x for x in sums)
     grad_z = u.new_empty(0) if grad_z is None else grad_z

@@ -14,6 +14,7 @@ from deftcore.ops._library import (
     check_float,
     check_shape,
     define,
+    give_workspace,
     has_kernel,
     native,
     stream,
@@ -163,13 +164,14 @@ def ssd_backward(
     grad_b, grad_c = torch.zeros_like(b), torch.zeros_like(c)
     grad_d = torch.zeros_like(d) if d is not None and want_d else b.new_empty(0)
     grad_first = grad_last.to(torch.float32).clone(memory_format=torch.contiguous_format)
-    forward = _native_args(x, step, log_decay, b, c, d, first, grad_out, None)
-    workspace = torch.empty(kernels.ssd_workspace(forward) + 64, dtype=torch.uint8, device=x.device)
-    kernels.ssd_backward(
-        forward, _strided(grad_x), address(grad_step), address(grad_decay), address(grad_b), address(grad_c),
-        address(grad_d) if grad_d.numel() else 0, address(grad_first), (address(workspace) + 63) // 64 * 64,
-        stream(x),
+    args = native.SsdBackward(
+        forward=_native_args(x, step, log_decay, b, c, d, first, grad_out, None), grad_x=_strided(grad_x),
+        grad_step=address(grad_step), grad_log_decay=address(grad_decay), grad_b=address(grad_b),
+        grad_c=address(grad_c), grad_d=address(grad_d) if grad_d.numel() else 0, grad_first=address(grad_first),
+        workspace=0,
     )  # fmt: skip
+    _held = give_workspace(args, kernels.ssd_backward_workspace(args), x)
+    kernels.ssd_backward(args, stream(x))
     return grad_x, grad_step, grad_decay, grad_b, grad_c, grad_d, grad_first
 
 
@@ -184,8 +186,9 @@ def _native_args(
 ) -> Any:  # fmt: skip
     batch, length, heads, head_dim = x.shape
     return native.Ssd(
-        _strided(x), _strided(out), address(step), address(log_decay), address(b), address(c), address(d),
-        address(first), address(last), batch, length, heads, head_dim, b.shape[3], b.shape[2], DTYPE_CODES[x.dtype],
+        x=_strided(x), out=_strided(out), step=address(step), log_decay=address(log_decay), b=address(b), c=address(c),
+        d=address(d), first=address(first), last=address(last), batch=batch, length=length, heads=heads,
+        head_dim=head_dim, states=b.shape[3], groups=b.shape[2], dtype=DTYPE_CODES[x.dtype],
     )  # fmt: skip
 
 

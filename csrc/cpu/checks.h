@@ -1,0 +1,102 @@
+// What each op demands of its arguments, as far as a kernel would crash otherwise; the Python layer checks the rest.
+#pragma once
+
+#include "deftcore/ops.h"
+
+namespace deftcore::cpu {
+namespace {
+
+// An op whose arguments have no check of their own takes all.
+template <class Args>
+void check(const Args&, const char*) {}
+
+// int32 neuron numbers and int64 offsets.
+template <class Args>
+void check_sparse(const Args& args, const char* op) {
+  require(args.tokens >= 0 && args.tokens <= kMaxSparseTokens, op, "tokens must be in 0..64");
+  require(args.neurons >= 0 && args.neurons < INT32_MAX, op, "neurons must be below 2^31");
+  require(args.width >= 0, op, "width must not be negative");
+  require(args.tau >= 0, op, "tau must not be negative");
+}
+
+inline bool is_block_size(int64_t size) { return size >= 32 && (size & (size - 1)) == 0; }
+
+inline void check_quant(const Quant4& q, const char* op) {
+  require(q.rows >= 0 && q.cols >= 0, op, "rows and cols must not be negative");
+  require(is_block_size(q.block_size), op, "block_size must be a power of two, at least 32");
+}
+
+inline void check_states(int64_t states, const char* op) {
+  require(states >= 1 && states <= kMaxStates, op, "states must be in 1..256");
+}
+
+inline void check_heads(int64_t heads, int64_t groups, const char* op) {
+  require(groups >= 1 && heads % groups == 0, op, "groups must divide heads");
+}
+
+inline void check_taps(int64_t width, const char* op) {
+  require(width >= 1 && width <= kMaxConvWidth, op, "width must be in 1..16");
+}
+
+// ----------------------------------------------------------------------------
+
+inline void check(const SparseDownArgs& args, const char* op) { check_sparse(args, op); }
+inline void check(const SparseMlpArgs& args, const char* op) { check_sparse(args, op); }
+
+inline void check(const SparseMlp4bitArgs& args, const char* op) {
+  check_sparse(args, op);
+  const auto check_rows = [&](const Quant4& q, bool columns) {
+    check_quant(q, op);
+    require(q.rows == args.neurons && q.cols == args.width, op, "weights must be [neurons, width]");
+    require(q.column_blocks ? columns && q.cols % 2 == 0 && q.rows % q.block_size == 0 : q.cols % q.block_size == 0, op,
+            "rows must be whole blocks");
+  };
+  if (args.w_up.packed != nullptr) check_rows(args.w_up, false);
+  check_rows(args.w_down_t, true);
+}
+
+inline void check(const Quantize4bitArgs& args, const char* op) {
+  require(is_block_size(args.block_size) && args.block_size <= kMaxBlock, op,
+          "block_size must be a power of two in 32..4096");
+}
+
+inline void check(const Dequantize4bitArgs& args, const char* op) { check_quant(args.w, op); }
+inline void check(const Linear4bitArgs& args, const char* op) { check_quant(args.w, op); }
+
+inline void check(const GroupedDeltaArgs& args, const char* op) {
+  require(args.tokens >= 0 && args.most >= 0, op, "tokens and most must not be negative");
+}
+
+inline void check(const SelectiveScanArgs& args, const char* op) {
+  check_states(args.states, op);
+  require(args.groups >= 1 && args.channels % args.groups == 0, op, "groups must divide channels");
+}
+
+inline void check(const SelectiveScanBackwardArgs& args, const char* op) {
+  check(args.forward, op);
+  const bool empty = args.forward.batch == 0 || args.forward.length == 0 || args.forward.channels == 0;
+  require(args.forward.chunks != nullptr || empty, op, "chunks are needed");
+}
+
+inline void check(const StateUpdateArgs& args, const char* op) {
+  check_heads(args.heads, args.groups, op);
+  require(args.a_state == 0 || args.a_state == 1, op, "a's stride over states must be 0 or 1");
+}
+
+inline void check(const CausalConv1dArgs& args, const char* op) { check_taps(args.width, op); }
+inline void check(const CausalConv1dBackwardArgs& args, const char* op) { check(args.forward, op); }
+
+inline void check(const CausalConv1dUpdateArgs& args, const char* op) {
+  check_taps(args.width, op);
+  require(args.window >= args.width - 1, op, "the window must hold width - 1 steps");
+}
+
+inline void check(const SsdArgs& args, const char* op) {
+  check_states(args.states, op);
+  check_heads(args.heads, args.groups, op);
+}
+
+inline void check(const SsdBackwardArgs& args, const char* op) { check(args.forward, op); }
+
+}  // namespace
+}  // namespace deftcore::cpu

@@ -1,0 +1,33 @@
+// An op's workspace is laid out by one function, which takes its arrays from a Workspace one after another. Over no
+// memory it only counts: so the same function says how many bytes the op needs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace deftcore::cpu {
+namespace {
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+class Workspace {
+ public:
+  explicit Workspace(void* base = nullptr) : base_(static_cast<char*>(base)) {}
+
+  // `count` elements of T at a multiple of 64 bytes; null where there is no memory.
+  template <class T>
+  T* take(int64_t count) {
+    T* mine = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
+    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return mine;
+  }
+  int64_t bytes() const { return bytes_; }
+  size_t size() const { return static_cast<size_t>(bytes_); }
+
+ private:
+  char* base_;
+  int64_t bytes_ = 0;
+};
+
+}  // namespace
+}  // namespace deftcore::cpu
