@@ -1,6 +1,7 @@
 """The loop and recipes: exact resume, two processes, mistakes reported."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -8,16 +9,20 @@ import sys
 import time
 from pathlib import Path
 
+import accelerate
 import peft
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from conftest import tiny_model
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import deftcore
 from deftcore.methods.deft.objective import DensityLoss
 from deftcore.methods.s2ft.model import S2ftConfig
 from deftcore.training import TrainingConfig, load_recipe, train
+from deftcore.training import recipe as recipes
 from deftcore.training.data import Batches
 from deftcore.training.pipeline import add_adapter
 
@@ -233,7 +238,61 @@ def test_other_families_and_options(family, tmp_path):
     result = train(model, rows, config, tmp_path, objective=DensityLoss(model))
     assert result.steps == 3
     assert result.density > 0
-    assert list((tmp_path / "tensorboard").iterdir())
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "deftcore")).Reload()
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for name, value in logged[-1].items():
+        if name != "step":
+            assert [(e.step, e.value) for e in events.Scalars(name)][-1] == (3, pytest.approx(value, rel=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "after"),
+    [
+        ("linear", [1 - k / 6 for k in range(6)]),
+        ("cosine", [math.cos(math.pi * k / 12) ** 2 for k in range(6)]),
+        ("constant", [1.0] * 6),
+        ("inverse_sqrt", [math.sqrt(2 / step) for step in range(2, 8)]),
+    ],
+)
+def test_schedules(tmp_path, schedule, after):
+    """A quarter of eight steps warms up from nothing; then the schedule begins at the full rate."""
+    run(tmp_path, schedule=schedule, warmup_ratio=0.25, validation=False)
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([1e-2 * share for share in [0, 0.5, *after]], rel=1e-9)
+
+
+def test_several_trackers(tmp_path, monkeypatch):
+    """Weights & Biases, by a stand-in for its package, beside TensorBoard and the log."""
+    (tmp_path / "wandb.py").write_text(
+        "calls = []\n"
+        "class Run:\n"
+        "    def log(self, values, step): calls.append((step, values))\n"
+        "    def finish(self): calls.append('finish')\n"
+        "def init(**about):\n"
+        "    calls.append(about)\n"
+        "    return Run()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.WANDB, LoggerType.TENSORBOARD])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    run(tmp_path / "out", logger=["wandb", "tensorboard"], log_every=4, validation=False)
+    calls = sys.modules.pop("wandb").calls
+    logged = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert calls[0]["project"] == "deftcore"
+    assert calls[0]["config"]["max_steps"] == 8
+    assert [{"step": step, **values} for step, values in calls[1:-1]] == logged
+    assert calls[-1] == "finish"
+    assert list((tmp_path / "out" / "tensorboard" / "deftcore").iterdir())
+
+
+def test_a_missing_tracker_is_a_mistake_in_the_recipe(tmp_path, monkeypatch):
+    path = tmp_path / "r.yaml"
+    path.write_text("{model: m, output: o, data: {train: t}, training: {logger: jsonl}}")
+    monkeypatch.setattr(recipes, "find_spec", lambda name: None)
+    assert load_recipe(path).training.logger == ["jsonl"]
+    for name in ("wandb", "tensorboard"):
+        with pytest.raises(ValueError, match=f"training.logger: {name} is not installed: pip install {name}"):
+            load_recipe(path, [f"training.logger=[jsonl, {name}]"])
 
 
 def test_the_model_computes_in_its_own_dtype_afterwards(tmp_path):
@@ -373,7 +432,8 @@ MISTAKES = [
     ("training.warmup_ratio=2", "training.warmup_ratio: must be at most 1, got 2"),
     ("training.seed=4294967296", "training.seed: must be below 4294967296, got 4294967296"),
     ("training.gradient_checkpointing=maybe", "training.gradient_checkpointing: must be true or false, got 'maybe'"),
-    ("training.schedule=zigzag", "training.schedule: must be one of linear, cosine, constant, got 'zigzag'"),
+    ("training.schedule=zigzag", "training.schedule: must be one of linear, cosine, constant, inverse_sqrt, got"),
+    ("training.logger=[tensorboard, paper]", "training.logger: must be one of jsonl, tensorboard, wandb, got 'paper'"),
     ("training=3", "training: must be a mapping, got 3"),
     ("training.batch_size.x=3", "training.batch_size.x: batch_size holds no fields, got 3"),
     ("data.max_length=1", "data.max_length: must be at least 2, got 1"),

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from deftcore._files import replacing_folder
 from deftcore.methods.deft.objective import DensityLoss
@@ -120,7 +120,8 @@ def train(
         cpu=next(model.parameters()).device.type == "cpu",
         # Packed weights and original slices are buffers, and never change: no reason to send them before every forward.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not constant)],
-        log_with=None,
+        log_with=[name for name in config.logger if name != "jsonl"] or None,
+        project_config=ProjectConfiguration(logging_dir=str(Path(output) / "tensorboard")),
     )
     if accelerator.num_processes > 1:
         # An interpreter that exits under Gloo's threads may abort; a group its owner already destroyed is left alone.
@@ -135,6 +136,8 @@ def train(
         done = run.finished()
         return done if done is not None else run.train(files or {})
     finally:
+        for tracker in accelerator.trackers:  # `end_training` would also destroy a group that others own
+            tracker.finish()
         # Accelerate leaves its autocast around `forward`; afterwards the model computes in its own dtypes again.
         accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
 
@@ -195,12 +198,13 @@ class _Run:
             model, config, objective, examples, validation, steps=self.total, processes=accelerator.num_processes
         )
         self.folder = RunFolder(output, {**depends_on, **found})
-        self.log: Callable[[Mapping[str, Any]], None] | None = None  # the main process opens it
         groups = [{"params": trainable, "weight_decay": config.weight_decay}]
         if gates:
             groups.append({"params": gates, "weight_decay": 0.0})
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-        scheduler = LambdaLR(optimizer, self._rate)
+        warmup = round(config.warmup_ratio * self.total)
+        schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+        scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=self.total)
         self.plain_model = model
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.scheduler = scheduler
@@ -208,15 +212,6 @@ class _Run:
         accelerator.register_for_checkpointing(self.state, scheduler)
         accelerator.register_save_state_pre_hook(self._save_trainable)
         accelerator.register_load_state_pre_hook(self._load_trainable)
-
-    def _rate(self, step: int) -> float:
-        warmup = round(self.config.warmup_ratio * self.total)
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        done = (step - warmup) / max(self.total - warmup, 1)
-        if self.config.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-        return 1.0 if self.config.schedule == "constant" else max(1.0 - done, 0.0)
 
     # ------------------------------------------------------------------ steps
 
@@ -235,8 +230,9 @@ class _Run:
         start = time.perf_counter()
         if self.accelerator.is_main_process:
             self.folder.begin(files)
-            self.log = self.folder.open_log(config.logger)
         self.accelerator.wait_for_everyone()
+        about = {"name": self.folder.path.name, "dir": str(self.folder.path), "config": asdict(config)}
+        self.accelerator.init_trackers("deftcore", init_kwargs={"wandb": about})
         self._restore()
         last = {"loss": state.train_loss}
         self.model.train()
@@ -439,8 +435,9 @@ class _Run:
         load_parameters(self._trainable(), Path(folder))
 
     def _log(self, entry: dict[str, Any]) -> None:
-        if self.log is not None:
-            self.log(entry)
+        if self.accelerator.is_main_process:
+            self.folder.append_log(entry)
+            self.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=entry["step"])
 
     def _progress(self) -> Progress:
         columns = (

@@ -4,11 +4,22 @@ import dataclasses
 import typing
 from collections.abc import Sequence
 from dataclasses import field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, create_model, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from deftcore.ops.density import SURROGATES
@@ -33,7 +44,20 @@ from deftcore.training.fields import (
 
 METHODS = ("lora", "qlora", "s2ft", "qs2ft", "mamba-lora", "bottleneck", "prompt", "prefix", "full")
 QUANTIZED_METHODS = ("qlora", "qs2ft")
+_TRACKERS = ("tensorboard", "wandb")  # packages and Accelerate's names for them
 _IN_RANGE = {"r": Count, "num_virtual_tokens": Count, "lora_dropout": Share}  # PEFT checks them on wrapping or later
+
+
+def _installed(name: str) -> str:
+    if name in _TRACKERS and find_spec(name) is None:
+        raise Mistakes([f": {name} is not installed: pip install {name}"])
+    return name
+
+
+Loggers = Annotated[
+    list[Annotated[Text, one_of("jsonl", *_TRACKERS), AfterValidator(_installed)]],
+    BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
+]
 
 
 @dataclass(frozen=True, config=OPTIONS)
@@ -47,7 +71,7 @@ class TrainingConfig:
     learning_rate: Positive = 3e-4
     weight_decay: NonNegative = 0.0
     warmup_ratio: Share = 0.06
-    schedule: Annotated[Text, one_of("linear", "cosine", "constant")] = "linear"
+    schedule: Annotated[Text, one_of("linear", "cosine", "constant", "inverse_sqrt")] = "linear"  # after the warm-up
     max_grad_norm: NonNegative = 1.0  # 0: no clipping
     mixed_precision: Annotated[Text, one_of("no", "bf16", "fp16")] = "no"
     gradient_checkpointing: bool = False
@@ -55,7 +79,7 @@ class TrainingConfig:
     eval_every: Whole = 0  # steps; 0: at the end only
     save_every: Whole = 0  # steps; 0: no checkpoints to resume from
     log_every: Count = 10
-    logger: Annotated[Text, one_of("jsonl", "tensorboard")] = "jsonl"  # tensorboard: beside the other
+    logger: Loggers = field(default_factory=lambda: ["jsonl"])  # a name or a list; log.jsonl is always written
 
 
 @dataclass(frozen=True, config=OPTIONS)

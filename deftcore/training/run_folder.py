@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -128,29 +128,9 @@ class RunFolder:
             lines = [line for line in whole if json.loads(line)["step"] <= step]
             write_text(file, "".join(f"{line}\n" for line in lines))
 
-    def open_log(self, logger: str) -> Callable[[Mapping[str, Any]], None]:
-        """A function that appends an entry to the log, and for "tensorboard" shows it there too.
-
-        Raises:
-            ImportError: tensorboard is not installed.
-        """
-        writer: Any = None
-        if logger == "tensorboard":
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError("training.logger: tensorboard is not installed: pip install tensorboard") from error
-            writer = SummaryWriter(str(self.path / "tensorboard"))
-
-        def log(entry: Mapping[str, Any]) -> None:
-            with (self.path / _LOG).open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-            if writer is not None:
-                for key in entry.keys() - {"step"}:
-                    writer.add_scalar(key, entry[key], entry["step"])
-                writer.flush()
-
-        return log
+    def append_log(self, entry: Mapping[str, Any]) -> None:
+        with (self.path / _LOG).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:
