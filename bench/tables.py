@@ -1,124 +1,366 @@
-"""The README's speed tables from a result file: `python -m bench.tables [bench/results/cpu.json]` prints Markdown."""
+"""Makes docs/benchmarks.md from the files in bench/results: `python -m bench.tables`, after every `python -m bench`.
 
+A section per machine: the targets beside what was measured, then a table per family of figures.
+"""
+
+import inspect
 import json
-import sys
 from pathlib import Path
 
+from bench.markdown import by_shape, by_tokens, direction, milliseconds, optional, pivot, spread, table, times
+from bench.targets import AVX2, AVX512, CUDA, LARGE, standing
 
-def pivot(rows, corner, label, column, value, columns):
-    """A Markdown table: one line per label(row), one column per row[column] in `columns`."""
-    lines = [f"| {corner} | " + " | ".join(f"{c:g}" for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name in dict.fromkeys(label(row) for row in rows):
-        cells = {row[column]: value(row) for row in rows if label(row) == name}
-        lines.append(f"| {name} | " + " | ".join(cells.get(c, "") for c in columns) + " |")
-    return "\n".join(lines)
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+KINDS = {AVX512: "CPU with AVX-512", AVX2: "CPU with AVX2 alone", CUDA: "NVIDIA GPU"}
+MAMBA = {"mamba": "Mamba", "mamba2": "Mamba-2"}
+DENSITIES = [0.05, 0.1, 0.2, 0.5, 1.0]
+
+HEAD = """# Benchmarks
+
+<!-- Made by `python -m bench.tables` from the files in bench/results. Do not edit: the tests compare. -->
+
+Every figure is a ratio of two sides that alternate in one process, the median of many runs, on cold weights (buffers
+rotate beyond the last-level cache), against the best peer that installs: PyTorch's products in either weight layout,
+bitsandbytes, PEFT, Transformers, mambapy. `2.00x` is twice as fast as the peer. On a GPU a side is a CUDA graph, so
+that the device's time is seen and not the interpreter's; what a call costs the host stands under "Calls on tiny
+tensors".
+
+To measure another machine: `python -m bench` on a CPU (an hour; `--quick` takes a tenth of it, `--only FAMILY` one
+family), `bash bench/gpu_check.sh` on a GPU (nine minutes, tests included); then `python -m bench.tables`.
+
+What density can buy is bounded: a gated block reads its gate matrix whole, so the ideal is 3 / (1 + 2 density), at most
+3x; a plain block at most 2x. Batches read the union of their tokens' active neurons. In a compute-bound prefill, or an
+encoder, sparsity buys nothing; more than 64 tokens go to the dense product.
+"""
+
+# What holds on a GPU alone, below a family's tables.
+ON_A_GPU = {
+    "sparse_down": """`path="auto"` takes the sparse path on a GPU only where it loses at no density, because nobody
+waits for the count: of these rows the gated MLP. The others run sparse when asked to (`path="sparse"`).""",
+    "linear_4bit": "Beyond 8 tokens (16 in float32) a 4-bit weight is decoded once and multiplied by cuBLAS.",
+    "s2ft_training": "A step of this size is bound by launches.",
+    "selective_scan": "The CUDA scans are first versions, sequential in time.",
+}
 
 
-def dtype_and_tokens(row):
-    return f"{row['dtype']}, {row['tokens']} token{'s' if row['tokens'] > 1 else ''}"
+# ---------------------------------------------------------------------------- families
+# Each is named as in the result file; its docstring stands above its tables.
 
 
-def main():
-    results = json.loads(Path(sys.argv[1] if len(sys.argv) > 1 else "bench/results/cpu.json").read_text())
-    print(f"{results['machine']}; Python {results['python']}; {results['streaming_gb_per_s']:.0f} GB/s")
-    print(f"{results['command']}\n")
-    densities = [0.05, 0.1, 0.2, 0.5, 1.0]
-    large = [r for r in results.get("sparse_down", []) if r["shape"] == "4096x11008"]
-    print(pivot(large, "`sparse_down` 4096x11008, `auto`; density", dtype_and_tokens, "density",
-                lambda r: f"{r['auto_ratio']:.2f}x", densities), "\n")  # fmt: skip
-    single = [r for r in large if r["tokens"] == 1]
-    print(pivot(single, "share of 1 / density, `sparse`, 1 token", lambda r: r["dtype"], "density",
-                lambda r: f"{r['share_of_ideal']:.2f}", densities), "\n")  # fmt: skip
-    behind = [r for r in results.get("sparse_down", []) if r["auto_ratio"] < 0.97]
-    print("auto behind:", "; ".join(
-        f"{r['shape']} {dtype_and_tokens(r)} at density {r['density']:g} ({r['auto_ratio']:.2f}x)" for r in behind
-    ), "\n")  # fmt: skip
-    print(pivot(results.get("gated", []), "`sparse_gated_mlp` 4096x11008; density", dtype_and_tokens, "density",
-                lambda r: f"{r['ratio']:.2f}x", densities), "\n")  # fmt: skip
-    four = results.get("linear_4bit", [])
-    tokens = [1, 4, 16, 128, 512]
+def sparse_down(results, kind):
+    """A forced sparse call follows a dense one, whose read has flushed every cache, Python's own included."""
+    rows = results["sparse_down"]
+    large = [r for r in rows if r["shape"] == LARGE]
+    densities = [d for d in DENSITIES if any(r["density"] == d for r in rows)]
     for title, key in (
-        ("`linear_4bit` over `F.linear`; tokens", "ratio"), ("over bitsandbytes, exact path", "over_bnb"),
-        ("over bitsandbytes, repacked inference path", "over_bnb_repacked"),
-    ):  # fmt: skip
-        print(pivot([r for r in four if key in r], title, lambda r: f"{r['shape'].replace('x', ' to ')}, {r['dtype']}",
-                    "tokens", lambda r, k=key: f"{r[k]:.2f}x", tokens), "\n")  # fmt: skip
-    for r in four:
-        if r["tokens"] == 1:
-            print(
-                f"{r['shape']} {r['dtype']}: {r['ours_ms']:.2f} ms, {100 * r['share_of_bandwidth']:.0f} % of bandwidth"
-            )
-    print()
-    print(pivot(results.get("sparse_4bit", []), "sparse NF4 gated MLP over dense PyTorch; density", dtype_and_tokens,
-                "density", lambda r: f"{r['ratio']:.2f}x", densities), "\n")  # fmt: skip
-    print(pivot(results.get("sparse_4bit", []), "over the dense NF4 MLP; density", dtype_and_tokens, "density",
-                lambda r: f"{r['over_dense_4bit']:.2f}x", densities), "\n")  # fmt: skip
-    for r in results.get("sparse_4bit", []):
-        if r["density"] == 0.1 and r["tokens"] == 1:
-            print(f"sparse NF4, {r['dtype']}, density 0.1: {r['over_torch_float32']:.1f}x dense float32 PyTorch")
-    print(
-        "\n| LoRA over NF4, forward + backward | ours, ms | PEFT + bitsandbytes, ms | ratio | peak MB, ours | theirs |"
+        ('`sparse_down` 4096x11008, `path="auto"`', "auto_ratio"),
+        ('the same, `path="sparse"`', "ratio"),
+    ):
+        yield pivot(large, f"{title}; density", by_tokens, "density", times(key), densities)
+    single = [r for r in large if r["tokens"] == 1]
+    title = 'share of the ideal 1 / density, `path="sparse"`, 1 token'
+    yield pivot(single, title, lambda r: r["dtype"], "density", lambda r: f"{r['share_of_ideal']:.2f}", densities)
+    behind = [
+        f"{r['shape']} {by_tokens(r)} at density {r['density']:g} ({times('auto_ratio')(r)})"
+        for r in rows
+        if r["auto_ratio"] < 0.97
+    ]
+    if behind:
+        yield f"Where `auto` is more than 3 % behind the best dense layout: {'; '.join(behind)}."
+    if kind != CUDA:
+        yield """One copy of the weights is kept, neuron-major; PyTorch's product on that layout is slower than on the
+other, so falling back to it gains nothing there. The kernel alone (`bench_sparse_mlp`) is above the ideal; the call
+costs about 40 us warm and 0.1 to 0.3 ms after a flush."""
+
+
+def gated(results, _):
+    """Over PyTorch's block of three products."""
+    yield pivot(
+        results["gated"], "`sparse_gated_mlp` 4096x11008; density", by_tokens, "density", times("ratio"), DENSITIES
     )
-    print("|---|---|---|---|---|---|")
-    for r in results.get("qlora", []):
-        times = f"{r['ours_ms']:.0f} | {r['peft_bnb_ms']:.0f} | {r['ratio']:.2f}x"
-        peaks = f"{r['ours_peak_mb']:.0f} | {r['peft_bnb_peak_mb']:.0f}"
-        print(f"| {r['shape'].replace('x', ' to ')}, {r['dtype']}, {r['tokens']} tokens | {times} | {peaks} |")
-    for r in results.get("quantise", []):
-        print(f"{r['op']} {r['dtype']}: {r['ours_ms']:.1f} ms, {r.get('ratio', 0):.1f}x bitsandbytes")
-    print("\n| training step | tokens | full, ms | LoRA, ms | S2FT, ms | over full (ceiling) | over LoRA (ceiling) |"
-          " peak MB: full, LoRA, S2FT | share of full, of LoRA |")  # fmt: skip
-    print("|---" * 9 + "|")
-    training = results.get("s2ft_training", [])
-    for i in range(0, len(training), 3):
-        full, lora, ours = training[i : i + 3]
-        speed = " | ".join(f"{r['s2ft_speed_up']:.2f}x ({r['ceiling']:.2f})" for r in (full, lora))
-        times = " | ".join(f"{r['step_ms']:.0f}" for r in (full, lora, ours))
-        peaks = ", ".join(f"{r['peak_mb']:.0f}" for r in (full, lora, ours))
-        print(
-            f"| {full['layers']} x {full['width']}, {full['dtype']} | {full['tokens']} | {times} | {speed} | {peaks} "
-            f"| {full['s2ft_memory']:.2f}, {lora['s2ft_memory']:.2f} |"
-        )
-    for key in ("input", "output", "LoRA"):
-        print()
-        print(pivot(results.get("s2ft_serving", []), f"`grouped_delta_linear`, {key}, time over base; adapters",
-                    lambda r: f"{r['shape'].replace('x', ' to ')}, {r['dtype']}", "adapters",
-                    lambda r, k=key: f"{r[f'{k}_over_base']:.2f}x", [1, 4, 16, 64]))  # fmt: skip
+
+
+def act_density(results, _):
+    """Forward and backward on 8 x 128 x 11008 elements."""
+    yield table(
+        ["`act_density`", "time over the plain activation", "over the composed expression"],
+        (
+            [
+                f"{r['activation']}, {r['dtype']}",
+                times("time_over_plain")(r),
+                f"{1 / r['times_faster_than_composed']:.2f}x",
+            ]
+            for r in results["act_density"]
+        ),
+    )
+
+
+def linear_4bit(results, kind):
+    """NF4, block size 64, double-quantised, cold weights, a stack of layers in turn."""
+    rows = results["linear_4bit"]
+    tokens = sorted({r["tokens"] for r in rows})
+    peer = "cuBLAS on dense weights" if kind == CUDA else "`F.linear`"
+    yield pivot(rows, f"`linear_4bit` over {peer}; tokens", by_shape, "tokens", times("ratio"), tokens)
+    yield pivot(rows, "time; tokens", by_shape, "tokens", lambda r: milliseconds(r["ours_ms"]), tokens)
+    yield table(
+        ["1 token", "share of the streaming read over the packed bytes"],
+        ([by_shape(r), f"{r['share_of_bandwidth']:.2f}"] for r in rows if r["tokens"] == 1),
+    )
+    rows = [r for r in rows if "over_bnb" in r]
+    if rows and kind != CUDA:
+        large = [r for r in rows if r["shape"] == LARGE]
+        exact = {d: spread([r for r in large if r["dtype"] == d], "bnb_ms") for d in ("float32", "bfloat16")}
+        yield f"""bitsandbytes 0.50.2 has two paths on a CPU. The exact one decodes a dense weight at every call (4096
+to 11008: {exact["float32"]} in float32, {exact["bfloat16"]} in bfloat16, by how the allocator treats 180 MB blocks).
+The inference path of AVX-512-BF16 machines repacks the weights in place at the first evaluation, rounds their scales
+and any float32 input to bfloat16, and saves other bytes than it loaded. deftcore never changes a byte, and computes
+float32 in float32."""
+    yield pivot(rows, "over bitsandbytes, exact path; tokens", by_shape, "tokens", times("over_bnb"), tokens)
+    if kind != CUDA:
+        title = "over bitsandbytes, repacked inference path; tokens"
+        yield pivot(rows, title, by_shape, "tokens", times("over_bnb_repacked"), tokens)
+
+
+def sparse_4bit(results, _):
+    """A gated MLP, 4096x11008, whose three weights are NF4."""
+    rows = results["sparse_4bit"]
+    half = [r for r in rows if r["dtype"] != "float32"]
+    for title, found, key in (
+        ("sparse NF4 over dense PyTorch", rows, "ratio"),
+        ("over the dense NF4 MLP", rows, "over_dense_4bit"),
+        ("over dense float32 PyTorch", half, "over_torch_float32"),
+    ):
+        yield pivot(found, f"{title}; density", by_tokens, "density", times(key), DENSITIES)
+
+
+def qlora(results, _):
+    """A layer of rank 16, forward and backward. Peaks are PyTorch's own memory above what the layer holds, activations
+    and gradients included; deftcore's extra is a tile a thread and the float32 sums of the backward, never a dense
+    weight. Both sides are bound by the same two dense products, which leaves little to gain in bfloat16."""
+    yield table(
+        ["LoRA over NF4", "ours, ms", "PEFT + bitsandbytes, ms", "ratio", "peak MB, ours", "theirs"],
+        (
+            [
+                f"{by_shape(r)}, {r['tokens']} tokens",
+                f"{r['ours_ms']:.0f}",
+                f"{r['peft_bnb_ms']:.0f}",
+                times("ratio")(r),
+                f"{r['ours_peak_mb']:.0f}",
+                f"{r['peft_bnb_peak_mb']:.0f}",
+            ]
+            for r in results["qlora"]
+        ),
+    )
+
+
+def quantise(results, _):
+    """45 M weights to NF4 with nested scales, and back."""
+    yield table(
+        ["", "ours", "bitsandbytes", "ratio"],
+        (
+            [f"{r['op']}, {r['dtype']}", milliseconds(r["ours_ms"]), milliseconds(r["bnb_ms"]), times("ratio")(r)]
+            for r in results["quantise"]
+            if "ratio" in r
+        ),
+    )
+
+
+def s2ft_training(results, _):
+    """A training step of a Llama-shaped stack (layers x width) at equal budgets, against full fine-tuning with
+    PyTorch's fused AdamW and PEFT's LoRA without dropout; in brackets what the count of operations alone allows. Peaks
+    are the allocator's, each method in its own process: weights and activations dominate, at 2048 tokens the
+    activations that every method keeps."""
+    rows = results["s2ft_training"]
+    lines = []
+    for i in range(0, len(rows), 3):
+        full, lora, ours = rows[i : i + 3]
+        line = [f"{full['layers']} x {full['width']}, {full['dtype']}", full["tokens"]]
+        line += [f"{r['step_ms']:.0f}" for r in (full, lora, ours)]
+        line += [f"{r['s2ft_speed_up']:.2f}x ({r['ceiling']:.2f})" for r in (full, lora)]
+        line += [", ".join(f"{r['peak_mb']:.0f}" for r in (full, lora, ours))]
+        line += [f"{full['s2ft_memory']:.2f}, {lora['s2ft_memory']:.2f}"]
+        lines.append(line)
+    header = ["step", "tokens", "full, ms", "LoRA, ms", "S2FT, ms", "over full (ceiling)", "over LoRA (ceiling)"]
+    yield table([*header, "peak MB: full, LoRA, S2FT", "S2FT's share of full, of LoRA"], lines)
+
+
+def s2ft_serving(results, _):
+    """A batch whose rows use different adapters (64 channels, or LoRA of rank 32), time over the base product alone.
+    The deltas' bytes set the floor: 16 adapters over a 2048 x 2048 base are half of its bytes, 1.5x."""
+    rows = results["s2ft_serving"]
+    counts = sorted({r["adapters"] for r in rows})
+    for key, text in (("input", "input channels"), ("output", "output channels"), ("LoRA", "LoRA")):
+        title = f"`grouped_delta_linear`, {text}; adapters in the batch"
+        yield pivot(rows, title, by_shape, "adapters", times(f"{key}_over_base"), counts)
     for r in results.get("s2ft_switching", []):
-        print(f"\nswitching {r['layers']} x {r['width']}: S2FT {r['s2ft_ms']:.0f} ms, LoRA {r['lora_ms']:.0f} ms")
-    scans = results.get("selective_scan", [])
-    print("\n| `selective_scan`, N 16 | us a token | share of the bound | over Transformers | over mambapy |")
-    print("|---" * 5 + "|")
-    for r in scans:
-        over = " | ".join(f"{r[k]:.1f}x" if k in r else "" for k in ("over_transformers", "over_mambapy"))
-        kind = "forward" if r["what"] == "forward" else "forward + backward"
-        size = f"{r['batch']} x {r['length']} x {r['width']}"
-        print(f"| {kind}, {r['dtype']}, {size} | {r['us_per_token']:.1f} | {r['share_of_bound']:.2f} | {over} |")
-    print("\n| `mamba_chunk_scan`, 24 heads x 64, N 128 | length | ms | over Transformers |\n|---|---|---|---|")
-    for r in results.get("mamba_chunk_scan", []):
-        kind = "forward" if r["what"] == "forward" else "forward + backward"
-        print(f"| {kind}, {r['dtype']} | {r['length']} | {r['ours_ms']:.1f} | {r['ratio']:.1f}x |")
-    print(
-        "\n| frozen mixer | width | length | ms | its matrix products alone, ms | over Transformers |\n"
-        + "|---" * 6
-        + "|"
+        yield f"""Switching every adapter of a {r["layers"]}-layer model of width {r["width"]}: {r["s2ft_ms"]:.0f} ms,
+against {r["lora_ms"]:.0f} ms for merging and unmerging LoRA."""
+
+
+def selective_scan(results, _):
+    """State size 16, channels-last tensors, against Transformers' PyTorch loop and mambapy with an allocator that keeps
+    freed memory (as it comes, they are several times slower). The bound is the multiply-add pipes' alone."""
+    header = ["`selective_scan`", "batch x length x width", "us a token", "share of the arithmetic bound"]
+    yield table(
+        [*header, "over Transformers", "over mambapy"],
+        (
+            [
+                f"{direction(r)}, {r['dtype']}",
+                f"{r['batch']} x {r['length']} x {r['width']}",
+                f"{r['us_per_token']:.1f}",
+                optional(r, "share_of_bound", "{:.2f}"),
+                optional(r, "over_transformers", "{:.1f}x"),
+                optional(r, "over_mambapy", "{:.1f}x"),
+            ]
+            for r in results["selective_scan"]
+        ),
     )
-    for r in results.get("mamba_mixer", []):
-        kind = "forward" if r["what"] == "forward" else "forward + backward"
-        over = f"{r['over_transformers']:.1f}x" if "over_transformers" in r else ""
-        print(f"| {r['kind']} {kind}, {r['dtype']} | {r['hidden']} | {r['length']} | {r['ours_ms']:.1f} "
-              f"| {r['products_ms']:.1f} | {over} |")  # fmt: skip
-    print("\n| decode, 4 layers, float32 | width | batch | ms a token | over Transformers |\n" + "|---" * 5 + "|")
-    for r in results.get("mamba_decode", []):
-        print(f"| {r['kind']} | {r['hidden']} | {r['batch']} | {r['ours_ms']:.2f} | {r['ratio']:.2f}x |")
-    print("\n| `act_density` forward + backward, 8x128x11008 | time over plain | over the composed expression |")
-    print("|---|---|---|")
-    for r in results.get("act_density", []):
-        composed = 1 / r["times_faster_than_composed"]
-        print(f"| {r['activation']}, {r['dtype']} | {r['time_over_plain']:.2f}x | {composed:.2f}x |")
-    print("\n" + ", ".join(f"`{r['op']}` {r['microseconds']:.0f} us" for r in results.get("overhead", [])))
-    print(", ".join(f"{r['side']} {r['ms']:.0f} ms, {r['peak_mb']:.0f} MB" for r in results.get("train_step", [])))
+
+
+def mamba_chunk_scan(results, _):
+    """24 heads of 64, state size 128, against Transformers' chunked form."""
+    yield table(
+        ["`mamba_chunk_scan`", "length", "ms", "over Transformers"],
+        (
+            [f"{direction(r)}, {r['dtype']}", r["length"], f"{r['ours_ms']:.1f}", times("ratio")(r)]
+            for r in results["mamba_chunk_scan"]
+        ),
+    )
+
+
+def mamba_mixer(results, _):
+    """A frozen mixer, patched, beside its matrix products alone and Transformers' mixer."""
+    yield table(
+        ["", "width", "length", "ms", "products, ms", "over Transformers"],
+        (
+            [
+                f"{MAMBA[r['kind']]}, {direction(r)}, {r['dtype']}",
+                r["hidden"],
+                r["length"],
+                f"{r['ours_ms']:.1f}",
+                f"{r['products_ms']:.1f}",
+                optional(r, "over_transformers", "{:.1f}x"),
+            ]
+            for r in results["mamba_mixer"]
+        ),
+    )
+
+
+def mamba_decode(results, _):
+    """One token through a model of 4 layers with a filled cache, float32; the weights are read either way."""
+    yield table(
+        ["", "width", "batch", "ms a token", "over Transformers"],
+        (
+            [MAMBA[r["kind"]], r["hidden"], r["batch"], f"{r['ours_ms']:.2f}", times("ratio")(r)]
+            for r in results["mamba_decode"]
+        ),
+    )
+
+
+def train_step(results, _):
+    """A 4-layer Llama, 8 x 128 tokens, each side in its own process."""
+    names = {"peft": "PEFT", "patched": "patched", "deft": "patched, with DEFT"}
+    yield table(
+        ["LoRA step", "ms", "peak memory of the process, MB"],
+        ([names[r["side"]], f"{r['ms']:.0f}", f"{r['peak_mb']:.0f}"] for r in results["train_step"]),
+    )
+
+
+def overhead(results, _):
+    """What an op costs before it does anything."""
+    yield table(["op", "us a call"], ([f"`{r['op']}`", f"{r['microseconds']:.0f}"] for r in results["overhead"]))
+
+
+FAMILIES = {
+    "Sparse down projection": sparse_down,
+    "Sparse gated MLP": gated,
+    "Activation with density": act_density,
+    "4-bit products": linear_4bit,
+    "Sparse MLP over 4-bit weights": sparse_4bit,
+    "LoRA over 4-bit weights": qlora,
+    "Quantising": quantise,
+    "S2FT training": s2ft_training,
+    "Serving many adapters": s2ft_serving,
+    "Selective scan": selective_scan,
+    "Mamba-2's scan": mamba_chunk_scan,
+    "Mamba blocks": mamba_mixer,
+    "Mamba decoding": mamba_decode,
+    "A LoRA step": train_step,
+    "Calls on tiny tensors": overhead,
+}
+
+
+# ---------------------------------------------------------------------------- page
+
+
+def machine(file):
+    """(kind, results, how and where they were measured) of a result file."""
+    if "figures" not in file:
+        kind = AVX512 if file["info"]["cpu_isa"].startswith("avx512") else AVX2
+        return kind, file, f"{file['machine']}, Python {file['python']}: `{file['command']}`."
+    results, outcomes = file["figures"], file["tests"]
+    others = ", ".join(f"`{name}`" for name, outcome in outcomes.items() if outcome != "passed") or "none"
+    passed = sum(outcome == "passed" for outcome in outcomes.values())
+    where = f"""{file["device"]}, driver {file["driver"]}, PyTorch {file["torch"]}, Python {results["python"]}, commit
+`{file["commit"][:10]}`: `bash bench/gpu_check.sh`. {passed} of {len(outcomes)} CUDA tests passed (others:
+{others}); compute-sanitizer: {file["compute_sanitizer"]}."""
+    return CUDA, results, where
+
+
+def section(path):
+    """The blocks of one result file."""
+    file = json.loads(path.read_text())
+    kind, results, where = machine(file)
+    notes = results.get("notes", {})  # of a family that was measured under other conditions than the file says
+    yield f"## {file.get('device') or KINDS[kind]}"
+    yield f"""{where} Streaming read: {results["streaming_gb_per_s"]:,.0f} GB/s. All figures:
+`bench/results/{path.name}`."""
+    yield "### Targets"
+    yield table(["", "asked", "measured, the worst first", ""], standing(results, kind))
+    options = "--device cuda --quick --only" if kind == CUDA else "--only"
+    for name, family in FAMILIES.items():
+        key = family.__name__
+        if results.get(key):
+            yield f"### {name}"
+            yield " ".join(
+                filter(None, [f"`python -m bench {options} {key}` on {results['machine']}.", notes.get(key)])
+            )
+            yield inspect.getdoc(family)
+            yield from family(results, kind)
+            if kind == CUDA and key in ON_A_GPU:
+                yield ON_A_GPU[key]
+            if key == "sparse_down" and path.stem == "cpu":
+                yield "![speed over density](../bench/results/sparse_down_cpu.png)"
+
+
+def finetuning(report):
+    """Methods on one real text, from finetuning_cpu.json."""
+    yield "## Methods on the same text"
+    yield f"""Full fine-tuning, PEFT's LoRA and S2FT on a small Llama and the quickstart's texts, equal budgets for the
+last two, the better learning rate of those tried, one seed. `{report["command"]}`, CPU."""
+    yield table(
+        ["method", "trained, M", "held-out loss, nats a token", "step, ms", "peak memory of the process, MB"],
+        (
+            [name, f"{r['trained'] / 1e6:.2f}", f"{r['loss']:.3f}", f"{r['step_ms']:.0f}", f"{r['peak_mb']:.0f}"]
+            for name, r in report["methods"].items()
+        ),
+    )
+    yield "![loss over steps, step time and memory](../bench/results/finetuning_cpu.png)"
+
+
+def page():
+    """The text of docs/benchmarks.md."""
+    files = sorted(path for path in RESULTS.glob("*.json") if path.stem != "finetuning_cpu")
+    measured = {machine(json.loads(path.read_text()))[0] for path in files}
+    missing = [text for kind, text in KINDS.items() if kind not in measured]
+    blocks = [HEAD.strip()]
+    blocks += [f"Not measured yet: {', '.join(missing)}."] if missing else []
+    blocks += [block for path in files for block in section(path)]
+    blocks += finetuning(json.loads((RESULTS / "finetuning_cpu.json").read_text()))
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(page())
