@@ -19,7 +19,7 @@ from rich.console import Console
 from deftcore._files import cache_folder, write_json
 from deftcore.cli.quickstart import Settings, base_model, reference_text
 from deftcore.training import TrainingConfig, encode, train
-from deftcore.training.pipeline import add_adapter
+from deftcore.training.wrapping import add_adapter
 
 SETTINGS = Settings(hidden_size=768, intermediate_size=2048, num_layers=6, base_steps=80)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -26,7 +26,8 @@ from deftcore.methods.s2ft.delta import extract_adapter
 from deftcore.methods.s2ft.model import S2ftConfig
 from deftcore.models.checkpoints import load_adapter, load_model, load_tokenizer
 from deftcore.training import TrainingConfig, encode, read_records, train
-from deftcore.training.pipeline import add_adapter, export, measure_density
+from deftcore.training.pipeline import export, measure_density
+from deftcore.training.wrapping import add_adapter
 
 THETA = (0.3, -1.2, 1.0, -0.4)
 

@@ -509,7 +509,7 @@ def padded_batch():
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2"])
 def test_activation_checkpointing(family):
     """LoRA on patched blocks: gradients by recomputation are those from kept activations."""
-    from deftcore.training.pipeline import add_adapter
+    from deftcore.training.wrapping import add_adapter
 
     found = []
     for checkpointing in (False, True):

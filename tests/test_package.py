@@ -20,7 +20,7 @@ from deftcore._versions import TESTED
 from deftcore.cli.main import main
 from deftcore.models.checkpoints import load_model
 from deftcore.ops._library import native
-from deftcore.training.pipeline import add_adapter
+from deftcore.training.wrapping import add_adapter
 
 TESTS = Path(__file__).parent
 

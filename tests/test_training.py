@@ -24,7 +24,7 @@ from deftcore.methods.s2ft.model import S2ftConfig
 from deftcore.training import TrainingConfig, load_recipe, train
 from deftcore.training import recipe as recipes
 from deftcore.training.data import Batches
-from deftcore.training.pipeline import add_adapter
+from deftcore.training.wrapping import add_adapter
 
 SCRIPT = """
 import sys, time, torch

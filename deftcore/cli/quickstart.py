@@ -36,8 +36,9 @@ from deftcore.ops.quantized import QUANT_TYPES
 from deftcore.training.data import Batches, Example, encode
 from deftcore.training.fields import OutputFolder, Seed, Text, checked, one_of
 from deftcore.training.loop import TrainResult, train
-from deftcore.training.pipeline import add_adapter, save_adapter
+from deftcore.training.pipeline import save_adapter
 from deftcore.training.recipe import TrainingConfig
+from deftcore.training.wrapping import add_adapter
 
 logger = logging.getLogger("deftcore")
 

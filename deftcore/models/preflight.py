@@ -1,6 +1,5 @@
-"""What can be known before weights are read: the model's names, and whether an adapter fits them."""
+"""What can be known before weights are read: a model's modules, and what does not fit them."""
 
-import copy
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -13,10 +12,8 @@ from transformers import AutoConfig
 from deftcore._names import near
 from deftcore.models.quantized_files import checked_folder, model_kind
 from deftcore.nn.linear import linears_to_quantize
-from deftcore.training.recipe import adapter_kinds
 
 _POSITIONS = ("wpe", "embed_positions", "position_embeddings")
-_NAMED = ("target_modules", "modules_to_save", "exclude_modules")  # of PEFT's configs
 
 
 def empty_model(path: str | os.PathLike) -> Any:
@@ -30,39 +27,6 @@ def empty_model(path: str | os.PathLike) -> Any:
         model = model_kind(config).from_config(config)
     model.tie_weights()
     return model
-
-
-def check_adapter(model: Any, method: str, options: dict[str, Any]) -> None:
-    """Raises what wrapping a model would raise, by wrapping one without weights.
-
-    Args:
-        model: of `empty_model`; it is changed.
-        method, options: as in `deftcore.training.pipeline.add_adapter`.
-
-    Raises:
-        ValueError: naming the field of the adapter, with near names where a module's is unknown.
-    """
-    from deftcore.methods.s2ft.model import S2ftConfig
-    from deftcore.methods.s2ft.selection import make_plan
-
-    if method == "full":
-        return
-    modules = [name for name, _ in model.named_modules() if name]
-    for field in _NAMED:
-        check_names(f"adapter.{field}", options.get(field), modules)
-    config = adapter_config(model, method, options)
-    if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = False  # others look at the weights
-    try:
-        if isinstance(config, S2ftConfig):
-            config.strategy = "random"  # likewise
-            make_plan(model, config)
-        else:
-            import peft
-
-            peft.get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"adapter: {error}") from error
 
 
 def check_quantize(model: nn.Module, skip: Iterable[str]) -> None:
@@ -113,16 +77,3 @@ def check_names(field: str, wanted: Any, modules: list[str]) -> None:
 def _near(name: str, modules: list[str]) -> str:
     last = [part for part in dict.fromkeys(module.rpartition(".")[2] for module in modules) if not part.isdigit()]
     return near(name, last)
-
-
-def adapter_config(model: Any, method: str, options: dict[str, Any]) -> Any:
-    """The PEFT config of a method for a model.
-
-    Raises:
-        ValueError: naming options that the method's config does not have.
-    """
-    task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-    try:
-        return adapter_kinds()[method](task_type=task, **copy.deepcopy(options))
-    except TypeError as error:
-        raise ValueError(f"adapter: {error}") from error

@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from deftcore.methods.deft.files import save_sparse
 from deftcore.methods.deft.objective import DensityLoss
 from deftcore.methods.lora.patch import merge as merge_adapters
-from deftcore.methods.lora.patch import patch
 from deftcore.models.blocks import find_mlp_blocks
 from deftcore.models.checkpoints import is_4bit, load_adapter, load_model, load_tokenizer, own_adapter
-from deftcore.models.preflight import adapter_config, check_adapter, check_lengths, check_quantize, empty_model
+from deftcore.models.preflight import check_lengths, check_quantize, empty_model
 from deftcore.models.sparsify import check_sparsify
 from deftcore.models.tied import merge_and_unload
 from deftcore.nn.linear import Linear4bit
@@ -41,36 +40,12 @@ from deftcore.training.fields import (
 )
 from deftcore.training.identity import digest_tensors
 from deftcore.training.loop import TrainResult, train
-from deftcore.training.recipe import QUANTIZED_METHODS, DataConfig, DeftConfig, Recipe
+from deftcore.training.recipe import DataConfig, DeftConfig, Recipe
 from deftcore.training.records import read_records
+from deftcore.training.registry import Setup, find, method_of
+from deftcore.training.wrapping import add_adapter, check_adapter
 
 logger = logging.getLogger("deftcore")
-
-_CALIBRATION_EXAMPLES = 32  # at least, where there are so many; the paper takes 1 % of the training set
-
-
-def add_adapter(
-    model: Any, method: str, options: dict[str, Any], *, calibration: Iterable[Mapping[str, Tensor]] = ()
-) -> Any:
-    """The model with a PEFT adapter of the named method, LoRA layers fused; `full` trains the model itself.
-
-    `calibration` are batches for those strategies of S2FT that need data.
-
-    Raises:
-        ValueError: naming options that the method's config does not have, or targets that match nothing.
-    """
-    import peft
-
-    from deftcore.methods.s2ft.model import S2ftConfig
-    from deftcore.methods.s2ft.selection import select_channels
-
-    if method == "full":
-        return patch(model) if is_mamba(model) else model
-    config = adapter_config(model, method, options)
-    if isinstance(config, S2ftConfig) and config.needs_data:
-        config = select_channels(model, config, calibration)
-    adapted = peft.get_peft_model(model, config)
-    return patch(adapted) if method in ("lora", "qlora", "mamba-lora") else adapted
 
 
 def is_mamba(model: nn.Module) -> bool:
@@ -124,13 +99,14 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     found += mistakes("data.validation", OptionalFile, recipe.data.validation)
     if found:
         raise ValueError("; ".join(found))
-    quantize = asdict(recipe.quantize) if recipe.method in QUANTIZED_METHODS else None
+    method = find(recipe.method)
+    quantize = asdict(recipe.quantize) if method.quantized else None
     empty = empty_model(recipe.model)
     if own_adapter(recipe.model):
         raise ValueError(f"model: {recipe.model} has an unmerged adapter beside it; export it with --merge first")
     if quantize:
         check_quantize(empty, recipe.quantize.skip)
-    check_adapter(empty, recipe.method, recipe.adapter)
+    check_adapter(empty, method, recipe.adapter)
     make_objective(empty, recipe.deft)
     tokenizer = load_tokenizer(recipe.model)
     pair, padding = empty.config.is_encoder_decoder, tokenizer.pad_token_id or 0
@@ -138,7 +114,7 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     validation = load_examples(recipe.data.validation, tokenizer, recipe.data, pair) if recipe.data.validation else None
     check_lengths(empty, [*examples, *(validation or [])])
     torch.manual_seed(recipe.training.seed)  # adapters start from the recipe's seed
-    base: Any = load_model(recipe.model, quantize=quantize, **_dtype(recipe, empty.config))
+    base: Any = load_model(recipe.model, quantize=quantize, **_dtype(recipe, method.float32, empty.config))
     depends_on = {
         "method": recipe.method,
         "model": digest_tensors([*base.named_parameters(), *base.named_buffers()]),  # where it lies does not matter
@@ -147,9 +123,12 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
         "data.chat": recipe.data.chat,
     }
     base.to(device)
-    few = examples[: max(len(examples) // 100, min(len(examples), _CALIBRATION_EXAMPLES))]
-    calibration = Batches(few, recipe.training.batch_size, padding, pair, shuffle=False, device=device).epoch(0)
-    model = add_adapter(base, recipe.method, recipe.adapter, calibration=calibration)
+
+    def batches(share: float, at_least: int) -> Iterator[dict[str, Tensor]]:
+        few = examples[: max(int(len(examples) * share), at_least)]
+        return Batches(few, recipe.training.batch_size, padding, pair, shuffle=False, device=device).epoch(0)
+
+    model = add_adapter(base, method, recipe.adapter, Setup(batches))
     return train(
         model, examples, recipe.training, recipe.output, validation=validation,
         objective=make_objective(model, recipe.deft), pad_token_id=padding, resume=resume, label=recipe.method,
@@ -158,12 +137,12 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     )  # fmt: skip
 
 
-def _dtype(recipe: Recipe, config: Any) -> dict[str, torch.dtype]:
+def _dtype(recipe: Recipe, float32: bool, config: Any) -> dict[str, torch.dtype]:
     """The dtype to read a checkpoint in, where it is not its own: float32 for weights that train, whose 16-bit steps
     would round to nothing or divide by an epsilon of 0, and for 16 bits that are not autocast's."""
     autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.training.mixed_precision]
     other = autocast is not None and getattr(config, "dtype", None) != autocast
-    return {"dtype": torch.float32} if recipe.method == "full" or other else {}
+    return {"dtype": torch.float32} if float32 or other else {}
 
 
 def load_examples(path: str, tokenizer: Any, data: DataConfig, is_encoder_decoder: bool) -> list[Example]:
@@ -234,13 +213,15 @@ def export(
             gates.fold()
         if adapter:
             kind = adapted.active_peft_config.peft_type
-            mergeable = hasattr(adapted, "merge_and_unload") and kind != "BOTTLENECK"
+            method = method_of(adapted.active_peft_config)
+            way = "merge" if method is None else method.export
+            mergeable = hasattr(adapted, "merge_and_unload") and way != "keep"
             if merge and not mergeable:
                 raise ValueError(f"merge: a {getattr(kind, 'value', kind)} adapter cannot be merged, got {merge!r}")
             if mergeable and not packed:
                 base = merge_and_unload(adapted)
-            elif mergeable and (merge or kind == "S2FT"):
-                base = merge_adapters(patch(adapted) if kind != "S2FT" else adapted, to=merge or "16bit")
+            elif mergeable and (merge or way == "always"):
+                base = merge_adapters(adapted, to=merge or "16bit")
             else:
                 kept = Path(temporary) / "adapter"
                 adapted.save_pretrained(kept)

@@ -1,7 +1,6 @@
 """Recipes: one YAML file says what is trained, on what, and how. Mistakes are reported all at once."""
 
 import dataclasses
-import typing
 from collections.abc import Sequence
 from dataclasses import field
 from importlib.util import find_spec
@@ -9,17 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    create_model,
-    field_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
 from deftcore.ops.density import SURROGATES
@@ -32,7 +21,6 @@ from deftcore.training.fields import (
     Mistakes,
     Needed,
     NonNegative,
-    Number,
     Positive,
     Seed,
     Share,
@@ -41,11 +29,17 @@ from deftcore.training.fields import (
     one_of,
     problems,
 )
+from deftcore.training.options import checked_options
+from deftcore.training.registry import all_methods, find
 
-METHODS = ("lora", "qlora", "s2ft", "qs2ft", "mamba-lora", "bottleneck", "prompt", "prefix", "full")
-QUANTIZED_METHODS = ("qlora", "qs2ft")
 _TRACKERS = ("tensorboard", "wandb")  # packages and Accelerate's names for them
-_IN_RANGE = {"r": Count, "num_virtual_tokens": Count, "lora_dropout": Share}  # PEFT checks them on wrapping or later
+
+
+def _method(name: str) -> str:
+    names = [method.name for method in all_methods()]
+    if name not in names:
+        raise ValueError(f"one of {', '.join(names)}")
+    return name
 
 
 def _installed(name: str) -> str:
@@ -109,7 +103,7 @@ class DeftConfig:
 
 @dataclass(frozen=True, config=OPTIONS)
 class QuantizeConfig:
-    """The frozen base of `method: qlora` and `qs2ft`; fields as in `deftcore.quantize`."""
+    """The frozen base of methods that keep it in 4 bits; fields as in `deftcore.quantize`."""
 
     quant_type: Annotated[Text, one_of(*QUANT_TYPES)] = "nf4"
     block_size: Annotated[Integer, one_of(*BLOCK_SIZES)] = 64
@@ -125,9 +119,9 @@ class Recipe:
     output: Needed  # the run's folder
     data: DataConfig
     device: Text = "auto"  # the machine's accelerator where there is one; or "cpu", "cuda" ...
-    method: Annotated[Text, one_of(*METHODS)] = "lora"
-    adapter: dict[str, Any] = field(default_factory=dict)  # fields of the method's PEFT config
-    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)  # qlora and qs2ft only
+    method: Annotated[Text, AfterValidator(_method)] = "lora"
+    adapter: dict[str, Any] = field(default_factory=dict)  # fields of the method's config
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)  # methods over 4-bit bases only
     deft: DeftConfig = field(default_factory=DeftConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -139,23 +133,25 @@ class Recipe:
     @field_validator("adapter")
     @classmethod
     def _of_the_method(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        return adapter_options(info.data["method"], value) if "method" in info.data else value
+        return checked_options(find(info.data["method"]), value) if "method" in info.data else value
 
     @field_validator("quantize")
     @classmethod
     def _where_it_is_used(cls, value: QuantizeConfig, info: ValidationInfo) -> QuantizeConfig:
-        method = info.data.get("method", "qlora")
-        if method not in QUANTIZED_METHODS and value != QuantizeConfig():
-            raise Mistakes([f": goes with method {' or '.join(QUANTIZED_METHODS)}, got {method!r}"])
+        method = info.data.get("method")
+        if method and not find(method).quantized and value != QuantizeConfig():
+            names = [each.name for each in all_methods() if each.quantized]
+            raise Mistakes([f": goes with method {' or '.join(names)}, got {method!r}"])
         return value
 
     @field_validator("training")
     @classmethod
     def _with_the_method(cls, value: TrainingConfig, info: ValidationInfo) -> TrainingConfig:
-        if value.gradient_checkpointing and info.data.get("method") == "prefix":
-            raise Mistakes(
-                [".gradient_checkpointing: must be false with method prefix, whose keys it would not recompute"]
-            )
+        if method := info.data.get("method"):
+            on = [name for name in find(method).must_be_off if getattr(value, name)]
+            if on:
+                reasons = find(method).must_be_off
+                raise Mistakes([f".{name}: must be false with method {method}, {reasons[name]}" for name in on])
         return value
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,55 +214,3 @@ def _apply(raw: dict[str, Any], override: str) -> str:
     except ValueError as error:
         return f"{key}: {value!r} {error}"
     return ""
-
-
-# ---------------------------------------------------------------------------- adapters
-
-
-def adapter_kinds() -> dict[str, Any]:
-    """The PEFT config class of each method that has one."""
-    import peft
-
-    from deftcore.methods.lora.bottleneck import BottleneckConfig
-    from deftcore.methods.mamba.lora import MambaLoraConfig
-    from deftcore.methods.s2ft.model import S2ftConfig
-
-    return {
-        "lora": peft.LoraConfig, "qlora": peft.LoraConfig, "s2ft": S2ftConfig, "qs2ft": S2ftConfig,
-        "mamba-lora": MambaLoraConfig, "bottleneck": BottleneckConfig, "prompt": peft.PromptTuningConfig,
-        "prefix": peft.PrefixTuningConfig,
-    }  # fmt: skip
-
-
-def adapter_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a method's PEFT config, in its fields' types.
-
-    Raises:
-        Mistakes: (a ValueError) naming every field that is unknown or whose value does not fit.
-    """
-    if method == "full":
-        if options:
-            raise Mistakes([f": method full has no adapter, got {', '.join(options)}"])
-        return options
-    import peft
-
-    kind = adapter_kinds()[method]
-    common = {each.name for each in dataclasses.fields(peft.PeftConfig)}  # set on wrapping
-    numbers = {int: Integer, float: Number}
-    hints: dict[str, Any] = {name: numbers.get(hint, hint) for name, hint in typing.get_type_hints(kind).items()}
-    hints |= {name: limits for name, limits in _IN_RANGE.items() if name in hints}
-    initial = "init_lora_weights"
-    if initial in hints:  # PEFT's own hint holds a placeholder for these
-        hints[initial] = typing.Union[hints[initial], Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]]  # noqa: UP007
-    own = [each.name for each in dataclasses.fields(kind) if each.init and each.name not in common]
-    fields: dict[str, Any] = {name: (hints[name], None) for name in own}
-    model = create_model("adapter", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
-    try:
-        given = model.model_validate({str(name): value for name, value in options.items()})
-        values = {name: getattr(given, name) for name in given.model_fields_set}
-        kind(**values)
-    except ValidationError as error:
-        raise Mistakes([f".{line}" for line in problems(error, model)]) from error
-    except (ValueError, TypeError) as error:
-        raise Mistakes([f": {error}"]) from error
-    return values

@@ -38,8 +38,9 @@ from deftcore.training.fields import (
     checked,
     one_of,
 )
-from deftcore.training.pipeline import add_adapter, is_mamba, load_examples
+from deftcore.training.pipeline import is_mamba, load_examples
 from deftcore.training.recipe import DataConfig
+from deftcore.training.wrapping import add_adapter
 
 _EVALUATION = 8  # batches of the fixed set
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

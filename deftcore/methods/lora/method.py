@@ -1,0 +1,93 @@
+"""What the common room gives to recipes: LoRA, PEFT's prompts, bottlenecks, and training without an adapter."""
+
+import typing
+from typing import Annotated, Any
+
+import peft
+from pydantic import Field
+
+from deftcore.methods.lora.bottleneck import BottleneckConfig
+from deftcore.methods.lora.patch import patch
+from deftcore.training.fields import Count, Share
+from deftcore.training.registry import Method, Setup, check_by_peft, register, wrap_by_peft
+
+_INIT = typing.get_type_hints(peft.LoraConfig)["init_lora_weights"]  # it holds a placeholder for `pissa_niter_<n>`
+# PEFT checks these on wrapping or later.
+LORA_LIMITS: dict[str, Any] = {
+    "r": Count,
+    "lora_dropout": Share,
+    "init_lora_weights": typing.Union[_INIT, Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]],  # noqa: UP007
+}
+_PROMPTS = {"num_virtual_tokens": Count}
+
+
+def wrap_lora(model: Any, config: Any, setup: Setup) -> Any:
+    """The PEFT model, its LoRA layers fused."""
+    return patch(wrap_by_peft(model, config, setup))
+
+
+def check_lora(model: Any, config: Any) -> None:
+    """Wraps a model without weights, which some initialisations would look at."""
+    config.init_lora_weights = False
+    check_by_peft(model, config)
+
+
+def _wrap_full(model: Any, config: None, setup: Setup) -> Any:
+    return patch(model) if model.config.model_type in ("mamba", "mamba2", "falcon_mamba") else model
+
+
+_LORA: dict[str, Any] = {
+    "config": peft.LoraConfig,
+    "limits": LORA_LIMITS,
+    "wrap": wrap_lora,
+    "check": check_lora,
+}
+register(
+    Method(name="lora", summary="Low-rank updates beside frozen weights, fused.", paper="arXiv 2106.09685", **_LORA)
+)
+register(
+    Method(
+        name="qlora", summary="LoRA over a frozen base in 4 bits.", paper="arXiv 2305.14314", quantized=True, **_LORA
+    )
+)
+register(
+    Method(
+        name="bottleneck",
+        summary="Small networks after each MLP, or beside it (AdaptFormer).",
+        paper="arXiv 2005.00052, 2205.13535",
+        config=BottleneckConfig,
+        export="keep",
+    )
+)
+register(
+    Method(
+        name="prompt",
+        summary="Learned tokens before the input (PEFT's).",
+        paper="arXiv 2104.08691",
+        needs="num_virtual_tokens",
+        config=peft.PromptTuningConfig,
+        limits=_PROMPTS,
+        export="keep",
+    )
+)
+register(
+    Method(
+        name="prefix",
+        summary="Learned keys and values before those of the input (PEFT's).",
+        paper="arXiv 2101.00190",
+        needs="num_virtual_tokens; no gradient checkpointing",
+        config=peft.PrefixTuningConfig,
+        limits=_PROMPTS,
+        must_be_off={"gradient_checkpointing": "whose keys it would not recompute"},
+        export="keep",
+    )
+)
+register(
+    Method(
+        name="full",
+        summary="Every weight of the model, in float32.",
+        wrap=_wrap_full,
+        check=lambda model, config: None,
+        float32=True,
+    )
+)

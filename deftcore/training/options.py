@@ -1,0 +1,60 @@
+"""The options of a method: the fields of its config, as a recipe gives them under `adapter:`."""
+
+import copy
+import dataclasses
+import typing
+from typing import Any
+
+from peft import PeftConfig
+from pydantic import ConfigDict, ValidationError, create_model
+
+from deftcore.training.fields import Integer, Mistakes, Number, problems
+from deftcore.training.registry import Method
+
+
+def checked_options(method: Method, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a method's config, in its fields' types.
+
+    Raises:
+        Mistakes: (a ValueError) naming every field that is unknown or whose value does not fit.
+    """
+    kind: Any = method.config
+    if kind is None:
+        if options:
+            raise Mistakes([f": method {method.name} has no adapter, got {', '.join(options)}"])
+        return options
+    # The fields that PEFT's configs have in common are set on wrapping.
+    common = {each.name for each in dataclasses.fields(PeftConfig)} if issubclass(kind, PeftConfig) else set()
+    numbers = {int: Integer, float: Number}
+    hints: dict[str, Any] = {name: numbers.get(hint, hint) for name, hint in typing.get_type_hints(kind).items()}
+    hints |= method.limits
+    own = [each.name for each in dataclasses.fields(kind) if each.init and each.name not in common]
+    fields: dict[str, Any] = {name: (hints[name], None) for name in own}
+    model = create_model("adapter", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
+    try:
+        given = model.model_validate({str(name): value for name, value in options.items()})
+        values = {name: getattr(given, name) for name in given.model_fields_set}
+        kind(**values)
+    except ValidationError as error:
+        raise Mistakes([f".{line}" for line in problems(error, model)]) from error
+    except (ValueError, TypeError) as error:
+        raise Mistakes([f": {error}"]) from error
+    return values
+
+
+def make_config(method: Method, model: Any, options: dict[str, Any]) -> Any:
+    """The config of a method for a model; None where the method has none.
+
+    Raises:
+        ValueError: naming options that the method's config does not have.
+    """
+    kind = method.config
+    if kind is None:
+        return None
+    options = copy.deepcopy(options)
+    if issubclass(kind, PeftConfig) and hasattr(model, "config"):
+        options["task_type"] = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ValueError(f"adapter: {error}") from error

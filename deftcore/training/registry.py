@@ -1,0 +1,144 @@
+"""`Method` and `Section`: the records through which a room of methods/ plugs into recipes, the loop, export and the
+command. Nothing below the rooms knows a method by name.
+
+A package adds a room of its own by an entry point of the group `deftcore.methods` that names a module; importing the
+module registers its records. deftcore's own rooms come the same way.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from deftcore._names import near
+
+GROUP = "deftcore.methods"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method may use when it wraps a model: batches of the training data, in their order."""
+
+    batches: Callable[[float, int], Iterable[Mapping[str, Tensor]]] = lambda share, at_least: ()
+
+
+def wrap_by_peft(model: Any, config: Any, setup: Setup) -> Any:
+    """The PEFT model of a config whose `peft_type` PEFT knows; see `deftcore.training.adapters`."""
+    import peft
+
+    return peft.get_peft_model(model, config)
+
+
+def check_by_peft(model: Any, config: Any) -> None:
+    """Wraps a model without weights."""
+    wrap_by_peft(model, config, Setup())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to train a model: what `method:` of a recipe names. Every field but the first two has a default, that of
+    a method whose config PEFT knows.
+
+    Args:
+        name: what the recipe says.
+        summary: one line for `deftcore methods`.
+        paper: where it is from; "" for none.
+        needs: what it takes, in words: a kind of model, data for calibration ...
+        config: the dataclass whose fields a recipe gives under `adapter:`, most often PEFT's; None is no fields.
+        limits: types of fields that the config's own hints leave too wide, by name; see `deftcore.training.fields`.
+        wrap: (model, config, setup) to the model that trains: what requires a gradient then is trained and saved.
+        check: (model, config), the model without weights: raises what `wrap` would raise, and may change both.
+        quantized: whether the frozen base is in 4 bits, as the recipe's `quantize:` says.
+        float32: whether weights are read in float32: those that train lose small steps in 16 bits.
+        must_be_off: fields of `training:` that the method cannot go with, and why.
+        export: what `deftcore export` does with a trained adapter. "merge": into the weights, but over a 4-bit base
+            only when asked; "always": there too; "keep": nothing, it stays beside the model.
+    """
+
+    name: str
+    summary: str
+    paper: str = ""
+    needs: str = ""
+    config: type | None = None
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    wrap: Callable[[Any, Any, Setup], Any] = wrap_by_peft
+    check: Callable[[Any, Any], None] = check_by_peft
+    quantized: bool = False
+    float32: bool = False
+    must_be_off: Mapping[str, str] = field(default_factory=dict)
+    export: Literal["merge", "always", "keep"] = "merge"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A loss that a recipe adds to any method's by a section of its own, as `deft:`.
+
+    Args:
+        name: of the section.
+        summary, paper, needs: as in `Method`.
+        config: the dataclass of the section's fields. Its field `enabled` is what the short form `name: true` sets.
+        make: (model, config) to the objective, or None where there is nothing to add or to report. Called for every
+            run, whether the section is enabled or not, and once before on the model without weights.
+    """
+
+    name: str
+    summary: str
+    paper: str = ""
+    needs: str = ""
+    config: type
+    make: Callable[[nn.Module, Any], Any]
+
+
+_METHODS: dict[str, Method] = {}
+_SECTIONS: dict[str, Section] = {}
+
+
+def register(record: Method | Section) -> None:
+    """Makes a record known under its name.
+
+    Raises:
+        ValueError: another one has that name.
+    """
+    table: dict[str, Any] = _METHODS if isinstance(record, Method) else _SECTIONS
+    if table.setdefault(record.name, record) is not record:
+        raise ValueError(f"name: there is a {type(record).__name__.lower()} {record.name!r} already")
+
+
+@cache
+def load_rooms() -> None:
+    """Imports the rooms of this and other packages, once; in the order of the packages' names, deftcore's first."""
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.value != GROUP, entry.name)):
+        entry.load()
+
+
+def all_methods() -> list[Method]:
+    """Every method, in the order of registration."""
+    load_rooms()
+    return list(_METHODS.values())
+
+
+def all_sections() -> list[Section]:
+    """Every section of a recipe that adds a loss."""
+    load_rooms()
+    return list(_SECTIONS.values())
+
+
+def find(name: str) -> Method:
+    """The method of a name.
+
+    Raises:
+        ValueError: there is none; with near names.
+    """
+    known = {method.name: method for method in all_methods()}
+    if name not in known:
+        raise ValueError(f"method: no method {name!r}{near(name, known)}")
+    return known[name]
+
+
+def method_of(config: Any) -> Method | None:
+    """The method that makes adapters of a PEFT config's type, as one has been read from disk; None for those that PEFT
+    alone knows."""
+    return next((method for method in all_methods() if method.config is type(config)), None)
