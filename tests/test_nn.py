@@ -188,14 +188,16 @@ def test_gates_fold_into_4bit():
         torch.testing.assert_close(model(**tiny_batch("llama")).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def gated_lora(*targets):
+    """A Llama with LoRA and adaptive gates, its objective, and a batch."""
+    config = peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("llama"), config).eval()
+    return model, deftcore.DensityLoss(model, adaptive="gate"), tiny_batch("llama")
+
+
 def test_skippable_names_fit_an_adapted_model():
     """Blocks have the base model's names, so that they survive the merge; a skipped block gives zero."""
-    from deftcore import DensityLoss
-
-    config = peft.LoraConfig(r=4, target_modules=["gate_proj", "down_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(tiny_model("llama"), config).eval()
-    objective = DensityLoss(model, adaptive="gate")
-    batch = tiny_batch("llama")
+    model, objective, batch = gated_lora("gate_proj", "down_proj")
     with torch.no_grad():
         objective.gates.theta.copy_(torch.tensor([1.0, -9.0]))
         assert objective.skippable() == ["model.layers.1.mlp"]
@@ -209,12 +211,7 @@ def test_skippable_names_fit_an_adapted_model():
 
 def test_sparsify_checks_before_it_merges():
     """What is refused leaves adapter, gates and weights alone."""
-    from deftcore import DensityLoss
-
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(tiny_model("llama"), config).eval()
-    objective = DensityLoss(model, adaptive="gate")
-    batch = tiny_batch("llama")
+    model, objective, batch = gated_lora("q_proj", "down_proj")
     with torch.no_grad():
         before = model(**batch).logits
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -84,6 +84,7 @@ KERNEL_TESTS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", native.isa_available().split())
 def test_kernels_on_every_isa(isa):
     """The kernel tests again, in a process held to one instruction set."""
@@ -215,17 +216,22 @@ def save_base(folder, model=None, **sizes):
     (folder / "data.txt").write_text(text)
 
 
-def test_train_export_density(tmp_path, capsys):
-    """The path of a user's own model: train from a recipe, export, measure, load."""
+def train_on_disk(recipe, tmp_path, capsys, **sizes):
+    """Four steps of a recipe on a small model into tmp_path/run: the model's folder, and what was printed."""
     base = tmp_path / "base"
     base.mkdir()
-    save_base(base)
+    save_base(base, **sizes)
     capsys.readouterr()
-    recipe = Path(__file__).parents[1] / "recipes" / "deft-lora.yaml"
+    file = Path(__file__).parents[1] / "recipes" / f"{recipe}.yaml"
     overrides = [f"model={base}", f"data.train={base / 'data.txt'}", f"data.validation={base / 'data.txt'}",
                  f"output={tmp_path / 'run'}", "training.max_steps=4", "data.max_length=16"]  # fmt: skip
-    assert main(["train", str(recipe), *overrides, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    assert main(["train", str(file), *overrides, "--json"]) == 0
+    return base, json.loads(capsys.readouterr().out)
+
+
+def test_train_export_density(tmp_path, capsys):
+    """The path of a user's own model: train from a recipe, export, measure, load."""
+    base, result = train_on_disk("deft-lora", tmp_path, capsys)
     assert result["steps"] == 4
     final = str(tmp_path / "run" / "final")
     assert main(["density", str(base), str(base / "data.txt"), "--adapter", final, "--max-length", "16", "--json"]) == 0
@@ -242,15 +248,7 @@ def test_train_export_density(tmp_path, capsys):
 
 def test_train_export_density_4bit(tmp_path, capsys):
     """The same with QLoRA: the 4-bit model and its adapter go out unmerged, or merged into 16 bits."""
-    base = tmp_path / "base"
-    base.mkdir()
-    save_base(base, intermediate_size=128)
-    capsys.readouterr()
-    recipe = Path(__file__).parents[1] / "recipes" / "deft-qlora.yaml"
-    overrides = [f"model={base}", f"data.train={base / 'data.txt'}", f"data.validation={base / 'data.txt'}",
-                 f"output={tmp_path / 'run'}", "training.max_steps=4", "data.max_length=16"]  # fmt: skip
-    assert main(["train", str(recipe), *overrides, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    base, result = train_on_disk("deft-qlora", tmp_path, capsys, intermediate_size=128)
     final, data = str(tmp_path / "run" / "final"), str(base / "data.txt")
     arguments = ["--adapter", final, "--quantize", "nf4", "--json"]
     assert main(["density", str(base), data, "--max-length", "16", *arguments]) == 0
