@@ -931,7 +931,7 @@ from deftcore.methods.mamba.kernel_aliases import install_kernel_aliases
 install_kernel_aliases()
 install_kernel_aliases()
 import transformers, warnings
-from deftcore.ops import conv1d, decode, ssd, ssm
+from deftcore.ops.ssm import conv1d, decode, scan as ssm, ssd
 called = set()
 def watch(module, name):
     op = getattr(module, name)
