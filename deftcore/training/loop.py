@@ -30,6 +30,7 @@ from deftcore.methods.deft.objective import DensityLoss
 from deftcore.methods.s2ft.model import S2ftLayer
 from deftcore.nn.linear import PackedModule, checkpoint_activations
 from deftcore.nn.sharding import is_sharded, whole
+from deftcore.training import sizes
 from deftcore.training.data import Batches, Example, predicts
 from deftcore.training.identity import dependences
 from deftcore.training.recipe import TrainingConfig
@@ -49,6 +50,7 @@ class TrainResult:
     density: float | None  # of the last evaluation (training where there was none)
     density_blocks: dict[str, float] | None
     seconds: float
+    best_step: int | None = None  # whose model is in best/
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,13 +62,15 @@ class _State:
 
     step: int = 0
     best: float = math.inf
+    best_step: int = 0
     train_loss: float = math.nan
 
     def state_dict(self) -> dict[str, float]:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.best, self.train_loss = int(state["step"]), float(state["best"]), float(state["train_loss"])
+        self.step, self.best_step = int(state["step"]), int(state["best_step"])
+        self.best, self.train_loss = float(state["best"]), float(state["train_loss"])
 
 
 def train(
@@ -230,6 +234,8 @@ class _Run:
         start = time.perf_counter()
         if self.accelerator.is_main_process:
             self.folder.begin(files)
+            lines = sizes.describe(self.plain_model, self._parameters())
+            Console(stderr=True).print(*lines, sep="\n", soft_wrap=True, highlight=False)
         self.accelerator.wait_for_everyone()
         about = {"name": self.folder.path.name, "dir": str(self.folder.path), "config": asdict(config)}
         self.accelerator.init_trackers("deftcore", init_kwargs={"wandb": about})
@@ -267,6 +273,7 @@ class _Run:
             density=None if report is None else report["density"],
             density_blocks=None if report is None else report["blocks"],
             seconds=time.perf_counter() - start,
+            best_step=state.best_step or None,
         )
         whole_state = self._whole()
         if self.accelerator.is_main_process:
@@ -374,7 +381,7 @@ class _Run:
                 entry |= {"eval_density": evaluated["report"]["density"]}
             self._log(entry)
             if evaluated["eval_loss"] < self.state.best:
-                self.state.best = evaluated["eval_loss"]
+                self.state.best, self.state.best_step = evaluated["eval_loss"], self.state.step
                 self._save("best")
         return evaluated
 
