@@ -22,7 +22,7 @@ from bench.harness import Rotating, alternate, console, keep_freed_memory, strea
 from deftcore import ops
 from deftcore._files import write_json
 from deftcore.cli.main import info
-from deftcore.ops._dispatch import machine_name
+from deftcore.ops.kernels import machine_name
 
 RESULTS = Path(__file__).parent / "results"
 

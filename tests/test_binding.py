@@ -2,7 +2,7 @@
 
 import pytest
 
-from deftcore.ops._library import native
+from deftcore.ops.kernels import native
 
 FIELDS = {"gate": 64, "up": 128, "a": 192, "rows": 1, "width": 8, "gate_stride": 8, "up_stride": 8, "dtype": 0,
           "activation": 4}  # fmt: skip

@@ -19,7 +19,7 @@ from deftcore import _versions
 from deftcore._versions import TESTED
 from deftcore.cli.main import main
 from deftcore.models.checkpoints import load_model
-from deftcore.ops._library import native
+from deftcore.ops.kernels import native
 from deftcore.training.wrapping import add_adapter
 
 TESTS = Path(__file__).parent
@@ -119,22 +119,22 @@ def test_docstring_examples(name):
 
 
 def test_cuda_kernels_are_on_where_hardware_proved_them(monkeypatch):
-    from deftcore.ops import _library
+    from deftcore.ops import kernels
 
-    monkeypatch.setattr(_library, "_HOST_ONLY", False)
+    monkeypatch.setattr(kernels, "HAS_CUDA", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, proved in (((9, 0), True), ((8, 0), False)):
-        monkeypatch.setattr(_library, "_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(kernels, "_capability", lambda device, found=capability: found)
         monkeypatch.delenv("DEFTCORE_EXPERIMENTAL_CUDA", raising=False)
-        assert all(_library.cuda_enabled(op) == proved for op in _library.KERNELS)
+        assert all(kernels.cuda_enabled(op) == proved for op in kernels.KERNELS)
         monkeypatch.setenv("DEFTCORE_EXPERIMENTAL_CUDA", "1")
-        assert all(_library.cuda_enabled(op) for op in _library.KERNELS)
-    monkeypatch.setattr(_library, "_HOST_ONLY", True)
-    assert not any(_library.cuda_enabled(op) for op in _library.KERNELS)
+        assert all(kernels.cuda_enabled(op) for op in kernels.KERNELS)
+    monkeypatch.setattr(kernels, "HAS_CUDA", False)
+    assert not any(kernels.cuda_enabled(op) for op in kernels.KERNELS)
 
 
 def test_kernels_are_named_as_they_are_asked_for():
-    from deftcore.ops._library import KERNELS
+    from deftcore.ops.kernels import KERNELS
 
     asked = set()
     for path in Path(deftcore.__file__).parent.rglob("*.py"):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from deftcore import ops
-from deftcore.ops.quant4 import dequantize_ref, nest_scales, parts, quantize_ref
+from deftcore.ops.packed import dequantize_ref
+from deftcore.ops.quant4 import nest_scales, quantize_ref
 from deftcore.ops.quantized import BLOCK_SIZES, QUANT_TYPES, QuantizedTensor, code_book, dynamic_book
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -149,7 +150,7 @@ def test_native_equals_reference(dtype, quant_type, block):
         assert torch.equal(q.absmax, absmax)
         for out in DTYPES:
             for each in (q, nest_scales(q)):
-                expected = dequantize_ref(parts(each), out).reshape(w.shape)
+                expected = dequantize_ref(each.parts(), out).reshape(w.shape)
                 assert torch.equal(each.dequantize(out), expected), (shape, out)
         assert q.dequantize().shape == w.shape
         assert q.dequantize().dtype == dtype
@@ -318,7 +319,7 @@ def test_accuracy(dtype):
         x = torch.randn(tokens, 4096).to(dtype)
         assert relative(ops.linear_4bit(x, q), x.double() @ exact.t()) < LIMITS[dtype]
         g = torch.randn(tokens, 256).to(dtype).requires_grad_()
-        grad = torch.ops.deftcore.linear_4bit_backward(g, *parts(q), None, None)
+        grad = torch.ops.deftcore.linear_4bit_backward(g, *q.parts(), None, None)
         assert relative(grad.detach(), g.detach().double() @ exact) < 2 * LIMITS[dtype]
 
 
@@ -399,11 +400,11 @@ def test_thread_counts(threads):
     x, g = torch.randn(40, 256), torch.randn(40, 200)
     before = torch.get_num_threads()
     y = ops.linear_4bit(x, q)
-    grad = torch.ops.deftcore.linear_4bit_backward(g, *parts(q), None, None)
+    grad = torch.ops.deftcore.linear_4bit_backward(g, *q.parts(), None, None)
     try:
         torch.set_num_threads(threads)
         assert torch.allclose(ops.linear_4bit(x, q), y, atol=1e-5)
-        assert torch.allclose(torch.ops.deftcore.linear_4bit_backward(g, *parts(q), None, None), grad, atol=1e-5)
+        assert torch.allclose(torch.ops.deftcore.linear_4bit_backward(g, *q.parts(), None, None), grad, atol=1e-5)
     finally:
         torch.set_num_threads(before)
 
@@ -466,10 +467,10 @@ def test_opcheck_and_compile():
     a, b = torch.randn(4, 64, requires_grad=True), torch.randn(24, 4, requires_grad=True)
     namespace = torch.ops.deftcore
     torch.library.opcheck(namespace.quantize_4bit.default, (torch.randn(70), 64, 0))
-    torch.library.opcheck(namespace.dequantize_4bit.default, (*parts(q), 1))
-    torch.library.opcheck(namespace.linear_4bit.default, (x, *parts(q), None))
-    torch.library.opcheck(namespace.linear_4bit_backward.default, (torch.randn(5, 24), *parts(q), None, None))
-    torch.library.opcheck(namespace.lora_linear_4bit.default, (x, None, *parts(q), a, b, None, 0.5))
+    torch.library.opcheck(namespace.dequantize_4bit.default, (*q.parts(), 1))
+    torch.library.opcheck(namespace.linear_4bit.default, (x, *q.parts(), None))
+    torch.library.opcheck(namespace.linear_4bit_backward.default, (torch.randn(5, 24), *q.parts(), None, None))
+    torch.library.opcheck(namespace.lora_linear_4bit.default, (x, None, *q.parts(), a, b, None, 0.5))
     compiled = torch.compile(
         lambda x: ops.linear_4bit(x, q) + ops.lora_linear(x, q, a, b), fullgraph=True, backend="aot_eager"
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deftcore import ops
-from deftcore.ops.quant4 import dequantize_ref, parts
+from deftcore.ops.packed import dequantize_ref
 
 # Every kernel, at sizes worth several threads, gradients included. Nothing here goes through a library product: those
 # of PyTorch 2.13 (oneDNN, bfloat16) are themselves wrong under a thread limit.
@@ -16,7 +16,7 @@ PROGRAM = """
 import sys, torch
 from deftcore import ops
 from deftcore.ops.density import active_count
-from deftcore.ops.quant4 import multiply, parts
+from deftcore.ops.quant4 import multiply
 
 def rand(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -33,7 +33,7 @@ for dtype in (torch.float32, torch.bfloat16):
         x = rand(tokens, 1024, seed=2).to(dtype).requires_grad_()
         low, lora = rand(tokens, 8, seed=3).to(dtype), rand(512, 8, seed=4).to(dtype)
         found["linear_4bit", dtype, tokens] = gradients(ops.linear_4bit(x, w), x)
-        found["low rank", dtype, tokens] = [multiply(x.detach(), parts(w), None, low, lora)]
+        found["low rank", dtype, tokens] = [multiply(x.detach(), w.parts(), None, low, lora)]
     z = rand(64, 4096, seed=4).to(dtype).requires_grad_()
     found["act_density", dtype] = gradients(ops.act_density(z, "silu")[:2], z)
     found["density", dtype] = [active_count(z, None, 0.5)]
@@ -113,7 +113,7 @@ def thread_count():
 def test_number_of_threads_changes_between_calls(thread_count):
     w = ops.quantize_4bit(torch.randn(384, 512))
     grad = torch.randn(16, 384)
-    expected = grad.double() @ dequantize_ref(parts(w), torch.float64)
+    expected = grad.double() @ dequantize_ref(w.parts(), torch.float64)
     for threads in (1, 4, 2, 7, 1, 3):
         thread_count(threads)
         x = torch.zeros(16, 512, requires_grad=True)

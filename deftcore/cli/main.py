@@ -209,7 +209,7 @@ def info() -> dict[str, Any]:
     from deftcore._versions import describe
     from deftcore.nn.verify import verdicts
     from deftcore.ops import cuda_enabled, op_names
-    from deftcore.ops._library import KERNELS, native
+    from deftcore.ops.kernels import KERNELS, native
 
     built = hasattr(native, "cuda")
     cuda = "not built"

@@ -378,7 +378,7 @@ def _compare_4bit(model: Any, prompts: list[torch.Tensor], settings: Settings, f
 
 
 def _machine() -> dict[str, Any]:
-    from deftcore.ops._dispatch import machine_name
+    from deftcore.ops.kernels import machine_name
 
     return {"name": machine_name(torch.empty(0)), "threads": torch.get_num_threads()}
 

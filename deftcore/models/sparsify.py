@@ -12,7 +12,7 @@ from deftcore.models.gates import gates_of
 from deftcore.models.tied import merge_and_unload, tuned_ties
 from deftcore.nn.activations import activation_of
 from deftcore.nn.mlp import LowRank, SkippedMLP, SparseMLP, SparseMLP4bit
-from deftcore.ops._library import check_number
+from deftcore.ops.checks import check_number
 from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.sparse_mlp import PATHS
 

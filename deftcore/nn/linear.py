@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from deftcore.ops._library import FLOAT_DTYPES, check_choice
+from deftcore.ops.checks import FLOAT_DTYPES, check_choice
 from deftcore.ops.quant4 import linear_4bit, quantize_4bit
 from deftcore.ops.quantized import QUANT_TYPES, QuantizedTensor, check_block_size
 

@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import deftcore
 from deftcore._files import add_to_table, read_table
 from deftcore._versions import TESTED, installed
 from deftcore.nn.shadow import shadow
-from deftcore.ops._library import native
+from deftcore.ops.kernels import native
 from deftcore.ops.quantized import QuantizedTensor
 
 _FILE = "verified.json"
@@ -293,7 +292,7 @@ def _versions() -> str:
 @cache
 def _build() -> str:
     """Changes with any file of the installed package."""
-    folder = Path(deftcore.__file__).parent
+    folder = Path(__file__).parents[1]
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".so", ".pyd"))
     stats = [(str(p.relative_to(folder)), s.st_size, s.st_mtime_ns) for p in files for s in (p.stat(),)]
     return hashlib.sha256(repr(stats).encode()).hexdigest()

@@ -1,8 +1,9 @@
 """PyTorch operators over native kernels. Needs PyTorch alone."""
 
-from deftcore.ops._library import cuda_enabled, op_names
+from deftcore.ops._library import op_names
 from deftcore.ops.density import act_density, density
 from deftcore.ops.grouped_delta import DeltaBank, LowRankDelta, SliceDelta, grouped_delta_linear
+from deftcore.ops.kernels import cuda_enabled
 from deftcore.ops.lora import lora_linear
 from deftcore.ops.partial_linear import gated_linear, partial_linear
 from deftcore.ops.quant4 import dequantize_4bit, linear_4bit, quantize_4bit

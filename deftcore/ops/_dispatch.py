@@ -5,19 +5,17 @@ read. Results are kept in the cache folder in cost_model.json, under a key of ev
 """
 
 import logging
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deftcore._files import add_to_table, read_table
-from deftcore.ops._library import native
+from deftcore.ops.kernels import machine_name
 
 logger = logging.getLogger("deftcore")
 
@@ -71,21 +69,6 @@ def break_even_density(
 def bucket_of(tokens: int) -> int:
     """The number of tokens, a power of two, that stands for this one in the measurements."""
     return 1 << max(tokens - 1, 0).bit_length()
-
-
-def machine_name(like: Tensor) -> str:
-    """What a measurement on like's device depends on: the processor and how it is used, and versions."""
-    if like.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(like.device)} torch-{torch.__version__} deftcore-{native.version}"
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    threads = torch.get_num_threads()
-    return f"{cpu} {native.isa_name()} threads={threads} torch-{torch.__version__} deftcore-{native.version}"
 
 
 def _measure(

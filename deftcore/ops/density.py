@@ -8,17 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deftcore.ops._library import (
-    DTYPE_CODES,
-    address,
-    backend,
-    check_choice,
-    check_float,
-    check_number,
-    define,
-    native,
-    stream,
-)
+from deftcore.ops._library import define
+from deftcore.ops.checks import check_choice, check_float, check_number
+from deftcore.ops.kernels import DTYPE_CODES, address, backend, native, stream
 
 ACTIVATIONS = {"relu": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 # Names that Transformers configs use for the same functions.

@@ -8,19 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deftcore.ops._library import (
-    DTYPE_CODES,
-    address,
-    backend,
-    check_float,
-    check_like,
-    check_shape,
-    define,
-    flatten_tokens,
-    give_workspace,
-    native,
-    stream,
-)
+from deftcore.ops._library import define, flatten_tokens
+from deftcore.ops.checks import check_float, check_like, check_shape
+from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, stream
 from deftcore.ops.quant4 import check_weight, linear_4bit
 from deftcore.ops.quantized import QuantizedTensor
 

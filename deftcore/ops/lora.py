@@ -6,16 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deftcore.ops._library import (
-    autocast_dtype,
-    check_float,
-    check_like,
-    check_number,
-    check_shape,
-    define,
-    flatten_tokens,
-)
-from deftcore.ops.quant4 import PARTS, SCHEMA, Parts, check_weight, linear_4bit_grad, multiply, parts
+from deftcore.ops._library import autocast_dtype, define, flatten_tokens
+from deftcore.ops.checks import check_float, check_like, check_number, check_shape
+from deftcore.ops.packed import PARTS, SCHEMA, Parts
+from deftcore.ops.quant4 import check_weight, linear_4bit_grad, multiply
 from deftcore.ops.quantized import QuantizedTensor
 
 
@@ -85,7 +79,7 @@ def lora_linear(
         check_shape("dropped_x", dropped_x, tuple(x.shape), "as x")
     check_number("scaling", abs(scaling), minimum=0.0)
     if isinstance(weight, QuantizedTensor):
-        return _lora_linear_4bit(x, dropped_x, *parts(weight), lora_a, lora_b, bias, float(scaling))[0]
+        return _lora_linear_4bit(x, dropped_x, *weight.parts(), lora_a, lora_b, bias, float(scaling))[0]
     return _lora_linear(x, dropped_x, weight, lora_a, lora_b, bias, float(scaling))[0]
 
 

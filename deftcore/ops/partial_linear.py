@@ -6,20 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deftcore.ops._library import (
-    DTYPE_CODES,
-    address,
-    autocast_dtype,
-    backend,
-    check_float,
-    check_like,
-    check_shape,
-    define,
-    flatten_tokens,
-    native,
-    stream,
-)
+from deftcore.ops._library import autocast_dtype, define, flatten_tokens
+from deftcore.ops.checks import check_float, check_like, check_shape
 from deftcore.ops.density import ACTIVATIONS, activate, activation_grad, activation_name
+from deftcore.ops.kernels import DTYPE_CODES, address, backend, native, stream
 
 _NAMES = {code: name for name, code in ACTIVATIONS.items()}
 

@@ -1,31 +1,17 @@
 """4-bit weights: quantise, dequantise, and linear layers that decode on the way (QLoRA, arXiv 2305.14314)."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deftcore.ops._library import (
-    DTYPE_CODES,
-    FLOAT_DTYPES,
-    address,
-    aligned,
-    autocast_dtype,
-    backend,
-    check_choice,
-    check_float,
-    check_like,
-    check_shape,
-    define,
-    flatten_tokens,
-    give_workspace,
-    native,
-    stream,
-)
-from deftcore.ops.quantized import NESTED_BLOCK, QUANT_TYPES, QuantizedTensor, check_block_size, dynamic_book
+from deftcore.ops._library import autocast_dtype, define, flatten_tokens
+from deftcore.ops.checks import check_choice, check_float, check_like, check_shape
+from deftcore.ops.kernels import DTYPE_CODES, address, aligned, backend, give_workspace, native, stream
+from deftcore.ops.packed import NESTED_BLOCK, PARTS, SCHEMA, Parts, decode
+from deftcore.ops.quantized import QUANT_TYPES, QuantizedTensor, check_block_size, dynamic_book
 
-_DTYPES = list(DTYPE_CODES)
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -110,12 +96,7 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Ten
     """
     if not isinstance(q, QuantizedTensor):
         raise TypeError(f"q: must be a QuantizedTensor, got {type(q).__name__}")
-    dtype = q.dtype if dtype is None else dtype
-    if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"dtype: must be float32, bfloat16, float16 or float64, got {dtype}")
-    if dtype == torch.float64:
-        return _dequantize_4bit(*parts(q), DTYPE_CODES[torch.float32]).double().reshape(q.shape)
-    return _dequantize_4bit(*parts(q), DTYPE_CODES[dtype]).reshape(q.shape)
+    return q.dequantize(dtype)
 
 
 def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
@@ -146,7 +127,7 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
     if bias is not None:
         check_like("bias", bias, "x", x)
         check_shape("bias", bias, (q.shape[0],), "one per output")
-    y = linear_4bit_op(flatten_tokens(x), *parts(q), bias)
+    y = linear_4bit_op(flatten_tokens(x), *q.parts(), bias)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], q.shape[0])
 
 
@@ -160,64 +141,6 @@ def check_weight(name: str, q: Any, x: Tensor) -> None:
         raise ValueError(f"x: last dimension must be {q.shape[1]} ({name}.shape[1]), got shape {tuple(x.shape)}")
     if q.device != x.device:
         raise ValueError(f"{name}: must be on {x.device} as x, got {q.device}")
-
-
-# ---------------------------------------------------------------------------- a weight as op arguments
-
-
-class Parts(NamedTuple):
-    """A matrix in 4 bits as the arguments of an op; `SCHEMA` names them."""
-
-    packed: Tensor
-    absmax: Tensor
-    code: Tensor
-    nested_absmax: Tensor | None
-    nested_code: Tensor | None
-    offset: float
-    rows: int
-    cols: int
-    block_size: int
-    column_blocks: bool
-
-    def native(self) -> Any:
-        return native.Quant4(
-            packed=address(self.packed), code=address(self.code), absmax=address(self.absmax),
-            nested_absmax=address(self.nested_absmax), nested_code=address(self.nested_code),
-            nested_offset=self.offset, rows=self.rows, cols=self.cols, block_size=self.block_size,
-            column_blocks=self.column_blocks,
-        )  # fmt: skip
-
-
-SCHEMA = (
-    "Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, Tensor? nested_code, float offset, "
-    "SymInt rows, SymInt cols, int block_size, bool column_blocks"
-)
-
-
-PARTS = len(Parts._fields)
-
-
-def parts(q: QuantizedTensor) -> Parts:
-    assert q.code is not None
-    rows, cols = q.shape if q.dim() == 2 else (1, q.numel())
-    return Parts(
-        q.packed, q.absmax, q.code, q.nested_absmax, q.nested_code, q.nested_offset, rows, cols, q.block_size,
-        q.column_blocks,
-    )  # fmt: skip
-
-
-def dequantize_ref(w: Parts, dtype: torch.dtype) -> Tensor:
-    """The definition, in plain PyTorch; float64 holds the float32 values."""
-    nibbles = torch.stack((w.packed >> 4, w.packed & 15), 1).flatten()[: w.rows * w.cols].long()
-    scale = w.absmax
-    if w.nested_absmax is not None and w.nested_code is not None:
-        outer = w.nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(scale)]
-        scale = w.nested_code[scale.long()] * outer + w.offset
-    if w.column_blocks:
-        scale = scale.view(-1, w.cols).repeat_interleave(w.block_size, 0).flatten()
-    else:
-        scale = scale.repeat_interleave(w.block_size)[: w.rows * w.cols]
-    return (w.code[nibbles] * scale).to(dtype).reshape(w.rows, w.cols)
 
 
 # ---------------------------------------------------------------------------- quantise, dequantise
@@ -267,26 +190,6 @@ def _quantize_4bit_fake(w: Tensor, block_size: int, quant_type: int) -> tuple[Te
     )
 
 
-def _decode(w: Parts, dtype: torch.dtype) -> Tensor:
-    """The dense matrix [rows, cols]."""
-    out = torch.empty((w.rows, w.cols), dtype=dtype, device=w.packed.device)
-    kernels = backend("dequantize_4bit", out)
-    if kernels is None:
-        return dequantize_ref(w, dtype)
-    args = native.Dequantize4bit(w=w.native(), out=address(out), dtype=DTYPE_CODES[dtype])
-    kernels.dequantize_4bit(args, stream(out))
-    return out
-
-
-def _dequantize_4bit_impl(*args: Any) -> Tensor:
-    return _decode(Parts(*args[:-1]), _DTYPES[args[-1]])
-
-
-def _dequantize_4bit_fake(*args: Any) -> Tensor:
-    w, dtype = Parts(*args[:-1]), _DTYPES[args[-1]]
-    return w.packed.new_empty((w.rows, w.cols), dtype=dtype)
-
-
 # ---------------------------------------------------------------------------- linear_4bit
 
 
@@ -298,7 +201,7 @@ def multiply(
     y = _native_product(False, x, w, bias, low, lora)
     if y is not None:
         return y
-    y = F.linear(x, _decode(w, x.dtype), bias)
+    y = F.linear(x, decode(w, x.dtype), bias)
     return y if low is None or lora is None else y.addmm_(low, lora.t())
 
 
@@ -307,7 +210,7 @@ def multiply_backward(g: Tensor, w: Parts, low: Tensor | None = None, lora: Tens
     y = _native_product(True, g, w, None, low, lora)
     if y is not None:
         return y
-    y = g @ _decode(w, g.dtype)
+    y = g @ decode(w, g.dtype)
     return y if low is None or lora is None else y.addmm_(low, lora)
 
 
@@ -367,11 +270,6 @@ _quantize_4bit = define(
     "quantize_4bit(Tensor w, int block_size, int quant_type) -> (Tensor, Tensor)",
     _quantize_4bit_impl,
     _quantize_4bit_fake,
-)
-_dequantize_4bit = define(
-    f"dequantize_4bit({SCHEMA}, int dtype) -> Tensor",
-    _dequantize_4bit_impl,
-    _dequantize_4bit_fake,
 )
 # grad W + low lora
 linear_4bit_grad = define(

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deftcore.ops._library import FLOAT_DTYPES, check_choice, native
+from deftcore.ops.checks import FLOAT_DTYPES, check_choice
+from deftcore.ops.kernels import DTYPE_CODES, native
+from deftcore.ops.packed import NESTED_BLOCK, Parts, dequantize_op
 
 QUANT_TYPES = {"nf4": 0, "fp4": 1}
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCK: int = native.nested_block
 STATE_KEY = "quant_state.bitsandbytes__"
 
 
@@ -155,10 +156,25 @@ class QuantizedTensor:
         )  # fmt: skip
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """As `deftcore.ops.dequantize_4bit`."""
-        from deftcore.ops.quant4 import dequantize_4bit
+        """code[nibble] * scale, one float32 product rounded once to dtype; None is the dtype that this was made from.
 
-        return dequantize_4bit(self, dtype)
+        Raises:
+            TypeError: a dtype that is not floating-point.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype: must be float32, bfloat16, float16 or float64, got {dtype}")
+        kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
+        return dequantize_op(*self.parts(), DTYPE_CODES[kernel_dtype]).to(dtype).reshape(self.shape)
+
+    def parts(self) -> Parts:
+        """As the arguments of an op; a tensor that is no matrix as one row."""
+        assert self.code is not None
+        rows, cols = self.shape if self.dim() == 2 else (1, self.numel())
+        return Parts(
+            self.packed, self.absmax, self.code, self.nested_absmax, self.nested_code, self.nested_offset, rows, cols,
+            self.block_size, self.column_blocks,
+        )  # fmt: skip
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """The same bytes on another device."""

@@ -7,22 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deftcore.ops import _dispatch
-from deftcore.ops._library import (
-    DTYPE_CODES,
-    address,
-    backend,
-    check_choice,
-    check_float,
-    check_like,
-    check_number,
-    check_shape,
-    define,
-    flatten_tokens,
-    give_workspace,
-    native,
-    stream,
-)
+from deftcore.ops._library import define, flatten_tokens
+from deftcore.ops.checks import check_choice, check_float, check_like, check_number, check_shape
 from deftcore.ops.density import ACTIVATIONS, activate, activation_name, default_tau
+from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, stream
 from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.sparse_mlp4 import IDENTITY, check_weights, mlp_4bit
 

@@ -7,26 +7,11 @@ import torch
 from torch import Tensor
 
 from deftcore.ops import _dispatch
-from deftcore.ops._library import (
-    DTYPE_CODES,
-    address,
-    aligned,
-    backend,
-    define,
-    give_workspace,
-    native,
-    stream,
-)
+from deftcore.ops._library import define
 from deftcore.ops.density import ACTIVATIONS, activate
-from deftcore.ops.quant4 import (
-    Parts,
-    check_weight,
-    linear_4bit_grad,
-    linear_4bit_op,
-    multiply,
-    multiply_backward,
-    parts,
-)
+from deftcore.ops.kernels import DTYPE_CODES, address, aligned, backend, give_workspace, native, stream
+from deftcore.ops.packed import Parts
+from deftcore.ops.quant4 import check_weight, linear_4bit_grad, linear_4bit_op, multiply, multiply_backward
 from deftcore.ops.quantized import QuantizedTensor
 
 MAX_TOKENS: int = native.max_sparse_tokens
@@ -62,7 +47,7 @@ def mlp_4bit(
     lora: LowRank4 = NO_LOW_RANK,
 ) -> Tensor:
     """The MLP of x [T, D] over [gate, up, down_t], [up, down_t], or (x being [T, F] activations) [down_t] alone."""
-    matrices = [parts(w) for w in weights]
+    matrices = [w.parts() for w in weights]
     tensors = [t for w in matrices for t in w[:5]]
     sizes = [n for w in matrices for n in w[6:]]
     return _sparse_mlp_4bit(

@@ -13,7 +13,7 @@ from deftcore.models.blocks import MlpBlock, Slot, base_of, find_mlp_blocks, sid
 from deftcore.models.gates import Gates, gates_of
 from deftcore.nn.observed import ObservedActivation, Options, Recorder, Tally
 from deftcore.nn.tokens import positions, token_masks, virtual_tokens
-from deftcore.ops._library import check_choice, check_number
+from deftcore.ops.checks import check_choice, check_number
 from deftcore.ops.density import DEFAULT_EPS, SURROGATES, default_tau
 
 _SIDES = ("model", "encoder", "decoder")

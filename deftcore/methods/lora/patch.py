@@ -20,7 +20,7 @@ from deftcore.models.gates import gates_of
 from deftcore.models.tied import merge_and_unload, tuned_ties
 from deftcore.nn.linear import Linear4bit, MergeReport, called_plainly, dense_layer, merged_4bit, merged_16bit
 from deftcore.nn.verify import Case, Proofs, describe, run_linear, test_bed
-from deftcore.ops._library import FLOAT_DTYPES
+from deftcore.ops.checks import FLOAT_DTYPES
 from deftcore.ops.lora import lora_linear
 from deftcore.ops.quantized import QuantizedTensor
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import deftcore
 from deftcore import ops
-from deftcore.ops._library import check_like, check_shape
+from deftcore.ops.checks import check_like, check_shape
 from deftcore.ops.ssm.conv1d import check_ends
 
 

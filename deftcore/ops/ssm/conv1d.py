@@ -7,19 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deftcore.ops._layout import empty_like, strided, wide_dtype
-from deftcore.ops._library import (
-    DTYPE_CODES,
-    address,
-    backend,
-    check_float,
-    check_integers,
-    check_like,
-    check_shape,
-    define,
-    has_kernel,
-    native,
-    stream,
-)
+from deftcore.ops._library import define
+from deftcore.ops.checks import check_float, check_integers, check_like, check_shape
+from deftcore.ops.kernels import DTYPE_CODES, address, backend, has_kernel, native, stream
 
 MAX_WIDTH: int = native.max_conv_width
 

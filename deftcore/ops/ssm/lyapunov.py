@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from deftcore.ops._library import check_float, check_shape
+from deftcore.ops.checks import check_float, check_shape
 
 
 @torch.no_grad()

@@ -16,17 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deftcore.ops._layout import wide_dtype
-from deftcore.ops._library import (
-    autocast_dtype,
-    check_float,
-    check_like,
-    check_number,
-    check_shape,
-    define,
-    has_kernel,
-    native,
-)
-from deftcore.ops.quant4 import Parts, check_weight, multiply, multiply_backward, parts
+from deftcore.ops._library import autocast_dtype, define
+from deftcore.ops.checks import check_float, check_like, check_number, check_shape
+from deftcore.ops.kernels import has_kernel, native
+from deftcore.ops.packed import Parts
+from deftcore.ops.quant4 import check_weight, multiply, multiply_backward
 from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.ssm.conv1d import conv_backward, conv_forward
 from deftcore.ops.ssm.scan import scan_backward, scan_forward
@@ -350,7 +344,7 @@ def _plan(x: Tensor, layers: list[Projection]) -> tuple[list[Tensor], list[dict[
     for layer in layers:
         at, packed = len(tensors), None
         if isinstance(layer.weight, QuantizedTensor):
-            q = parts(layer.weight)
+            q = layer.weight.parts()
             nested = q.nested_absmax is not None
             tensors += [t for t in q[:5] if t is not None]
             packed = (q.offset, q.rows, q.cols, q.block_size, q.column_blocks, nested)
