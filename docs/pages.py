@@ -1,0 +1,110 @@
+"""What the site (mkdocs.yml) makes from the code: a page a method, recipes, commands; and examples in docstrings."""
+
+import ast
+import contextlib
+import io
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]*)(#[^)]*)?\)")
+
+
+def rooms() -> dict[str, str]:
+    """The docstring of each room of deftcore/methods, by the room's name."""
+    found = {}
+    for path in sorted((ROOT / "deftcore/methods").glob("*/__init__.py")):
+        found[path.parent.name] = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return found
+
+
+def method_page(room: str, text: str) -> str:
+    """A room's docstring under its title, which is what stands before the first colon."""
+    title, _, rest = text.partition(":")
+    return f"# {title}\n\n{rest.strip().capitalize()[:1]}{rest.strip()[1:]}\n\nCode: `deftcore/methods/{room}/`.\n"
+
+
+def recipes() -> str:
+    lines = [
+        "# Recipes",
+        "The files of the folder `recipes/`: each starts with the command that runs it. `KEY=VALUE` behind the recipe "
+        "changes any field, `training.max_steps=100` for example; your own file needs only the fields that differ from "
+        "the defaults.",
+    ]
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        lines += [f"## {path.stem}", f"```yaml\n{path.read_text().strip()}\n```"]
+    return "\n\n".join(lines)
+
+
+def commands() -> str:
+    """The help of `deftcore` and of each of its commands."""
+    from deftcore.cli.main import main
+
+    def help_of(*words: str) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+            main([*words, "--help"])
+        return out.getvalue().strip()
+
+    os.environ["COLUMNS"] = "100"
+    top = help_of()
+    names = re.findall(r"^    (\w+) ", top, flags=re.MULTILINE)
+    lines = ["# Command line", f"```text\n{top}\n```"]
+    for name in names:
+        lines += [f"## deftcore {name}", f"```text\n{help_of(name)}\n```"]
+    return "\n\n".join(lines)
+
+
+# ---------------------------------------------------------------------------- MkDocs' hooks
+
+
+def on_config(config: MkDocsConfig) -> None:
+    (methods,) = (entry for entry in config.nav or [] if "Methods" in entry)
+    methods["Methods"] = [f"methods/{room}.md" for room in rooms()]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    pages = {f"methods/{room}.md": method_page(room, text) for room, text in rooms().items()}
+    pages |= {"recipes.md": recipes(), "commands.md": commands(), "index.md": (ROOT / "README.md").read_text()}
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    for picture in (ROOT / "bench/results").glob("*.png"):
+        files.append(File.generated(config, f"pictures/{picture.name}", abs_src_path=str(picture)))
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links of the repository as links of the site; to what is no part of the site, as the path alone."""
+    folder = ROOT if page.file.src_path == "index.md" else ROOT / "docs" / Path(page.file.src_path).parent
+    here = Path(page.file.src_path).parent
+
+    def link(match: re.Match[str]) -> str:
+        picture, text, target, anchor = match.groups()
+        if not target or "://" in target:
+            return match.group()
+        full = Path(os.path.normpath(folder / target)).relative_to(ROOT)
+        if full.parts[0] == "docs":
+            to = Path(*full.parts[1:])
+        elif full.suffix == ".png":
+            to = Path("pictures", full.name)
+        else:
+            return text if text.strip("`") == target else f"{text} (`{full}`)"
+        return f"{picture}[{text}]({os.path.relpath(to, here)}{anchor or ''})"
+
+    return LINK.sub(link, markdown)
+
+
+# ---------------------------------------------------------------------------- docstrings
+
+
+class Examples(griffe.Extension):
+    """Doctests in docstrings as code: from `>>>` to the next empty line."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring:
+            found = re.compile(r"^>>> .*?(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
+            obj.docstring.value = found.sub(lambda m: f"```pycon\n{m.group()}\n```", obj.docstring.value)
