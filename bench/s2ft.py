@@ -40,7 +40,7 @@ def make(device, method, width, layers, dtype):
     import peft
     from transformers import LlamaConfig, LlamaModel
 
-    from deftcore.methods.s2ft.model import S2ftConfig
+    from deftcore.methods.s2ft.config import S2ftConfig
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from deftcore.methods.deft.files import load_sparse, save_sparse
     from deftcore.methods.deft.objective import DensityLoss
     from deftcore.methods.lora.bottleneck import BottleneckConfig
-    from deftcore.methods.lora.patch import merge, patch, unpatch
+    from deftcore.methods.lora.merging import merge
+    from deftcore.methods.lora.patch import patch, unpatch
     from deftcore.methods.mamba.lora import MambaLoraConfig
+    from deftcore.methods.s2ft.config import S2ftConfig
     from deftcore.methods.s2ft.delta import DeltaAdapter, DeltaHost, extract_adapter, fuse
-    from deftcore.methods.s2ft.model import S2ftConfig
     from deftcore.methods.s2ft.selection import select_channels
     from deftcore.methods.s2ft.serving import serve
     from deftcore.models.quantized_files import load_quantized
@@ -31,12 +32,12 @@ _HOMES = {
     "DeltaHost": "deftcore.methods.s2ft.delta",
     "DensityLoss": "deftcore.methods.deft.objective",
     "MambaLoraConfig": "deftcore.methods.mamba.lora",
-    "S2ftConfig": "deftcore.methods.s2ft.model",
+    "S2ftConfig": "deftcore.methods.s2ft.config",
     "extract_adapter": "deftcore.methods.s2ft.delta",
     "fuse": "deftcore.methods.s2ft.delta",
     "load_quantized": "deftcore.models.quantized_files",
     "load_sparse": "deftcore.methods.deft.files",
-    "merge": "deftcore.methods.lora.patch",
+    "merge": "deftcore.methods.lora.merging",
     "patch": "deftcore.methods.lora.patch",
     "prepare_for_training": "deftcore.nn.linear",
     "quantize": "deftcore.nn.linear",

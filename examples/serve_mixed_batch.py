@@ -7,8 +7,8 @@ import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from deftcore.methods.s2ft.config import S2ftConfig
 from deftcore.methods.s2ft.delta import DeltaAdapter, extract_adapter
-from deftcore.methods.s2ft.model import S2ftConfig
 from deftcore.methods.s2ft.serving import serve
 
 

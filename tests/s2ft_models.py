@@ -4,8 +4,8 @@ import peft
 import torch
 from conftest import task_type, tiny_model
 
+from deftcore.methods.s2ft.config import S2ftConfig
 from deftcore.methods.s2ft.layer import S2ftLayer
-from deftcore.methods.s2ft.model import S2ftConfig
 
 ALL = ["o", "down", "v", "up", "q", "k"]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import deftcore
 from deftcore.methods.lora.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel
-from deftcore.training.tuners import register_with_peft
+from deftcore.training.adapters import register_with_peft
 
 
 def randomised(model):

@@ -190,7 +190,7 @@ def test_train_gpt2_in_4_bits(place, tmp_path, monkeypatch, capsys):
     assert main([*TRAIN, "model=gpt2", "method=qlora", f"output={tmp_path}", "data.validation=base/data.txt"]) == 0
     assert "eval_loss" in capsys.readouterr().out
     model = deftcore.load_quantized("gpt2")
-    from deftcore.models.checkpoints import load_adapter
+    from deftcore.training.adapters import load_adapter
 
     adapted = deftcore.patch(load_adapter(model, tmp_path / "final"))
     assert adapted(torch.tensor([[1, 2, 3]])).logits.isfinite().all()

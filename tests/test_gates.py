@@ -22,10 +22,11 @@ from transformers import TrainingArguments
 import deftcore
 from deftcore.methods.deft.objective import DensityLoss
 from deftcore.methods.lora.bottleneck import BottleneckConfig
+from deftcore.methods.s2ft.config import S2ftConfig
 from deftcore.methods.s2ft.delta import extract_adapter
-from deftcore.methods.s2ft.model import S2ftConfig
-from deftcore.models.checkpoints import load_adapter, load_model, load_tokenizer
+from deftcore.models.checkpoints import load_model, load_tokenizer
 from deftcore.training import TrainingConfig, encode, read_records, train
+from deftcore.training.adapters import load_adapter
 from deftcore.training.pipeline import export, measure_density
 from deftcore.training.wrapping import add_adapter
 

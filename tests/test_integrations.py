@@ -16,8 +16,8 @@ import deftcore
 from deftcore.methods.deft.objective import DensityLoss
 from deftcore.methods.deft.trainer import DensityTrainerMixin
 from deftcore.methods.lora.bottleneck import BottleneckConfig
-from deftcore.methods.lora.patch import FusedLoraLinear
-from deftcore.methods.s2ft.model import S2ftConfig
+from deftcore.methods.lora.layer import FusedLoraLinear
+from deftcore.methods.s2ft.config import S2ftConfig
 
 
 def lora_model(family="llama", **options):

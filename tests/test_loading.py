@@ -10,9 +10,9 @@ from conftest import tiny_batch, tiny_model
 from safetensors.torch import load_file, save_file
 
 import deftcore
-from deftcore.models.checkpoints import load_adapter
 from deftcore.models.preflight import check_lengths
 from deftcore.nn import Linear4bit
+from deftcore.training.adapters import load_adapter
 
 LORA = {"r": 2, "task_type": "CAUSAL_LM", "init_lora_weights": False}
 QV = ["q_proj", "v_proj"]

@@ -17,7 +17,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from deftcore.methods.lora.bottleneck import BottleneckConfig
 from deftcore.methods.mamba.lora import MambaLoraConfig
-from deftcore.methods.s2ft.model import S2ftConfig
+from deftcore.methods.s2ft.config import S2ftConfig
 
 
 @dataclass

@@ -14,10 +14,10 @@ from torch import nn
 
 import deftcore
 from deftcore import ops
+from deftcore.methods.s2ft.config import S2ftConfig
 from deftcore.methods.s2ft.delta import DeltaAdapter, DeltaHost, extract_adapter, fuse
 from deftcore.methods.s2ft.gated_mlp import FusedGatedMlp
 from deftcore.methods.s2ft.layer import S2ftLayer
-from deftcore.methods.s2ft.model import S2ftConfig
 from deftcore.methods.s2ft.selection import select_channels
 from deftcore.methods.s2ft.serving import serve
 from deftcore.models.coupled import FAMILIES, find_coupled, permute, runs, selected_first

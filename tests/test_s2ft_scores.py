@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_batch
 from s2ft_models import scaled
 
-from deftcore.methods.s2ft.model import S2ftConfig
+from deftcore.methods.s2ft.config import S2ftConfig
 from deftcore.methods.s2ft.selection import select_channels
 from deftcore.models.coupled import find_coupled
 

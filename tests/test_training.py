@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import deftcore
 from deftcore.methods.deft.objective import DensityLoss
-from deftcore.methods.s2ft.model import S2ftConfig
+from deftcore.methods.s2ft.config import S2ftConfig
 from deftcore.training import TrainingConfig, load_recipe, train
 from deftcore.training import recipe as recipes
 from deftcore.training.data import Batches

@@ -15,12 +15,13 @@ from transformers.models.mamba import modeling_mamba
 
 import deftcore
 from deftcore._files import add_to_table, cache_folder, read_table
-from deftcore.methods.lora import patch as peft_integration
-from deftcore.methods.lora.patch import FusedLoraLinear
-from deftcore.methods.mamba import patch as mamba_integration
+from deftcore.methods.lora import layer as lora_layer
+from deftcore.methods.lora import proof
+from deftcore.methods.lora.layer import FusedLoraLinear
+from deftcore.methods.mamba import mixers
 from deftcore.methods.mamba.lora import MambaLoraConfig
+from deftcore.methods.s2ft.config import S2ftConfig
 from deftcore.methods.s2ft.gated_mlp import FusedGatedMlp
-from deftcore.methods.s2ft.model import S2ftConfig
 from deftcore.models.blocks import check_function, find_mlp_blocks
 from deftcore.nn import verify
 from deftcore.nn.mamba import MambaBlock
@@ -87,7 +88,7 @@ def test_a_lora_layer_of_the_wrong_sign_is_refused(packed, dtype, monkeypatch, c
     base = tiny_model("llama").to(dtype)
     model = lora(deftcore.quantize(base, block_size=32) if packed else base)
     expected = model(**tiny_batch("llama")).logits
-    wrong_sign(monkeypatch, peft_integration, "lora_linear")
+    wrong_sign(monkeypatch, lora_layer, "lora_linear")
     refused(model, "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj", "forward differs by")
     assert "patch: refused: base_model.model.model.layers.0.self_attn.q_proj" in caplog.text
     assert not any(isinstance(m, FusedLoraLinear) for m in model.modules())
@@ -112,7 +113,7 @@ def test_lora_over_bitsandbytes_of_the_wrong_sign_is_refused(monkeypatch):
     model.is_loaded_in_4bit = True
     model, x = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["1"])).train(), torch.randn(3, 64)
     expected = model(x)
-    wrong_sign(monkeypatch, peft_integration, "lora_linear")
+    wrong_sign(monkeypatch, lora_layer, "lora_linear")
     refused(model, "base_model.model.1 (", "forward differs by")
     torch.testing.assert_close(model(x), expected)  # the layer below it is fused, and proved
 
@@ -132,19 +133,19 @@ def test_a_mixer_of_the_wrong_sign_is_refused(family, what, dtype, monkeypatch):
 
 
 def test_a_wrong_gradient_is_refused(monkeypatch):
-    right = peft_integration.lora_linear
+    right = lora_layer.lora_linear
 
     def reversed_gradient(*args, **kwargs):
         y = right(*args, **kwargs)
         return 2 * y.detach() - y
 
-    monkeypatch.setattr(peft_integration, "lora_linear", reversed_gradient)
+    monkeypatch.setattr(lora_layer, "lora_linear", reversed_gradient)
     refused(lora(tiny_model("llama")), "q_proj", "gradient of x differs")
 
 
 def test_dropout_on_the_wrong_side_is_refused(monkeypatch):
-    right = peft_integration.lora_linear
-    monkeypatch.setattr(peft_integration, "lora_linear", lambda *args, dropped_x, **rest: right(*args, **rest))
+    right = lora_layer.lora_linear
+    monkeypatch.setattr(lora_layer, "lora_linear", lambda *args, dropped_x, **rest: right(*args, **rest))
     refused(lora(tiny_model("llama"), lora_dropout=0.5), "q_proj")
     deftcore.patch(model := lora(tiny_model("llama")))
     assert any(isinstance(m, FusedLoraLinear) for m in model.modules())  # without dropout it is right
@@ -162,8 +163,8 @@ def test_an_argument_that_the_original_gains_is_refused(monkeypatch):
             return gain * super().forward(hidden_states, cache, attention_mask, **kwargs)
 
     model = mamba_model("mamba")
-    fused = mamba_integration._FUSED[modeling_mamba.MambaMixer]
-    monkeypatch.setitem(mamba_integration._FUSED, Mixer, fused)
+    fused = mixers._FUSED[modeling_mamba.MambaMixer]
+    monkeypatch.setitem(mixers._FUSED, Mixer, fused)
     for layer in model.backbone.layers:
         layer.mixer.__class__ = Mixer
     with pytest.warns(UserWarning, match=r"layers.0.mixer.*Mixer.forward takes gain, which FusedMambaMixer does not"):
@@ -244,13 +245,13 @@ def test_a_proof_changes_nothing(kind, train):
 def test_a_proof_runs_in_full_precision(monkeypatch):
     """And in no autocast: neither is what the model was patched under."""
     seen = []
-    run = peft_integration.run_linear
+    run = proof.run_linear
 
     def watched(unit, dtype):
         seen.append((torch.backends.mkldnn.matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
         yield from run(unit, dtype)
 
-    monkeypatch.setattr(peft_integration, "run_linear", watched)
+    monkeypatch.setattr(proof, "run_linear", watched)
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", torch.bfloat16):
@@ -329,7 +330,7 @@ def test_a_verdict_is_of_the_constants_too():
 def test_a_refusal_is_kept_and_listed(monkeypatch, capsys):
     from deftcore.cli.main import main
 
-    wrong_sign(monkeypatch, peft_integration, "lora_linear")
+    wrong_sign(monkeypatch, lora_layer, "lora_linear")
     refused(lora(tiny_model("llama")), "q_proj")
     assert main(["info"]) == 0
     start = "patch, refused: LoRA over Linear (float32), rank 4 float32: "
@@ -347,13 +348,13 @@ def test_verdicts_of_another_build_are_not_listed(monkeypatch):
 
 def test_our_own_warnings_are_heard(monkeypatch):
     """Those that are given once, as of a kernel that has to fall back: a proof may not use them up in silence."""
-    right = peft_integration.lora_linear
+    right = lora_layer.lora_linear
 
     def warns(*args, **kwargs):
         warnings.warn("deftcore.lora_linear: falls back", stacklevel=2)
         return right(*args, **kwargs)
 
-    monkeypatch.setattr(peft_integration, "lora_linear", warns)
+    monkeypatch.setattr(lora_layer, "lora_linear", warns)
     with pytest.warns(UserWarning, match="falls back"):
         deftcore.patch(lora(tiny_model("llama")))
 
@@ -432,13 +433,13 @@ def test_float32_factors_over_a_16bit_base_are_fused(dtype, dropout, monkeypatch
     layer = patched.base_model.model.model.layers[0].mlp.down_proj
     assert layer.lora_A["default"].weight.dtype == torch.float32
     calls = []
-    right = peft_integration.lora_linear
-    monkeypatch.setattr(peft_integration, "lora_linear", lambda *a, **k: calls.append(1) or right(*a, **k))
+    right = lora_layer.lora_linear
+    monkeypatch.setattr(lora_layer, "lora_linear", lambda *a, **k: calls.append(1) or right(*a, **k))
     results = []
     for model in (plain, patched, copy.deepcopy(plain).double()):
         part = model.base_model.model.model.layers[0].mlp.down_proj
         torch.manual_seed(3)
-        part.lora_dropout["default"] = peft_integration._Dropped() if dropout else nn.Identity()
+        part.lora_dropout["default"] = proof.Dropped() if dropout else nn.Identity()
         x = torch.randn(3, 72).to(dtype).to(part.base_layer.weight.dtype).requires_grad_()
         y = part(x)
         y.backward(torch.randn(3, 32).to(dtype).to(y.dtype))

@@ -28,7 +28,7 @@ from torch import nn
 from deftcore._files import cache_folder, replacing_file, write_json
 from deftcore.methods.deft.files import save_sparse
 from deftcore.methods.deft.objective import DensityLoss
-from deftcore.methods.lora.patch import merge
+from deftcore.methods.lora.merging import merge
 from deftcore.models.decoding import greedy_decode
 from deftcore.models.sparsify import sparsify
 from deftcore.nn.linear import quantize as quantize_model
@@ -330,7 +330,8 @@ def _decode(
 PEAK_MEMORY = """
 import sys, torch
 from deftcore.methods.deft.files import load_sparse
-from deftcore.models.checkpoints import load_adapter, load_model
+from deftcore.models.checkpoints import load_model
+from deftcore.training.adapters import load_adapter
 from deftcore.methods.lora.patch import patch
 from deftcore.models.decoding import greedy_decode
 kind, folder, *ids = sys.argv[1:]

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from deftcore.methods.deft.files import save_sparse
 from deftcore.methods.deft.objective import DensityLoss
-from deftcore.methods.lora.patch import merge as merge_adapters
+from deftcore.methods.lora.merging import merge as merge_adapters
 from deftcore.models.blocks import find_mlp_blocks
-from deftcore.models.checkpoints import is_4bit, load_adapter, load_model, load_tokenizer, own_adapter
+from deftcore.models.checkpoints import is_4bit, load_model, load_tokenizer, own_adapter
 from deftcore.models.preflight import check_lengths, check_quantize, empty_model
 from deftcore.models.sparsify import check_sparsify
 from deftcore.models.tied import merge_and_unload
 from deftcore.nn.linear import Linear4bit
 from deftcore.nn.sharding import is_sharded, whole
+from deftcore.training.adapters import load_adapter
 from deftcore.training.data import Batches, Example, encode
 from deftcore.training.device import choose_device
 from deftcore.training.fields import (

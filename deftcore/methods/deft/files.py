@@ -17,10 +17,11 @@ from transformers import AutoConfig, PreTrainedModel
 from deftcore._files import replacing_folder, write_json
 from deftcore.methods.lora.patch import patch
 from deftcore.models.blocks import find_mlp_blocks
-from deftcore.models.checkpoints import ADAPTER_FOLDER, SPARSE_FILE, load_adapter
+from deftcore.models.checkpoints import ADAPTER_FOLDER, SPARSE_FILE
 from deftcore.models.gates import gates_of
 from deftcore.models.quantized_files import is_4bit, load_quantized, model_kind
 from deftcore.models.sparsify import sparsify
+from deftcore.training.adapters import load_adapter
 
 
 def save_sparse(

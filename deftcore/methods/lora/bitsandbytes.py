@@ -1,6 +1,5 @@
-"""bitsandbytes' 4-bit layers, plain or under PEFT's LoRA, on deftcore's ops: in place and back. See `peft.patch`."""
+"""bitsandbytes' 4-bit layers, plain or under PEFT's LoRA, on deftcore's ops: in place and back. See `patch`."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +8,9 @@ import torch
 from peft.tuners.lora.bnb import Linear4bit as LoraBnbLinear
 from torch import Tensor, nn
 
-from deftcore.methods.lora.patch import fused_lora, lora_cases, obstacle
+from deftcore.methods.lora.layer import fused_lora, obstacle
+from deftcore.methods.lora.patch import Replacement
+from deftcore.methods.lora.proof import lora_cases
 from deftcore.nn.linear import linear_packed
 from deftcore.nn.verify import Case, describe, run_linear, test_bed
 from deftcore.ops.quantized import QuantizedTensor
@@ -81,7 +82,7 @@ class FusedBnbLora(LoraBnbLinear):
         return super().forward(x, *args, **kwargs) if y is None else y
 
     def waits(self) -> str:
-        """As `peft.FusedLoraLinear.waits`."""
+        """As `FusedLoraLinear.waits`."""
         q = quantized_of(self.get_base_layer())
         return obstacle(self, q, q.dtype)
 
@@ -101,8 +102,8 @@ class FusedBnbLora(LoraBnbLinear):
         return None
 
 
-def replacement(module: Any, parent: nn.Module | None) -> tuple[type, Callable[[], list[Case]]] | str:
-    """As `peft._replacement`, for bitsandbytes' layers and LoRA over them."""
+def replacement(module: Any, parent: nn.Module | None) -> Replacement | str:
+    """As `patch.Replacements`, for bitsandbytes' layers and LoRA over them."""
     kind = type(module)
     if kind in (LoraBnbLinear, FusedBnbLora):
         base = module.get_base_layer()
@@ -124,6 +125,7 @@ def _case(layer: Any) -> Case:
 
 
 def unpatch_module(module: nn.Module) -> None:
+    """As `patch.Replacements`."""
     kinds: dict[type, type] = {FusedBnbLinear: bnb.nn.Linear4bit, FusedBnbLora: LoraBnbLinear}
     if type(module) in kinds:
         module.__class__ = kinds[type(module)]

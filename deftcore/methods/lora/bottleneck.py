@@ -10,7 +10,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from deftcore.training.tuners import GathersShards, MethodName
+from deftcore.training.adapters import GathersShards, MethodName
 
 # Model types whose MLP is one module, and those whose layer calls the projections itself.
 _TARGETS: dict[str, list[str] | str] = {

@@ -18,8 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from deftcore.methods.lora.layer import Pair
 from deftcore.nn.linear import Linear4bit
-from deftcore.training.tuners import GathersShards, MethodName
+from deftcore.training.adapters import GathersShards, MethodName
 
 _SPLIT_INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
 BUFFERS = {"mamba": ("x_proj", "in_proj"), "falcon_mamba": ("x_proj", "in_proj"), "mamba2": ("in_proj",)}
@@ -77,22 +78,22 @@ class BlockDiagonal(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
-def factors(layer: Any, name: str) -> list[tuple[Tensor, Tensor, tuple[int, int] | None]]:
-    """The pairs (A, B, rows of the output) of a LoRA layer's adapter; rows None is all of them."""
-    a, b = layer.lora_A[name].weight, layer.lora_B[name]
-    if not isinstance(b, BlockDiagonal):
-        return [(a, b.weight, None)]
-    return [(a[i:j], b.weight[start:stop, i:j], (start, stop)) for start, stop, i, j in b.blocks]
-
-
 class SplitLoraLinear(LoraLinear):
     """PEFT's LoRA layer where the `lora_B` of some adapters is a `BlockDiagonal`."""
+
+    def factors(self, adapter: str) -> list[Pair]:
+        """The pairs of an adapter: one a slice where it is split, else one of all rows."""
+        a: Any = self.lora_A[adapter].weight
+        b: Any = self.lora_B[adapter]
+        if not isinstance(b, BlockDiagonal):
+            return [(a, b.weight, None)]
+        return [(a[i:j], b.weight[start:stop, i:j], (start, stop)) for start, stop, i, j in b.blocks]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """scaling * B A, [M, K] in B's dtype, of the blocks that count."""
         dtype: Any = self.lora_B[adapter].weight.dtype
         wide = torch.promote_types(dtype, torch.float32)  # some CPUs multiply half precision slowly
-        pairs = [b.to(wide) @ a.to(wide) for a, b, _ in factors(self, adapter)]
+        pairs = [b.to(wide) @ a.to(wide) for a, b, _ in self.factors(adapter)]
         return (torch.cat(pairs) * self.scaling[adapter]).to(dtype)
 
 

@@ -5,19 +5,17 @@ strides (torch's fused AdamW on the CPU) would destroy frozen weights otherwise.
 """
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from deftcore.methods.s2ft.config import S2ftConfig
 from deftcore.models.coupled import is_transposed, runs
 from deftcore.nn.linear import Linear4bit, MergeReport, merged_4bit
 from deftcore.nn.sharding import is_sharded, whole
 from deftcore.ops.partial_linear import gated_linear, partial_linear
-
-if TYPE_CHECKING:
-    from deftcore.methods.s2ft.model import S2ftConfig
 
 
 class _Slices(nn.Module):
@@ -53,7 +51,7 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
     indices: Tensor
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: "S2ftConfig", dim: int, places: Tensor, indices: Tensor
+        self, base_layer: nn.Module, adapter_name: str, config: S2ftConfig, dim: int, places: Tensor, indices: Tensor
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -247,7 +245,7 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
         if isinstance(self.base_layer, Linear4bit):
             self._unmerged = self.base_layer.quantized
-            merged, self.merge_report = merged_4bit(self._unmerged, self.get_delta_weight())
+            merged, self.merge_report = merged_4bit(self._unmerged, self.dense_update())
             self.base_layer.set_quantized(merged)
         elif self.split:
             if is_sharded(self.base_layer.weight):  # type: ignore[arg-type]
@@ -259,7 +257,7 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
     merge_report: MergeReport
 
     @torch.no_grad()
-    def get_delta_weight(self) -> Tensor:
+    def dense_update(self) -> Tensor:
         """The update as a dense float32 [out, in], in the base's numbering."""
         change = self.trained().float() - self.original.float()
         logical = (self.base_layer.quantized if isinstance(self.base_layer, Linear4bit) else self._logical()).shape

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from deftcore.methods.s2ft.model import S2ftConfig
+from deftcore.methods.s2ft.config import S2ftConfig
 from deftcore.methods.s2ft.selection import make_plan, select_channels
 from deftcore.training.registry import Method, Setup, register, wrap_by_peft
 

@@ -1,100 +1,18 @@
-"""S2FT: structured sparse fine-tuning (Yang et al., arXiv 2412.06289): a few heads and channels, trained in place.
+"""A model under S2FT: permuted so that what trains is contiguous, and un-permuted when it is unloaded."""
 
-The selected units are permuted to one contiguous slice of each weight, and that slice, an ordinary `nn.Parameter` on
-the weight's own memory, is all that trains.
-"""
-
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 
+from deftcore.methods.s2ft.config import S2ftConfig
 from deftcore.methods.s2ft.fingerprints import check_base, fingerprints
 from deftcore.methods.s2ft.gated_mlp import FusedGatedMlp
 from deftcore.methods.s2ft.layer import S2ftLayer
 from deftcore.methods.s2ft.selection import Plan, make_plan
 from deftcore.models.coupled import is_transposed, permute
 from deftcore.nn.linear import Linear4bit
-from deftcore.training.tuners import GathersShards, MethodName
-
-STRATEGIES = ("random", "weight", "activation", "product", "gradient")
-DATA_STRATEGIES = ("activation", "product", "gradient")
-TARGETS = ("o", "down", "v", "up", "gate", "q", "k")
-_RECOMPUTE = ("none", "up", "gate_up")
-
-
-@dataclass
-class S2ftConfig(PeftConfig):
-    """Config of S2FT.
-
-    Raises ValueError, naming the field, on a value out of range.
-    """
-
-    channel_ratio: float = field(default=0.02, metadata={"help": "Share of the MLP channels trained, in (0, 1)."})
-    head_ratio: float | None = field(
-        default=None, metadata={"help": "Share of the heads trained, in (0, 1); None spends what the channels do."}
-    )
-    targets: list[str] | None = field(
-        default=None, metadata={"help": f"Of {', '.join(TARGETS)}; None is o and down, down alone on grouped queries."}
-    )
-    strategy: str = field(default="random", metadata={"help": f"How to score units: {', '.join(STRATEGIES)}."})
-    order: str = field(default="largest", metadata={"help": "Which scores to take: largest or smallest."})
-    budget: str = field(default="layer", metadata={"help": "layer: equal counts; global: over all layers at once."})
-    head_granularity: str | None = field(
-        default=None, metadata={"help": "group: whole key-value groups (default for grouped queries); head."}
-    )
-    round_to: int = field(default=1, metadata={"help": "Round channel counts up to a multiple of this."})
-    seed: int = field(default=0, metadata={"help": "Of the random strategy."})
-    storage: str = field(
-        default="shared", metadata={"help": "shared: in place; split: beside the weight (FSDP2; always for 4-bit)."}
-    )
-    master: str | None = field(
-        default=None, metadata={"help": "fp32: optimise a float32 copy of the slice; none. None is fp32 for 16 bits."}
-    )
-    recompute: str = field(
-        default="none", metadata={"help": "Of a gated MLP's two products, what the backward computes again: "
-                                          "none, up or gate_up."}
-    )  # fmt: skip
-    exclude: dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Units not to select, as in `indices` of another adapter."}
-    )
-    indices: dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Selected units per weight; None selects when the model is wrapped."}
-    )
-    base_hash: dict[str, str] | None = field(
-        default=None, metadata={"help": "Of the slices before training, by dtype; set on wrapping."}
-    )
-    target_modules: list[str] | None = field(default=None, metadata={"help": "Set on wrapping."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = MethodName("S2FT")
-        for name in ("channel_ratio", "head_ratio"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise ValueError(f"{name}: must be above 0 and below 1 (all of it is full fine-tuning), got {value}")
-        for name, choices in (
-            ("strategy", STRATEGIES), ("order", ("largest", "smallest")), ("budget", ("layer", "global")),
-            ("storage", ("shared", "split")), ("recompute", _RECOMPUTE),
-            ("head_granularity", (None, "group", "head")), ("master", (None, "fp32", "none")),
-        ):  # fmt: skip
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
-        if not isinstance(self.round_to, int) or self.round_to < 1:
-            raise ValueError(f"round_to: must be an integer of at least 1, got {self.round_to!r}")
-        for target in self.targets or []:
-            if target not in TARGETS:
-                raise ValueError(f"targets: must be among {', '.join(TARGETS)}, got {target!r}")
-        if self.targets is not None and not self.targets:
-            raise ValueError(f"targets: must name at least one of {', '.join(TARGETS)}, got []")
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether `select_channels` has to run over batches before wrapping."""
-        return self.indices is None and self.strategy in DATA_STRATEGIES
+from deftcore.training.adapters import GathersShards
 
 
 class S2ftModel(GathersShards):

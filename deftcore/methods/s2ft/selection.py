@@ -3,14 +3,15 @@
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deftcore.methods.s2ft.config import S2ftConfig
+from deftcore.methods.s2ft.scores import Scores, activation_scores, gradient_scores, weight_scores
 from deftcore.models.coupled import (
     CHANNEL_ROLES,
-    CONSUMERS,
     HEAD_ROLES,
     Axis,
     Coupled,
@@ -20,15 +21,9 @@ from deftcore.models.coupled import (
     is_transposed,
     selected_first,
 )
-from deftcore.nn.linear import Linear4bit, PackedModule
-from deftcore.nn.tokens import token_masks
-
-if TYPE_CHECKING:
-    from deftcore.methods.s2ft.model import S2ftConfig
+from deftcore.nn.linear import Linear4bit
 
 logger = logging.getLogger("deftcore")
-
-Scores = dict[str, Tensor]  # per Axis.key: one per unit
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class Plan:
     gated: list[str]  # gated MLP modules of the Llama form, whose activation can be fused
 
 
-def make_plan(model: nn.Module, config: "S2ftConfig") -> Plan:
+def make_plan(model: nn.Module, config: S2ftConfig) -> Plan:
     """Selects units (or takes `config.indices`), and finds orders in which they are contiguous.
 
     Raises:
@@ -104,7 +99,7 @@ def make_plan(model: nn.Module, config: "S2ftConfig") -> Plan:
     return Plan(selected, orders, slices, gated)
 
 
-def _targets(structures: list[Coupled], config: "S2ftConfig") -> list[str]:
+def _targets(structures: list[Coupled], config: S2ftConfig) -> list[str]:
     grouped = any(c.group > 1 for c in structures)
     targets = config.targets or (["down"] if grouped else ["o", "down"])
     known = {axis.role for c in structures for axis in c.axes}
@@ -131,7 +126,7 @@ def _check_indices(structures: list[Coupled], selected: Mapping[str, Tensor]) ->
 
 
 def select(
-    structures: list[Coupled], model: nn.Module, config: "S2ftConfig", targets: list[str], scores: Scores | None
+    structures: list[Coupled], model: nn.Module, config: S2ftConfig, targets: list[str], scores: Scores | None
 ) -> dict[str, Tensor]:
     """Selected units per weight, ascending."""
     if scores is None:
@@ -139,7 +134,7 @@ def select(
             raise ValueError(
                 f"strategy: {config.strategy!r} needs data; use config = select_channels(model, config, batches)"
             )
-        scores = _weight_scores(model, structures, targets) if config.strategy == "weight" else {}
+        scores = weight_scores(model, structures, targets) if config.strategy == "weight" else {}
     generator = torch.Generator().manual_seed(config.seed)
     widths = [c.units for c in structures if c.weights(["down"])]
     channels = int(config.channel_ratio * max(widths, default=0) + 1e-9)
@@ -169,13 +164,11 @@ def select(
     return chosen
 
 
-def _whole_groups(coupled: Coupled, axis: Axis, config: "S2ftConfig") -> bool:
+def _whole_groups(coupled: Coupled, axis: Axis, config: S2ftConfig) -> bool:
     return coupled.group > 1 and not axis.shared and axis.role in HEAD_ROLES and config.head_granularity != "head"
 
 
-def _take(
-    role: str, pools: list[tuple[Coupled, Axis, Tensor, int]], config: "S2ftConfig", channels: int
-) -> list[Tensor]:
+def _take(role: str, pools: list[tuple[Coupled, Axis, Tensor, int]], config: S2ftConfig, channels: int) -> list[Tensor]:
     """The best of each pool, or of all together, ascending; `channels` is what an MLP trains."""
     counts = [_count(role, score.numel(), axis, per, channels, config) for _, axis, score, per in pools]
     if config.budget == "global":
@@ -194,11 +187,11 @@ def _take(
     return taken
 
 
-def _ratio(role: str, config: "S2ftConfig") -> float | None:
+def _ratio(role: str, config: S2ftConfig) -> float | None:
     return config.head_ratio if role in HEAD_ROLES else config.channel_ratio
 
 
-def _count(role: str, units: int, axis: Axis, per: int, channels: int, config: "S2ftConfig") -> int:
+def _count(role: str, units: int, axis: Axis, per: int, channels: int, config: S2ftConfig) -> int:
     ratio = _ratio(role, config)
     if ratio is None:  # as many parameters as the MLP's channels: a head is `width` channels of the same length
         return min(max(1, round(channels / (axis.width * per))), units - 1)
@@ -215,7 +208,7 @@ def _count(role: str, units: int, axis: Axis, per: int, channels: int, config: "
     return count
 
 
-def _global_count(role: str, pools: list, counts: list[int], config: "S2ftConfig") -> int:
+def _global_count(role: str, pools: list, counts: list[int], config: S2ftConfig) -> int:
     ratio = _ratio(role, config)
     if ratio is None:
         return sum(counts)
@@ -225,38 +218,9 @@ def _global_count(role: str, pools: list, counts: list[int], config: "S2ftConfig
     return total
 
 
-# ---------------------------------------------------------------------------- scores
-
-
-def _lines(model: nn.Module, axis: Axis, tensor: Tensor) -> Tensor:
-    """Rows of a weight (or its gradient) that belong to the units, the units' axis first."""
-    logical = tensor.t() if is_transposed(model.get_submodule(axis.module)) else tensor
-    return logical.t() if axis.dim == 1 else logical
-
-
-def _unit_norms(lines: Tensor, axis: Axis, units: int) -> Tensor:
-    """Norm over each unit's vectors, float64 on the CPU."""
-    own = lines.narrow(0, axis.offset, units * axis.width)
-    return own.double().square().sum(1).view(units, axis.width).sum(1).sqrt().cpu()
-
-
-def _own_units(coupled: Coupled, axis: Axis) -> int:
-    return coupled.units // coupled.group if axis.shared else coupled.units
-
-
-def _weight_scores(model: nn.Module, structures: list[Coupled], targets: list[str]) -> Scores:
-    found = {}
-    for coupled in structures:
-        for axis in coupled.weights(targets):
-            module: Any = model.get_submodule(axis.module)
-            weight = module.quantized.dequantize() if isinstance(module, PackedModule) else module.weight
-            found[axis.key] = _unit_norms(_lines(model, axis, weight.detach()), axis, _own_units(coupled, axis))
-    return found
-
-
 def select_channels(
-    model: Any, config: "S2ftConfig", batches: Iterable[Mapping[str, Tensor]] | None = None
-) -> "S2ftConfig":
+    model: Any, config: S2ftConfig, batches: Iterable[Mapping[str, Tensor]] | None = None
+) -> S2ftConfig:
     """The config with `indices` filled: what wrapping this model will train.
 
     Args:
@@ -275,90 +239,11 @@ def select_channels(
         if not batches:
             raise ValueError(f"batches: strategy {config.strategy!r} needs at least one, got none")
         if config.strategy == "gradient":
-            scores = _gradient_scores(model, structures, targets, batches)
+            scores = gradient_scores(model, structures, targets, batches)
         else:
-            scores = _activation_scores(model, structures, targets, batches)
+            scores = activation_scores(model, structures, targets, batches)
             if config.strategy == "product":
-                weights = _weight_scores(model, structures, targets)
+                weights = weight_scores(model, structures, targets)
                 scores = {key: score * weights[key] for key, score in scores.items()}
     chosen = select(structures, model, config, targets, scores)
     return replace(config, indices={key: units.tolist() for key, units in chosen.items()})
-
-
-@torch.no_grad()
-def _activation_scores(
-    model: Any, structures: list[Coupled], targets: list[str], batches: list[Mapping[str, Tensor]]
-) -> Scores:
-    """Norm over tokens of each unit's input to its consumer (o or down)."""
-    sums: dict[str, Tensor] = {}
-    masks: dict[str, Tensor | None] = {}
-    pair = bool(getattr(model.config, "is_encoder_decoder", False))
-    handles = []
-
-    def watch(name: str) -> Any:
-        side = ("decoder" if ".decoder." in f".{name}" else "encoder") if pair else "model"
-
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x, mask = args[0].reshape(-1, args[0].shape[-1]), masks[side]  # some models (OPT) flatten already
-            if mask is not None:
-                if mask.numel() != x.shape[0]:
-                    raise ValueError(f"batches: {name} sees {x.shape[0]} tokens, the mask has {mask.numel()}")
-                x = x[mask.flatten().bool()]
-            total = x.double().square().sum(0).cpu()
-            sums[name] = sums[name] + total if name in sums else total
-
-        return hook
-
-    consumers = {c.name: [a for a in c.axes if a.role in CONSUMERS] for c in structures}
-    training = model.training
-    try:
-        for axes in consumers.values():
-            handles += [model.get_submodule(a.module).register_forward_pre_hook(watch(a.module)) for a in axes]
-        model.eval()
-        for batch in batches:
-            masks.update(token_masks(batch, pair))
-            model(**batch)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    found = {}
-    for coupled in structures:
-        per_unit = [sums[a.module].view(coupled.units, -1).sum(1) for a in consumers[coupled.name]]
-        axes = coupled.weights(targets)
-        for axis in axes:
-            own = [i for i, a in enumerate(consumers[coupled.name]) if a.module == axis.module]
-            squares = per_unit[own[0]] if own else torch.stack(per_unit).sum(0)
-            found[axis.key] = squares.view(_own_units(coupled, axis), -1).sum(1).sqrt()
-    return found
-
-
-def _gradient_scores(
-    model: Any, structures: list[Coupled], targets: list[str], batches: list[Mapping[str, Tensor]]
-) -> Scores:
-    """Norm of each unit's loss gradient, averaged over the batches."""
-    axes = [(coupled, axis) for coupled in structures for axis in coupled.weights(targets)]
-    for _, axis in axes:
-        if isinstance(model.get_submodule(axis.module), PackedModule):
-            raise ValueError(f"strategy: 4-bit weights have no gradient ({axis.module}); use another strategy")
-    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
-    weights = {axis.module: model.get_submodule(axis.module).weight for _, axis in axes}
-    training = model.training
-    model.requires_grad_(False)
-    try:
-        model.eval()
-        for weight in weights.values():
-            weight.requires_grad_(True)
-            weight.grad = None
-        with torch.enable_grad():
-            for batch in batches:
-                (model(**batch).loss / len(batches)).backward()
-        return {
-            axis.key: _unit_norms(_lines(model, axis, weights[axis.module].grad), axis, _own_units(coupled, axis))
-            for coupled, axis in axes
-        }
-    finally:
-        model.train(training)
-        for name, parameter in model.named_parameters():
-            parameter.grad = None if name.removesuffix(".weight") in weights else parameter.grad
-            parameter.requires_grad_(wanted[name])

@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,9 @@ from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMi
 from transformers.models.mamba.modeling_mamba import MambaMixer as HfMambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as HfMamba2Mixer
 
-from deftcore.methods.lora.patch import lora_ready
-from deftcore.methods.mamba.lora import factors
+from deftcore.methods.lora.layer import factors
+from deftcore.methods.lora.patch import Replacement
+from deftcore.methods.lora.proof import lora_ready
 from deftcore.nn.linear import called_plainly
 from deftcore.nn.mamba import MambaBlock
 from deftcore.nn.mamba2 import Mamba2Block
@@ -157,8 +158,8 @@ _FUSED: dict[type, type] = {
 }
 
 
-def replacement(module: Any, parent: nn.Module | None) -> tuple[type, Callable[[], list[Case]]] | str:
-    """As `peft._replacement`, for mixers."""
+def replacement(module: Any, parent: nn.Module | None) -> Replacement | str:
+    """As `lora.patch.Replacements`, for mixers."""
     kind = type(module)
     if kind in _FUSED.values():
         return kind, list
@@ -170,6 +171,7 @@ def replacement(module: Any, parent: nn.Module | None) -> tuple[type, Callable[[
 
 
 def unpatch_module(module: Any) -> None:
+    """As `lora.patch.Replacements`."""
     for plain, fused in _FUSED.items():
         if type(module) is fused:
             module.__class__ = plain

@@ -1,0 +1,90 @@
+"""Adapters of methods that PEFT lacks: made known to PEFT, written whole, and loaded strictly."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from deftcore.models.gates import load_gates
+from deftcore.nn.sharding import whole
+
+
+class MethodName(str):
+    """A `peft_type` beside PEFT's enum, that reads as its members do."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+class GathersShards(BaseTuner):
+    """A tuner whose adapters are written whole, where FSDP2 shards them; every process must call `save_pretrained`."""
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        for key, value in state_dict.items():
+            if "modules_to_save" in key or "trainable_tokens" in key:  # PEFT takes these from the same dictionary
+                state_dict[key] = whole(value)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        return {key: whole(value) for key, value in found.items()}
+
+
+def register_with_peft(name: str, config: type[PeftConfig], model: type[BaseTuner]) -> None:
+    """Makes `config` and `model` known to PEFT under the string `name`.
+
+    PEFT's own `register_peft_method` refuses names outside its enum: its tables are filled here.
+
+    Raises:
+        ValueError: PEFT has another method of this name.
+    """
+    tables: tuple[tuple[dict, object], ...] = (
+        (PEFT_TYPE_TO_CONFIG_MAPPING, config),
+        (PEFT_TYPE_TO_TUNER_MAPPING, model),
+        (PEFT_TYPE_TO_PREFIX_MAPPING, model.prefix),
+    )
+    for table, value in tables:
+        if table.setdefault(name, value) != value:
+            raise ValueError(f"name: PEFT has a method {name!r} already")
+
+
+def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Any:
+    """The PEFT model of a base and an adapter folder, with its adaptive gates where it has any; strict, where PEFT only
+    warns: everything stored, embeddings of a resized vocabulary among it, stands in the model with its value, and
+    nothing of the adapter is missing.
+
+    Raises:
+        FileNotFoundError: when the folder holds no adapter.
+        ValueError: naming the file, when it is damaged or was made for another base.
+    """
+    file = Path(folder) / "adapter_model.safetensors"
+    for needed in (Path(folder) / "adapter_config.json", file):
+        if not needed.exists():
+            raise FileNotFoundError(f"adapter: no such file: {needed}")
+    try:
+        stored = load_file(file)
+        adapted = PeftModel.from_pretrained(model, folder)
+    except (SafetensorError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"adapter: {file} is damaged or of another model: {error}") from error
+    needed_keys = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    loaded = get_peft_model_state_dict(adapted, save_embedding_layers=True)
+    missing, unexpected = sorted(needed_keys - stored.keys()), sorted(stored.keys() - loaded.keys())
+    if missing or unexpected:
+        raise ValueError(f"adapter: {file} is of another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
+    for key, value in stored.items():
+        here = loaded[key].cpu()
+        if here.shape != value.shape or not torch.allclose(here, value.to(here.dtype), rtol=0, atol=0, equal_nan=True):
+            raise ValueError(f"adapter: {file}: {key} did not reach the model, which ties it to another weight")
+    load_gates(adapted, folder)
+    return adapted
