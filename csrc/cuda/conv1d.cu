@@ -6,12 +6,7 @@
 namespace deftcore::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kMinBlocks = 2;  // named, or ptxas aims at more blocks, fewer registers, and spills
 constexpr int64_t kSumSteps = 64;
-
-unsigned blocks_for(int64_t items) { return static_cast<unsigned>((items + kThreads - 1) / kThreads); }
-__device__ int64_t item() { return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; }
 
 // x at a step that may lie before the start.
 template <class T>
@@ -50,7 +45,7 @@ __device__ float slope_at(const CausalConv1dArgs& args, int64_t batch, int64_t t
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) forward_kernel(CausalConv1dArgs args) {
-  const int64_t i = item();
+  const int64_t i = thread_in_grid();
   if (i >= args.batch * args.length * args.channels) return;
   const int64_t channel = i % args.channels, time = i / args.channels % args.length;
   const int64_t batch = i / args.channels / args.length;
@@ -62,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(CausalConv1dArgs args
 template <class T>
 __global__ void __launch_bounds__(kThreads, kMinBlocks) input_kernel(CausalConv1dBackwardArgs back) {
   const CausalConv1dArgs& args = back.forward;
-  const int64_t most = args.width - 1, rows = args.length + most, i = item();
+  const int64_t most = args.width - 1, rows = args.length + most, i = thread_in_grid();
   if (i >= args.batch * rows * args.channels) return;
   const int64_t channel = i % args.channels, time = i / args.channels % rows - most;
   const int64_t batch = i / args.channels / rows;
@@ -82,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) input_kernel(CausalConv1
 template <class T>
 __global__ void __launch_bounds__(kThreads, kMinBlocks) sums_kernel(CausalConv1dBackwardArgs back) {
   const CausalConv1dArgs& args = back.forward;
-  const int64_t pieces = (args.length + kSumSteps - 1) / kSumSteps, i = item();
+  const int64_t pieces = ceil_div(args.length, kSumSteps), i = thread_in_grid();
   if (i >= args.batch * pieces * args.channels) return;
   const int64_t channel = i % args.channels, start = i / args.channels % pieces * kSumSteps;
   const int64_t batch = i / args.channels / pieces;
@@ -103,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) sums_kernel(CausalConv1d
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) update_kernel(CausalConv1dUpdateArgs args) {
-  const int64_t i = item();
+  const int64_t i = thread_in_grid();
   if (i >= args.batch * args.channels) return;
   const int64_t channel = i % args.channels, batch = i / args.channels;
   const int64_t slot = args.slots == nullptr ? batch : args.slots[batch];
@@ -130,8 +125,7 @@ void causal_conv1d(const CausalConv1dArgs& args, Stream stream) {
   const int64_t items = args.batch * args.length * args.channels;
   if (items == 0) return;
   dispatch_dtype(args.dtype, [&](auto t) {
-    forward_kernel<decltype(t)><<<blocks_for(items), kThreads, 0, stream_of(stream)>>>(args);
-    DEFTCORE_CUDA_CHECK(cudaGetLastError());
+    launch(forward_kernel<decltype(t)>, blocks_for(items, kThreads), kThreads, 0, stream, args);
   });
 }
 
@@ -139,22 +133,20 @@ void causal_conv1d_backward(const CausalConv1dBackwardArgs& back, Stream stream)
   const CausalConv1dArgs& args = back.forward;
   if (args.batch * args.length * args.channels == 0) return;
   const int64_t items = args.batch * (args.length + args.width - 1) * args.channels;
-  const int64_t sums = args.batch * ((args.length + kSumSteps - 1) / kSumSteps) * args.channels;
+  const int64_t sums = args.batch * ceil_div(args.length, kSumSteps) * args.channels;
   dispatch_dtype(args.dtype, [&](auto t) {
     using T = decltype(t);
-    input_kernel<T><<<blocks_for(items), kThreads, 0, stream_of(stream)>>>(back);
-    DEFTCORE_CUDA_CHECK(cudaGetLastError());
+    launch(input_kernel<T>, blocks_for(items, kThreads), kThreads, 0, stream, back);
     if (back.grad_weight == nullptr && back.grad_bias == nullptr) return;
-    sums_kernel<T><<<blocks_for(sums), kThreads, 0, stream_of(stream)>>>(back);
-    DEFTCORE_CUDA_CHECK(cudaGetLastError());
+    launch(sums_kernel<T>, blocks_for(sums, kThreads), kThreads, 0, stream, back);
   });
 }
 
 void causal_conv1d_update(const CausalConv1dUpdateArgs& args, Stream stream) {
-  if (args.batch * args.channels == 0) return;
+  const int64_t items = args.batch * args.channels;
+  if (items == 0) return;
   dispatch_dtype(args.dtype, [&](auto t) {
-    update_kernel<decltype(t)><<<blocks_for(args.batch * args.channels), kThreads, 0, stream_of(stream)>>>(args);
-    DEFTCORE_CUDA_CHECK(cudaGetLastError());
+    launch(update_kernel<decltype(t)>, blocks_for(items, kThreads), kThreads, 0, stream, args);
   });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "deftcore/format4.h"
+#include "elements.cuh"
 #include "launch.cuh"
 
 namespace deftcore::cuda {
@@ -35,6 +36,13 @@ __device__ inline void decode8(uint32_t word, const float* code, float (&w)[8]) 
   }
 }
 
+// Scales of 8 neighbouring columns, of column blocks.
+__device__ inline void column_scales8(const Quant4& q, int64_t block_row, int64_t column, float (&scales)[8]) {
+  const float* from = static_cast<const float*>(q.absmax) + block_row * q.cols + column;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) scales[i] = from[i];
+}
+
 __device__ inline uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // ---------------------------------------------------------------------------- dot products of whole rows by a warp
@@ -42,10 +50,10 @@ __device__ inline uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x 
 // A lane takes 32 weights of a row at a time: 16 bytes of codes, one scale. The x that goes with them lies in shared
 // memory in groups of 32 with 16 bytes between groups, so that a quarter warp's 16-byte reads touch every bank once.
 
-constexpr int kGroup = 32, kChunk = 32 * kGroup;  // weights of a lane and of a warp in one turn
+constexpr int kLaneWeights = 32, kChunk = kWarp * kLaneWeights;  // weights of a lane and of a warp in one turn
 
 template <class T>
-constexpr int kStagedChunk = 32 * (kGroup + Pack<T>::kSize);  // elements of a chunk of x in shared memory
+constexpr int kStagedChunk = kWarp * (kLaneWeights + Pack<T>::kSize);  // elements of a chunk of x in shared memory
 
 // x[0 .. tokens) [cols] from column `first` on, `chunks` chunks, to staged [chunks][kCount][kStagedChunk], by the
 // block.
@@ -57,9 +65,23 @@ __device__ void stage_x(const T* x, int64_t cols, int tokens, int64_t first, int
     const int c = i / (kCount * packs), m = i / packs % kCount, k = i % packs * kSize;
     const int64_t column = first + c * kChunk + k;
     if (m >= tokens || column >= cols) continue;  // rows are whole groups of 32
-    T* out = staged + (c * kCount + m) * kStagedChunk<T> + k / kGroup * (kGroup + kSize) + k % kGroup;
+    T* out = staged + (c * kCount + m) * kStagedChunk<T> + k / kLaneWeights * (kLaneWeights + kSize) + k % kLaneWeights;
     *reinterpret_cast<Pack<T>*>(out) = *reinterpret_cast<const Pack<T>*>(x + m * cols + column);
   }
+}
+
+// How much of x a block stages at once: at most kMostBytes, in whole chunks.
+struct Stage {
+  int chunks;
+  size_t bytes;
+};
+
+template <int kMostBytes, int kCount, class T>
+Stage stage_of(int64_t cols) {
+  constexpr int kChunkBytes = kCount * kStagedChunk<T> * static_cast<int>(sizeof(T));
+  static_assert(kChunkBytes <= kMostBytes, "a chunk of x fits");
+  const int chunks = static_cast<int>(std::min<int64_t>(ceil_div(cols, kChunk), kMostBytes / kChunkBytes));
+  return {chunks, static_cast<size_t>(chunks) * kChunkBytes};
 }
 
 // A lane's codes of one turn and its scale as it lies in memory: nothing here waits for another load.
@@ -101,7 +123,7 @@ template <class T, int kCount, int kRows>
 __device__ inline void add_dots(const Quant4& q, const Books& books, const Codes (&rows)[kRows], const T* chunk,
                                 float (&total)[kRows][kCount]) {
   constexpr int kSize = Pack<T>::kSize;
-  const T* mine = chunk + threadIdx.x % 32 * (kGroup + kSize);
+  const T* mine = chunk + threadIdx.x % kWarp * (kLaneWeights + kSize);
   float part[kRows][kCount] = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

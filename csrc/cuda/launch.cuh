@@ -1,70 +1,96 @@
-// What every CUDA file uses: error checks with file and line, run-time dtype to compile-time type, 16-byte accesses.
+// What every CUDA file uses on the host: checked calls and launches, grids, workspaces.
+//
+// Kernels run on the current device, which the caller makes the tensors' own, once for a whole op (`_on_its_device` in
+// deftcore/ops/_library.py): by the time of a launch a workspace has been sized by the device's multiprocessors and
+// library products have run, and neither a default stream nor an argument struct says which device it belongs to.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
 #include "deftcore/ops.h"
 
-#define DEFTCORE_CUDA_CHECK(call) ::deftcore::cuda::check((call), __FILE__, __LINE__)
-
 namespace deftcore::cuda {
 
-inline void check(cudaError_t status, const char* file, int line) {
+inline void check(cudaError_t status, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   if (status != cudaSuccess) {
     throw std::runtime_error(std::string(file) + ":" + std::to_string(line) + ": " + cudaGetErrorString(status));
   }
 }
 
-inline cudaStream_t stream_of(Stream stream) { return static_cast<cudaStream_t>(stream); }
+// A stream and the line that named it: a call that takes a StreamHere is given a Stream, and its errors name the
+// caller.
+struct StreamHere {
+  cudaStream_t stream;
+  const char* file;
+  int line;
+  StreamHere(Stream stream, const char* file = __builtin_FILE(), int line = __builtin_LINE())
+      : stream(static_cast<cudaStream_t>(stream)), file(file), line(line) {}
+};
 
-template <class Fn>
-void dispatch_dtype(DType dtype, Fn&& fn) {
-  switch (dtype) {
-    case DType::kFloat32: return fn(float{});
-    case DType::kBFloat16: return fn(__nv_bfloat16{});
-    case DType::kFloat16: return fn(__half{});
-  }
+// Every kernel starts here. `shared` is the dynamic shared memory in bytes.
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, StreamHere here, const Args&... args) {
+  kernel<<<grid, block, shared, here.stream>>>(args...);
+  check(cudaGetLastError(), here.file, here.line);
 }
+
+inline void set_zero(void* data, size_t bytes, StreamHere here) {
+  check(cudaMemsetAsync(data, 0, bytes, here.stream), here.file, here.line);
+}
+
+// ---------------------------------------------------------------------------- grids
 
 // Multiprocessors of the current device; asked for once per device.
 inline int multiprocessors() {
   static int counts[64] = {};
   int device = 0;
-  DEFTCORE_CUDA_CHECK(cudaGetDevice(&device));
+  check(cudaGetDevice(&device));
   if (counts[device & 63] == 0) {
-    DEFTCORE_CUDA_CHECK(cudaDeviceGetAttribute(&counts[device & 63], cudaDevAttrMultiProcessorCount, device));
+    check(cudaDeviceGetAttribute(&counts[device & 63], cudaDevAttrMultiProcessorCount, device));
   }
   return counts[device & 63];
 }
 
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-template <class T>
-__device__ T from_float(float x) {
-  if constexpr (std::is_same_v<T, float>) return x;
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16(x);
-  if constexpr (std::is_same_v<T, __half>) return __float2half(x);
+template <class Per>
+__host__ __device__ constexpr int64_t ceil_div(int64_t n, Per per) {
+  return (n + per - 1) / per;
 }
 
-// Sixteen bytes of T, loaded and stored as one access.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T values[kSize];
+inline unsigned blocks_for(int64_t items, int64_t per_block) {
+  return static_cast<unsigned>(ceil_div(items, per_block));
+}
+
+// The same for kernels that stride over their items: at least one block, at most eight a multiprocessor, whose 2048
+// threads on sm_80 and sm_90 are then taken.
+inline unsigned striding_blocks(int64_t items, int64_t per_block) {
+  constexpr int64_t kMost = 8;
+  return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(items, per_block), 1, kMost * multiprocessors()));
+}
+
+// ---------------------------------------------------------------------------- workspaces
+
+// Cuts a workspace into arrays that start on 256 bytes; without one (null) it only counts, so that one function says
+// both where an op's arrays stand and how large its workspace must be.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* array = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
+    bytes_ += static_cast<size_t>(ceil_div(count * static_cast<int64_t>(sizeof(T)), 256) * 256);
+    return array;
+  }
+
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  size_t bytes_ = 0;
 };
-
-inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-__device__ inline float warp_sum(float x) {
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-  return x;
-}
 
 }  // namespace deftcore::cuda

@@ -8,10 +8,9 @@
 namespace deftcore::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 // Where the products with the decode inside end, 4096 to 11008 and back on an H100: 8 tokens in bfloat16 take 73 us,
 // decode and cuBLAS 86, 16 take 122; 16 in float32 take 167, decode and cuBLAS 219.
-constexpr int64_t kFewTokensHalf = 8, kFewTokensFloat = 16;
+constexpr int64_t kMostTokensHalf = 8, kMostTokensFloat = 16;
 
 // ---------------------------------------------------------------------------- quantise, dequantise
 
@@ -24,18 +23,18 @@ struct Book {
 template <class T>
 __global__ void quantize_kernel(const T* w, uint8_t* packed, float* absmax, int64_t count, int64_t block_size,
                                 Book book) {
-  const int64_t warp = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-  const int lane = threadIdx.x % 32;
+  const int64_t warp = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
+  const int lane = threadIdx.x % kWarp;
   const int64_t first = warp * block_size;
   if (first >= count) return;
   const int64_t n = count - first < block_size ? count - first : block_size;
   float largest = 0.0f, bad = 0.0f;
-  for (int64_t i = lane; i < n; i += 32) {
+  for (int64_t i = lane; i < n; i += kWarp) {
     const float v = to_float(w[first + i]);
     largest = fmaxf(largest, fabsf(v));
     bad += v * 0.0f;
   }
-  for (int offset = 16; offset > 0; offset /= 2)
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
   bad = warp_sum(bad);
   const float floored = fmaxf(largest, 1e-38f), inverse = __fdiv_rn(1.0f, floored);
@@ -48,7 +47,7 @@ __global__ void quantize_kernel(const T* w, uint8_t* packed, float* absmax, int6
     for (int j = 0; j < 15; ++j) below += scaled > book.thresholds[j];
     return static_cast<uint8_t>(book.order[below]);
   };
-  for (int64_t j = lane; j < (n + 1) / 2; j += 32) {
+  for (int64_t j = lane; j < (n + 1) / 2; j += kWarp) {
     packed[first / 2 + j] = static_cast<uint8_t>(index(2 * j) << 4 | index(2 * j + 1));
   }
 }
@@ -61,17 +60,14 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(Quant4 q, T* out) 
   __shared__ float code[16];
   if (threadIdx.x < 16) code[threadIdx.x] = q.code[threadIdx.x];
   __syncthreads();
-  const int64_t count = q.rows * q.cols, first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 8;
+  const int64_t count = q.rows * q.cols, first = thread_in_grid() * 8;
   if (first >= count) return;
   if constexpr (kWords) {
     if (first + 8 <= count) {
       float w[8], scales[8];
       decode8(*reinterpret_cast<const uint32_t*>(q.packed + first / 2), code, w);
       if (q.column_blocks) {
-        const float* row =
-            static_cast<const float*>(q.absmax) + first / q.cols / q.block_size * q.cols + first % q.cols;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) scales[i] = row[i];
+        column_scales8(q, first / q.cols / q.block_size, first % q.cols, scales);
       } else {
         const float scale = scale_at(q, first / q.block_size);
 #pragma unroll
@@ -96,8 +92,9 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(Quant4 q, T* out) 
 // ---------------------------------------------------------------------------- few tokens
 
 // y[m, row] for kCount tokens and kRows rows a warp; x is read from shared memory once for all rows. Bound by the
-// packed bytes and, close behind, by the reads of the code book (one a weight, 32 lanes a cycle): 6.3 us at 4096 to
-// 11008 on an H100. The next chunk's codes are on their way while one is multiplied.
+// packed bytes and, close behind, by the reads of the code book (one a weight, 32 lanes a cycle): a token at 4096 to
+// 11008 needs 8 us for the bytes and 6.3 for the reads on an H100, and takes 18. The next chunk's codes are on their
+// way while one is multiplied.
 template <class T, int kCount, int kRows>
 __global__ void __launch_bounds__(kThreads) gemv_kernel(Linear4bitArgs args, int stage_chunks) {
   extern __shared__ uint4 dynamic[];
@@ -105,14 +102,14 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(Linear4bitArgs args, int
   T* staged = reinterpret_cast<T*>(dynamic);
   const Quant4& q = args.w;
   load_books(q, books);
-  const int lane = threadIdx.x % 32;
-  const int64_t row0 = (static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32) * kRows;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t row0 = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * kRows;
   const int64_t token0 = static_cast<int64_t>(blockIdx.y) * kCount;
   const int tokens = static_cast<int>(min(static_cast<int64_t>(kCount), args.tokens - token0));
   const T* x = static_cast<const T*>(args.x) + token0 * q.cols;
-  const int chunks = static_cast<int>((q.cols + kChunk - 1) / kChunk);
+  const int chunks = static_cast<int>(ceil_div(q.cols, kChunk));
   const auto load = [&](int chunk, Codes(&rows)[kRows]) {
-    const int64_t k = static_cast<int64_t>(chunk) * kChunk + lane * kGroup;
+    const int64_t k = static_cast<int64_t>(chunk) * kChunk + lane * kLaneWeights;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {  // past the last row: the last one again, its result unused
       if (k < q.cols) rows[r] = load_codes(q, min(row0 + r, q.rows - 1) * q.cols + k);
@@ -129,7 +126,7 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(Linear4bitArgs args, int
     for (int c = 0; c < here; ++c) {
       Codes next[kRows];
       if (stage + c + 1 < chunks) load(stage + c + 1, next);
-      if (static_cast<int64_t>(stage + c) * kChunk + lane * kGroup < q.cols) {
+      if (static_cast<int64_t>(stage + c) * kChunk + lane * kLaneWeights < q.cols) {
         add_dots(q, books, now, staged + c * kCount * kStagedChunk<T>, total);
       }
 #pragma unroll
@@ -145,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(Linear4bitArgs args, int
     for (int m = 0; m < kCount; ++m) {
       if (m >= tokens) break;
       float sum = total[r][m];
-      for (int64_t i = lane; i < args.rank; i += 32) {
+      for (int64_t i = lane; i < args.rank; i += kWarp) {
         sum = fmaf(to_float(low[(token0 + m) * args.rank + i]), to_float(lora[row * args.rank + i]), sum);
       }
       sum = warp_sum(sum);
@@ -158,33 +155,26 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(Linear4bitArgs args, int
 
 // ---------------------------------------------------------------------------- launch
 
-unsigned blocks_for(int64_t items, int64_t per_block) {
-  return static_cast<unsigned>((items + per_block - 1) / per_block);
-}
-
-constexpr int kStageBytes = 40 << 10;  // of x in shared memory at once: five blocks a multiprocessor
+constexpr int kStageBytes = 40 << 10;  // of x: five blocks fit the shared memory of an H100's multiprocessor
 
 template <class T, int kCount, int kRows>
-void gemv_rows(const Linear4bitArgs& args, cudaStream_t stream) {
-  constexpr int kChunkBytes = kCount * kStagedChunk<T> * static_cast<int>(sizeof(T));
-  static_assert(kChunkBytes <= kStageBytes, "a chunk of x fits");
-  const int64_t chunks = (args.w.cols + kChunk - 1) / kChunk;
-  const int stage = static_cast<int>(chunks < kStageBytes / kChunkBytes ? chunks : kStageBytes / kChunkBytes);
-  const dim3 grid(blocks_for(args.w.rows, kThreads / 32 * kRows), blocks_for(args.tokens, kCount));
-  gemv_kernel<T, kCount, kRows><<<grid, kThreads, stage * kChunkBytes, stream>>>(args, stage);
+void gemv_rows(const Linear4bitArgs& args, Stream stream) {
+  const Stage stage = stage_of<kStageBytes, kCount, T>(args.w.cols);
+  const dim3 grid(blocks_for(args.w.rows, kWarps * kRows), blocks_for(args.tokens, kCount));
+  launch(gemv_kernel<T, kCount, kRows>, grid, kThreads, stage.bytes, stream, args, stage.chunks);
 }
 
 // As many rows a warp as leave every multiprocessor two blocks.
 template <class T, int kCount>
-void gemv_tokens(const Linear4bitArgs& args, cudaStream_t stream) {
-  const int64_t rows_per_warp = args.w.rows / (2 * multiprocessors() * (kThreads / 32));
+void gemv_tokens(const Linear4bitArgs& args, Stream stream) {
+  const int64_t rows_per_warp = args.w.rows / (2 * multiprocessors() * kWarps);
   if (rows_per_warp >= 4 && kCount <= 2) return gemv_rows<T, kCount, kCount <= 2 ? 4 : 2>(args, stream);
   if (rows_per_warp >= 2) return gemv_rows<T, kCount, 2>(args, stream);
   gemv_rows<T, kCount, 1>(args, stream);
 }
 
 template <class T>
-void gemv(const Linear4bitArgs& args, cudaStream_t stream) {
+void gemv(const Linear4bitArgs& args, Stream stream) {
   if (args.tokens == 1) return gemv_tokens<T, 1>(args, stream);
   if (args.tokens == 2) return gemv_tokens<T, 2>(args, stream);
   if (args.tokens <= 4) return gemv_tokens<T, 4>(args, stream);
@@ -200,13 +190,12 @@ void quantize_4bit(const Quantize4bitArgs& args, Stream stream) {
   const uint8_t* order = code_order(args.type);
   for (int j = 0; j < 16; ++j) book.order[j] = order[j];
   for (int j = 0; j < 15; ++j) book.thresholds[j] = (code[order[j]] + code[order[j + 1]]) * 0.5f;
-  const int64_t blocks = (args.count + args.block_size - 1) / args.block_size;
+  const int64_t blocks = ceil_div(args.count, args.block_size);
   dispatch_dtype(args.dtype, [&](auto t) {
     using T = decltype(t);
-    quantize_kernel<T><<<blocks_for(blocks, kThreads / 32), kThreads, 0, stream_of(stream)>>>(
-        static_cast<const T*>(args.w), args.packed, args.absmax, args.count, args.block_size, book);
+    launch(quantize_kernel<T>, blocks_for(blocks, kWarps), kThreads, 0, stream, static_cast<const T*>(args.w),
+           args.packed, args.absmax, args.count, args.block_size, book);
   });
-  DEFTCORE_CUDA_CHECK(cudaGetLastError());
 }
 
 void dequantize_4bit(const Dequantize4bitArgs& args, Stream stream) {
@@ -217,26 +206,23 @@ void dequantize_4bit(const Dequantize4bitArgs& args, Stream stream) {
       reinterpret_cast<uintptr_t>(q.packed) % 4 == 0 && aligned16(args.out) && (!q.column_blocks || q.cols % 8 == 0);
   dispatch_dtype(args.dtype, [&](auto t) {
     using T = decltype(t);
-    (words ? dequantize_kernel<true, T>
-           : dequantize_kernel<false, T>)<<<blocks_for(count, kThreads * 8), kThreads, 0, stream_of(stream)>>>(
-        q, static_cast<T*>(args.out));
+    launch(words ? dequantize_kernel<true, T> : dequantize_kernel<false, T>, blocks_for(count, kThreads * 8), kThreads,
+           0, stream, q, static_cast<T*>(args.out));
   });
-  DEFTCORE_CUDA_CHECK(cudaGetLastError());
 }
 
 size_t linear_4bit_workspace(const Linear4bitArgs&) { return 0; }
 
 int64_t linear_4bit_tokens(const Quant4& w, DType dtype) {
   if (!is_regular(w) || !aligned16(w.packed)) return 0;
-  return dtype == DType::kFloat32 ? kFewTokensFloat : kFewTokensHalf;
+  return dtype == DType::kFloat32 ? kMostTokensFloat : kMostTokensHalf;
 }
 
 void linear_4bit(const Linear4bitArgs& args, Stream stream) {
   require(args.tokens <= linear_4bit_tokens(args.w, args.dtype) && aligned16(args.x), "linear_4bit",
           "more than linear_4bit_tokens, or x is not 16-byte aligned");
   if (args.tokens == 0 || args.w.rows == 0) return;
-  dispatch_dtype(args.dtype, [&](auto t) { gemv<decltype(t)>(args, stream_of(stream)); });
-  DEFTCORE_CUDA_CHECK(cudaGetLastError());
+  dispatch_dtype(args.dtype, [&](auto t) { gemv<decltype(t)>(args, stream); });
 }
 
 }  // namespace deftcore::cuda

@@ -9,13 +9,12 @@
 
 #include "deftcore/math.h"
 #include "deftcore/sparse_mlp.h"
+#include "elements.cuh"
 #include "launch.cuh"
 
 namespace deftcore::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 constexpr int kTokens = 4;        // of one block; its sums are registers
 constexpr int kShare = kThreads;  // most neurons of one block: a thread looks at one
 constexpr int kMaxGroups = kMaxSparseTokens / kTokens;
@@ -35,10 +34,8 @@ __device__ float activate(Activation f, float z) {
 // act = f(z), both [count].
 template <class T>
 __global__ void __launch_bounds__(kThreads) activate_kernel(Activation f, const T* z, int64_t count, float* act) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
-    act[i] = activate(f, to_float(z[i]));
-  }
+  const int64_t step = threads_of_grid();
+  for (int64_t i = thread_in_grid(); i < count; i += step) act[i] = activate(f, to_float(z[i]));
 }
 
 // ---------------------------------------------------------------------------- a block's share
@@ -64,7 +61,7 @@ template <int kCount, class A>
 __device__ int list_active(const Share& share, const A* act, int64_t neurons, float tau, int32_t* list,
                            float (*h)[kCount]) {
   __shared__ int votes[kWarps];
-  const int i = threadIdx.x, lane = i % 32, warp = i / 32;
+  const int i = threadIdx.x, lane = i % kWarp, warp = i / kWarp;
   float value[kCount] = {};
   bool is_active = false;
   if (i < share.neurons) {
@@ -142,26 +139,27 @@ __global__ void __launch_bounds__(kReduceColumns* kReduceParts)
 
 // ---------------------------------------------------------------------------- launch
 
-size_t align256(size_t bytes) { return (bytes + 255) & ~static_cast<size_t>(255); }
-
-int grid(int64_t items, int per_block) {
-  const int64_t wanted = (items + per_block - 1) / per_block, most = multiprocessors() * 8;
-  return static_cast<int>(wanted < most ? (wanted > 0 ? wanted : 1) : most);
-}
-
-// How the work of one product is cut. Two blocks a multiprocessor keep enough reads under way; fewer shares mean less
-// traffic of partial sums, which counts from four tokens on.
+// How the work of one product is cut. Two blocks a multiprocessor keep enough reads under way: one token at 4096 to
+// 11008 in float32 with half of the neurons active reads at 77 % (sparse_down) and 88 % (gated MLP) of an H100's
+// streaming rate. Fewer shares mean less traffic of partial sums, which counts from four tokens on.
 struct Cut {
   int shares, groups, count;  // count: tokens of a block, 1, 2 or kTokens
 };
 
 Cut cut_for(int64_t neurons, int64_t tokens) {
   const int count = tokens <= 2 ? static_cast<int>(tokens) : kTokens;
-  const int64_t groups = (tokens + count - 1) / count, least = (neurons + kShare - 1) / kShare;
+  const int64_t groups = ceil_div(tokens, count), least = ceil_div(neurons, kShare);
   const int64_t wanted = (count < kTokens ? 2 : 1) * multiprocessors() / groups;
   return {static_cast<int>(wanted > least ? wanted : least), static_cast<int>(groups), count};
 }
 
+// A gated block has h of its share's neurons, and so adds up all columns.
+dim3 grid_of(const Cut& cut, int64_t width, int block_columns, bool gated) {
+  return dim3(gated ? 1 : blocks_for(width, block_columns), static_cast<unsigned>(cut.shares),
+              static_cast<unsigned>(cut.groups));
+}
+
+// What stands in the workspace.
 struct Buffers {
   int32_t* counts;     // [groups, shares]
   float* partial;      // [shares, tokens, width]
@@ -170,27 +168,23 @@ struct Buffers {
   size_t bytes;
 };
 
-// Where each buffer stands in the workspace, and how large that must be.
-Buffers carve(void* workspace, int64_t tokens, int64_t neurons, int64_t width, int64_t rank, bool with_act) {
-  Buffers b{};
+Buffers lay_out(void* workspace, int64_t tokens, int64_t neurons, int64_t width, int64_t rank, bool with_act) {
   const Cut cut = cut_for(neurons, tokens);
-  const auto take = [&](auto*& mine, int64_t items) {
-    mine = reinterpret_cast<std::remove_reference_t<decltype(mine)>>(static_cast<char*>(workspace) + b.bytes);
-    b.bytes += align256(static_cast<size_t>(items) * 4);
-  };
-  take(b.counts, static_cast<int64_t>(cut.groups) * cut.shares);
-  take(b.partial, cut.shares * tokens * width);
-  take(b.low_partial, cut.shares * tokens * rank);
-  if (with_act) take(b.act, tokens * neurons);
+  Workspace w(workspace);
+  Buffers b{};
+  b.counts = w.take<int32_t>(static_cast<int64_t>(cut.groups) * cut.shares);
+  b.partial = w.take<float>(cut.shares * tokens * width);
+  b.low_partial = w.take<float>(cut.shares * tokens * rank);
+  if (with_act) b.act = w.take<float>(tokens * neurons);
+  b.bytes = w.bytes();
   return b;
 }
 
 template <class T>
 void reduce(const float* partial, const Buffers& b, const Cut& cut, const T* bias, int64_t capacity, int64_t tokens,
-            int64_t width, int64_t* active, T* y, cudaStream_t stream) {
-  const int64_t blocks = (tokens * width + kReduceColumns - 1) / kReduceColumns;
-  reduce_kernel<T><<<static_cast<unsigned>(blocks), kReduceColumns * kReduceParts, 0, stream>>>(
-      partial, b.counts, cut.shares, cut.groups, bias, capacity, tokens, width, active, y);
+            int64_t width, int64_t* active, T* y, Stream stream) {
+  launch(reduce_kernel<T>, blocks_for(tokens * width, kReduceColumns), kReduceColumns * kReduceParts, 0, stream,
+         partial, b.counts, cut.shares, cut.groups, bias, capacity, tokens, width, active, y);
 }
 
 // Calls fn with the tokens of a block as a compile-time value.

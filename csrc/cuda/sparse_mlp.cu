@@ -11,13 +11,13 @@ namespace {
 // Each lane of a warp sums its part of x[m] . row for `tokens` of kCount tokens; every lane gets the totals.
 template <bool kVector, int kCount, class T>
 __device__ void row_dots(const T* row, const T* x, int64_t width, int tokens, float (&out)[kCount]) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (float& o : out) o = 0.0f;
   if constexpr (kVector) {
     constexpr int kSize = Pack<T>::kSize;
 #pragma unroll 4
-    for (int64_t j = lane * kSize; j < width; j += 32 * kSize) {
+    for (int64_t j = lane * kSize; j < width; j += kWarp * kSize) {
       const Pack<T> w = *reinterpret_cast<const Pack<T>*>(row + j);
 #pragma unroll
       for (int m = 0; m < kCount; ++m) {  // past the last token: the last one again, its result unused
@@ -27,7 +27,7 @@ __device__ void row_dots(const T* row, const T* x, int64_t width, int tokens, fl
       }
     }
   } else {
-    for (int64_t j = lane; j < width; j += 32) {
+    for (int64_t j = lane; j < width; j += kWarp) {
       const float w = to_float(row[j]);
 #pragma unroll
       for (int m = 0; m < kCount; ++m) {
@@ -45,12 +45,12 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(SparseMlpArgs args, cons
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
   const T* x = static_cast<const T*>(args.x);
   const T* b_up = static_cast<const T*>(args.b_up);
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; i < args.neurons; i += warps) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; i < args.neurons; i += warps) {
     for (int64_t m0 = 0; m0 < args.tokens; m0 += kCount) {
       const int tokens = static_cast<int>(min(static_cast<int64_t>(kCount), args.tokens - m0));
       float z[kCount];
       row_dots<kVector, kCount>(w + i * stride, x + m0 * args.width, args.width, tokens, z);
-      const int m = threadIdx.x % 32;
+      const int m = threadIdx.x % kWarp;
       if (m < tokens) {
         float mine = value_of(z, m);
         if (b_up != nullptr) mine += to_float(b_up[i]);
@@ -73,10 +73,7 @@ struct ShareArgs {
 };
 
 template <int kPack, int kCount, class T, class A>
-__global__ void __launch_bounds__(kThreads, 2) share_kernel(ShareArgs<T, A> args) {
-  struct alignas(sizeof(T) * kPack) Group {
-    T values[kPack];
-  };
+__global__ void __launch_bounds__(kThreads, kMinBlocks) share_kernel(ShareArgs<T, A> args) {
   __shared__ int32_t list[kShare];
   __shared__ float h[kShare][kCount];
   const Share share = share_of(args.neurons, args.tokens, kCount);
@@ -84,20 +81,20 @@ __global__ void __launch_bounds__(kThreads, 2) share_kernel(ShareArgs<T, A> args
   if (threadIdx.x == 0 && blockIdx.x == 0) args.counts[blockIdx.z * gridDim.y + blockIdx.y] = count;
   if (args.w_up != nullptr) {
     const T* x = args.x + share.token * args.width;
-    for (int k = threadIdx.x / 32; k < count; k += kWarps) {
+    for (int k = threadIdx.x / kWarp; k < count; k += kWarps) {
       float dot[kCount];
       row_dots<(kPack > 1), kCount>(args.w_up + list[k] * args.up_stride, x, args.width, share.tokens, dot);
-      const int m = threadIdx.x % 32;
+      const int m = threadIdx.x % kWarp;
       if (m < kCount) h[k][m] *= value_of(dot, m);
     }
     __syncthreads();
   }
-  constexpr int64_t kTile = kThreads * kPack;
-  for (int64_t j = blockIdx.x * kTile + threadIdx.x * kPack; j < args.width; j += gridDim.x * kTile) {
+  constexpr int64_t kBlockColumns = kThreads * kPack;
+  for (int64_t j = blockIdx.x * kBlockColumns + threadIdx.x * kPack; j < args.width; j += gridDim.x * kBlockColumns) {
     float sum[kCount][kPack] = {};
 #pragma unroll 8
     for (int k = 0; k < count; ++k) {
-      const Group row = *reinterpret_cast<const Group*>(args.w_down + list[k] * args.down_stride + j);
+      const auto row = *reinterpret_cast<const Pack<T, kPack>*>(args.w_down + list[k] * args.down_stride + j);
 #pragma unroll
       for (int m = 0; m < kCount; ++m) {
 #pragma unroll
@@ -123,53 +120,48 @@ __global__ void __launch_bounds__(kThreads, 2) share_kernel(ShareArgs<T, A> args
 
 // ----------------------------------------------------------------------------
 
-template <class T>
-bool vector_rows(const void* w, int64_t stride, int64_t width) {
-  constexpr int kFull = Pack<T>::kSize;
-  return aligned16(w) && stride % kFull == 0 && width % kFull == 0;
+Buffers buffers_of(const SparseDownArgs& args) {
+  return lay_out(args.workspace, args.tokens, args.neurons, args.width, 0, false);
+}
+
+Buffers buffers_of(const SparseMlpArgs& args) {
+  return lay_out(args.workspace, args.tokens, args.neurons, args.width, 0, true);
 }
 
 template <class T, class A>
 void share_and_reduce(ShareArgs<T, A> args, const Buffers& b, const T* bias, int64_t capacity, int64_t* active, T* y,
-                      cudaStream_t stream) {
+                      Stream stream) {
   args.partial = b.partial;
   args.counts = b.counts;
   const Cut cut = cut_for(args.neurons, args.tokens);
   const bool gated = args.w_up != nullptr;
-  const bool vector = vector_rows<T>(args.w_down, args.down_stride, args.width) &&
-                      (!gated || (vector_rows<T>(args.w_up, args.up_stride, args.width) && aligned16(args.x)));
-  const auto run = [&](auto pack) {
+  const bool packs = fits_packs<T>({args.w_down}, {args.down_stride, args.width}) &&
+                     (!gated || fits_packs<T>({args.w_up, args.x}, {args.up_stride, args.width}));
+  dispatch_pack<T>(packs, [&](auto pack) {
     dispatch_count(cut, [&](auto count) {
-      const int64_t tiles = gated ? 1 : (args.width + kThreads * pack() - 1) / (kThreads * pack());  // h: all columns
-      const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(cut.shares),
-                        static_cast<unsigned>(cut.groups));
-      share_kernel<pack(), count(), T, A><<<blocks, kThreads, 0, stream>>>(args);
+      const dim3 grid = grid_of(cut, args.width, kThreads * pack(), gated);
+      launch(share_kernel<pack(), count(), T, A>, grid, kThreads, 0, stream, args);
     });
-  };
-  if (vector) {
-    run(std::integral_constant<int, Pack<T>::kSize>{});
-  } else {
-    run(std::integral_constant<int, 1>{});
-  }
+  });
   reduce<T>(b.partial, b, cut, bias, capacity, args.tokens, args.width, active, y, stream);
 }
 
 template <class T>
-void sparse_mlp_impl(const SparseMlpArgs& args, cudaStream_t stream) {
-  const Buffers b = carve(args.workspace, args.tokens, args.neurons, args.width, 0, true);
+void sparse_mlp_impl(const SparseMlpArgs& args, Stream stream) {
+  const Buffers b = buffers_of(args);
   const bool gated = args.w_gate != nullptr;
   const T* x = static_cast<const T*>(args.x);
   const T* w_first = static_cast<const T*>(gated ? args.w_gate : args.w_up);
   const int64_t first_stride = gated ? args.gate_stride : args.up_stride;
   if (args.z != nullptr) {
     const int64_t count = args.tokens * args.neurons;
-    activate_kernel<T>
-        <<<grid(count, kThreads), kThreads, 0, stream>>>(args.activation, static_cast<const T*>(args.z), count, b.act);
+    launch(activate_kernel<T>, striding_blocks(count, kThreads), kThreads, 0, stream, args.activation,
+           static_cast<const T*>(args.z), count, b.act);
   } else {
-    const bool vector = vector_rows<T>(w_first, first_stride, args.width) && aligned16(x);
-    const auto gate = args.tokens == 1 ? (vector ? gate_kernel<true, 1, T> : gate_kernel<false, 1, T>)
-                                       : (vector ? gate_kernel<true, 4, T> : gate_kernel<false, 4, T>);
-    gate<<<grid(args.neurons, kWarps), kThreads, 0, stream>>>(args, w_first, first_stride, b.act);
+    const bool packs = fits_packs<T>({w_first, x}, {first_stride, args.width});
+    const auto gate = args.tokens == 1 ? (packs ? gate_kernel<true, 1, T> : gate_kernel<false, 1, T>)
+                                       : (packs ? gate_kernel<true, 4, T> : gate_kernel<false, 4, T>);
+    launch(gate, striding_blocks(args.neurons, kWarps), kThreads, 0, stream, args, w_first, first_stride, b.act);
   }
   share_and_reduce<T, float>(
       {b.act, x, gated ? static_cast<const T*>(args.w_up) : nullptr, static_cast<const T*>(args.w_down_t),
@@ -179,29 +171,22 @@ void sparse_mlp_impl(const SparseMlpArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
-size_t sparse_down_workspace(const SparseDownArgs& args) {
-  return carve(nullptr, args.tokens, args.neurons, args.width, 0, false).bytes;
-}
+size_t sparse_down_workspace(const SparseDownArgs& args) { return buffers_of(args).bytes; }
 
-size_t sparse_mlp_workspace(const SparseMlpArgs& args) {
-  return carve(nullptr, args.tokens, args.neurons, args.width, 0, true).bytes;
-}
+size_t sparse_mlp_workspace(const SparseMlpArgs& args) { return buffers_of(args).bytes; }
 
 void sparse_down(const SparseDownArgs& args, Stream stream) {
   dispatch_dtype(args.dtype, [&](auto t) {
     using T = decltype(t);
     share_and_reduce<T, T>({static_cast<const T*>(args.a), nullptr, nullptr, static_cast<const T*>(args.w_down_t), 0,
                             args.w_stride, args.tokens, args.neurons, args.width, args.tau, nullptr, nullptr},
-                           carve(args.workspace, args.tokens, args.neurons, args.width, 0, false),
-                           static_cast<const T*>(args.bias), args.capacity, args.rows_read, static_cast<T*>(args.y),
-                           stream_of(stream));
+                           buffers_of(args), static_cast<const T*>(args.bias), args.capacity, args.rows_read,
+                           static_cast<T*>(args.y), stream);
   });
-  DEFTCORE_CUDA_CHECK(cudaGetLastError());
 }
 
 void sparse_mlp(const SparseMlpArgs& args, Stream stream) {
-  dispatch_dtype(args.dtype, [&](auto t) { sparse_mlp_impl<decltype(t)>(args, stream_of(stream)); });
-  DEFTCORE_CUDA_CHECK(cudaGetLastError());
+  dispatch_dtype(args.dtype, [&](auto t) { sparse_mlp_impl<decltype(t)>(args, stream); });
 }
 
 }  // namespace deftcore::cuda

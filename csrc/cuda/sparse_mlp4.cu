@@ -7,7 +7,7 @@
 namespace deftcore::cuda {
 namespace {
 
-constexpr int kStageBytes = 20 << 10;  // of x in shared memory at once
+constexpr int kUpStageBytes = 20 << 10;  // of x; with the block's own 10 KB under the 48 that need no opting in
 
 // h[k, m] *= x[m] . W_up[list[k]] + up_low[m] . up_lora[list[k]]. Every thread of the block calls it.
 template <class T, int kCount>
@@ -18,8 +18,8 @@ __device__ void multiply_up(const SparseMlp4bitArgs& args, const Share& share, i
   const Quant4& q = args.w_up;
   const T *x = static_cast<const T*>(args.x) + share.token * args.width, *low = static_cast<const T*>(args.up_low),
           *lora = static_cast<const T*>(args.up_lora);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int chunks = static_cast<int>((q.cols + kChunk - 1) / kChunk);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int chunks = static_cast<int>(ceil_div(q.cols, kChunk));
   load_books(q, books);
   for (int stage = 0; stage < chunks; stage += stage_chunks) {
     const int here = min(stage_chunks, chunks - stage);
@@ -32,14 +32,14 @@ __device__ void multiply_up(const SparseMlp4bitArgs& args, const Share& share, i
       if (stage == 0) {
 #pragma unroll
         for (int m = 0; m < kCount; ++m) {
-          for (int64_t r = lane; r < args.up_rank && m < share.tokens; r += 32) {
+          for (int64_t r = lane; r < args.up_rank && m < share.tokens; r += kWarp) {
             total[0][m] = fmaf(to_float(low[(share.token + m) * args.up_rank + r]),
                                to_float(lora[row * args.up_rank + r]), total[0][m]);
           }
         }
       }
       for (int c = 0; c < here; ++c) {
-        const int64_t column = static_cast<int64_t>(stage + c) * kChunk + lane * kGroup;
+        const int64_t column = static_cast<int64_t>(stage + c) * kChunk + lane * kLaneWeights;
         if (column >= q.cols) break;
         const Codes codes[1] = {load_codes(q, row * q.cols + column)};
         add_dots(q, books, codes, staged + c * kCount * kStagedChunk<T>, total);
@@ -89,9 +89,7 @@ __device__ void add_rows(const Quant4& q, const float* code, const int32_t* list
         if (q.column_blocks && list[k] / q.block_size != block) {
           close_block();
           block = list[k] / q.block_size;
-          const float* next = static_cast<const float*>(q.absmax) + block * q.cols + j;
-#pragma unroll
-          for (int i = 0; i < 8; ++i) scales[i] = next[i];
+          column_scales8(q, block, j, scales);
         }
         float w[8];
         decode8(words[a], code, w);
@@ -122,7 +120,7 @@ __device__ void add_rows(const Quant4& q, const float* code, const int32_t* list
 
 // A = T where act holds activations already, float after activate_kernel.
 template <int kPack, int kCount, class T, class A>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     share4_kernel(SparseMlp4bitArgs args, const A* act, Buffers b, int stage_chunks) {
   extern __shared__ uint4 dynamic[];
   __shared__ int32_t list[kShare];
@@ -137,8 +135,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     multiply_up<T, kCount>(args, share, count, list, stage_chunks, reinterpret_cast<T*>(dynamic), h);
   }
   const int64_t row = blockIdx.y * args.tokens + share.token;
-  constexpr int64_t kTile = kThreads * kPack;
-  for (int64_t j = blockIdx.x * kTile + threadIdx.x * kPack; j < q.cols; j += gridDim.x * kTile) {
+  constexpr int64_t kBlockColumns = kThreads * kPack;
+  for (int64_t j = blockIdx.x * kBlockColumns + threadIdx.x * kPack; j < q.cols; j += gridDim.x * kBlockColumns) {
     float sum[kCount][kPack] = {};
     add_rows<kPack, kCount>(q, code, list, h, count, j, sum);
 #pragma unroll
@@ -160,22 +158,21 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ----------------------------------------------------------------------------
 
+Buffers buffers_of(const SparseMlp4bitArgs& args) {
+  return lay_out(args.workspace, args.tokens, args.neurons, args.width, args.down_rank, true);
+}
+
 template <class T, class A>
-void share4_and_reduce(const SparseMlp4bitArgs& args, const A* act, const Buffers& b, cudaStream_t stream) {
+void share4_and_reduce(const SparseMlp4bitArgs& args, const A* act, const Buffers& b, Stream stream) {
   const Quant4& q = args.w_down_t;
   const bool gated = args.w_up.packed != nullptr;
   const Cut cut = cut_for(args.neurons, args.tokens);
   const auto run = [&](auto pack) {
     dispatch_count(cut, [&](auto count) {
-      constexpr int kChunkBytes = count() * kStagedChunk<T> * static_cast<int>(sizeof(T));
-      static_assert(kChunkBytes <= kStageBytes, "a chunk of x fits");
-      const int64_t chunks = (args.width + kChunk - 1) / kChunk;
-      const int stage = static_cast<int>(chunks < kStageBytes / kChunkBytes ? chunks : kStageBytes / kChunkBytes);
-      const int64_t tiles = gated ? 1 : (q.cols + kThreads * pack() - 1) / (kThreads * pack());  // h: all columns
-      const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(cut.shares),
-                        static_cast<unsigned>(cut.groups));
-      share4_kernel<pack(), count(), T, A>
-          <<<blocks, kThreads, gated ? stage * kChunkBytes : 0, stream>>>(args, act, b, stage);
+      const Stage stage = stage_of<kUpStageBytes, count(), T>(args.width);
+      const dim3 grid = grid_of(cut, q.cols, kThreads * pack(), gated);
+      launch(share4_kernel<pack(), count(), T, A>, grid, kThreads, gated ? stage.bytes : 0, stream, args, act, b,
+             stage.chunks);
     });
   };
   if (q.cols % 8 == 0 && reinterpret_cast<uintptr_t>(q.packed) % 4 == 0) {
@@ -192,26 +189,23 @@ void share4_and_reduce(const SparseMlp4bitArgs& args, const A* act, const Buffer
 }
 
 template <class T>
-void sparse_mlp_4bit_impl(const SparseMlp4bitArgs& args, cudaStream_t stream) {
-  const Buffers b = carve(args.workspace, args.tokens, args.neurons, args.width, args.down_rank, true);
+void sparse_mlp_4bit_impl(const SparseMlp4bitArgs& args, Stream stream) {
+  const Buffers b = buffers_of(args);
   const T* z = static_cast<const T*>(args.z);
   if (args.activated) return share4_and_reduce<T, T>(args, z, b, stream);
   const int64_t count = args.tokens * args.neurons;
-  activate_kernel<T><<<grid(count, kThreads), kThreads, 0, stream>>>(args.activation, z, count, b.act);
+  launch(activate_kernel<T>, striding_blocks(count, kThreads), kThreads, 0, stream, args.activation, z, count, b.act);
   share4_and_reduce<T, float>(args, b.act, b, stream);
 }
 
 }  // namespace
 
-size_t sparse_mlp_4bit_workspace(const SparseMlp4bitArgs& args) {
-  return carve(nullptr, args.tokens, args.neurons, args.width, args.down_rank, true).bytes;
-}
+size_t sparse_mlp_4bit_workspace(const SparseMlp4bitArgs& args) { return buffers_of(args).bytes; }
 
 void sparse_mlp_4bit(const SparseMlp4bitArgs& args, Stream stream) {
   require(args.w_up.packed == nullptr || (aligned16(args.w_up.packed) && aligned16(args.x)), "sparse_mlp_4bit",
           "w_up and x must be 16-byte aligned");
-  dispatch_dtype(args.dtype, [&](auto t) { sparse_mlp_4bit_impl<decltype(t)>(args, stream_of(stream)); });
-  DEFTCORE_CUDA_CHECK(cudaGetLastError());
+  dispatch_dtype(args.dtype, [&](auto t) { sparse_mlp_4bit_impl<decltype(t)>(args, stream); });
 }
 
 }  // namespace deftcore::cuda

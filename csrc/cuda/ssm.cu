@@ -1,38 +1,19 @@
-// Selective scan (Mamba) and its one-step form. A thread owns a channel and runs through time, kStateBlock states in
-// registers at once; steps, inputs and partial outputs of a chunk stand in shared memory, a column per thread, so that
-// threads never wait for each other. Sums over channels (b, c) are taken in a warp, written out per warp and added in a
-// fixed order by a second kernel; those over time and batch (a, d, bias, fixed b and c) use atomics.
+// Selective scan (Mamba), cut as scan.cuh says, and its one-step form. Sums over channels (b, c) are taken in a warp,
+// written out per warp and added in a fixed order by a second kernel; those over time and batch (a, d, bias, fixed b
+// and c) use atomics.
 #include "scan.cuh"
 
 namespace deftcore::cuda {
 namespace {
 
-constexpr int kThreads = 64;
-constexpr int kStateBlock = 16;
-constexpr int kBackwardBlock = 8;  // the adjoint keeps three numbers per state
-constexpr int kChunk = static_cast<int>(kScanChunk);
-constexpr int kWarp = 32;
+constexpr int kBackwardBlock = 8;  // states in registers; the adjoint keeps three numbers per state
 
-int64_t chunks_of(const SelectiveScanArgs& args) { return (args.length + kScanChunk - 1) / kScanChunk; }
-__device__ int64_t chunks_on(const SelectiveScanArgs& args) { return (args.length + kScanChunk - 1) / kScanChunk; }
-
-// This thread's channel; threads past the group's last one take part in warp sums with zeros.
-struct Owner {
-  int64_t batch, group, channel;
-  bool active;
-};
-
-__device__ Owner owner_of(const SelectiveScanArgs& args) {
-  const int64_t size = args.channels / args.groups, blocks = (size + kThreads - 1) / kThreads;
-  const int64_t group = blockIdx.x / blocks, offset = blockIdx.x % blocks * kThreads + threadIdx.x;
-  return {blockIdx.y, group, group * size + (offset < size ? offset : 0), offset < size};
-}
-
+// As scan.cuh's, or of an x [channels, states] that holds for all times.
 __device__ float coefficient(const SelectiveScanArgs& args, const float* x, bool fixed, const Owner& own, int64_t time,
                              int64_t n) {
   if (n >= args.states) return 0.0f;
   if (fixed) return x[n * args.channels + own.channel];
-  return x[((own.batch * args.length + time) * args.groups + own.group) * args.states + n];
+  return x[group_row(args, own, time) + n];
 }
 
 __device__ float step_at(const SelectiveScanArgs& args, float delta, int64_t channel) {
@@ -41,8 +22,8 @@ __device__ float step_at(const SelectiveScanArgs& args, float delta, int64_t cha
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) scan_kernel(SelectiveScanArgs args) {
-  __shared__ float u[kChunk][kThreads], step[kChunk][kThreads], y[kChunk][kThreads];
+__global__ void __launch_bounds__(kScanThreads) scan_kernel(SelectiveScanArgs args) {
+  __shared__ Tile u, step, y;
   const Owner own = owner_of(args);
   const int lane = static_cast<int>(threadIdx.x);
   if (!own.active) return;
@@ -51,9 +32,9 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(SelectiveScanArgs args) 
     args.last[plane + n * args.channels] = args.first == nullptr ? 0.0f : args.first[plane + n * args.channels];
   }
   const float d = args.d == nullptr ? 0.0f : args.d[own.channel];
-  for (int64_t chunk = 0; chunk < chunks_on(args); ++chunk) {
-    const int64_t start = chunk * kChunk;
-    const int steps = static_cast<int>(args.length - start < kChunk ? args.length - start : kChunk);
+  for (int64_t chunk = 0; chunk < chunks_of(args.length); ++chunk) {
+    const int64_t start = chunk * kSteps;
+    const int steps = steps_from(start, args.length);
     for (int t = 0; t < steps; ++t) {
       u[t][lane] = read_at<T>(args.u, own.batch, start + t, own.channel);
       step[t][lane] = step_at(args, read_at<T>(args.delta, own.batch, start + t, own.channel), own.channel);
@@ -67,8 +48,8 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(SelectiveScanArgs args) 
         a[i] = there ? args.a[(n0 + i) * args.channels + own.channel] : 0.0f;
         h[i] = there ? args.last[plane + (n0 + i) * args.channels] : 0.0f;
         if (there && args.chunks != nullptr) {
-          args.chunks[((own.batch * chunks_on(args) + chunk) * args.states + n0 + i) * args.channels + own.channel] =
-              h[i];
+          args.chunks[((own.batch * chunks_of(args.length) + chunk) * args.states + n0 + i) * args.channels +
+                      own.channel] = h[i];
         }
       }
       for (int t = 0; t < steps; ++t) {
@@ -99,30 +80,40 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(SelectiveScanArgs args) 
 // ---------------------------------------------------------------------------- backward
 
 int64_t warps_of(const SelectiveScanArgs& args) {
-  const int64_t size = args.channels / args.groups;
-  return (size + kThreads - 1) / kThreads * (kThreads / kWarp);
+  return ceil_div(args.channels / args.groups, kScanThreads) * kScanWarps;
 }
 
-// Parts of b's gradient, then of c's: [batch, length, groups, warps, states] each.
-int64_t part_floats(const SelectiveScanArgs& args) {
-  return args.batch * args.length * args.groups * warps_of(args) * args.states;
+// The workspace: parts of b's and of c's gradient, [batch, length, groups, warps, states] each.
+struct PartialSums {
+  float *b, *c;
+  size_t bytes;
+};
+
+PartialSums lay_out(const SelectiveScanBackwardArgs& back) {
+  const SelectiveScanArgs& args = back.forward;
+  const int64_t floats = args.batch * args.length * args.groups * warps_of(args) * args.states;
+  Workspace w(back.workspace);
+  PartialSums parts{};
+  parts.b = w.take<float>(floats);
+  parts.c = w.take<float>(floats);
+  parts.bytes = w.bytes();
+  return parts;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kScanThreads)
     backward_kernel(SelectiveScanBackwardArgs back, int64_t warps, float* parts_b, float* parts_c) {
-  __shared__ float u[kChunk][kThreads], step[kChunk][kThreads], dy[kChunk][kThreads], y[kChunk][kThreads];
-  __shared__ float into_u[kChunk][kThreads], into_step[kChunk][kThreads];
+  __shared__ Tile u, step, dy, y, into_u, into_step;
   const SelectiveScanArgs& args = back.forward;
   const Owner own = owner_of(args);
   const int lane = static_cast<int>(threadIdx.x);
   const int64_t plane = own.batch * args.states * args.channels + own.channel;
-  const int64_t warp = blockIdx.x % (warps / (kThreads / kWarp)) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t warp = blockIdx.x % (warps / kScanWarps) * kScanWarps + threadIdx.x / kWarp;
   const float d = args.d == nullptr ? 0.0f : args.d[own.channel];
   float sum_d = 0.0f, sum_bias = 0.0f;
-  for (int64_t chunk = chunks_on(args) - 1; chunk >= 0; --chunk) {
-    const int64_t start = chunk * kChunk;
-    const int steps = static_cast<int>(args.length - start < kChunk ? args.length - start : kChunk);
+  for (int64_t chunk = chunks_of(args.length) - 1; chunk >= 0; --chunk) {
+    const int64_t start = chunk * kSteps;
+    const int steps = steps_from(start, args.length);
     for (int t = 0; t < steps; ++t) {
       const bool on = own.active;
       u[t][lane] = on ? read_at<T>(args.u, own.batch, start + t, own.channel) : 0.0f;
@@ -137,7 +128,7 @@ __global__ void __launch_bounds__(kThreads)
       sum_d += grad * u[t][lane];
     }
     for (int64_t n0 = 0; n0 < args.states; n0 += kBackwardBlock) {
-      float a[kBackwardBlock], g[kBackwardBlock], sum_a[kBackwardBlock], history[kChunk + 1][kBackwardBlock];
+      float a[kBackwardBlock], g[kBackwardBlock], sum_a[kBackwardBlock], history[kSteps + 1][kBackwardBlock];
       for (int i = 0; i < kBackwardBlock; ++i) {
         const bool there = own.active && n0 + i < args.states;
         const int64_t place = (n0 + i) * args.channels + own.channel;
@@ -145,7 +136,8 @@ __global__ void __launch_bounds__(kThreads)
         g[i] = there ? back.grad_first[plane + (n0 + i) * args.channels] : 0.0f;
         sum_a[i] = 0.0f;
         history[0][i] =
-            there ? args.chunks[(own.batch * chunks_on(args) + chunk) * args.states * args.channels + place] : 0.0f;
+            there ? args.chunks[(own.batch * chunks_of(args.length) + chunk) * args.states * args.channels + place]
+                  : 0.0f;
       }
       for (int t = 0; t < steps; ++t) {
         const float s = step[t][lane], su = s * u[t][lane];
@@ -226,11 +218,6 @@ __global__ void add_parts_kernel(const float* parts, float* grad, int64_t rows, 
   grad[i] = sum;
 }
 
-dim3 grid_of(const SelectiveScanArgs& args) {
-  const int64_t size = args.channels / args.groups, blocks = (size + kThreads - 1) / kThreads;
-  return dim3(static_cast<unsigned>(args.groups * blocks), static_cast<unsigned>(args.batch));
-}
-
 // ---------------------------------------------------------------------------- one step
 
 template <class T>
@@ -277,45 +264,36 @@ __global__ void update_kernel(StateUpdateArgs args) {
 
 void selective_scan(const SelectiveScanArgs& args, Stream stream) {
   if (args.batch == 0 || args.channels == 0) return;
-  dispatch_dtype(args.dtype, [&](auto t) {
-    scan_kernel<decltype(t)><<<grid_of(args), kThreads, 0, stream_of(stream)>>>(args);
-    DEFTCORE_CUDA_CHECK(cudaGetLastError());
-  });
+  dispatch_dtype(args.dtype,
+                 [&](auto t) { launch(scan_kernel<decltype(t)>, scan_grid(args), kScanThreads, 0, stream, args); });
 }
 
-size_t selective_scan_backward_workspace(const SelectiveScanBackwardArgs& args) {
-  return static_cast<size_t>(2 * part_floats(args.forward)) * sizeof(float);
-}
+size_t selective_scan_backward_workspace(const SelectiveScanBackwardArgs& back) { return lay_out(back).bytes; }
 
 void selective_scan_backward(const SelectiveScanBackwardArgs& back, Stream stream) {
   const SelectiveScanArgs& args = back.forward;
-  if (args.batch == 0 || args.channels == 0 || chunks_of(args) == 0) return;
+  if (args.batch == 0 || args.channels == 0 || args.length == 0) return;
   const int64_t rows = args.batch * args.length * args.groups, warps = warps_of(args);
-  float* parts_b = static_cast<float*>(back.workspace);
-  float* parts_c = parts_b + part_floats(args);
+  const PartialSums parts = lay_out(back);
   dispatch_dtype(args.dtype, [&](auto t) {
-    backward_kernel<decltype(t)><<<grid_of(args), kThreads, 0, stream_of(stream)>>>(back, warps, parts_b, parts_c);
-    DEFTCORE_CUDA_CHECK(cudaGetLastError());
+    launch(backward_kernel<decltype(t)>, scan_grid(args), kScanThreads, 0, stream, back, warps, parts.b, parts.c);
   });
-  constexpr int kAddThreads = 256;
-  const auto blocks = static_cast<unsigned>((rows * args.states + kAddThreads - 1) / kAddThreads);
-  const auto add = [&](const float* parts, float* grad) {
-    add_parts_kernel<<<blocks, kAddThreads, 0, stream_of(stream)>>>(parts, grad, rows, warps, args.states);
-    DEFTCORE_CUDA_CHECK(cudaGetLastError());
+  const auto add = [&](const float* part, float* grad) {
+    const unsigned blocks = blocks_for(rows * args.states, kThreads);
+    launch(add_parts_kernel, blocks, kThreads, 0, stream, part, grad, rows, warps, args.states);
   };
-  if (back.grad_b != nullptr && !args.fixed_b) add(parts_b, back.grad_b);
-  if (back.grad_c != nullptr && !args.fixed_c) add(parts_c, back.grad_c);
+  if (back.grad_b != nullptr && !args.fixed_b) add(parts.b, back.grad_b);
+  if (back.grad_c != nullptr && !args.fixed_c) add(parts.c, back.grad_c);
 }
 
 void selective_state_update(const StateUpdateArgs& args, Stream stream) {
   const int64_t rows = args.batch * args.heads * args.head_dim;
   if (rows == 0) return;
   constexpr int kUpdateThreads = 128;
-  const auto blocks = static_cast<unsigned>((rows * kWarp + kUpdateThreads - 1) / kUpdateThreads);
+  const unsigned blocks = blocks_for(rows, kUpdateThreads / kWarp);
   dispatch_dtype(args.dtype, [&](auto t) {
     dispatch_dtype(args.state_dtype, [&](auto s) {
-      update_kernel<decltype(t), decltype(s)><<<blocks, kUpdateThreads, 0, stream_of(stream)>>>(args);
-      DEFTCORE_CUDA_CHECK(cudaGetLastError());
+      launch(update_kernel<decltype(t), decltype(s)>, blocks, kUpdateThreads, 0, stream, args);
     });
   });
 }
