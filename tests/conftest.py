@@ -60,22 +60,25 @@ def tiny_model(family: str, activation: str = "relu"):
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "num_attention_heads": 4}
     wide = {"hidden_size": 32, "num_hidden_layers": 2}
-    if family == "llama":
-        return t.LlamaForCausalLM(
-            t.LlamaConfig(**sizes, **wide, intermediate_size=72, num_key_value_heads=2, hidden_act=activation)
-        )
-    if family in ("mistral", "qwen2", "qwen3"):
-        name = {"mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-        config = getattr(t, f"{name}Config")(
-            **sizes, **wide, intermediate_size=72, num_key_value_heads=2, hidden_act=activation, bos_token_id=0,
-            eos_token_id=1, **({"head_dim": 8} if family == "qwen3" else {}),
-        )  # fmt: skip
-        return getattr(t, f"{name}ForCausalLM")(config)
+    if family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt_neox"):
+        act = "hidden_activation" if family in ("gemma2", "gemma3_text") else "hidden_act"
+        options = {"intermediate_size": 72, act: activation}
+        if family != "gpt_neox":
+            options["num_key_value_heads"] = 2
+        if family != "llama":
+            options |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+        if family in ("qwen3", "gemma", "gemma2", "gemma3_text"):
+            options["head_dim"] = 8
+        return t.AutoModelForCausalLM.from_config(t.AutoConfig.for_model(family, **sizes, **wide, **options))
+    if family in ("mamba", "falcon_mamba", "mamba2"):
+        options = {"state_size": 8, "pad_token_id": 0}
+        if family == "mamba2":
+            options |= {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8}
+        return t.AutoModelForCausalLM.from_config(t.AutoConfig.for_model(family, vocab_size=64, **wide, **options))
     if family == "gpt2":
         rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return t.GPT2LMHeadModel(
-            t.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1, **rates)
-        )
+        options = {"bos_token_id": 0, "eos_token_id": 1, "activation_function": activation}
+        return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, **options, **rates))
     if family == "opt":
         return t.OPTForCausalLM(
             t.OPTConfig(
@@ -88,10 +91,11 @@ def tiny_model(family: str, activation: str = "relu"):
         }[family]  # fmt: skip
         rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         return model(config(**sizes, **wide, **rates, intermediate_size=72, hidden_act=activation))
-    return t.T5ForConditionalGeneration(
-        t.T5Config(vocab_size=64, d_model=32, d_ff=72, d_kv=8, num_layers=2, num_heads=4, dropout_rate=0.0,
-                   decoder_start_token_id=0, feed_forward_proj=activation)
-    )  # fmt: skip
+    options = {"dropout_rate": 0.0, "decoder_start_token_id": 0, "feed_forward_proj": activation}
+    config = t.AutoConfig.for_model(
+        family, vocab_size=64, d_model=32, d_ff=72, d_kv=8, num_layers=2, num_heads=4, **options
+    )
+    return t.AutoModelForSeq2SeqLM.from_config(config)
 
 
 def tiny_batch(family: str):
@@ -112,4 +116,4 @@ def recompute(model, reentrant: bool = False) -> None:
 
 
 def task_type(family: str) -> str | None:
-    return {"bert": None, "roberta": None, "t5": "SEQ_2_SEQ_LM"}.get(family, "CAUSAL_LM")
+    return {"bert": None, "roberta": None, "t5": "SEQ_2_SEQ_LM", "mt5": "SEQ_2_SEQ_LM"}.get(family, "CAUSAL_LM")

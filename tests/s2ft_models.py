@@ -7,6 +7,8 @@ from conftest import task_type, tiny_model
 from deftcore.methods.s2ft.config import S2ftConfig
 from deftcore.methods.s2ft.layer import S2ftLayer
 
+# One of each form, and those whose parts differ in detail (biases, norms of queries and keys).
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "gpt2", "gpt_neox", "bert", "roberta", "t5")
 ALL = ["o", "down", "v", "up", "q", "k"]
 
 

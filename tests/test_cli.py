@@ -34,7 +34,8 @@ def place(tmp_path_factory):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "ffn_dim": 72, "num_attention_heads": 4}
     config = transformers.OPTConfig(vocab_size=64, word_embed_proj_dim=32, max_position_embeddings=20, **sizes)
     short = transformers.OPTForCausalLM(config)
-    models = {"base": None, "gpt2": tiny_model("gpt2"), "mamba": model_of("mamba"), "short": short}
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4))
+    models = {"base": None, "gpt2": tiny_model("gpt2"), "bloom": bloom, "mamba": model_of("mamba"), "short": short}
     for name, model in models.items():
         (root / name).mkdir()
         save_base(root / name, model, **({"intermediate_size": 128} if name == "base" else {}))
@@ -87,7 +88,7 @@ MISTAKES = [
         [*TRAIN, "method=prefix", "adapter={num_virtual_tokens: 2}", "training.gradient_checkpointing=true"],
         "training.gradient_checkpointing: must be false with method prefix",
     ),
-    ([*TRAIN, "model=gpt2", "deft=true"], "deft: model: GPT2LMHeadModel has no MLP block of a known family"),
+    ([*TRAIN, "model=bloom", "deft=true"], "deft: model: BloomForCausalLM has no MLP block of a known family"),
     (
         [*TRAIN, "model=short", "data.max_length=21"],
         "max_length: must be at most 20, the positions of model.decoder.emb",
@@ -120,7 +121,7 @@ MISTAKES = [
     (["export", "base", "file"], "output: must be a folder to write to"),
     (["export", "base", "file/x"], "output: must be a folder to write to"),
     (["export", "base", ""], "output: is needed"),
-    (["export", "gpt2", "out"], "model: GPT2LMHeadModel has no MLP block of a known family"),
+    (["export", "bloom", "out"], "model: BloomForCausalLM has no MLP block of a known family"),
     ([*EXPORT, "--skip", "nope"], "skip: no MLP block named nope; the model has model.layers.0.mlp"),
     ([*EXPORT, "--merge", "4bit"], "merge: is for an adapter over a 4-bit base, got '4bit'"),
     ([*EXPORT, "--adapter", "nope"], "adapter: must be the folder of an adapter"),

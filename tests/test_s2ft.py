@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from conftest import recompute, tiny_batch
-from s2ft_models import ALL, layers_of, scaled, state_of, train, trainable, wrap
+from s2ft_models import ALL, FAMILIES, layers_of, scaled, state_of, train, trainable, wrap
 from torch import nn
 
 import deftcore
@@ -20,7 +20,7 @@ from deftcore.methods.s2ft.gated_mlp import FusedGatedMlp
 from deftcore.methods.s2ft.layer import S2ftLayer
 from deftcore.methods.s2ft.selection import select_channels
 from deftcore.methods.s2ft.serving import serve
-from deftcore.models.coupled import FAMILIES, find_coupled, permute, runs, selected_first
+from deftcore.models.coupled import find_coupled, permute, runs, selected_first
 from deftcore.nn import Linear4bit
 from deftcore.ops import LowRankDelta
 
@@ -67,11 +67,9 @@ def test_generation_with_a_cache_is_token_identical():
 def test_unknown_family_is_refused():
     import transformers as t
 
-    config = t.GPTNeoXConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
-    )
-    with pytest.raises(ValueError, match="gpt_neox"):
-        wrap(t.GPTNeoXForCausalLM(config))
+    config = t.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
+    with pytest.raises(ValueError, match=r"S2FT knows llama, .*; the structure of 'bloom' is not in its table"):
+        wrap(t.BloomForCausalLM(config))
 
 
 def test_orders_and_runs():

@@ -1,12 +1,14 @@
 """Finds the MLP blocks of a Transformers model by their structure, through PEFT's wrappers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from deftcore.models.families import MLP_FORMS, Mlp, family_of
+from deftcore.nn.linear import shape_of
 from deftcore.nn.shadow import shadow
 
 
@@ -25,16 +27,23 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class MlpBlock:
-    """One MLP block: y = down(act(up(x))), or y = down(act(gate(x)) * up(x)) when `gate` is there."""
+class ActivationSite:
+    """An activation in a model."""
 
     name: str  # in the base model, whatever wraps it
     side: str  # "encoder" or "decoder" of an encoder-decoder model, "model" otherwise
     activation: Slot
+
+
+@dataclass(frozen=True)
+class MlpBlock(ActivationSite):
+    """One MLP block: y = down(act(up(x))), or y = down(act(gate(x)) * up(x)) when `gate` is there."""
+
     gate: Slot | None
     up: Slot
     down: Slot
     container: Slot | None  # the module that computes the whole block, where there is one
+    form: Mlp
 
     @property
     def output(self) -> Slot:
@@ -69,7 +78,7 @@ def check_function(block: MlpBlock) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.enable_grad():  # without gradients, bitsandbytes would repack its weights
         for scale in (1.0, 1000.0):
-            x = scale * torch.randn((4, first.in_features), generator=generator)
+            x = scale * torch.randn((4, shape_of(first)[1]), generator=generator)
             x = x.to(first.weight.device, _input_dtype(first, torch.float32)).requires_grad_()
             inner = up(x)
             if block.gate is not None:
@@ -89,7 +98,7 @@ def _input_dtype(layer: Any, otherwise: torch.dtype) -> torch.dtype:
 
 
 def find_mlp_blocks(model: nn.Module) -> list[MlpBlock]:
-    """MLP blocks in forward order: Llama-like (Mistral, Qwen2, Gemma ...), OPT, BERT, RoBERTa, T5.
+    """MLP blocks in forward order, of an architecture that `families` lists, or of a form that it knows.
 
     Their names are those of the base model, so that they stay the same when an adapter is put on, merged or taken off.
 
@@ -97,6 +106,9 @@ def find_mlp_blocks(model: nn.Module) -> list[MlpBlock]:
         ValueError: naming the model's class, when it has none that is understood, or experts that would be left out.
     """
     base = base_of(model)
+    family = family_of(base)
+    if family is not None and not family.mlps:
+        raise ValueError(f"model: {type(base).__name__}: {family.refusal('density')}")
     experts = [name for name, module in base.named_modules() if "Experts" in type(module).__name__]
     if experts:
         raise ValueError(
@@ -105,42 +117,47 @@ def find_mlp_blocks(model: nn.Module) -> list[MlpBlock]:
         )
     blocks = list(_blocks(base))
     if not blocks:
-        raise ValueError(
-            f"model: {type(base).__name__} has no MLP block of a known family "
-            "(Llama-like gate_proj/up_proj/down_proj, OPT fc1/fc2, BERT intermediate/output, T5 wi/wo)"
-        )
+        forms = ", ".join("/".join(form.projections) for form in MLP_FORMS)
+        raise ValueError(f"model: {type(base).__name__} has no MLP block of a known family ({forms})")
     return blocks
 
 
 def _blocks(model: nn.Module) -> Iterator[MlpBlock]:
+    family = family_of(model)
+    forms = MLP_FORMS if family is None else family.mlps
     modules = dict(model.named_modules())
     for path, module in modules.items():
-        container = None
-        if "." in path:
-            parent, attribute = path.rsplit(".", 1)
+        form = next((form for form in forms if has_parts(module, (form.act, *form.projections))), None)
+        if form is None:
+            continue
+        container, down = None, _slot(module, form.down)
+        if not form.whole:
+            down = beneath_adapters(down)
+        elif path:
+            parent, _, attribute = path.rpartition(".")
             container = Slot(modules[parent], attribute)
         name = path.replace(".base_layer", "")
-        side = side_of(model, name)
-        if _has(module, "gate_proj", "up_proj", "down_proj", "act_fn"):
-            yield MlpBlock(name, side, *_slots(module, "act_fn", "gate_proj", "up_proj", "down_proj"), container)
-        elif _has(module, "wi_0", "wi_1", "wo", "act"):
-            yield MlpBlock(name, side, *_slots(module, "act", "wi_0", "wi_1", "wo"), container)
-        elif _has(module, "wi", "wo", "act"):
-            yield MlpBlock(name, side, *_slots(module, "act", None, "wi", "wo"), container)
-        elif _has(module, "fc1", "fc2", "activation_fn"):
-            act, gate, up, down = _slots(module, "activation_fn", None, "fc1", "fc2")
-            yield MlpBlock(name, side, act, gate, up, beneath_adapters(down), None)
-        elif _has(module, "intermediate", "output") and _has(module.intermediate, "dense", "intermediate_act_fn"):
-            act, up = Slot(module.intermediate, "intermediate_act_fn"), Slot(module.intermediate, "dense")
-            yield MlpBlock(name, side, act, None, up, beneath_adapters(Slot(module.output, "dense")), None)
+        gate = _slot(module, form.gate) if form.gate else None
+        act, up = _slot(module, form.act), _slot(module, form.up)
+        yield MlpBlock(name, side_of(model, name), act, gate, up, down, container, form)
 
 
-def _slots(module: nn.Module, act: str, gate: str | None, up: str, down: str) -> tuple[Slot, Slot | None, Slot, Slot]:
-    return Slot(module, act), Slot(module, gate) if gate else None, Slot(module, up), Slot(module, down)
+def _slot(module: nn.Module, path: str) -> Slot:
+    holder, _, attribute = path.rpartition(".")
+    return Slot(module.get_submodule(holder), attribute)
 
 
-def _has(module: nn.Module, *names: str) -> bool:
-    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+def has_parts(module: nn.Module, paths: Iterable[str]) -> bool:
+    """Whether there is a module at each of some paths below another."""
+
+    def at(found: Any, path: str) -> bool:
+        for name in path.split("."):
+            found = getattr(found, name, None)
+            if not isinstance(found, nn.Module):
+                return False
+        return True
+
+    return all(at(module, path) for path in paths)
 
 
 def side_of(model: nn.Module, name: str) -> str:

@@ -1,7 +1,7 @@
 """Heads and channels of a Transformers model that belong together, and their permutation (S2FT, arXiv 2412.06289).
 
 A permutation of an MLP's channels, or of an attention's heads, applied to every matrix that touches them leaves the
-function as it was. One table here says, family by family, which rows and columns those are.
+function as it was. `families` says, architecture by architecture, which matrices those are.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deftcore.nn.linear import PackedModule, is_transposed
+from deftcore.models.blocks import has_parts
+from deftcore.models.families import FAMILIES, Attention, Family, Mlp, check_served, model_type, served_by
+from deftcore.nn.linear import PackedModule, is_transposed, shape_of
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "gpt2", "bert", "roberta", "t5")
 HEAD_ROLES = ("q", "k", "v", "o")
 CHANNEL_ROLES = ("gate", "up", "down")
 CONSUMERS = ("o", "down")  # their input channels are the units; the others' output channels are
@@ -28,13 +29,15 @@ class Axis:
     role: str
     dim: int
     width: int = 1
+    stride: int = 1  # from one unit to the next
     offset: int = 0  # where unit 0 starts, in a fused weight
     shared: bool = False  # one per group of units: keys and values of grouped queries
+    fused: bool = False  # the weight has other roles' rows too
 
     @property
     def key(self) -> str:
         """A name for the slices of this role: the module's, with the role where a fused weight has several."""
-        return f"{self.module}:{self.role}" if self.module.endswith("c_attn") else self.module
+        return f"{self.module}:{self.role}" if self.fused else self.module
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Coupled:
     units: int
     group: int  # query heads per key-value head; 1 elsewhere
     axes: tuple[Axis, ...]
+    mlp: Mlp | None = None  # the form, of an MLP's channels
 
     def weights(self, roles: Iterable[str]) -> list[Axis]:
         """The matrices of these roles."""
@@ -57,7 +61,7 @@ class Coupled:
 
 def elements(units: Tensor, axis: Axis) -> Tensor:
     """The rows or columns of some units of an axis."""
-    return (units.view(-1, 1) * axis.width + torch.arange(axis.width)).flatten() + axis.offset
+    return (units.view(-1, 1) * axis.stride + torch.arange(axis.width)).flatten() + axis.offset
 
 
 def find_coupled(model: nn.Module) -> list[Coupled]:
@@ -67,97 +71,72 @@ def find_coupled(model: nn.Module) -> list[Coupled]:
         ValueError: naming the model type, where its structure is not in the table.
     """
     config: Any = getattr(model, "config", None)
-    family = getattr(config, "model_type", type(model).__name__)
-    if family not in FAMILIES:
-        raise ValueError(f"model: S2FT knows {', '.join(FAMILIES)}; the structure of {family!r} is not in its table")
+    kind = model_type(model) or type(model).__name__
+    check_served(kind, "s2ft")
+    if kind not in FAMILIES:
+        known = ", ".join(served_by("s2ft"))
+        raise ValueError(f"model: S2FT knows {known}; the structure of {kind!r} is not in its table")
     if getattr(config, "add_cross_attention", False):
-        raise ValueError(f"model: {family} with cross-attention is not in S2FT's table")
-    found = list(_walk(model, family, config))
+        raise ValueError(f"model: {kind} with cross-attention is not in S2FT's table")
+    found = list(_walk(model, FAMILIES[kind], config))
     if not found:
-        raise ValueError(f"model: {type(model).__name__} has no attention or MLP of the {family} family")
+        raise ValueError(f"model: {type(model).__name__} has no attention or MLP of the {kind} family")
     return found
 
 
-def _walk(model: nn.Module, family: str, config: Any) -> Iterator[Coupled]:
-    stacks: dict[str, list[Coupled]] = {}  # T5: one head order for a whole stack, whose blocks share a bias table
+def _walk(model: nn.Module, family: Family, config: Any) -> Iterator[Coupled]:
+    stacks: dict[str, list[Coupled]] = {}  # one head order for a whole stack, whose layers share a table of biases
+    attention = family.attention
     for name, module in model.named_modules():
-        children = {child for child, _ in module.named_children()}
-
-        def has(*names: str, within: set[str] = children) -> bool:
-            return within.issuperset(names)
-
-        if family == "gpt2":
-            if has("c_attn", "c_proj"):
-                yield _attention(model, name, config, fused="c_attn", o="c_proj")
-            elif has("c_fc", "c_proj"):
-                yield _mlp(model, name, up="c_fc", down="c_proj")
-        elif family in ("bert", "roberta"):
-            if has("self", "output"):
-                yield _attention(model, name, config, "self.query", "self.key", "self.value", o="output.dense")
-            elif has("intermediate", "output"):
-                yield _mlp(model, name, up="intermediate.dense", down="output.dense")
-        elif family == "t5":
-            if has("q", "k", "v", "o"):
-                attention = _attention(model, name, config, "q", "k", "v", o="o")
-                if name.endswith("EncDecAttention"):
-                    yield attention
-                else:
-                    stacks.setdefault(name.split(".block.")[0], []).append(attention)
-            elif has("wi", "wo"):
-                yield _mlp(model, name, up="wi", down="wo")
-            elif has("wi_0", "wi_1", "wo"):
-                yield _mlp(model, name, gate="wi_0", up="wi_1", down="wo")
-        elif has("q_proj", "k_proj", "v_proj"):
-            output = "out_proj" if family == "opt" else "o_proj"
-            yield _attention(model, name, config, "q_proj", "k_proj", "v_proj", o=output)
-        elif has("fc1", "fc2"):
-            yield _mlp(model, name, up="fc1", down="fc2")
-        elif has("gate_proj", "up_proj", "down_proj"):
-            yield _mlp(model, name, gate="gate_proj", up="up_proj", down="down_proj")
+        if attention is not None and has_parts(module, attention.projections):
+            heads = _attention(model, name, attention, config)
+            if attention.bias_table and not name.endswith(attention.apart):
+                stacks.setdefault(name.split(".block.")[0], []).append(heads)
+            else:
+                yield heads
+            continue
+        mlp = next((form for form in family.mlps if has_parts(module, form.projections)), None)
+        if mlp is not None:
+            yield _mlp(model, name, mlp)
     for stack, members in stacks.items():
-        first = members[0].name.removesuffix(".o")
-        table = Axis(f"{members[0].name}.relative_attention_bias", "weight", "bias", 1)
+        assert attention is not None
+        first = members[0].name
+        table = Axis(f"{first}.{attention.bias_table}", "weight", "bias", 1)
         axes = tuple(axis for member in members for axis in member.axes)
         yield Coupled(f"{stack} ({first.rsplit('.', 1)[-1]})", members[0].units, 1, (*axes, table))
 
 
-def _attention(
-    model: nn.Module, name: str, config: Any, q: str = "", k: str = "", v: str = "", *, o: str, fused: str = ""
-) -> Coupled:
-    heads = config.num_heads if config.model_type == "t5" else config.num_attention_heads
+def _attention(model: nn.Module, name: str, form: Attention, config: Any) -> Coupled:
+    heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = _shape(model.get_submodule(f"{name}.{o}"))[1] // heads
+    size = shape_of(model.get_submodule(f"{name}.{form.o}"))[1] // heads
     axes: list[Axis] = []
-    for role, child, count in (("q", q, heads), ("k", k, kv_heads), ("v", v, kv_heads)):
-        offset = "qkv".index(role) * heads * size if fused else 0
-        axes += _both(
-            model, f"{name}.{fused or child}", role, width=size, offset=offset, shared=count != heads
+    offset = 0
+    for role, child, count in (("q", form.q, heads), ("k", form.k, kv_heads), ("v", form.v, kv_heads)):
+        axes += _producer(
+            model, f"{name}.{child}", role, width=size, stride=3 * size if form.interleaved else size, offset=offset,
+            shared=count != heads, fused=form.fused,
         )  # fmt: skip
-    axes.append(Axis(f"{name}.{o}", "weight", "o", 1, size))
+        if form.fused:
+            offset += size if form.interleaved else count * size
+    axes.append(Axis(f"{name}.{form.o}", "weight", "o", 1, size, size))
     return Coupled(name, heads, heads // kv_heads, tuple(axes))
 
 
-def _mlp(model: nn.Module, name: str, *, up: str, down: str, gate: str = "") -> Coupled:
+def _mlp(model: nn.Module, name: str, form: Mlp) -> Coupled:
+    channels = shape_of(model.get_submodule(f"{name}.{form.down}"))[1]
     axes: list[Axis] = []
-    for role, child in (("gate", gate), ("up", up)):
-        if child:
-            axes += _both(model, f"{name}.{child}", role)
-    axes.append(Axis(f"{name}.{down}", "weight", "down", 1))
-    return Coupled(name, _shape(model.get_submodule(f"{name}.{down}"))[1], 1, tuple(axes))
+    if form.gate:
+        axes += _producer(model, f"{name}.{form.gate}", "gate", fused=form.fused)
+    axes += _producer(model, f"{name}.{form.up}", "up", offset=channels if form.fused else 0, fused=form.fused)
+    axes.append(Axis(f"{name}.{form.down}", "weight", "down", 1))
+    return Coupled(name, channels, 1, tuple(axes), form)
 
 
-def _both(model: nn.Module, module: str, role: str, **place: Any) -> list[Axis]:
+def _producer(model: nn.Module, module: str, role: str, **place: Any) -> list[Axis]:
     """A producer's rows: its weight's and, where there is one, its bias's."""
     names = ["weight"] if getattr(model.get_submodule(module), "bias", None) is None else ["weight", "bias"]
     return [Axis(module, tensor, role, 0, **place) for tensor in names]
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    """[out, in] of a linear layer."""
-    if hasattr(module, "out_features"):
-        return int(module.out_features), int(module.in_features)
-    rows, columns = module.weight.shape
-    return (columns, rows) if is_transposed(module) else (rows, columns)
 
 
 def is_packed(model: nn.Module, coupled: Coupled) -> bool:
@@ -184,9 +163,10 @@ def permute(model: nn.Module, coupled: Coupled, order: Tensor) -> None:
         tensor = getattr(module, axis.tensor)
         flipped = axis.tensor == "weight" and is_transposed(module)
         dim = 1 - axis.dim if flipped else axis.dim
-        moved = elements(coupled.order_of(axis, order), axis).to(tensor.device)
-        values = tensor.index_select(dim, moved)
-        tensor.narrow(dim, axis.offset, moved.numel()).copy_(values)
+        units = coupled.order_of(axis, order)
+        lines = torch.arange(tensor.shape[dim])
+        lines[elements(torch.arange(units.numel()), axis)] = elements(units, axis)
+        tensor.copy_(tensor.index_select(dim, lines.to(tensor.device)))
 
 
 def selected_first(coupled: Coupled, selected: dict[str, Tensor]) -> Tensor:

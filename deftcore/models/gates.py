@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deftcore._files import replacing_file
 from deftcore.models.blocks import MlpBlock, base_of, find_mlp_blocks
+from deftcore.nn.linear import is_transposed
 
 GATES_FILE = "density_gates.safetensors"
 _FIRST_THETA = 4.0
@@ -194,7 +195,7 @@ def _factors(where: str, layer: Any) -> list[Callable[[float], Any]]:
             raise ValueError(f"{where}: is merged into 4 bits; unmerge it first")
         low = [t.mul_ for b in layer.lora_B.values() for t in (b.weight, b.bias) if t is not None]
         return [*_factors(where, layer.base_layer), *low]
-    if isinstance(layer, nn.Linear) and layer.weight.is_floating_point():
+    if (isinstance(layer, nn.Linear) or is_transposed(layer)) and layer.weight.is_floating_point():
         return [tensor.mul_ for tensor in (layer.weight, layer.bias) if tensor is not None]
     raise ValueError(
         f"{where}: gates fold into torch.nn.Linear, Linear4bit, patched bitsandbytes layers, and LoRA or S2FT over "

@@ -10,10 +10,9 @@ from torch import nn
 from transformers import AutoConfig
 
 from deftcore._names import near
+from deftcore.models.families import POSITION_TABLES
 from deftcore.models.quantized_files import checked_folder, model_kind
 from deftcore.nn.linear import linears_to_quantize
-
-_POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 
 
 def empty_model(path: str | os.PathLike) -> Any:
@@ -40,7 +39,7 @@ def check_quantize(model: nn.Module, skip: Iterable[str]) -> None:
 def check_lengths(model: Any, examples: Iterable[Mapping[str, Any]]) -> None:
     """Raises for examples that are longer than a model's table of positions, where it has one."""
     limit = getattr(model.config, "max_position_embeddings", None)
-    tables = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.endswith(_POSITIONS)}
+    tables = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n.endswith(POSITION_TABLES)}
     if limit is None or not tables:
         return
     name, table = next(iter(tables.items()))

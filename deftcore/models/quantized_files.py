@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from deftcore.models.families import family_of
 from deftcore.nn.linear import Linear4bit, is_named, linears_to_quantize, out_by_in, set_quantization_config
 from deftcore.ops.quant4 import quantize_4bit
 from deftcore.ops.quantized import QuantizedTensor
@@ -164,6 +165,9 @@ def _weight_files(folder: Path) -> dict[str, tuple[Any, str]]:
 
 def _as_in(model: Any, files: dict[str, tuple[Any, str]], expected: set[str]) -> dict[str, tuple[Any, str]]:
     """The files' weights under the model's names: a checkpoint of the bare model lacks the prefix."""
+    family = family_of(model)
+    for here, stored in family.stored_as if family else ():
+        files = {here + key.removeprefix(stored) if key.startswith(stored) else key: at for key, at in files.items()}
     prefix = f"{model.base_model_prefix}."
     bare = any(key.startswith(prefix) for key in expected) and not any(key.startswith(prefix) for key in files)
     return {f"{prefix}{key}" if bare and key not in expected else key: value for key, value in files.items()}

@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from deftcore.models.blocks import MlpBlock, base_of, check_function, find_mlp_blocks
+from deftcore.models.families import ONE_MATRIX
 from deftcore.models.gates import gates_of
 from deftcore.models.tied import merge_and_unload, tuned_ties
 from deftcore.nn.activations import activation_of
+from deftcore.nn.linear import is_transposed
 from deftcore.nn.mlp import LowRank, SkippedMLP, SparseMLP, SparseMLP4bit
 from deftcore.ops.checks import check_number
 from deftcore.ops.quantized import QuantizedTensor
@@ -113,6 +115,8 @@ def check_sparsify(
     for value in tau.values() if isinstance(tau, dict) else [] if tau is None else [tau]:
         check_number("tau", value, minimum=0.0)
     blocks = find_mlp_blocks(model)
+    if any(block.form.fused for block in blocks):
+        raise ValueError(f"model: sparsify does not serve {type(base_of(model)).__name__}: {ONE_MATRIX}")
     names = [block.name for block in blocks]
     for argument, given in (("skip", skip), ("tau", tau if isinstance(tau, dict) else ())):
         unknown = sorted(set(given) - set(names))
@@ -207,10 +211,12 @@ def _weight(block: MlpBlock, role: str, *, merge: bool = False) -> tuple[Any, Te
                 extra = low.scaling * module.lora_B[name].bias
         module = module.base_layer
     packed = getattr(module, "quantized", None)
-    if not isinstance(packed, QuantizedTensor) and type(module) is not nn.Linear:
+    if not isinstance(packed, QuantizedTensor) and type(module) is not nn.Linear and not is_transposed(module):
         raise ValueError(
-            f"{where}: must be torch.nn.Linear, Linear4bit, a patched bitsandbytes layer or PEFT LoRA over one, "
-            f"got {type(module).__name__}"
+            f"{where}: must be torch.nn.Linear, Linear4bit, Conv1D, a patched bitsandbytes layer or PEFT LoRA over "
+            f"one, got {type(module).__name__}"
         )
     bias = module.bias if extra is None else (module.bias + extra).detach()  # PEFT's `lora_bias` needs a base's bias
-    return packed if isinstance(packed, QuantizedTensor) else module.weight, bias, low
+    if isinstance(packed, QuantizedTensor):
+        return packed, bias, low
+    return module.weight.t() if is_transposed(module) else module.weight, bias, low

@@ -114,6 +114,14 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
+def shape_of(layer: Any) -> tuple[int, int]:
+    """[out, in] of a linear layer, dense or packed, or Conv1D."""
+    if hasattr(layer, "out_features"):
+        return int(layer.out_features), int(layer.in_features)
+    rows, columns = layer.weight.shape
+    return (columns, rows) if is_transposed(layer) else (rows, columns)
+
+
 class Linear4bit(PackedModule, nn.Linear):
     """y = x W^T + bias with a packed, frozen W; files are those of bitsandbytes' layer of the same name.
 

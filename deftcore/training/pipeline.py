@@ -17,6 +17,7 @@ from deftcore.methods.deft.objective import DensityLoss
 from deftcore.methods.lora.merging import merge as merge_adapters
 from deftcore.models.blocks import find_mlp_blocks
 from deftcore.models.checkpoints import is_4bit, load_model, load_tokenizer, own_adapter
+from deftcore.models.families import is_mamba
 from deftcore.models.preflight import check_lengths, check_quantize, empty_model
 from deftcore.models.sparsify import check_sparsify
 from deftcore.models.tied import merge_and_unload
@@ -47,11 +48,6 @@ from deftcore.training.registry import Setup, find, method_of
 from deftcore.training.wrapping import add_adapter, check_adapter
 
 logger = logging.getLogger("deftcore")
-
-
-def is_mamba(model: nn.Module) -> bool:
-    """Whether a model is made of Mamba blocks, plain or patched."""
-    return getattr(getattr(model, "config", None), "model_type", "") in ("mamba", "mamba2", "falcon_mamba")
 
 
 def make_objective(model: nn.Module, config: DeftConfig) -> DensityLoss | None:

@@ -113,6 +113,4 @@ def load_sparse(folder: str | os.PathLike, *, path: str = "auto", **kwargs: Any)
 
 def _projections(model: nn.Module, name: str) -> list[str]:
     block = next(b for b in find_mlp_blocks(model) if b.name == name)
-    if block.container is not None:
-        return ["gate_proj.", "up_proj.", "down_proj.", "wi.", "wi_0.", "wi_1.", "wo."]
-    return ["fc1.", "fc2.", "intermediate.dense.", "output.dense."]
+    return [f"{projection}." for projection in block.form.projections]

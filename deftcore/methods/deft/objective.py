@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deftcore.models.blocks import MlpBlock, Slot, base_of, find_mlp_blocks, side_of
+from deftcore.models.blocks import ActivationSite, Slot, base_of, find_mlp_blocks, side_of
 from deftcore.models.gates import Gates, gates_of
 from deftcore.nn.observed import ObservedActivation, Options, Recorder, Tally
 from deftcore.nn.tokens import positions, token_masks, virtual_tokens
@@ -85,7 +85,9 @@ class DensityLoss(nn.Module):
             raise ValueError("modules: adaptive gates are of MLP blocks; give modules or adaptive, not both")
         self._recorder = Recorder(Options(alpha, surrogate, float(eps), float(beta), tau, mask_policy))
         self._handles: list[Any] = []
-        self._blocks = find_mlp_blocks(model) if modules is None else _named_blocks(model, modules)
+        self._blocks: list[ActivationSite] = (
+            [*find_mlp_blocks(model)] if modules is None else _named_blocks(model, modules)
+        )
         weights = [1.0] * len(self._blocks) if block_weights is None else [float(w) for w in block_weights]
         if len(weights) != len(self._blocks) or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(f"block_weights: must be {len(self._blocks)} weights >= 0, not all 0, got {block_weights}")
@@ -329,15 +331,15 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _unobserved(block: MlpBlock) -> nn.Module:
+def _unobserved(block: ActivationSite) -> nn.Module:
     module = block.activation.get()
     while isinstance(module, ObservedActivation):
         module = module.inner
     return module
 
 
-def _named_blocks(model: nn.Module, names: Iterable[str]) -> list[MlpBlock]:
-    """Bare blocks around named activation modules; they have no projections, so gates do not apply."""
+def _named_blocks(model: nn.Module, names: Iterable[str]) -> list[ActivationSite]:
+    """Activation modules by name."""
     blocks, modules = [], dict(model.named_modules())
     for name in names:
         if name not in modules or not name:
@@ -349,7 +351,7 @@ def _named_blocks(model: nn.Module, names: Iterable[str]) -> list[MlpBlock]:
         if any("Experts" in type(modules[path]).__name__ for path in _paths(parent)):
             raise ValueError(f"modules: {name} is inside experts, which regroup the tokens: no mask applies there")
         slot = Slot(modules[parent], attribute)
-        blocks.append(MlpBlock(name, side_of(base_of(model), name), slot, None, slot, slot, None))
+        blocks.append(ActivationSite(name, side_of(base_of(model), name), slot))
     if not blocks:
         raise ValueError("modules: must name at least one activation module, got none")
     return blocks

@@ -1,7 +1,6 @@
 """Bottleneck adapters: y + s * up(f(down(y))) after the MLP (Pfeiffer et al., arXiv 2005.00052), or the parallel form
 y + s * up(f(down(x))) on the MLP's input (AdaptFormer, Chen et al., arXiv 2205.13535)."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,16 +9,10 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from deftcore.models.families import FAMILIES, MLP_FORMS, check_served
+from deftcore.nn.linear import is_transposed, shape_of
 from deftcore.training.adapters import GathersShards, MethodName
 
-# Model types whose MLP is one module, and those whose layer calls the projections itself.
-_TARGETS: dict[str, list[str] | str] = {
-    **{key: ["mlp"] for key in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")},
-    **{key: ["DenseReluDense"] for key in ("t5", "mt5")},
-    "opt": ["fc2"],
-    "bert": r".*\.layer\.\d+\.output\.dense",
-    "roberta": r".*\.layer\.\d+\.output\.dense",
-}
 _NON_LINEARITIES = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 _NO_MERGE = "merge: a bottleneck adapter is not linear and cannot be merged into the weights; use unload()"
 
@@ -79,7 +72,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: BottleneckConfig, **_: Any) -> None:
         base = self.get_base_layer()
         reference = _output_projection(base)
-        width = reference.out_features
+        width = shape_of(reference)[0]
         size = max(width // config.reduction_factor, 1)
         options: dict[str, Any] = {"device": reference.weight.device, "dtype": _dtype_of(reference)}
         self.configs[adapter_name] = config
@@ -141,7 +134,12 @@ class BottleneckModel(GathersShards):
 
     prefix: str = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
-    target_module_mapping = _TARGETS  # type: ignore[assignment]
+    target_module_mapping = {kind: f.adapter_targets for kind, f in FAMILIES.items() if f.adapter_targets}  # type: ignore  # noqa: RUF012
+
+    def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict) -> Any:  # type: ignore
+        if peft_config.target_modules is None:
+            check_served(model_config.get("model_type", ""), "bottleneck")
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: BottleneckConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Refuses, by name, what a bottleneck cannot go on, before anything changes."""
@@ -174,14 +172,14 @@ class BottleneckModel(GathersShards):
             layer.tap(self._first_projection(current_key))
 
     def _first_projection(self, key: str) -> nn.Module:
-        """fc1 beside an OPT layer's fc2; intermediate.dense beside a BERT layer's output.dense."""
-        sibling = re.sub(r"fc2$", "fc1", re.sub(r"output\.dense$", "intermediate.dense", key))
-        if sibling == key:
-            raise ValueError(
-                f"target_modules: {key} is a linear layer whose MLP input is not known; "
-                "parallel adapters go on whole MLP modules, OPT's fc2 or BERT's output.dense"
-            )
-        return self.model.get_submodule(sibling)
+        """The first projection of an MLP whose layer calls the projections itself, by the path of its last."""
+        for form in MLP_FORMS:
+            if not form.whole and f".{key}".endswith(f".{form.down}"):
+                return self.model.get_submodule(key.removesuffix(form.down) + form.up)
+        raise ValueError(
+            f"target_modules: {key} is a linear layer whose MLP input is not known; "
+            "parallel adapters go on whole MLP modules, OPT's fc2 or BERT's output.dense"
+        )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own would copy `weight` to whole MLP modules, which have none; the adapter was made on their device.
@@ -197,12 +195,12 @@ class BottleneckModel(GathersShards):
         return BottleneckLayer(target, adapter_name, peft_config)
 
 
-def _output_projection(module: nn.Module) -> nn.Linear:
-    """The linear layer that gives the module's output."""
-    for name in ("down_proj", "wo", "fc2", "c_proj"):
-        child = getattr(module, name, None)
+def _output_projection(module: nn.Module) -> Any:
+    """The linear layer, or Conv1D, that gives the module's output."""
+    for name in dict.fromkeys(form.down for form in MLP_FORMS):
+        child: Any = getattr(module, name, None)
         child = getattr(child, "base_layer", child)
-        if isinstance(child, nn.Linear):
+        if isinstance(child, nn.Linear) or is_transposed(child):
             return child
     if isinstance(module, nn.Linear):
         return module

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from deftcore.methods.lora.bottleneck import BottleneckConfig
 from deftcore.methods.lora.patch import patch
+from deftcore.models.families import is_mamba
 from deftcore.training.fields import Count, Share
 from deftcore.training.registry import Method, Setup, check_by_peft, register, wrap_by_peft
 
@@ -33,7 +34,7 @@ def check_lora(model: Any, config: Any) -> None:
 
 
 def _wrap_full(model: Any, config: None, setup: Setup) -> Any:
-    return patch(model) if model.config.model_type in ("mamba", "mamba2", "falcon_mamba") else model
+    return patch(model) if is_mamba(model) else model
 
 
 _LORA: dict[str, Any] = {

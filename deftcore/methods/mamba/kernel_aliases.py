@@ -13,6 +13,7 @@ from torch import Tensor
 
 import deftcore
 from deftcore import ops
+from deftcore.models.families import served_by
 from deftcore.ops.checks import check_like, check_shape
 from deftcore.ops.ssm.conv1d import check_ends
 
@@ -139,7 +140,6 @@ _NAMES: dict[str, dict[str, Any]] = {
     "causal_conv1d.causal_conv1d_interface": _CONV,
     "causal_conv1d.causal_conv1d_varlen": {"causal_conv1d_varlen_states": ops.causal_conv1d_varlen_states},
 }
-_READERS = ("mamba", "mamba2", "falcon_mamba")
 
 
 class _Refusal(importlib.abc.MetaPathFinder):
@@ -178,7 +178,7 @@ def install_kernel_aliases() -> None:
     for package in _FOLLOWED:
         if package in sys.modules or importlib.util.find_spec(package) is not None:
             raise RuntimeError(f"{package}: is installed; uninstall it to use deftcore's kernels in its place")
-    early = [name for name in _READERS if f"transformers.models.{name}.modeling_{name}" in sys.modules]
+    early = [name for name in served_by("mamba-lora") if f"transformers.models.{name}.modeling_{name}" in sys.modules]
     if early:
         raise RuntimeError(
             f"transformers: the modelling file of {', '.join(early)} has been imported already and keeps the kernels "

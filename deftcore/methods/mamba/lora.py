@@ -19,11 +19,11 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from deftcore.methods.lora.layer import Pair
+from deftcore.models.families import FAMILIES, served_by
 from deftcore.nn.linear import Linear4bit
 from deftcore.training.adapters import GathersShards, MethodName
 
 _SPLIT_INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
-BUFFERS = {"mamba": ("x_proj", "in_proj"), "falcon_mamba": ("x_proj", "in_proj"), "mamba2": ("in_proj",)}
 
 
 @dataclass
@@ -127,10 +127,11 @@ class MambaLoraModel(GathersShards, LoraModel):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         kind = model_config.get("model_type")
-        if kind not in BUFFERS:
-            raise ValueError(f"model: MambaLoraConfig is for {', '.join(BUFFERS)} models, got {kind!r}")
+        if kind not in served_by("mamba-lora"):
+            known = ", ".join(served_by("mamba-lora"))
+            raise ValueError(f"model: MambaLoraConfig is for {known} models, got {kind!r}")
         if peft_config.target_modules is None:
-            peft_config.target_modules = set(BUFFERS[kind])
+            peft_config.target_modules = set(FAMILIES[kind].lora_targets)
         return peft_config
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from deftcore._files import replacing_file, write_json
 from deftcore.models.checkpoints import load_model, load_tokenizer
+from deftcore.models.families import is_mamba
 from deftcore.models.preflight import empty_model
 from deftcore.nn.mamba import MambaBlock
 from deftcore.nn.mamba2 import Mamba2Block
@@ -38,7 +39,7 @@ from deftcore.training.fields import (
     checked,
     one_of,
 )
-from deftcore.training.pipeline import is_mamba, load_examples
+from deftcore.training.pipeline import load_examples
 from deftcore.training.recipe import DataConfig
 from deftcore.training.wrapping import add_adapter
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from deftcore._files import replacing_file
 from deftcore.methods.s2ft.fingerprints import check_base, fingerprints
 from deftcore.methods.s2ft.layer import S2ftLayer
-from deftcore.models.coupled import is_transposed
 from deftcore.models.gates import gates_of
-from deftcore.nn.linear import Linear4bit
+from deftcore.nn.linear import Linear4bit, is_transposed
 from deftcore.ops.grouped_delta import SliceDelta
 
 _FORMAT = "deftcore-delta-2"

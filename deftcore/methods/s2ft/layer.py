@@ -12,8 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from deftcore.methods.s2ft.config import S2ftConfig
-from deftcore.models.coupled import is_transposed, runs
-from deftcore.nn.linear import Linear4bit, MergeReport, merged_4bit
+from deftcore.models.coupled import runs
+from deftcore.nn.linear import Linear4bit, MergeReport, is_transposed, merged_4bit
 from deftcore.nn.sharding import is_sharded, whole
 from deftcore.ops.partial_linear import gated_linear, partial_linear
 

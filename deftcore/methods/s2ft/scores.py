@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deftcore.models.coupled import CONSUMERS, Axis, Coupled, is_transposed
-from deftcore.nn.linear import PackedModule
+from deftcore.models.coupled import CONSUMERS, Axis, Coupled, elements
+from deftcore.nn.linear import PackedModule, is_transposed
 from deftcore.nn.tokens import token_masks
 
 Scores = dict[str, Tensor]  # per Axis.key: one per unit
@@ -21,7 +21,7 @@ def _lines(model: nn.Module, axis: Axis, tensor: Tensor) -> Tensor:
 
 def _unit_norms(lines: Tensor, axis: Axis, units: int) -> Tensor:
     """Norm over each unit's vectors, float64 on the CPU."""
-    own = lines.narrow(0, axis.offset, units * axis.width)
+    own = lines.index_select(0, elements(torch.arange(units), axis).to(lines.device))
     return own.double().square().sum(1).view(units, axis.width).sum(1).sqrt().cpu()
 
 

@@ -18,10 +18,10 @@ from deftcore.models.coupled import (
     elements,
     find_coupled,
     is_packed,
-    is_transposed,
     selected_first,
 )
-from deftcore.nn.linear import Linear4bit
+from deftcore.models.families import GATED_MLP
+from deftcore.nn.linear import Linear4bit, is_transposed
 
 logger = logging.getLogger("deftcore")
 
@@ -87,16 +87,11 @@ def make_plan(model: nn.Module, config: S2ftConfig) -> Plan:
             here = torch.isin(own, selected[axis.key]).nonzero().flatten()
             places, indices = elements(here, axis), elements(own[here], axis)
             before = slices.get(axis.module)
-            if before is not None:  # a fused weight with several selected parts, in order
-                places, indices = torch.cat((before.places, places)), torch.cat((before.indices, indices))
+            if before is not None:  # a fused weight with several selected parts
+                places, by_place = torch.cat((before.places, places)).sort()
+                indices = torch.cat((before.indices, indices))[by_place]
             slices[axis.module] = Slice(axis.dim, places, indices)
-    gated = [
-        c.name
-        for c in structures
-        if {axis.role for axis in c.axes} == {"gate", "up", "down"}
-        and hasattr(model.get_submodule(c.name), "down_proj")
-    ]
-    return Plan(selected, orders, slices, gated)
+    return Plan(selected, orders, slices, [c.name for c in structures if c.mlp == GATED_MLP])
 
 
 def _targets(structures: list[Coupled], config: S2ftConfig) -> list[str]:

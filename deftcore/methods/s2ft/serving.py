@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deftcore.methods.s2ft.delta import DeltaAdapter, linear_of, lines_of, values_under
-from deftcore.models.coupled import is_transposed
-from deftcore.nn.linear import Linear4bit
+from deftcore.nn.linear import Linear4bit, is_transposed
 from deftcore.ops.grouped_delta import Delta, DeltaBank, LowRankDelta, grouped_delta_linear
 from deftcore.ops.quantized import QuantizedTensor
 

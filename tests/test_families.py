@@ -1,0 +1,236 @@
+"""The table of architectures: each (entry, method) that it claims works as the unmodified model says, the rest is
+refused with the table's reason."""
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+from conftest import task_type, tiny_batch, tiny_model
+from torch import nn
+
+import deftcore
+from deftcore.methods.s2ft.layer import S2ftLayer
+from deftcore.models import FAMILIES, describe, find_mlp_blocks
+from deftcore.models.families import METHODS, is_mamba, served_by
+from deftcore.nn import SparseMLP
+from deftcore.nn.linear import is_transposed, out_by_in
+from deftcore.ops import dequantize_4bit, quantize_4bit
+
+GATED_T5 = {"t5": "gated-gelu", "mt5": "gated-gelu"}
+REFUSED = [(kind, method) for kind, family in FAMILIES.items() for method in METHODS if family.refusal(method)]
+
+
+def model_of(kind, activation="relu"):
+    """A tiny model whose blocks weigh enough in its logits for a fault to show."""
+    model = tiny_model(kind, activation).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "A_log" not in name:
+                parameter.normal_(std=0.2, generator=generator)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1, generator=generator)
+    return model
+
+
+def logits_of(model, kind):
+    with torch.no_grad():
+        return model(**tiny_batch(kind)).logits
+
+
+def train_a_step(model, kind):
+    """What one step moved, by name."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    model(**tiny_batch(kind)).loss.backward()
+    optimizer.step()
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+@pytest.mark.parametrize("kind", served_by("density"))
+def test_density(kind):
+    """The share of positive inputs to each activation, as hooks on the unmodified modules see them."""
+    model, batch = model_of(kind), tiny_batch(kind)
+    logits = logits_of(model, kind)
+    seen = {}
+    blocks = find_mlp_blocks(model)
+    handles = [
+        block.activation.get().register_forward_hook(lambda _, args, out, name=block.name: seen.update({name: out > 0}))
+        for block in blocks
+    ]
+    model(**batch)
+    for handle in handles:
+        handle.remove()
+    density = deftcore.DensityLoss(model, mask_policy="count_padding")
+    assert torch.equal(logits_of(model, kind), logits)
+    report = density.report()["blocks"]
+    assert report == {name: pytest.approx(float(on.double().mean()), abs=1e-6) for name, on in seen.items()}
+    assert len(blocks) == {"t5": 4, "mt5": 4}.get(kind, 2)
+    assert 0 < min(report.values()) <= max(report.values()) < 1
+    model.train()
+    model(**batch)
+    density.loss().backward()
+    assert all((block.gate or block.up).get().weight.grad.any() for block in blocks)
+
+
+@pytest.mark.parametrize("kind", served_by("sparsify"))
+def test_sparsify(kind):
+    model = model_of(kind)
+    expected = logits_of(model, kind)
+    sparse = deftcore.sparsify(model, path="sparse")
+    assert sum(isinstance(m, SparseMLP) for m in sparse.modules()) == {"t5": 4, "mt5": 4}.get(kind, 2)
+    torch.testing.assert_close(logits_of(sparse, kind), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", served_by("s2ft"))
+def test_s2ft(kind):
+    """Every role of heads and channels: the function stays, slices train, the rest of the base does not move."""
+    model = model_of(kind, GATED_T5.get(kind, "silu"))
+    expected = logits_of(model, kind)
+    roles = ["q", "k", "v", "o", "up", "down"] + (["gate"] if FAMILIES[kind].mlps[0].gate else [])
+    config = deftcore.S2ftConfig(channel_ratio=0.2, head_ratio=0.5, targets=roles, task_type=task_type(kind))
+    wrapped = peft.get_peft_model(model, config).eval()
+    torch.testing.assert_close(logits_of(wrapped, kind), expected, rtol=1e-4, atol=1e-5)
+    layers = {name: module for name, module in wrapped.named_modules() if isinstance(module, S2ftLayer)}
+    whole = {name: layer.base_layer.weight.detach().clone() for name, layer in layers.items()}
+    moved = train_a_step(wrapped, kind)
+    slices = {name for name in moved if ".s2ft_slices." in name}
+    assert moved - slices <= {f"{name}.base_layer.weight" for name in layers}  # the memory that the slices lie on
+    assert len(slices) >= len(layers)
+    for name, layer in layers.items():
+        change = (layer.base_layer.weight.detach() - whole[name]).ne(0)
+        lines = (change.t() if is_transposed(layer.base_layer) else change).any(1 - layer.dim)
+        places = torch.cat([torch.arange(start, start + length) for start, length in layer.runs])
+        assert lines.nonzero().flatten().tolist() == places.tolist()
+
+
+@pytest.mark.parametrize("kind", served_by("lora"))
+def test_lora_and_patch(kind):
+    """Patched, a LoRA model gives PEFT's own logits and gradients."""
+    model = model_of(kind)
+    names = [name for name, _ in model.named_modules()]
+    targets = [t for t in FAMILIES[kind].lora_targets if any(f".{name}".endswith(f".{t}") for name in names)]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, task_type=task_type(kind),
+        fan_in_fan_out=kind == "gpt2",
+    )  # fmt: skip
+    base = logits_of(model, kind)
+    plain = peft.get_peft_model(model, config).eval()
+    expected = logits_of(plain, kind)
+    assert not torch.allclose(expected, base)
+    patched = deftcore.patch(copy.deepcopy(plain))
+    torch.testing.assert_close(logits_of(patched, kind), expected, rtol=1e-4, atol=1e-4)
+    for tuned in (plain, patched):
+        tuned(**tiny_batch(kind)).loss.backward()
+    grads = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+    for name, p in patched.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, grads[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", served_by("bottleneck"))
+def test_bottleneck(kind):
+    """Unchanged at first; then it adds to the output of every MLP, sequential or parallel, and trains alone."""
+    for parallel in (False, True):
+        model = model_of(kind)
+        expected = logits_of(model, kind)
+        blocks = find_mlp_blocks(model)
+        config = deftcore.BottleneckConfig(reduction_factor=4, parallel=parallel, task_type=task_type(kind))
+        wrapped = peft.get_peft_model(model, config).eval()
+        assert torch.equal(logits_of(wrapped, kind), expected)
+        moved = train_a_step(wrapped, kind)
+        assert len([name for name in moved if "bottleneck_up" in name and name.endswith("weight")]) == len(blocks)
+        assert all("bottleneck_" in name for name in moved)
+        assert not torch.allclose(logits_of(wrapped, kind), expected)
+
+
+@pytest.mark.parametrize("kind", served_by("quantize"))
+def test_quantize_and_load(kind, tmp_path):
+    """Quantised in memory it is the unmodified model with rounded weights; straight from files it is the same."""
+    dense = model_of(kind)
+    dense.save_pretrained(tmp_path)
+    ready = deftcore.patch if is_mamba(dense) else lambda model: model
+    packed = deftcore.quantize(copy.deepcopy(dense))
+    names = [name for name, module in packed.named_modules() if isinstance(module, deftcore.nn.Linear4bit)]
+    with torch.no_grad():
+        for name in names:
+            layer = dense.get_submodule(name)
+            rounded = dequantize_4bit(quantize_4bit(out_by_in(layer, layer.weight)))
+            layer.weight.copy_(out_by_in(layer, rounded))
+    ours = logits_of(ready(packed), kind)
+    torch.testing.assert_close(ours, logits_of(dense, kind), rtol=1e-3, atol=1e-3)
+    if kind in ("bert", "roberta"):
+        return  # masked models: load_quantized reads causal and sequence-to-sequence ones
+    torch.testing.assert_close(logits_of(ready(deftcore.load_quantized(tmp_path)), kind), ours)
+
+
+@pytest.mark.parametrize("kind", served_by("mamba-lora"))
+def test_mamba_lora(kind):
+    """On the buffers alone, split; patched it gives the unpatched model's logits."""
+    config = deftcore.MambaLoraConfig(r=2, split=True, init_lora_weights=False, task_type="CAUSAL_LM")
+    plain = peft.get_peft_model(model_of(kind), config).eval()
+    tuned = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in plain.named_modules() if ".lora_A" in name}
+    assert tuned == set(FAMILIES[kind].buffers)
+    patched = deftcore.patch(copy.deepcopy(plain))
+    torch.testing.assert_close(logits_of(patched, kind), logits_of(plain, kind), rtol=1e-3, atol=1e-3)
+
+
+ATTEMPTS = {
+    "density": deftcore.DensityLoss,
+    "sparsify": deftcore.sparsify,
+    "s2ft": lambda model: peft.get_peft_model(model, deftcore.S2ftConfig()),
+    "bottleneck": lambda model: peft.get_peft_model(model, deftcore.BottleneckConfig()),
+    "mamba-lora": lambda model: peft.get_peft_model(model, deftcore.MambaLoraConfig()),
+}
+
+
+@pytest.mark.parametrize(("kind", "method"), REFUSED)
+def test_what_the_table_refuses_is_refused(kind, method):
+    reason = FAMILIES[kind].refusal(method) if method != "mamba-lora" else f"got '{kind}'"
+    model = tiny_model(kind)
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=reason):
+        ATTEMPTS[method](model)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_an_architecture_that_is_not_listed_is_found_by_its_form():
+    """Llama's MLP under another name, and one whose gate and up projections are a matrix."""
+    import transformers as t
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    olmo = t.OlmoForCausalLM(t.OlmoConfig(**sizes, **heads)).eval()
+    assert olmo.config.model_type not in FAMILIES
+    assert [block.name for block in find_mlp_blocks(olmo)] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    expected = logits_of(olmo, "llama")
+    torch.testing.assert_close(logits_of(deftcore.sparsify(olmo, tau=0.0), "llama"), expected, rtol=1e-4, atol=1e-5)
+    glm = t.GlmForCausalLM(t.GlmConfig(**sizes, **heads, head_dim=8, eos_token_id=1))
+    assert len(find_mlp_blocks(glm)) == 2
+    with pytest.raises(ValueError, match="sparsify does not serve GlmForCausalLM: its gate and up projections are one"):
+        deftcore.sparsify(glm)
+
+
+def test_gates_fold_into_conv1d():
+    model = model_of("gpt2")
+    objective = deftcore.DensityLoss(model, adaptive="gate")
+    with torch.no_grad():
+        objective.gates.theta.copy_(torch.tensor([0.3, -1.2]))
+        expected = logits_of(model, "gpt2")
+        objective.fold_gates()
+    torch.testing.assert_close(logits_of(model, "gpt2"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_describe_is_plain_and_complete():
+    rows = json.loads(json.dumps(describe()))
+    assert [row["model_type"] for row in rows] == list(FAMILIES)
+    for row in rows:
+        assert sorted([*row["served"], *row["refused"]]) == sorted(METHODS)
+        model = tiny_model(row["model_type"], GATED_T5.get(row["model_type"], "relu"))
+        modules = dict(model.named_modules())
+        paths = [path for form in [row["attention"], *row["mlp"][:1]] for path in form.values()]
+        for path in paths:
+            assert any(f".{name}".endswith(f".{path}") and isinstance(modules[name], nn.Module) for name in modules)
