@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -60,6 +61,14 @@ def commands() -> str:
     return "\n\n".join(lines)
 
 
+def names_of(match: re.Match[str]) -> str:
+    """An entry for each public name of a module, where it is defined."""
+    module = importlib.import_module(match[1])
+    objects = {name: getattr(module, name) for name in sorted(module.__all__, key=str.lower)}
+    options = "\n    options: {show_root_heading: true, show_root_full_path: false}"
+    return "\n\n".join(f"::: {it.__module__}.{name}{options}" for name, it in objects.items())
+
+
 # ---------------------------------------------------------------------------- MkDocs' hooks
 
 
@@ -78,24 +87,31 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links of the repository as links of the site; to what is no part of the site, as the path alone."""
-    folder = ROOT if page.file.src_path == "index.md" else ROOT / "docs" / Path(page.file.src_path).parent
+    """Links of the repository as links of the site, or, to what is no part of it, as paths."""
     here = Path(page.file.src_path).parent
+    folder = ROOT if page.file.src_path == "index.md" else ROOT / "docs" / here
+    if page.file.src_path.startswith("methods/"):
+        folder = ROOT / "deftcore" / Path(page.file.src_path).with_suffix("")
 
     def link(match: re.Match[str]) -> str:
         picture, text, target, anchor = match.groups()
         if not target or "://" in target:
             return match.group()
         full = Path(os.path.normpath(folder / target)).relative_to(ROOT)
-        if full.parts[0] == "docs":
-            to = Path(*full.parts[1:])
-        elif full.suffix == ".png":
-            to = Path("pictures", full.name)
-        else:
-            return text if text.strip("`") == target else f"{text} (`{full}`)"
+        match full.parts:
+            case ("docs", *rest):
+                to = Path(*rest)
+            case ("bench", "results", name) if full.suffix == ".png":
+                to = Path("pictures", name)
+            case ("deftcore", "methods", room, "__init__.py"):
+                to = Path("methods", f"{room}.md")
+            case ("recipes", _):
+                to, anchor = Path("recipes.md"), f"#{full.stem}"
+            case _:
+                return f"`{full}`" if text.strip("`") in (target, full.stem) else f"{text} (`{full}`)"
         return f"{picture}[{text}]({os.path.relpath(to, here)}{anchor or ''})"
 
-    return LINK.sub(link, markdown)
+    return LINK.sub(link, re.sub(r"^::: names of (\S+)$", names_of, markdown, flags=re.MULTILINE))
 
 
 # ---------------------------------------------------------------------------- docstrings
