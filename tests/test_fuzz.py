@@ -22,7 +22,7 @@ from deftcore.ops.density import ACTIVATIONS
 from deftcore.ops.grouped_delta import LowRankDelta, SliceDelta
 from deftcore.ops.quant4 import QuantizedTensor, quantize_ref
 from deftcore.ops.quantized import QUANT_TYPES
-from deftcore.ops.ssm.mamba import LoraPair, Projection
+from deftcore.ops.ssm.projection import LoraPair, Projection
 
 CALLS = int(os.environ.get("DEFTCORE_FUZZ_CALLS", "24"))
 FIRST = int(os.environ.get("DEFTCORE_FUZZ_FIRST", "0"))

@@ -18,7 +18,7 @@ import deftcore
 from deftcore import ops
 from deftcore.methods.mamba.lora import MambaLoraConfig, slices_of
 from deftcore.nn import Mamba2Mixer, MambaMixer, MixerState
-from deftcore.ops.ssm.mamba import LoraPair, Projection, project
+from deftcore.ops.ssm.projection import LoraPair, Projection, project
 from deftcore.ops.ssm.scan import selective_scan_ref
 from deftcore.ops.ssm.ssd import mamba_chunk_scan_ref
 

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from deftcore.nn.mixer import MixerBlock, MixerState, check_size, initial_steps, masked
 from deftcore.ops.ssm.conv1d import causal_conv1d
-from deftcore.ops.ssm.decode import causal_conv1d_update, selective_state_update
-from deftcore.ops.ssm.mamba import MASKED_STEP, Projection, mamba_inner, project
-from deftcore.ops.ssm.scan import selective_scan
+from deftcore.ops.ssm.fused_mamba import mamba_inner
+from deftcore.ops.ssm.projection import Projection, project
+from deftcore.ops.ssm.scan import MASKED_STEP, selective_scan
+from deftcore.ops.ssm.update import causal_conv1d_update, selective_state_update
 
 
 class MambaBlock(MixerBlock):

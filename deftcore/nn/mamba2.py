@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from deftcore.nn.mixer import MixerBlock, MixerState, check_size, initial_steps, masked
 from deftcore.ops.ssm.conv1d import causal_conv1d
-from deftcore.ops.ssm.decode import causal_conv1d_update, selective_state_update
-from deftcore.ops.ssm.mamba import mamba2_inner
+from deftcore.ops.ssm.fused_mamba2 import mamba2_inner
 from deftcore.ops.ssm.ssd import mamba_chunk_scan, steps_of
+from deftcore.ops.ssm.update import causal_conv1d_update, selective_state_update
 
 
 class GatedRMSNorm(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deftcore.nn.linear import Linear4bit, called_plainly
 from deftcore.ops.ssm.conv1d import next_window
-from deftcore.ops.ssm.mamba import Projection
+from deftcore.ops.ssm.projection import Projection
 
 
 class MixerState(NamedTuple):

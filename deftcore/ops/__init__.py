@@ -9,12 +9,19 @@ from deftcore.ops.partial_linear import gated_linear, partial_linear
 from deftcore.ops.quant4 import dequantize_4bit, linear_4bit, quantize_4bit
 from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.sparse_mlp import bundle_rows, sparse_down, sparse_gated_mlp, sparse_mlp
-from deftcore.ops.ssm.conv1d import causal_conv1d, causal_conv1d_varlen_states
-from deftcore.ops.ssm.decode import causal_conv1d_update, selective_state_update
-from deftcore.ops.ssm.lyapunov import lyapunov_exponents
-from deftcore.ops.ssm.mamba import LoraPair, Projection, mamba2_inner, mamba_inner
-from deftcore.ops.ssm.scan import selective_scan
-from deftcore.ops.ssm.ssd import mamba_chunk_scan
+from deftcore.ops.ssm import (
+    LoraPair,
+    Projection,
+    causal_conv1d,
+    causal_conv1d_update,
+    causal_conv1d_varlen_states,
+    lyapunov_exponents,
+    mamba2_inner,
+    mamba_chunk_scan,
+    mamba_inner,
+    selective_scan,
+    selective_state_update,
+)
 
 __all__ = [
     "DeltaBank",

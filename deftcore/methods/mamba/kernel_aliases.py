@@ -121,7 +121,7 @@ _INSTEAD = {
     "mamba_split_conv1d_scan_combined": _FUSED,
     "mamba_chunk_scan": "use mamba_chunk_scan_combined",
     "selective_scan_ref": "use deftcore.ops.ssm.selective_scan_ref",
-    "ssd_chunk_scan_combined_ref": "use deftcore.ops.ssm.ssd.mamba_chunk_scan_ref",
+    "ssd_chunk_scan_combined_ref": "use deftcore.ops.ssm.mamba_chunk_scan_ref",
     "Mamba": "use deftcore.nn.MambaMixer",
     "Mamba2": "use deftcore.nn.Mamba2Mixer",
     "MambaLMHeadModel": "use transformers.MambaForCausalLM",

@@ -24,7 +24,7 @@ from deftcore.nn.mamba2 import Mamba2Block
 from deftcore.nn.mixer import MixerBlock, MixerState, plain_projection
 from deftcore.nn.shadow import decoded
 from deftcore.nn.verify import Case, random_like, test_bed, with_gradients
-from deftcore.ops.ssm.mamba import LoraPair, Projection
+from deftcore.ops.ssm.projection import LoraPair, Projection
 
 
 def lora_projection(module: Any) -> Projection | None:

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deftcore.ops._layout import empty_like, strided, wide_dtype
 from deftcore.ops._library import define
 from deftcore.ops.checks import check_float, check_integers, check_like, check_shape
 from deftcore.ops.kernels import DTYPE_CODES, address, backend, has_kernel, native, stream
+from deftcore.ops.ssm._layout import empty_like, strided, wide_dtype
 
 MAX_WIDTH: int = native.max_conv_width
 
@@ -125,21 +125,26 @@ def conv_parameters(
     """weight as [W, C] and bias in the accumulation's dtype, and whether silu follows."""
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"activation: must be None, 'silu' or 'swish', got {activation!r}")
-    check_float("weight", weight)
-    channels, wide = x.shape[1], wide_dtype(x)
+    return (*conv_taps(weight, bias, x.shape[1], x), activation is not None)
+
+
+def conv_taps(
+    weight: Tensor, bias: Tensor | None, channels: int, x: Tensor, prefix: str = ""
+) -> tuple[Tensor, Tensor | None]:
+    """weight [channels, W] as [W, channels] and bias in the accumulation's dtype; `prefix` of their names in errors."""
+    check_float(f"{prefix}weight", weight)
+    wide = wide_dtype(x)
     if weight.dim() != 2 or weight.shape[0] != channels or not 1 <= weight.shape[1] <= MAX_WIDTH:
-        raise ValueError(f"weight: shape must be ({channels}, W) with W in 1..{MAX_WIDTH}, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"{prefix}weight: shape must be ({channels}, W) with W in 1..{MAX_WIDTH}, got {tuple(weight.shape)}"
+        )
     if bias is not None:
-        check_float("bias", bias)
-        check_shape("bias", bias, (channels,), "one per channel")
+        check_float(f"{prefix}bias", bias)
+        check_shape(f"{prefix}bias", bias, (channels,), "one per channel")
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.device != x.device:
-            raise ValueError(f"{name}: must be on {x.device} as x, got {t.device}")
-    return (
-        weight.to(wide).t().contiguous(),
-        None if bias is None else bias.to(wide).contiguous(),
-        activation is not None,
-    )
+            raise ValueError(f"{prefix}{name}: must be on {x.device} as x, got {t.device}")
+    return weight.to(wide).t().contiguous(), None if bias is None else bias.to(wide).contiguous()
 
 
 def check_sequence(seq_idx: Any, batch: int, length: int, x: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deftcore.ops._layout import empty_like, strided, wide_dtype
 from deftcore.ops._library import define
 from deftcore.ops.checks import check_float, check_like, check_shape
 from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, has_kernel, native, stream
+from deftcore.ops.ssm._layout import empty_like, strided, wide_dtype
 
 MAX_STATES = 256
+MASKED_STEP = -1e4  # softplus of it is 0: a masked step leaves the state as it is
 
 
 def selective_scan(

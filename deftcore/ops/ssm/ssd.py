@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deftcore.ops._layout import wide_dtype
 from deftcore.ops._library import define
 from deftcore.ops.checks import check_float, check_shape
 from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, has_kernel, native, stream
+from deftcore.ops.ssm._layout import wide_dtype
 from deftcore.ops.ssm.conv1d import check_sequence
 from deftcore.ops.ssm.scan import MAX_STATES
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deftcore.ops._layout import strided, wide_dtype
 from deftcore.ops._library import define
 from deftcore.ops.checks import check_float, check_integers, check_like, check_shape
 from deftcore.ops.kernels import DTYPE_CODES, address, backend, native, stream
+from deftcore.ops.ssm._layout import strided, wide_dtype
 from deftcore.ops.ssm.conv1d import causal_conv1d_op, conv_parameters
 from deftcore.ops.ssm.scan import MAX_STATES
 

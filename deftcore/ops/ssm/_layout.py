@@ -19,3 +19,8 @@ def empty_like(x: Tensor) -> Tensor:
     if x.stride(1) == 1 and x.shape[1] > 1:
         return torch.empty((x.shape[0], x.shape[2], x.shape[1]), dtype=x.dtype, device=x.device).transpose(1, 2)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def unflatten_tokens(x: Tensor, like: Tensor) -> Tensor:
+    """x [B L, K] as [B, L, K], B and L from `like`."""
+    return x.view(like.shape[0], like.shape[1], x.shape[1])
