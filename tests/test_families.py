@@ -198,20 +198,36 @@ def test_what_the_table_refuses_is_refused(kind, method):
 
 
 def test_an_architecture_that_is_not_listed_is_found_by_its_form():
-    """Llama's MLP under another name, and one whose gate and up projections are a matrix."""
+    """Llama's MLP and Phi-3's under other names."""
     import transformers as t
 
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 2, "pad_token_id": 0}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     olmo = t.OlmoForCausalLM(t.OlmoConfig(**sizes, **heads)).eval()
-    assert olmo.config.model_type not in FAMILIES
-    assert [block.name for block in find_mlp_blocks(olmo)] == ["model.layers.0.mlp", "model.layers.1.mlp"]
-    expected = logits_of(olmo, "llama")
-    torch.testing.assert_close(logits_of(deftcore.sparsify(olmo, tau=0.0), "llama"), expected, rtol=1e-4, atol=1e-5)
-    glm = t.GlmForCausalLM(t.GlmConfig(**sizes, **heads, head_dim=8, eos_token_id=1))
-    assert len(find_mlp_blocks(glm)) == 2
-    with pytest.raises(ValueError, match="sparsify does not serve GlmForCausalLM: its gate and up projections are one"):
-        deftcore.sparsify(glm)
+    glm = t.GlmForCausalLM(t.GlmConfig(**sizes, **heads, head_dim=8, eos_token_id=1)).eval()
+    for model in (olmo, glm):
+        assert model.config.model_type not in FAMILIES
+        assert [block.name for block in find_mlp_blocks(model)] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+        expected = logits_of(model, "llama")
+        sparse = deftcore.sparsify(model, tau=0.0)
+        torch.testing.assert_close(logits_of(sparse, "llama"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_phi3_sparse_with_an_adapter_and_in_4_bits():
+    """LoRA's factors are cut with the matrix; a packed one is refused by name."""
+    model = model_of("phi3")
+    config = peft.LoraConfig(r=4, target_modules=["gate_up_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config).eval()
+    expected = logits_of(model, "phi3")
+    for merge in (True, False):
+        sparse = deftcore.sparsify(copy.deepcopy(model), merge=merge)
+        torch.testing.assert_close(logits_of(sparse, "phi3"), expected, rtol=1e-4, atol=1e-4)
+    packed = deftcore.quantize(model_of("phi3"), block_size=32)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate_up_proj: holds gate and up in 4 bits"):
+        deftcore.sparsify(packed)
+    part = deftcore.quantize(model_of("phi3"), block_size=32, skip=["lm_head", "gate_up_proj"])
+    expected = logits_of(part, "phi3")
+    torch.testing.assert_close(logits_of(deftcore.sparsify(part), "phi3"), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_gates_fold_into_conv1d():

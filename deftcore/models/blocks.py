@@ -80,11 +80,13 @@ def check_function(block: MlpBlock) -> None:
         for scale in (1.0, 1000.0):
             x = scale * torch.randn((4, shape_of(first)[1]), generator=generator)
             x = x.to(first.weight.device, _input_dtype(first, torch.float32)).requires_grad_()
-            inner = up(x)
-            if block.gate is not None:
-                inner = activation(getattr(unit, block.gate.attribute)(x)) * inner
+            if block.gate is None:
+                inner = activation(up(x))
+            elif block.form.fused:
+                gate, inner = up(x).chunk(2, -1)
+                inner = activation(gate) * inner
             else:
-                inner = activation(inner)
+                inner = activation(getattr(unit, block.gate.attribute)(x)) * up(x)
             expected, found = (y.nan_to_num() for y in (down(inner.to(_input_dtype(last, inner.dtype))), unit(x)))
             if (found - expected).abs().max() > 8 * torch.finfo(found.dtype).eps * expected.abs().max():
                 raise ValueError(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 METHODS = ("density", "sparsify", "s2ft", "lora", "bottleneck", "quantize", "mamba-lora")
-ONE_MATRIX = "its gate and up projections are one matrix, which the sparse form would have to take apart"
 _NEED_MLP = ("density", "sparsify", "s2ft", "bottleneck")
 
 
@@ -82,8 +81,6 @@ class Family:
             return "" if self.buffers else "it has no Mamba mixer"
         if method in _NEED_MLP and not self.mlps:
             return "it is made of Mamba mixers and has no MLP"
-        if method == "sparsify" and any(mlp.fused for mlp in self.mlps):
-            return ONE_MATRIX
         return ""
 
 
@@ -117,7 +114,10 @@ _NEOX = Family(
 )  # fmt: skip
 _PATCHED = (("quantize", "run deftcore.patch on it: Transformers' mixers take packed bytes for a matrix"),)
 _MAMBA = Family(buffers=("x_proj", "in_proj"), remarks=_PATCHED)
-_PHI3 = Family((_PHI3_MLP,), Attention("qkv_proj", "qkv_proj", "qkv_proj", "o_proj"), ["mlp"])
+_PHI3 = Family(
+    (_PHI3_MLP,), Attention("qkv_proj", "qkv_proj", "qkv_proj", "o_proj"), ["mlp"],
+    remarks=(("sparsify", "not in 4 bits: gate and up are one matrix, which is cut in two"),),
+)  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from deftcore.models.blocks import MlpBlock, base_of, check_function, find_mlp_blocks
-from deftcore.models.families import ONE_MATRIX
 from deftcore.models.gates import gates_of
 from deftcore.models.tied import merge_and_unload, tuned_ties
 from deftcore.nn.activations import activation_of
@@ -70,7 +69,7 @@ def sparsify(
     # All modules are built before the first is put in, so that a refusal leaves the blocks as they were.
     planned: list[tuple[MlpBlock, nn.Module, SparseBlock]] = []
     for block in find_mlp_blocks(model):
-        neurons = _weight(block, "up")[0].shape[0]
+        neurons = _weight(block, "down")[0].shape[1]
         if block.name in skip:
             planned.append((block, SkippedMLP(), SparseBlock(block.name, "skipped", neurons, 0.0)))
             continue
@@ -115,8 +114,6 @@ def check_sparsify(
     for value in tau.values() if isinstance(tau, dict) else [] if tau is None else [tau]:
         check_number("tau", value, minimum=0.0)
     blocks = find_mlp_blocks(model)
-    if any(block.form.fused for block in blocks):
-        raise ValueError(f"model: sparsify does not serve {type(base_of(model)).__name__}: {ONE_MATRIX}")
     names = [block.name for block in blocks]
     for argument, given in (("skip", skip), ("tau", tau if isinstance(tau, dict) else ())):
         unknown = sorted(set(given) - set(names))
@@ -218,5 +215,15 @@ def _weight(block: MlpBlock, role: str, *, merge: bool = False) -> tuple[Any, Te
         )
     bias = module.bias if extra is None else (module.bias + extra).detach()  # PEFT's `lora_bias` needs a base's bias
     if isinstance(packed, QuantizedTensor):
-        return packed, bias, low
-    return module.weight.t() if is_transposed(module) else module.weight, bias, low
+        weight: Any = packed
+    else:
+        weight = module.weight.t() if is_transposed(module) else module.weight
+    if not block.form.fused or role == "down":
+        return weight, bias, low
+    if weight is packed:
+        raise ValueError(
+            f"{where}: holds gate and up in 4 bits, which are not cut in two; leave it out of quantize (skip)"
+        )
+    half = 0 if role == "gate" else 1
+    low = None if low is None else LowRank(low.a, low.b.chunk(2)[half], low.scaling)
+    return weight.chunk(2)[half], None if bias is None else bias.chunk(2)[half], low
