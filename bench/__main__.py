@@ -21,7 +21,7 @@ from bench import quant4, s2ft, ssm
 from bench.harness import Rotating, alternate, console, keep_freed_memory, streaming_bandwidth
 from deftcore import ops
 from deftcore._files import write_json
-from deftcore.cli.main import info
+from deftcore.cli.info import collect
 from deftcore.ops.kernels import machine_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -284,7 +284,7 @@ def main():
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "machine": machine_name(torch.empty(0, device=args.device)),
         "python": platform.python_version(),
-        "info": info(),
+        "info": collect(),
         "streaming_gb_per_s": bandwidth / 1e9,
     }
     # In a process as it is by default: bitsandbytes allocates a dense weight per call, and pays for fresh pages.

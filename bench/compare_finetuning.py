@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from deftcore._files import cache_folder, write_json
-from deftcore.cli.quickstart import Settings, base_model, reference_text
+from deftcore.cli.quickstart.base_model import Settings, base_model, reference_text
 from deftcore.training import TrainingConfig, encode, train
 from deftcore.training.wrapping import add_adapter
 

@@ -45,18 +45,16 @@ def recipes() -> str:
 
 def commands() -> str:
     """The help of `deftcore` and of each of its commands."""
-    from deftcore.cli.main import main
+    from deftcore.cli.main import app, main
 
     def help_of(*words: str) -> str:
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
             main([*words, "--help"])
         return out.getvalue().strip()
 
     os.environ["COLUMNS"] = "100"
-    top = help_of()
-    names = re.findall(r"^    (\w+) ", top, flags=re.MULTILINE)
-    lines = ["# Command line", f"```text\n{top}\n```"]
-    for name in names:
+    lines = ["# Command line", f"```text\n{help_of()}\n```"]
+    for name in app.commands:
         lines += [f"## deftcore {name}", f"```text\n{help_of(name)}\n```"]
     return "\n\n".join(lines)
 

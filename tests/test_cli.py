@@ -2,9 +2,11 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
+import click
 import pytest
 import torch
 import transformers
@@ -13,8 +15,9 @@ from safetensors.torch import load_file
 from test_package import save_base
 
 import deftcore
-from deftcore.cli import quickstart
-from deftcore.cli.main import main
+from deftcore.cli import generation
+from deftcore.cli.main import app, main
+from deftcore.cli.quickstart import showcase
 from deftcore.methods.mamba import stability
 from deftcore.training import pipeline
 from deftcore.training.device import choose_device
@@ -22,6 +25,7 @@ from deftcore.training.device import choose_device
 TRAIN = ["train", "r.yaml"]
 DENSITY = ["density", "base", "base/data.txt"]
 EXPORT = ["export", "base", "out"]
+GENERATE = ["generate", "base", "hello"]
 LYAPUNOV = ["lyapunov", "mamba", "base/data.txt"]
 
 
@@ -99,18 +103,19 @@ MISTAKES = [
     ),
     (["train", "none.yaml"], "recipe: no such file: none.yaml"),
     (["train", "full"], "recipe: is a folder: full"),
-    (["train"], "the following arguments are required: recipe"),
-    (["trian"], "invalid choice: 'trian'"),
-    ([], "the following arguments are required: COMMAND"),
+    (["train"], "Missing argument 'RECIPE'. (see deftcore train --help)"),
+    (["trian"], "No such command 'trian'. Did you mean 'train'? (see deftcore --help)"),
+    ([], "Missing command. (see deftcore --help)"),
     ([*DENSITY, "--batch-size", "0"], "batch_size: must be at least 1, got 0"),
     ([*DENSITY, "--max-length", "0"], "max_length: must be at least 2, got 0"),
-    ([*DENSITY, "--max-length", "nan"], "argument --max-length: invalid int value: 'nan'"),
+    ([*DENSITY, "--max-length", "nan"], "Invalid value for '--max-length': 'nan' is not a valid int"),
     ([*DENSITY, "--batch-size", "-1", "--max-length", "1"], "got 1; batch_size: must be at least 1, got -1"),
     ([*DENSITY, "--adapter", "full"], "adapter: must be the folder of an adapter, full has no adapter_config.json"),
     ([*DENSITY, "--adapter", "nope"], "adapter: must be the folder of an adapter"),
-    ([*DENSITY, "--quantize", "int8"], "argument --quantize: invalid choice: 'int8'"),
+    ([*DENSITY, "--quantize", "int8"], "Invalid value for '--quantize': 'int8' is not one of 'nf4', 'fp4'"),
     ([*DENSITY, "--device", ""], "device: must be auto or what this machine has"),
-    ([*DENSITY, "--bogus"], "unrecognized arguments: --bogus"),
+    ([*DENSITY, "--bogus"], "No such option '--bogus'"),
+    ([*DENSITY, "--adaptr", "x"], "No such option '--adaptr'. Did you mean '--adapter'?"),
     (["density", "bse", "base/data.txt"], "model: no such folder: bse"),
     (["density", "", "base/data.txt"], "model: is needed"),
     (["density", "base", ""], "data: is needed"),
@@ -126,7 +131,10 @@ MISTAKES = [
     ([*EXPORT, "--merge", "4bit"], "merge: is for an adapter over a 4-bit base, got '4bit'"),
     ([*EXPORT, "--adapter", "nope"], "adapter: must be the folder of an adapter"),
     ([*LYAPUNOV, "--steps", "-1"], "steps: must be at least 0, got -1"),
-    ([*LYAPUNOV, "--steps"], "steps: is needed"),
+    ([*LYAPUNOV, "--steps"], "Option '--steps' requires an argument"),
+    ([*LYAPUNOV, "--steps", ","], "steps: is needed"),
+    ([*LYAPUNOV, "--steps", "1,x"], "Invalid value for '--steps': 'x' is not a valid integer"),
+    ([*LYAPUNOV, "--precisions", "bf16,fp8"], "Invalid value for '--precisions': 'fp8' is not one of"),
     ([*LYAPUNOV, "--seeds", "0"], "seeds: must be at least 1, got 0"),
     ([*LYAPUNOV, "--learning-rate", "nan"], "learning_rate: must be a finite number, got nan"),
     ([*LYAPUNOV, "--learning-rate", "0"], "learning_rate: must be above 0, got 0.0"),
@@ -138,7 +146,16 @@ MISTAKES = [
     (["bench", "--shape", "0x0"], "--shape: must be WIDTHxNEURONS, two whole numbers of at least 1, got '0x0'"),
     (["bench", "--shape", "4x-4"], "--shape: must be WIDTHxNEURONS"),
     (["bench", "--shape", ""], "--shape: must be WIDTHxNEURONS"),
-    (["bench", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    (["bench", "--dtype", "int8"], "Invalid value for '--dtype': 'int8' is not one of"),
+    ([*GENERATE, "--max-new-tokens", "0"], "max_new_tokens: must be at least 1, got 0"),
+    ([*GENERATE, "--temperature", "nan"], "temperature: must be a finite number, got nan"),
+    ([*GENERATE, "--temperature", "-1"], "temperature: must be at least 0, got -1.0"),
+    ([*GENERATE, "--top-p", "0", "--seed", "-1"], "seed: must be at least 0, got -1; top_p: must be above 0, got 0.0"),
+    ([*GENERATE, "--adapter", "full"], "adapter: must be the folder of an adapter"),
+    ([*GENERATE, "--device", "tpu"], "device: must be auto or what this machine has"),
+    ([*GENERATE, "--chat"], "chat: the tokenizer of base has no chat template"),
+    (["generate", "bse", "hello"], "model: no such folder: bse"),
+    (["generate"], "Missing argument 'MODEL'"),
     (["quickstart", "--seed", "-1"], "seed: must be at least 0, got -1"),
     (["quickstart", "--output", "file"], "output: must be a folder to write to"),
     (["quickstart", "--output", ""], "output: is needed"),
@@ -150,9 +167,10 @@ def test_a_mistake_is_one_line_before_weights_are_read(place, monkeypatch, capsy
     def no_weights(*_, **__):
         raise AssertionError("weights were read")
 
-    for module in (pipeline, stability):
+    for module in (pipeline, stability, generation):
         monkeypatch.setattr(module, "load_model", no_weights)
-    monkeypatch.setattr(quickstart, "base_model", no_weights)
+    monkeypatch.setattr(generation, "load_sparse", no_weights)
+    monkeypatch.setattr(showcase, "base_model", no_weights)
     monkeypatch.chdir(place)
     before = sorted(place.iterdir())
     assert main(arguments) == 2
@@ -161,6 +179,46 @@ def test_a_mistake_is_one_line_before_weights_are_read(place, monkeypatch, capsy
     assert error.startswith("deftcore: ")
     assert "\n" not in error
     assert sorted(place.iterdir()) == before
+
+
+def test_help(capsys):
+    """Every command says what it does, the default of each option, and shows an example that parses."""
+    for name, command in app.commands.items():
+        assert main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        examples = [shlex.split(line) for line in text.splitlines() if line.startswith("    deftcore ")]
+        assert len(examples) == 1
+        assert examples[0][:2] == ["deftcore", name]
+        with command.make_context(name, examples[0][2:], parent=click.Context(app)):
+            pass
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert option.help, (name, option.name)
+                assert option.is_flag or "default" in option.get_help_extra(click.Context(command, show_default=True))
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"deftcore {deftcore.__version__}\n"
+
+
+def test_a_plain_install_has_help_and_info():
+    """Nothing beyond the core dependencies is imported; what needs more says what to install."""
+    script = """
+import sys
+extra = "accelerate matplotlib peft pydantic yaml rich safetensors tokenizers transformers".split()
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in extra:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+from deftcore.cli import main
+assert main(["--help"]) == 0
+assert "torch" not in sys.modules and "numpy" not in sys.modules
+assert main(["info"]) == 0
+assert main(["train", "r.yaml"]) == 2
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "cpu_isa: " in done.stdout
+    assert done.stderr.splitlines()[-1].endswith(": pip install 'deftcore[train]'")
 
 
 def test_without_a_network_a_missing_model_is_one_line(place):
@@ -337,5 +395,5 @@ def test_train_density_export_on_a_gpu(place, tmp_path, monkeypatch, capsys):
             capsys.readouterr()
     for name in ("lora", "qlora"):
         assert found[name, "auto"] == pytest.approx(found[name, "cpu"], rel=0.02)
-    output = ["--output", str(tmp_path / "lyapunov"), "--steps", "0", "2", "--max-length", "16"]
-    assert main([*LYAPUNOV, *output, "--precisions", "bf16", "fp16"]) == 0
+    output = ["--output", str(tmp_path / "lyapunov"), "--steps", "0,2", "--max-length", "16"]
+    assert main([*LYAPUNOV, *output, "--precisions", "bf16,fp16"]) == 0

@@ -103,8 +103,8 @@ def test_command(tmp_path, capsys):
     data = tmp_path / "text.txt"
     data.write_text("a small text that is repeated many times over. " * 400)
     command = [
-        "lyapunov", str(mamba), str(data), "--output", str(tmp_path / "out"), "--steps", "0", "2", "--precisions",
-        "bf16", "fp16", "--max-length", "32", "--against", str(folder),
+        "lyapunov", str(mamba), str(data), "--output", str(tmp_path / "out"), "--steps", "0,2",
+        "--precisions", "bf16,fp16", "--max-length", "32", "--against", str(folder),
     ]  # fmt: skip
     assert main(command) == 0
     printed = capsys.readouterr().out

@@ -202,10 +202,10 @@ def save_base(folder, model=None, **sizes):
     """A small model (a Llama where none is given), a tokenizer and a text."""
     from conftest import tiny_model
 
-    from deftcore.cli.quickstart import _tokenizer
+    from deftcore.cli.quickstart.base_model import make_tokenizer
 
     text = "the quick brown fox jumps over the lazy dog. " * 40
-    tokenizer = _tokenizer(text, 300)
+    tokenizer = make_tokenizer(text, 300)
     model = tiny_model("llama") if model is None else model
     if sizes:
         model.config.update(sizes)
@@ -334,7 +334,8 @@ def test_serving_example():
 
 def test_quickstart_small(tmp_path):
     """The whole quickstart at a size for tests."""
-    from deftcore.cli.quickstart import Settings, run
+    from deftcore.cli.quickstart.base_model import Settings
+    from deftcore.cli.quickstart.showcase import run
 
     settings = Settings(
         vocab_size=400, hidden_size=48, intermediate_size=256, max_length=32, batch_size=4, base_steps=4, tune_steps=3,

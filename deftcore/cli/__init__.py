@@ -1,4 +1,4 @@
-"""The `deftcore` command."""
+"""The `deftcore` command: one file per subcommand. Heavy packages are imported where a command runs."""
 
 from deftcore.cli.main import main
 

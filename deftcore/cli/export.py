@@ -1,0 +1,47 @@
+"""`deftcore export`."""
+
+import click
+
+from deftcore.cli.shared import (
+    Listed,
+    adapter_option,
+    command,
+    device_option,
+    hush,
+    model_argument,
+    quantize_option,
+    quantize_options,
+    show,
+)
+
+
+@command(example="deftcore export meta-llama/Llama-3.2-1B sparse --adapter run/final --quantize nf4")
+@model_argument
+@click.argument("output")
+@adapter_option
+@click.option(
+    "--skip", type=Listed(str), default=[], show_default="none", metavar="BLOCK,...", help="MLP blocks to leave out."
+)
+@quantize_option("Write 4-bit weights; the adapter stays unmerged.")
+@click.option(
+    "--merge", type=click.Choice(["16bit", "4bit"]), show_default="no", help="Merge an adapter over a 4-bit base."
+)
+@device_option
+def export(
+    model: str, output: str, adapter: str, skip: list[str], quantize: str | None, merge: str | None, device: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Merge an adapter and write a folder for sparse inference.
+
+    MODEL is a Transformers folder or hub id, OUTPUT a new folder, which `deftcore generate` and
+    `deftcore.load_sparse` open.
+    """
+    hush()
+    from deftcore.training import pipeline
+
+    result = pipeline.export(
+        model, output, adapter=adapter, skip=tuple(skip), quantize=quantize_options(quantize), merge=merge or "",
+        device=device,
+    )  # fmt: skip
+    kept = ", adapter unmerged" if result["unmerged_adapter"] else ""
+    show(as_json, result, [f"{output}: {len(result['blocks'])} blocks, {len(result['skipped'])} skipped{kept}"])

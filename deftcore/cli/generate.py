@@ -1,0 +1,67 @@
+"""`deftcore generate`: text from a model, token by token as it comes."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+import click
+
+from deftcore.cli.shared import (
+    adapter_option,
+    command,
+    device_option,
+    hush,
+    model_argument,
+    quantize_option,
+    quantize_options,
+    show,
+)
+
+
+@command(example='deftcore generate meta-llama/Llama-3.2-1B "Once upon a time" --adapter run/final --temperature 0.8')
+@model_argument
+@click.argument("prompt", required=False)
+@adapter_option
+@quantize_option("Load the base into 4 bits.")
+@click.option("--max-new-tokens", default=128, help="Tokens of an answer, at most.")
+@click.option("--temperature", default=0.0, help="Of the sampling; 0 takes the likeliest token each time.")
+@click.option("--top-p", default=1.0, help="Sample from the likeliest tokens that hold this share of the probability.")
+@click.option("--seed", default=0, help="Of the sampling.")
+@click.option("--chat", is_flag=True, help="Put prompts into the model's chat template, and keep the conversation.")
+@device_option
+def generate(
+    model: str, prompt: str | None, adapter: str, quantize: str | None, max_new_tokens: int, temperature: float,
+    top_p: float, seed: int, chat: bool, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Continue a text, or talk to a model.
+
+    MODEL is a Transformers folder, an exported folder (which runs sparse) or a hub id. Without a PROMPT each line that
+    you type is one; a prompt that comes through a pipe is read whole.
+    """
+    hush()
+    from deftcore.cli.generation import Writer
+
+    writer = Writer(
+        model, adapter=adapter, quantize=quantize_options(quantize), device=device, chat=chat, seed=seed,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+    )  # fmt: skip
+    for text in _prompts(prompt):
+        start = time.perf_counter()
+        answer = writer.answer(text, stream=not as_json)
+        seconds = time.perf_counter() - start
+        if as_json:
+            show(True, {"prompt": text, "text": answer.text, "tokens": answer.tokens, "seconds": seconds}, ())
+
+
+def _prompts(prompt: str | None) -> Iterator[str]:
+    if prompt is not None:
+        yield prompt
+    elif not sys.stdin.isatty():
+        yield sys.stdin.read().removesuffix("\n")
+    else:
+        click.echo("A prompt a line; Ctrl-D ends.", err=True)
+        with contextlib.suppress(EOFError):
+            while True:
+                if text := input("> "):
+                    yield text

@@ -1,0 +1,109 @@
+"""A model that answers prompts, in whatever form it lies on disk."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from transformers import TextStreamer
+
+from deftcore.methods.deft.files import load_sparse
+from deftcore.methods.lora.patch import patch
+from deftcore.models.checkpoints import SPARSE_FILE, load_model, load_tokenizer
+from deftcore.models.preflight import check_lengths, empty_model
+from deftcore.training.adapters import load_adapter
+from deftcore.training.device import choose_device
+from deftcore.training.fields import AdapterFolder, Count, Needed, NonNegative, Positive, Seed, Text, checked
+
+
+@dataclass
+class Answer:
+    text: str
+    tokens: int
+
+
+class Writer:
+    """A model with its tokenizer and the way it decodes.
+
+    Args:
+        model: a Transformers folder, a folder of `deftcore export` or a hub id.
+        adapter, quantize, device: as in `deftcore.training.pipeline.measure_density`.
+        chat: whether prompts are a user's messages, each with those before it and their answers.
+        max_new_tokens: of an answer, at most.
+        temperature: of the sampling; 0 is greedy.
+        top_p: share of the probability that the tokens to sample from hold.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the argument, before weights are read.
+    """
+
+    @checked
+    def __init__(
+        self,
+        model: Needed,
+        *,
+        adapter: AdapterFolder = "",
+        quantize: dict[str, Any] | None = None,
+        device: Text = "auto",
+        chat: bool = False,
+        seed: Seed = 0,
+        max_new_tokens: Count = 128,
+        temperature: NonNegative = 0.0,
+        top_p: Annotated[Positive, Field(le=1)] = 1.0,
+    ) -> None:
+        where = choose_device(device)
+        sparse = (Path(model) / SPARSE_FILE).is_file()
+        if sparse and (adapter or quantize):
+            raise ValueError(f"model: {model} is exported, and takes no further adapter and no quantize")
+        self.empty = empty_model(model)
+        self.tokenizer = load_tokenizer(model)
+        if chat and not self.tokenizer.chat_template:
+            raise ValueError(f"chat: the tokenizer of {model} has no chat template")
+        if sparse:
+            loaded: Any = load_sparse(model)
+        else:
+            loaded = load_model(model, quantize=quantize)
+            loaded = load_adapter(loaded, adapter) if adapter else loaded
+            with contextlib.suppress(ValueError):  # nothing in it that native ops would run
+                patch(loaded)
+        self.model = loaded.to(where).eval()
+        self.where, self.chat = where, chat
+        self.messages: list[dict[str, str]] = []
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        self.options = {"max_new_tokens": max_new_tokens, **(sampling if temperature else {"do_sample": False})}
+        torch.manual_seed(seed)
+
+    def answer(self, prompt: str, *, stream: bool = False) -> Answer:
+        """The continuation of a prompt; with `stream` it is also printed as it comes.
+
+        Raises:
+            ValueError: the prompt is empty, or with its answer longer than the model's table of positions.
+        """
+        inputs = self._tokens(prompt)
+        given = inputs["input_ids"].shape[1]
+        if given == 0:
+            raise ValueError("prompt: must not be empty")
+        pair = self.model.config.is_encoder_decoder
+        if not pair:
+            check_lengths(self.empty, [{"input_ids": range(given + self.options["max_new_tokens"])}])
+        streamer = TextStreamer(self.tokenizer, skip_prompt=not pair, skip_special_tokens=True) if stream else None
+        padding = self.tokenizer.pad_token_id
+        with torch.no_grad():
+            found = self.model.generate(
+                **inputs, **self.options, streamer=streamer,
+                pad_token_id=self.tokenizer.eos_token_id if padding is None else padding,
+            )  # fmt: skip
+        new = found[0, 1 if pair else given :]
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        if self.chat:
+            self.messages.append({"role": "assistant", "content": text})
+        return Answer(text, len(new))
+
+    def _tokens(self, prompt: str) -> dict[str, torch.Tensor]:
+        if not self.chat:
+            return self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.where)
+        self.messages.append({"role": "user", "content": prompt})
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        return self.tokenizer.apply_chat_template(self.messages, **options).to(self.where)

@@ -1,0 +1,30 @@
+"""`deftcore methods`."""
+
+from typing import Any
+
+from deftcore.cli.shared import command, hush, show
+
+
+@command(example="deftcore methods --json")
+def methods(as_json: bool) -> None:
+    """List the methods that a recipe can name.
+
+    Each comes with its paper and what it needs. Below them stand the losses that a recipe adds to any method by a
+    section of its own, as `deft: true`.
+    """
+    hush()
+    from deftcore.training.registry import all_methods, all_sections
+
+    fields = ("name", "summary", "paper", "needs")
+    tables: dict[str, list[dict[str, Any]]] = {
+        title: [{name: getattr(record, name) for name in fields} for record in records]
+        for title, records in (("methods", all_methods()), ("sections", all_sections()))
+    }
+    width = max(len(entry["name"]) for table in tables.values() for entry in table)
+    lines = []
+    for title, table in tables.items():
+        lines += [f"{title}:"] if table else []
+        for entry in table:
+            lines.append(f"  {entry['name']:{width}}  {entry['summary']}")
+            lines += [f"  {'':{width}}  {name}: {entry[name]}" for name in ("paper", "needs") if entry[name]]
+    show(as_json, tables, lines)

@@ -1,0 +1,81 @@
+"""What subcommands share: how one is declared, common options, how results are printed."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+
+Decorator = Callable[[Callable[..., Any]], Any]
+
+model_argument = click.argument("model")
+data_argument = click.argument("data")
+device_option = click.option(
+    "--device",
+    default="auto",
+    help="Where to compute: cpu, cuda, cuda:1 ...; auto: an accelerator, where there is one.",
+)
+adapter_option = click.option("--adapter", default="", show_default="none", help="Folder of a PEFT adapter.")
+batch_option = click.option("--batch-size", default=4, help="Sequences at a time.")
+
+
+def command(*, example: str) -> Decorator:
+    """A subcommand of the function's name: its docstring is the help, with an example below, and it takes --json."""
+
+    def declare(function: Callable[..., Any]) -> click.Command:
+        made = click.command(epilog=f"\b\nExample:\n  {example}")(function)
+        made.params.append(click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."))
+        return made
+
+    return declare
+
+
+def quantize_option(text: str) -> Decorator:
+    return click.option("--quantize", type=click.Choice(["nf4", "fp4"]), show_default="none", help=text)
+
+
+def length_option(default: int) -> Decorator:
+    return click.option("--max-length", default=default, help="Tokens per sequence; longer texts are cut into several.")
+
+
+class Listed(click.ParamType):
+    """Values that commas separate, each of one type."""
+
+    name = "list"
+
+    def __init__(self, of: Any) -> None:
+        self.of = click.types.convert_type(of)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"{self.of.get_metavar(param, ctx) or self.of.name.upper()},..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        parts = value.split(",") if isinstance(value, str) else value
+        return [self.of.convert(part, param, ctx) for part in parts if part != ""]
+
+
+def quantize_options(quantize: str | None) -> dict[str, Any] | None:
+    """As `load_model` takes them."""
+    return {"quant_type": quantize} if quantize else None
+
+
+def show(as_json: bool, result: Any, lines: Iterable[str]) -> None:
+    click.echo(json.dumps(result, indent=1) if as_json else "\n".join(lines))
+
+
+def hush() -> None:
+    """Silences the notices and progress bars of others, unless the command is to be verbose: progress is ours to
+    show. To be called before models are touched."""
+    if click.get_current_context().find_root().params["verbose"]:
+        return
+    for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+                        ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")):  # fmt: skip
+        os.environ.setdefault(name, value)
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers|peft|torch")

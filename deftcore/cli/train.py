@@ -1,0 +1,37 @@
+"""`deftcore train`."""
+
+import os
+from pathlib import Path
+
+import click
+
+from deftcore.cli.shared import command, hush, show
+
+
+@command(example="deftcore train recipes/deft-lora.yaml training.max_steps=100 training.learning_rate=1e-4")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--restart", is_flag=True, help="Forget the run that the output folder holds.")
+@click.option("--device", default="", show_default="the recipe's", help="Where to compute: auto, cpu, cuda, cuda:1 ...")
+def train(recipe: str, overrides: tuple[str, ...], restart: bool, device: str, as_json: bool) -> None:
+    """Train from a recipe.
+
+    RECIPE is a YAML file; KEY=VALUE sets one of its fields. A run that was interrupted continues from its newest
+    checkpoint.
+    """
+    hush()
+    from deftcore.training.pipeline import train_recipe
+    from deftcore.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe, [*overrides, *([f"device={device}"] if device else [])])
+    result = train_recipe(loaded, resume=not restart)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    value = result.to_dict()
+    shown = {k: v for k, v in value.items() if v is not None and k not in ("density_blocks", "best_step")}
+    lines = [f"{k}: {v:.6g}" for k, v in shown.items()]
+    folder = Path(loaded.output)
+    if result.best_step is not None:
+        best = f"step {result.best_step}, loss {result.best_eval_loss:.4g}"
+        lines.append(f"best checkpoint at {folder / 'best'} ({best})")
+    show(as_json, value, [*lines, f"final: {folder / 'final'}"])

@@ -1,0 +1,160 @@
+"""`deftcore generate`: every form of a model that lies on disk, streaming, sampling, conversations."""
+
+import io
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import tiny_model
+from test_package import save_base
+
+import deftcore
+from deftcore.cli.main import main
+from deftcore.models.checkpoints import load_model
+from deftcore.training.adapters import load_adapter
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+PROMPT = "the quick"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base, an adapter that changes its tokens, exports of both kinds, and a model with few positions."""
+    root = tmp_path_factory.mktemp("place")
+    torch.manual_seed(0)
+    for name in ("base", "t5", "short"):
+        (root / name).mkdir()
+    save_base(root / "base", intermediate_size=128)
+    save_base(root / "t5", tiny_model("t5"))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "ffn_dim": 72, "num_attention_heads": 4}
+    config = transformers.OPTConfig(vocab_size=64, word_embed_proj_dim=32, max_position_embeddings=20, **sizes)
+    save_base(root / "short", transformers.OPTForCausalLM(config))
+    options = {"r": 4, "lora_alpha": 64, "init_lora_weights": False, "target_modules": ["q_proj", "up_proj"]}
+    adapted = peft.get_peft_model(load_model(root / "base"), peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    adapted.save_pretrained(root / "adapter")
+    adapter = ["--adapter", str(root / "adapter")]
+    assert main(["export", str(root / "base"), str(root / "merged"), *adapter]) == 0
+    assert main(["export", str(root / "base"), str(root / "packed"), *adapter, "--quantize", "nf4"]) == 0
+    return root
+
+
+def expected(model, place, new=8):
+    """Greedy decoding by hand: the whole sequence through the model for each token."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "base")
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    given = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(new):
+            ids = torch.cat([ids, model.eval()(ids).logits[:, -1:].argmax(-1)], 1)
+            if ids[0, -1] == tokenizer.eos_token_id:
+                break
+    return tokenizer.decode(ids[0, given:], skip_special_tokens=True)
+
+
+def test_every_form_of_a_model(place, capsys):
+    base, adapter = str(place / "base"), str(place / "adapter")
+    four = ["--quantize", "nf4"]
+    forms = {
+        "dense": ([base], load_model(base)),
+        "adapter": ([base, "--adapter", adapter], load_adapter(load_model(base), adapter)),
+        "4-bit": ([base, *four], deftcore.load_quantized(base)),
+        "4-bit adapter": ([base, *four, "--adapter", adapter], load_adapter(deftcore.load_quantized(base), adapter)),
+        "merged": ([str(place / "merged")], deftcore.load_sparse(place / "merged")),
+        "packed": ([str(place / "packed")], deftcore.load_sparse(place / "packed")),
+    }
+    found = {}
+    for name, ((model, *options), reference) in forms.items():
+        arguments = ["generate", model, PROMPT, *options, "--max-new-tokens", "8"]
+        capsys.readouterr()
+        assert main(arguments) == 0
+        streamed = capsys.readouterr().out
+        assert main([*arguments, "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        found[name] = result["text"]
+        assert streamed == result["text"] + "\n", name
+        assert result["text"] == expected(reference, place), name
+        assert 1 <= result["tokens"] <= 8
+    assert found["adapter"] != found["dense"]
+    assert found["merged"] == found["adapter"]
+    assert main(["generate", str(place / "merged"), PROMPT, *four]) == 2
+    assert "takes no further adapter and no quantize" in capsys.readouterr().err
+
+
+def test_encoder_decoder(place, capsys):
+    assert main(["generate", str(place / "t5"), PROMPT, "--max-new-tokens", "5", "--json"]) == 0
+    assert 1 <= json.loads(capsys.readouterr().out)["tokens"] <= 5
+
+
+def test_text_streams(place, monkeypatch):
+    """Words come one by one, not at the end."""
+    written = []
+    monkeypatch.setattr(
+        transformers.TextStreamer, "on_finalized_text", lambda self, text, stream_end=False: written.append(text)
+    )
+    assert main(["generate", str(place / "base"), PROMPT, "--max-new-tokens", "20"]) == 0
+    assert len(written) > 2
+
+
+def test_sampling(place, capsys):
+    """A seed gives the same text again; a tiny top-p leaves the likeliest token, as does temperature 0."""
+
+    def text(*options):
+        capsys.readouterr()
+        assert main(["generate", str(place / "base"), PROMPT, "--max-new-tokens", "12", *options]) == 0
+        return capsys.readouterr().out
+
+    hot = ["--temperature", "3"]
+    assert text(*hot, "--seed", "1") == text(*hot, "--seed", "1")
+    assert len({text(*hot, "--seed", str(seed)) for seed in range(3)}) == 3
+    assert text(*hot, "--top-p", "1e-6") == text()
+
+
+def test_prompts_from_outside(place, monkeypatch, capsys):
+    """A pipe is read whole; a terminal line by line until its end."""
+    arguments = ["generate", str(place / "base"), "--max-new-tokens", "4", "--json"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("the quick\nbrown fox\n"))
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "the quick\nbrown fox"
+    monkeypatch.setattr("sys.stdin", Terminal("the quick\n\nbrown fox\n"))
+    assert main(arguments) == 0
+    decoder, text, prompts = json.JSONDecoder(), capsys.readouterr().out.replace("> ", ""), []
+    while text.strip():
+        value, end = decoder.raw_decode(text.lstrip())
+        prompts.append(value["prompt"])
+        text = text.lstrip()[end:]
+    assert prompts == ["the quick", "brown fox"]
+
+
+def test_chat(place, tmp_path, monkeypatch, capsys):
+    """The second prompt comes after the first and its answer, in the model's template."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "base")
+    tokenizer.chat_template = TEMPLATE
+    load_model(place / "base").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    seen, generate = [], transformers.LlamaForCausalLM.generate
+
+    def watched(self, input_ids=None, **options):
+        seen.append(tokenizer.decode(input_ids[0]))
+        return generate(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", watched)
+    monkeypatch.setattr("sys.stdin", Terminal("the quick\nbrown fox\n"))
+    assert main(["generate", str(tmp_path), "--chat", "--max-new-tokens", "4"]) == 0
+    answer = capsys.readouterr().out.split("> ")[1].removesuffix("\n")
+    assert seen == ["<user>the quick<a>", f"<user>the quick<assistant>{answer}<user>brown fox<a>"]
+
+
+def test_what_does_not_fit(place, capsys):
+    assert main(["generate", str(place / "short"), PROMPT]) == 2
+    assert "must be at most 20, the positions of model.decoder.embed_positions" in capsys.readouterr().err
+    assert main(["generate", str(place / "base"), ""]) == 2
+    assert "prompt: must not be empty" in capsys.readouterr().err
