@@ -155,6 +155,9 @@ def test_chat(place, tmp_path, monkeypatch, capsys):
 
 def test_what_does_not_fit(place, capsys):
     assert main(["generate", str(place / "short"), PROMPT]) == 2
-    assert "must be at most 20, the positions of model.decoder.embed_positions" in capsys.readouterr().err
+    assert (
+        "prompt and max_new_tokens: must be at most 20, the positions of model.decoder.embed_positions"
+        in capsys.readouterr().err
+    )
     assert main(["generate", str(place / "base"), ""]) == 2
     assert "prompt: must not be empty" in capsys.readouterr().err

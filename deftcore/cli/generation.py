@@ -69,10 +69,10 @@ class Writer:
             with contextlib.suppress(ValueError):  # nothing in it that native ops would run
                 patch(loaded)
         self.model = loaded.to(where).eval()
-        self.where, self.chat = where, chat
+        self.where, self.chat, self.max_new_tokens = where, chat, max_new_tokens
         self.messages: list[dict[str, str]] = []
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        self.options = {"max_new_tokens": max_new_tokens, **(sampling if temperature else {"do_sample": False})}
+        self.options = sampling if temperature else {"do_sample": False}
         torch.manual_seed(seed)
 
     def answer(self, prompt: str, *, stream: bool = False) -> Answer:
@@ -87,12 +87,13 @@ class Writer:
             raise ValueError("prompt: must not be empty")
         pair = self.model.config.is_encoder_decoder
         if not pair:
-            check_lengths(self.empty, [{"input_ids": range(given + self.options["max_new_tokens"])}])
+            whole = {"input_ids": range(given + self.max_new_tokens)}
+            check_lengths(self.empty, [whole], "prompt and max_new_tokens")
         streamer = TextStreamer(self.tokenizer, skip_prompt=not pair, skip_special_tokens=True) if stream else None
         padding = self.tokenizer.pad_token_id
         with torch.no_grad():
             found = self.model.generate(
-                **inputs, **self.options, streamer=streamer,
+                **inputs, **self.options, max_new_tokens=self.max_new_tokens, streamer=streamer,
                 pad_token_id=self.tokenizer.eos_token_id if padding is None else padding,
             )  # fmt: skip
         new = found[0, 1 if pair else given :]

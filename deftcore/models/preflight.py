@@ -36,8 +36,9 @@ def check_quantize(model: nn.Module, skip: Iterable[str]) -> None:
         raise ValueError(f"quantize.{error}") from error
 
 
-def check_lengths(model: Any, examples: Iterable[Mapping[str, Any]]) -> None:
-    """Raises for examples that are longer than a model's table of positions, where it has one."""
+def check_lengths(model: Any, examples: Iterable[Mapping[str, Any]], what: str = "max_length") -> None:
+    """Raises for examples that are longer than a model's table of positions, where it has one; `what` names the
+    argument."""
     limit = getattr(model.config, "max_position_embeddings", None)
     tables = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n.endswith(POSITION_TABLES)}
     if limit is None or not tables:
@@ -47,9 +48,7 @@ def check_lengths(model: Any, examples: Iterable[Mapping[str, Any]]) -> None:
         limit -= table.padding_idx + 1
     longest = max((len(example["input_ids"]) for example in examples), default=0)
     if longest > limit:
-        raise ValueError(
-            f"max_length: must be at most {limit}, the positions of {name}; an example has {longest} tokens"
-        )
+        raise ValueError(f"{what}: must be at most {limit}, the positions of {name}; an example has {longest} tokens")
 
 
 def check_names(field: str, wanted: Any, modules: list[str]) -> None:
