@@ -8,6 +8,7 @@ import torch
 import transformers
 from conftest import tiny_batch, tiny_model
 from safetensors.torch import load_file, save_file
+from test_package import run_python
 
 import deftcore
 from deftcore.models.preflight import check_lengths
@@ -58,8 +59,8 @@ CASES = {
     "DoRA": (peft.LoraConfig(**LORA, target_modules=QV, use_dora=True), {}, "auto"),
     "IA3": (peft.IA3Config(task_type="CAUSAL_LM", target_modules=QV, feedforward_modules=[]), {}, "auto"),
     "prompt": (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), {}, "auto"),
-    "bottleneck": (deftcore.methods.lora.bottleneck.BottleneckConfig(), {"vocabulary": 70}, True),
-    "S2FT": (deftcore.methods.s2ft.model.S2ftConfig(channel_ratio=0.2), {"vocabulary": 70}, True),
+    "bottleneck": (deftcore.BottleneckConfig(), {"vocabulary": 70}, True),
+    "S2FT": (deftcore.S2ftConfig(channel_ratio=0.2), {"vocabulary": 70}, True),
 }  # fmt: skip
 
 
@@ -74,6 +75,17 @@ def test_adapters_that_peft_loads(tmp_path, case):
     assert torch.equal(ours(**batch).logits, logits)
     state = theirs.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in ours.state_dict().items())
+
+
+def test_a_fresh_process_knows_our_adapters(tmp_path):
+    """`load_adapter` makes them known to PEFT itself; nobody has imported their room."""
+    peft.get_peft_model(base(), deftcore.BottleneckConfig()).save_pretrained(tmp_path / "adapter")
+    base().save_pretrained(tmp_path / "base")
+    run_python(
+        "from deftcore.models.checkpoints import load_model\n"
+        "from deftcore.training.adapters import load_adapter\n"
+        f"load_adapter(load_model('{tmp_path}/base'), '{tmp_path}/adapter')"
+    )
 
 
 @pytest.mark.parametrize(

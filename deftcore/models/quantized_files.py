@@ -240,4 +240,5 @@ def checked_folder(path: str | os.PathLike) -> str:
 
 
 def model_kind(config: Any) -> Any:
+    """The class of Transformers that builds a language model of this configuration."""
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from deftcore.models.gates import load_gates
 from deftcore.nn.sharding import whole
+from deftcore.training.registry import load_rooms
 
 
 class MethodName(str):
@@ -24,6 +25,7 @@ class MethodName(str):
 
     @property
     def value(self) -> str:
+        """The name, as of an enum's member."""
         return str(self)
 
 
@@ -68,6 +70,7 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Any:
         FileNotFoundError: when the folder holds no adapter.
         ValueError: naming the file, when it is damaged or was made for another base.
     """
+    load_rooms()  # which make their adapters known to PEFT
     file = Path(folder) / "adapter_model.safetensors"
     for needed in (Path(folder) / "adapter_config.json", file):
         if not needed.exists():

@@ -24,6 +24,7 @@ class DensityTrainerMixin:
         super().__init__(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The Trainer's, and the tokens that the density loss counts in the window, summed over processes."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         self.density.zero_grad()  # the Trainer clears the model's gradients alone
         tokens = self.density.window_tokens(samples, device=device)
@@ -31,6 +32,11 @@ class DensityTrainerMixin:
         return samples, items
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The task loss plus, in training, this micro-batch's share of the density loss: a scalar.
+
+        Raises:
+            RuntimeError: as `DensityLoss.loss`, when the model's forward did not run or ran without a graph.
+        """
         self.density.expect(inputs)  # the labels may be taken out before the model sees them
         result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         if not model.training:
@@ -53,6 +59,7 @@ class DensityTrainerMixin:
         return own or (self.model_accepts_loss_kwargs and items is not None)  # type: ignore[attr-defined]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's; behind a window's last backward the gates' gradient becomes the mean over processes."""
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if self.density.gates is not None and self.accelerator.sync_gradients:  # type: ignore[attr-defined]
             self.density.gates.reduce_gradient()
@@ -74,6 +81,7 @@ class DensityTrainerMixin:
             self.density.gates.load(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's, with the gates as a group of their own, without weight decay."""
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         gates = list(self.density.parameters())
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -82,10 +90,12 @@ class DensityTrainerMixin:
         return optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's, with `eval_density` among what is logged."""
         self.density.reset()
         return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; the density is gathered while every process is here."""
         output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
         self._report = self._gathered()
         return output
@@ -101,6 +111,7 @@ class DensityTrainerMixin:
         return self.density.report(reduce=lambda x: accelerator.reduce(x.to(accelerator.device), "sum"))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with `density` or `eval_density`, the share of active neurons since the last log."""
         if self._report is None and self.accelerator.num_processes == 1:  # type: ignore[attr-defined]
             self._report = self.density.report()
         report, self._report = self._report, None

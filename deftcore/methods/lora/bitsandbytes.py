@@ -50,9 +50,11 @@ class FusedBnbLinear(bnb.nn.Linear4bit):
 
     @property
     def quantized(self) -> QuantizedTensor:
+        """The weight [M, K] as deftcore's ops take it; shares bitsandbytes' bytes."""
         return quantized_of(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] to x W^T + bias [..., M], in x's dtype; computed in `compute_dtype` where that is given."""
         return linear_packed(x, quantized_of(self), self.bias, self.compute_dtype)
 
     @torch.no_grad()
@@ -77,6 +79,7 @@ class FusedBnbLora(LoraBnbLinear):
     _unmerged: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., K] to [..., M], in x's dtype, as one op, or PEFT's own forward where `waits` names a reason."""
         usable = not (args or kwargs or _unusable(self.get_base_layer()))
         y = fused_lora(self, quantized_of(self.get_base_layer()), x) if usable else None
         return super().forward(x, *args, **kwargs) if y is None else y
@@ -87,12 +90,19 @@ class FusedBnbLora(LoraBnbLinear):
         return obstacle(self, q, q.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's merge, with requantisation; the packed weight of before is kept for `unmerge`.
+
+        Raises:
+            ValueError: PEFT's; with `safe_merge` an update that is not finite.
+        """
         before, merged = self.get_base_layer().weight, self.merged
         super().merge(safe_merge, adapter_names)
         if self.merged and not merged:
             self._unmerged = before
 
     def unmerge(self) -> None:
+        """Puts the packed weight of before back, byte for byte; PEFT's own, which subtracts, where `lora_bias`
+        trained."""
         if not self.merged or any(self.lora_bias.values()):
             return super().unmerge()
         self._unmerged.bnb_quantized = True  # merging cleared it

@@ -70,6 +70,11 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig, **_: Any) -> None:
+        """Adds an adapter: down [F, M], up [M, F], F = M / reduction_factor, in the dtype of the layer beneath.
+
+        Raises:
+            ValueError: the module beneath is neither a linear layer nor an MLP module.
+        """
         base = self.get_base_layer()
         reference = _output_projection(base)
         width = shape_of(reference)[0]
@@ -100,6 +105,11 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self._mlp_input = args[0]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The module's output [..., M] plus s * up(f(down(.))) of each active adapter, in the output's dtype.
+
+        Raises:
+            RuntimeError: parallel, where the MLP's first projection has not run.
+        """
         y = self.base_layer(x, *args, **kwargs)
         mlp_input, self._mlp_input = (x if self._tap is None else self._mlp_input), None
         if self.disable_adapters:
@@ -120,9 +130,11 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return up(getattr(torch.nn.functional, self.configs[name].non_linearity)(hidden))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises ValueError: there is nothing linear to merge."""
         raise ValueError(_NO_MERGE)
 
     def unmerge(self) -> None:
+        """Raises ValueError: nothing is ever merged."""
         raise ValueError("unmerge: a bottleneck adapter is never merged")
 
     def __repr__(self) -> str:

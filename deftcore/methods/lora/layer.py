@@ -90,6 +90,10 @@ class FusedLoraLinear(LoraLinear):
     bases = (nn.Linear, Linear4bit)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., K] to x W^T + bias + s (drop(x) A^T) B^T [..., M], in x's dtype (LoRA, arXiv 2106.09685, eq. 3).
+
+        One op, `deftcore.ops.lora_linear`; PEFT's own forward with further arguments, or where `waits` names a reason.
+        """
         y = None if args or kwargs else fused_lora(self, base_weight(self), x)
         return super().forward(x, *args, **kwargs) if y is None else y
 
@@ -99,6 +103,11 @@ class FusedLoraLinear(LoraLinear):
         return obstacle(self, weight, weight.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the update to the weight: PEFT's merge over a dense base; over 4 bits the sum is requantised.
+
+        Raises:
+            ValueError: over 4 bits an adapter that is a variant or has a bias, or with `safe_merge` is not finite.
+        """
         base = self.get_base_layer()
         if not isinstance(base, Linear4bit):
             return super().merge(safe_merge, adapter_names)
@@ -118,6 +127,7 @@ class FusedLoraLinear(LoraLinear):
         return None
 
     def unmerge(self) -> None:
+        """PEFT's over a dense base; over 4 bits the bytes of before the first merge."""
         base = self.get_base_layer()
         if not isinstance(base, Linear4bit) or not self.merged:
             return super().unmerge()
@@ -128,6 +138,7 @@ class FusedLoraLinear(LoraLinear):
 
 
 def base_weight(layer: Any) -> Tensor | QuantizedTensor:
+    """The weight [M, K] beneath a LoRA layer over `nn.Linear` or `Linear4bit`, dense or packed."""
     base = layer.base_layer
     return base.quantized if isinstance(base, Linear4bit) else base.weight
 

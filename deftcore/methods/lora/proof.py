@@ -48,4 +48,5 @@ class Dropped(nn.Module):
     """Stands for dropout in a proof: every third feature, whatever the dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x with every third feature 0 and the rest times 1.5, in x's dtype."""
         return x * (1.5 * (torch.arange(x.shape[-1], device=x.device) % 3 != 0)).to(x.dtype)

@@ -72,6 +72,7 @@ class BlockDiagonal(nn.Linear):
     blocks: list[tuple[int, int, int, int]]  # rows start:stop and features i:j of each slice
 
     def forward(self, low: Tensor) -> Tensor:
+        """[..., r * slices] to [..., rows of all slices], each block's product beside the others, plus the bias."""
         out = torch.cat(
             [F.linear(low[..., i:j], self.weight[start:stop, i:j]) for start, stop, i, j in self.blocks], -1
         )

@@ -56,6 +56,7 @@ class _Cached:
     """A mixer's forward with Transformers' arguments and cache."""
 
     def projection(self, module: nn.Module) -> Projection | None:
+        """As `lora_projection`; the blocks ask for each of their linear layers."""
         return lora_projection(module)
 
     def forward(
@@ -90,6 +91,7 @@ class _Cached:
         return [self.conv1d]
 
     def mixed(self: Any, hidden: Tensor, cache: Any, mask: Tensor | None, **packed: Tensor) -> Tensor:
+        """[B, L, d] to [B, L, d]: one step in place where the cache is filled, else a scan that continues its state."""
         layer, length, width = self.layer_idx, hidden.shape[1], self.conv1d.weight.shape[2]
         conv: Any = None
         ssm: Any = None
@@ -139,13 +141,20 @@ class FusedMamba2Mixer(_Cached, Mamba2Block, HfMamba2Mixer):  # type: ignore[mis
     """Transformers' Mamba2Mixer, likewise."""
 
     def read_directly(self) -> list[nn.Module]:
+        """As `_Cached`, with the gated norm."""
         return [self.conv1d, self.norm]
 
     def norm_groups(self) -> int:
+        """Channels / group size of the gated norm, as the installed Transformers has it."""
         width = self.num_heads * self.head_dim
         return width // getattr(self.norm, "group_size", width)  # one over all channels before Transformers 5.23
 
     def packed(self, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
+        """`seq_idx` [B, L] as the scan takes it.
+
+        Raises:
+            ValueError: cu_seqlens without it.
+        """
         if cu_seqlens is not None and seq_idx is None:
             raise ValueError("cu_seqlens: pass seq_idx as well; the patched Mamba2 mixer cuts sequences by it")
         return {} if seq_idx is None else {"seq_idx": seq_idx}
@@ -219,6 +228,7 @@ class _VisibleLora(LoraLinear):
 
     @property
     def weight(self) -> Tensor:
+        """W + s B A [M, K] in W's dtype."""
         found: Any = lora_projection(self)
         dense = found.weight if isinstance(found.weight, Tensor) else found.weight.dequantize()
         return sum((pair.scaling * (pair.b @ pair.a).to(dense.dtype) for pair in found.lora), dense)

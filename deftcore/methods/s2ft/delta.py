@@ -212,6 +212,11 @@ class DeltaHost:
 
 
 def linear_of(model: nn.Module, name: str) -> Any:
+    """A module of the base by its name.
+
+    Raises:
+        ValueError: the model has none of this name.
+    """
     try:
         return model.get_submodule(name)
     except AttributeError as error:

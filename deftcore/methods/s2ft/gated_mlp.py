@@ -20,6 +20,10 @@ class FusedGatedMlp(nn.Module):
     unfused_class: type[nn.Module]
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] to (f(x G^T) * x U^T) D^T [..., d], in x's dtype.
+
+        The replaced class's own forward runs where a part has hooks, is observed, or trains whole.
+        """
         down: Any = self.down_proj
         act: Any = self.act_fn
         direct = called_plainly(down) and called_plainly(act) and not isinstance(act, ObservedActivation)

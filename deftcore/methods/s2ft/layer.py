@@ -27,6 +27,7 @@ class _Slices(nn.Module):
             setattr(self, f"part{i}", nn.Parameter(block))
 
     def blocks(self) -> list[nn.Parameter]:
+        """The blocks in the order of their places."""
         return list(self._parameters.values())  # type: ignore[arg-type]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -86,6 +87,7 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
 
     @property
     def slices(self) -> list[nn.Parameter]:
+        """The trained blocks [s, n], one per run of neighbouring places: what an optimiser gets."""
         kept: Any = next(iter(self.s2ft_slices.values()))
         return kept.blocks()
 
@@ -185,6 +187,12 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
         return self.disable_adapters or not any(name in self.s2ft_slices for name in self.active_adapters)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] to x W^T + bias [..., out], in x's dtype; the backward gives dx and the slices' gradients alone
+        (arXiv 2412.06289, section 4). With the adapter disabled, W is what it was before training.
+
+        Raises:
+            RuntimeError: a slice no longer shares the weight's memory.
+        """
         if self.split:
             if self.merged and self.is_off:
                 self.unmerge()
@@ -267,6 +275,7 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
+        """Takes back what `merge` wrote beside or over the weight, bit for bit; in place there is nothing to do."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         if isinstance(self.base_layer, Linear4bit) and self.merged:
@@ -299,6 +308,7 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
+        """The plain layer, as it was before training or with what was trained; its weight's usual memory layout."""
         if merge:
             self.merge(safe_merge, adapter_names)
         elif self.merged:
@@ -311,6 +321,7 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
         return self.base_layer
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Raises ValueError: `unload` takes the adapter out."""
         raise ValueError("delete_adapter: an S2FT adapter lives in the weights; use unload()")
 
     def extra_repr(self) -> str:

@@ -34,6 +34,11 @@ class S2ftModel(GathersShards):
             raise ValueError("adapter_name: S2FT trains one adapter at a time, in place; extract it, then switch")
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's for an unknown name.
+
+        Raises:
+            ValueError: for the adapter itself, which lives in the weights.
+        """
         if adapter_name in self.peft_config:
             raise ValueError("delete_adapter: an S2FT adapter lives in the weights; use unload()")
         super().delete_adapter(adapter_name)

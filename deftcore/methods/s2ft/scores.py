@@ -30,6 +30,7 @@ def _own_units(coupled: Coupled, axis: Axis) -> int:
 
 
 def weight_scores(model: nn.Module, structures: list[Coupled], targets: list[str]) -> Scores:
+    """Norm of each unit's own vectors, the trained axis of the weight; of a packed weight, decoded."""
     found = {}
     for coupled in structures:
         for axis in coupled.weights(targets):

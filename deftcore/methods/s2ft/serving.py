@@ -32,6 +32,7 @@ class GroupedDeltaLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
+        """The base's."""
         return self.base_layer.bias
 
     def _weight(self) -> Tensor | QuantizedTensor:
@@ -41,6 +42,11 @@ class GroupedDeltaLinear(nn.Module):
         return weight.t() if is_transposed(self.base_layer) else weight
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, ..., in] (or [B * tokens, in]) to [.., out], row b's adapter added; outside `ServedModel.rows` none.
+
+        Raises:
+            ValueError: the batch has other rows than there are adapters.
+        """
         index = self._rows.of(x)
         if index is None:
             return self.base_layer(x)
