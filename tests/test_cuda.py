@@ -8,8 +8,8 @@ from conftest import assert_close_to_ref
 from deftcore import ops
 from deftcore.ops import DeltaBank, LowRankDelta, SliceDelta
 from deftcore.ops.density import ACTIVATIONS, SURROGATES, act_density_ref
+from deftcore.ops.gated_linear import gated_act_ref, gated_linear_ref
 from deftcore.ops.kernels import cuda_enabled
-from deftcore.ops.partial_linear import gated_act_ref, gated_linear_ref
 from deftcore.ops.sparse_mlp import sparse_mlp_ref
 
 pytestmark = pytest.mark.cuda

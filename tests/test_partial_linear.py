@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from deftcore import ops
 from deftcore.ops.density import ACTIVATIONS
-from deftcore.ops.partial_linear import gated_act_ref, gated_linear_ref, partial_linear_ref
+from deftcore.ops.gated_linear import gated_act_ref, gated_linear_ref
+from deftcore.ops.partial_linear import partial_linear_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

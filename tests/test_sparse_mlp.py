@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from deftcore import ops
 from deftcore._files import cache_folder
-from deftcore.ops import _dispatch
+from deftcore.ops import paths
 from deftcore.ops.density import ACTIVATIONS
-from deftcore.ops.sparse_mlp import _down_rows, sparse_mlp_ref
+from deftcore.ops.sparse_down import _down_rows
+from deftcore.ops.sparse_mlp import sparse_mlp_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -157,7 +158,7 @@ def test_overflow_falls_back_to_dense(monkeypatch):
     a, w = torch.randn(4, 50), torch.randn(50, 20)
     assert _down_rows(a, w, None, 0.0, 49) is None
     assert _down_rows(a, w, None, 0.0, 50) is not None
-    monkeypatch.setattr(_dispatch, "break_even_density", lambda *_: 0.5)
+    monkeypatch.setattr(paths, "break_even_density", lambda *_: 0.5)
     for density in (0.2, 0.5, 0.8, 1.0):
         a = activations(4, 50, density)
         torch.testing.assert_close(ops.sparse_down(a, w), a @ w, rtol=1e-5, atol=1e-5)
@@ -168,17 +169,17 @@ def test_overflow_falls_back_to_dense(monkeypatch):
 
 def test_auto_measures_once_per_machine(monkeypatch):
     calls = []
-    measure = _dispatch._measure
-    monkeypatch.setattr(_dispatch, "_measure", lambda *args: calls.append(args[1:3]) or measure(*args))
-    monkeypatch.setattr(_dispatch, "_known", {})
+    measure = paths._measure
+    monkeypatch.setattr(paths, "_measure", lambda *args: calls.append(args[1:3]) or measure(*args))
+    monkeypatch.setattr(paths, "_known", {})
     a, w = activations(3, 96, 0.1), torch.randn(96, 32)
     for _ in range(3):
         torch.testing.assert_close(ops.sparse_down(a, w), a @ w, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(_dispatch, "_known", {})  # a new process reads the file
+    monkeypatch.setattr(paths, "_known", {})  # a new process reads the file
     ops.sparse_down(a, w)
     assert calls == [(4, 96)]
     (cache_folder() / "cost_model.json").write_text("{damaged")
-    monkeypatch.setattr(_dispatch, "_known", {})
+    monkeypatch.setattr(paths, "_known", {})
     ops.sparse_down(a, w)
     assert len(calls) == 2
 

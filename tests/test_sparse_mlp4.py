@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deftcore import ops
-from deftcore.ops import _dispatch
+from deftcore.ops import paths
 from deftcore.ops.density import ACTIVATIONS
 from deftcore.ops.sparse_mlp4 import LowRank4, mlp_4bit
 
@@ -187,7 +187,7 @@ def test_auto_falls_back_when_dense(monkeypatch):
     """Above the measured break-even the dense 4-bit products serve; both sides of it agree with the definition."""
     neurons, width = 128, 64
     gate, up, w_down = (quantised(neurons, width) for _ in range(3))
-    monkeypatch.setattr(_dispatch, "break_even_density", lambda *_: 0.3)
+    monkeypatch.setattr(paths, "break_even_density", lambda *_: 0.3)
     for shift in (-2.0, 2.0):
         bias = torch.randn(neurons) + shift
         x = torch.randn(4, width)

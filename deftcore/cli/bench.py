@@ -24,7 +24,7 @@ def bench(shape: str, dtype: str, as_json: bool) -> None:
         raise ValueError(f"--shape: must be WIDTHxNEURONS, two whole numbers of at least 1, got {shape!r}")
     import torch
 
-    from deftcore.ops.sparse_mlp import break_even_density
+    from deftcore.ops.sparse_down import break_even_density
 
     width, neurons = map(int, sizes.groups())
     like = torch.empty(0, dtype=getattr(torch, dtype))

@@ -14,8 +14,8 @@ from deftcore.nn.activations import activation_of
 from deftcore.nn.linear import is_transposed
 from deftcore.nn.mlp import LowRank, SkippedMLP, SparseMLP, SparseMLP4bit
 from deftcore.ops.checks import check_number
+from deftcore.ops.paths import PATHS
 from deftcore.ops.quantized import QuantizedTensor
-from deftcore.ops.sparse_mlp import PATHS
 
 logger = logging.getLogger("deftcore")
 

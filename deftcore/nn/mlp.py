@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from deftcore.nn.linear import PackedModule
 from deftcore.ops.density import ACTIVATIONS, default_tau
+from deftcore.ops.paths import PATHS
 from deftcore.ops.quantized import QuantizedTensor
-from deftcore.ops.sparse_mlp import PATHS, sparse_mlp_op
+from deftcore.ops.sparse_mlp import sparse_mlp_op
 from deftcore.ops.sparse_mlp4 import NO_LOW_RANK, LowRank4, mlp_4bit
 
 logger = logging.getLogger("deftcore")

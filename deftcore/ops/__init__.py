@@ -2,13 +2,15 @@
 
 from deftcore.ops._library import op_names
 from deftcore.ops.density import act_density, density
+from deftcore.ops.gated_linear import gated_linear
 from deftcore.ops.grouped_delta import DeltaBank, LowRankDelta, SliceDelta, grouped_delta_linear
 from deftcore.ops.kernels import cuda_enabled
 from deftcore.ops.lora import lora_linear
-from deftcore.ops.partial_linear import gated_linear, partial_linear
+from deftcore.ops.partial_linear import partial_linear
 from deftcore.ops.quant4 import dequantize_4bit, linear_4bit, quantize_4bit
 from deftcore.ops.quantized import QuantizedTensor
-from deftcore.ops.sparse_mlp import bundle_rows, sparse_down, sparse_gated_mlp, sparse_mlp
+from deftcore.ops.sparse_down import sparse_down
+from deftcore.ops.sparse_mlp import bundle_rows, sparse_gated_mlp, sparse_mlp
 from deftcore.ops.ssm import (
     LoraPair,
     Projection,

@@ -29,6 +29,13 @@ def check_like(name: str, x: Any, like_name: str, like: Tensor) -> None:
         raise ValueError(f"{name}: must be on {like.device} as {like_name}, got {x.device}")
 
 
+def check_bias(name: str, bias: Any, size: int, like_name: str, like: Tensor) -> None:
+    """Raises unless bias is None, or a tensor [size] of like's dtype on like's device."""
+    if bias is not None:
+        check_like(name, bias, like_name, like)
+        check_shape(name, bias, (size,), "one per output")
+
+
 def check_integers(name: str, x: Any, shape: tuple[int, ...], why: str, like_name: str, like: Tensor) -> None:
     """Raises unless x is an int32 or int64 tensor of this shape on like's device."""
     if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):

@@ -223,6 +223,11 @@ def activate(z: Tensor, activation: str) -> Tensor:
     return F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
+def keep_active(a: Tensor, value: Tensor, tau: float) -> Tensor:
+    """value where a is active; at tau = 0 skipping changes nothing, so that the gradient is the dense one."""
+    return value if tau == 0 else torch.where(a.abs() <= tau, torch.zeros_like(value), value)
+
+
 def _surrogate(a: Tensor, surrogate: str, param: float) -> Tensor:
     if surrogate == "l0":
         return 1 / (1 + param / a.square())  # 0 at a = 0, 1 where a^2 overflows

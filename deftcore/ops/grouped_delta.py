@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deftcore.ops._library import define, flatten_tokens
-from deftcore.ops.checks import check_float, check_like, check_shape
+from deftcore.ops.checks import check_bias, check_float, check_like, check_shape
 from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, stream
 from deftcore.ops.quant4 import check_weight, linear_4bit
 from deftcore.ops.quantized import QuantizedTensor
@@ -211,9 +211,7 @@ def grouped_delta_linear(
         check_weight("base", base, x)
     else:
         check_like("base", base, "x", x)
-    if bias is not None:
-        check_like("bias", bias, "x", x)
-        check_shape("bias", bias, shape[:1], "one per output")
+    check_bias("bias", bias, shape[0], "x", x)
     y = linear_4bit(x, base, bias) if isinstance(base, QuantizedTensor) else F.linear(x, base, bias)
     _add_deltas(y, x, adapter_index, bank.starts, bank.tensors, bank.most)
     return y

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deftcore.ops._library import autocast_dtype, define, flatten_tokens
-from deftcore.ops.checks import check_float, check_like, check_number, check_shape
+from deftcore.ops.checks import check_bias, check_float, check_like, check_number, check_shape
 from deftcore.ops.packed import PARTS, SCHEMA, Parts
 from deftcore.ops.quant4 import check_weight, linear_4bit_grad, multiply
 from deftcore.ops.quantized import QuantizedTensor
@@ -71,9 +71,7 @@ def lora_linear(
     rank = lora_a.shape[0]
     check_shape("lora_a", lora_a, (rank, weight.shape[1]), "[R, K]")
     check_shape("lora_b", lora_b, (weight.shape[0], rank), "[M, R]")
-    if bias is not None:
-        check_like("bias", bias, "x", x)
-        check_shape("bias", bias, (weight.shape[0],), "one per output")
+    check_bias("bias", bias, weight.shape[0], "x", x)
     if dropped_x is not None:
         check_like("dropped_x", dropped_x, *like)
         check_shape("dropped_x", dropped_x, tuple(x.shape), "as x")

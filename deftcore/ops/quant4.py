@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deftcore.ops._library import autocast_dtype, define, flatten_tokens
-from deftcore.ops.checks import check_choice, check_float, check_like, check_shape
+from deftcore.ops.checks import check_bias, check_choice, check_float
 from deftcore.ops.kernels import DTYPE_CODES, address, aligned, backend, give_workspace, native, stream
 from deftcore.ops.packed import NESTED_BLOCK, PARTS, SCHEMA, Parts, decode
 from deftcore.ops.quantized import QUANT_TYPES, QuantizedTensor, check_block_size, dynamic_book
@@ -124,9 +124,7 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
     if dtype is not None:  # as nn.Linear would
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     check_weight("q", q, x)
-    if bias is not None:
-        check_like("bias", bias, "x", x)
-        check_shape("bias", bias, (q.shape[0],), "one per output")
+    check_bias("bias", bias, q.shape[0], "x", x)
     y = linear_4bit_op(flatten_tokens(x), *q.parts(), bias)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], q.shape[0])
 

@@ -1,4 +1,4 @@
-"""Sparsity-aware MLP products: weight rows of inactive neurons are not read."""
+"""Whole MLPs whose activations are mostly zero: weight rows of inactive neurons are not read."""
 
 from typing import Any
 
@@ -6,71 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deftcore.ops import _dispatch
+from deftcore.ops import paths
 from deftcore.ops._library import define, flatten_tokens
-from deftcore.ops.checks import check_choice, check_float, check_like, check_number, check_shape
-from deftcore.ops.density import ACTIVATIONS, activate, activation_name, default_tau
+from deftcore.ops.checks import check_bias, check_choice, check_float, check_like, check_number, check_shape
+from deftcore.ops.density import ACTIVATIONS, activate, activation_name, default_tau, keep_active
 from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, stream
+from deftcore.ops.paths import AUTO, DENSE, MAX_TOKENS, PATHS
 from deftcore.ops.quantized import QuantizedTensor
-from deftcore.ops.sparse_mlp4 import IDENTITY, check_weights, mlp_4bit
-
-PATHS = {"auto": 0, "sparse": 1, "dense": 2}
-MAX_TOKENS: int = native.max_sparse_tokens
-
-
-def sparse_down(
-    a: Tensor,
-    w_down_t: Tensor | QuantizedTensor,
-    bias: Tensor | None = None,
-    *,
-    tau: float = 0.0,
-    path: str = "auto",
-    deterministic: bool = False,
-) -> Tensor:
-    """y = a W_down^T + bias, reading only the rows of w_down_t whose neuron is active in some token.
-
-    Neuron i is active in a token when |a_i| > tau or a_i is NaN. At tau = 0 the result is the dense product up to
-    summation order, with one difference: infinities and NaN in the weights of inactive neurons are not seen.
-
-    Args:
-        a: [..., F] activations; float32, bfloat16 or float16 (float64 on the reference).
-        w_down_t: [F, D] neuron-major down projection, that is `down_proj.weight.t()`; a row stride above D is fine. Or
-            4-bit: `quantize_4bit(down_proj.weight.t())`, or `.t()` of a quantised down projection, which is exact.
-        bias: [D] or None.
-        tau: threshold, at least 0; see `default_tau` for the error bound of smooth activations.
-        path: "auto" measures once per machine and shape and takes the faster; "sparse" and "dense" force one. On a GPU
-            nobody waits for the number of active neurons: "auto" is "sparse" where that loses at no density.
-            More than 64 tokens go to "dense" under "auto", in pieces of 64 under "sparse".
-        deterministic: ask for bit-equal repeats. The kernels sum in a fixed order anyway, on both devices.
-
-    Returns:
-        [..., D] in a's dtype, accumulated in float32.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-
-    >>> sparse_down(torch.tensor([[0.0, 2.0]]), torch.tensor([[9.0, 9.0], [1.0, 3.0]])).tolist()
-    [[2.0, 6.0]]
-    """
-    check_float("a", a)
-    if a.dim() == 0:
-        raise ValueError("a: must have at least one dimension, got a scalar")
-    if isinstance(w_down_t, QuantizedTensor):
-        check_weights(a, {"w_down_t": w_down_t}, None)
-    else:
-        _check_weight("w_down_t", w_down_t, "a", a)
-    if w_down_t.shape[0] != a.shape[-1]:
-        raise ValueError(f"w_down_t: first dimension must be {a.shape[-1]} (neurons of a), got {w_down_t.shape[0]}")
-    _check_bias("bias", bias, w_down_t.shape[1], "a", a)
-    tau = check_number("tau", tau, minimum=0.0)
-    check_choice("path", path, PATHS)
-    if not isinstance(deterministic, bool):
-        raise TypeError(f"deterministic: must be a bool, got {type(deterministic).__name__}")
-    if isinstance(w_down_t, QuantizedTensor):
-        y = mlp_4bit(flatten_tokens(a), [w_down_t], None, bias, IDENTITY, tau, PATHS[path])
-    else:
-        y = _sparse_down(flatten_tokens(a), w_down_t, bias, tau, PATHS[path])
-    return y if a.dim() == 2 else y.reshape(*a.shape[:-1], w_down_t.shape[1])
+from deftcore.ops.sparse_down import (
+    capacity_of,
+    check_rows,
+    down_dense,
+    row_major,
+)
+from deftcore.ops.sparse_mlp4 import check_weights, mlp_4bit
 
 
 def sparse_mlp(
@@ -172,13 +121,13 @@ def _mlp(
         check_weights(x, weights, x.shape[-1])
     else:
         for name, w in weights.items():
-            _check_weight(name, w, "x", x)
+            check_rows(name, w, "x", x)
         if w_up.shape[1] != x.shape[-1]:
             raise ValueError(f"w_up: last dimension must be {x.shape[-1]} (width of x), got {w_up.shape[1]}")
         for name, w in weights.items():
             check_shape(name, w, tuple(w_up.shape), "neuron-major, as w_up")
-    _check_bias("b_up", b_up, w_up.shape[0], "x", x)
-    _check_bias("b_down", b_down, x.shape[-1], "x", x)
+    check_bias("b_up", b_up, w_up.shape[0], "x", x)
+    check_bias("b_down", b_down, x.shape[-1], "x", x)
     flat, code = flatten_tokens(x), PATHS[path]
     if packed:
         y = mlp_4bit(flat, list(weights.values()), b_up, b_down, ACTIVATIONS[f], tau, code)
@@ -187,43 +136,11 @@ def _mlp(
     return y if x.dim() == 2 else y.reshape(x.shape)
 
 
-def _check_weight(name: str, w: Any, like_name: str, like: Tensor) -> None:
-    check_like(name, w, like_name, like)
-    if w.dim() != 2:
-        raise ValueError(f"{name}: must be a matrix [F, D], got shape {tuple(w.shape)}")
-
-
-def _check_bias(name: str, bias: Tensor | None, size: int, like_name: str, like: Tensor) -> None:
-    if bias is not None:
-        check_like(name, bias, like_name, like)
-        check_shape(name, bias, (size,), "one per output")
-
-
-def _row_major(w: Tensor) -> Tensor:
-    """w with unit column stride and non-overlapping rows; a copy only where needed."""
-    return w if w.stride(1) == 1 and w.stride(0) >= w.shape[1] else w.contiguous()
-
-
-def break_even_density(like: Tensor, tokens: int, neurons: int, width: int) -> float:
-    """Union density below which the sparse path of `sparse_down` is the faster; measured on first use, then kept."""
-    return _dispatch.break_even_density(like, tokens, neurons, width, _down_native, _down_dense)
-
-
-def _capacity(like: Tensor, tokens: int, neurons: int, width: int, path: int) -> int:
-    """Most active neurons for which the sparse path is taken."""
-    if path != PATHS["auto"]:
-        return neurons if path == PATHS["sparse"] else -1
-    density = break_even_density(like, min(tokens, MAX_TOKENS), neurons, width)
-    if tokens > MAX_TOKENS and density < 1:
-        return -1
-    return _dispatch.most_active(like, neurons, density)
-
-
 def _mlp_capacity(x: Tensor, tokens: int, neurons: int, width: int, gated: bool, path: int) -> int:
     """`_capacity` of a whole MLP, which on a GPU is measured itself: its few launches count as much as its bytes."""
-    if path != PATHS["auto"] or x.device.type != "cuda":
-        return _capacity(x, tokens, neurons, width, path)
-    tokens = _dispatch.bucket_of(min(tokens, MAX_TOKENS))
+    if path != AUTO or x.device.type != "cuda":
+        return capacity_of(x, tokens, neurons, width, path)
+    tokens = paths.bucket_of(min(tokens, MAX_TOKENS))
     ones = x.new_ones(tokens, width)
 
     def run(case: str, weights: Tensor, path: str) -> Tensor:
@@ -235,94 +152,11 @@ def _mlp_capacity(x: Tensor, tokens: int, neurons: int, width: int, gated: bool,
         weights[0, torch.arange(neurons, device=x.device) % 4 != 0] *= -1  # ReLU keeps a quarter, SiLU all
         return weights
 
-    density = _dispatch.break_even_density(
+    density = paths.break_even_density(
         x, tokens, neurons, width, lambda case, w: run(case, w, "sparse"), lambda case, w: run(case, w, "dense"),
         "gated" if gated else "mlp", make_weight, ("silu", "relu"),
     )  # fmt: skip
-    return _dispatch.most_active(x, neurons, density)
-
-
-# ---------------------------------------------------------------------------- sparse_down
-
-
-def _down_dense(a: Tensor, w_down_t: Tensor) -> Tensor:
-    if a.dtype == torch.float16 and a.device.type == "cpu":
-        # PyTorch's float16 product on this layout takes 287 ms where float32's takes 10 (1 token, 4096x11008).
-        return (a.float() @ w_down_t.float()).to(a.dtype)
-    return a @ w_down_t
-
-
-def _down_native(a: Tensor, w_down_t: Tensor) -> Tensor:
-    y = _down_rows(a, w_down_t, None, 0.0, w_down_t.shape[0])
-    assert y is not None  # no capacity limit was given
-    return y
-
-
-def _down_rows(a: Tensor, w_down_t: Tensor, bias: Tensor | None, tau: float, capacity: int) -> Tensor | None:
-    """The native product of at most 64 tokens; None when more than `capacity` neurons are active."""
-    kernels = backend("sparse_down", a)
-    assert kernels is not None
-    (tokens, neurons), width = a.shape, w_down_t.shape[1]
-    y = torch.empty((tokens, width), dtype=a.dtype, device=a.device)
-    args = native.SparseDown(
-        a=address(a), w_down_t=w_down_t.data_ptr(), bias=address(bias), y=address(y), workspace=0, rows_read=0,
-        tokens=tokens, neurons=neurons, width=width, w_stride=w_down_t.stride(0), capacity=capacity,
-        dtype=DTYPE_CODES[a.dtype], tau=tau,
-    )  # fmt: skip
-    workspace = give_workspace(args, kernels.sparse_down_workspace(args), a)
-    kernels.sparse_down(args, stream(a))
-    return None if capacity < neurons and workspace[-1].item() > capacity else y
-
-
-def _sparse_down_impl(a: Tensor, w_down_t: Tensor, bias: Tensor | None, tau: float, path: int) -> Tensor:
-    (tokens, neurons), width = a.shape, w_down_t.shape[1]
-    if backend("sparse_down", a) is None or neurons == 0:
-        return sparse_down_ref(a, w_down_t, bias, tau)
-    if tokens == 0 or width == 0:
-        return a.new_empty((tokens, width))
-    capacity = _capacity(a, tokens, neurons, width, path)
-    if capacity >= 0:
-        a, w_down_t = a.contiguous(), _row_major(w_down_t)
-        bias = None if bias is None else bias.contiguous()
-        if tokens > MAX_TOKENS:
-            return torch.cat([_sparse_down_impl(piece, w_down_t, bias, tau, path) for piece in a.split(MAX_TOKENS)])
-        y = _down_rows(a, w_down_t, bias, tau, capacity)
-        if y is not None:
-            return y
-    return sparse_down_ref(a, w_down_t, bias, tau)
-
-
-def _sparse_down_fake(a: Tensor, w_down_t: Tensor, bias: Tensor | None, tau: float, path: int) -> Tensor:
-    return a.new_empty((a.shape[0], w_down_t.shape[1]))
-
-
-def _sparse_down_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    a, w_down_t, bias, tau, _ = inputs
-    ctx.save_for_backward(a, w_down_t)
-    ctx.tau, ctx.has_bias = tau, bias is not None
-
-
-def _sparse_down_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-    a, w_down_t = ctx.saved_tensors
-    grad_a = grad_w = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_a = _keep(a, grad @ w_down_t.t(), ctx.tau)
-    if ctx.needs_input_grad[1]:
-        grad_w = _keep(a, a, ctx.tau).t() @ grad
-    if ctx.has_bias and ctx.needs_input_grad[2]:
-        grad_bias = grad.sum(0)
-    return grad_a, grad_w, grad_bias, None, None
-
-
-def _keep(a: Tensor, value: Tensor, tau: float) -> Tensor:
-    """value where a is active; at tau = 0 skipping changes nothing, so that the gradient is the dense one."""
-    return value if tau == 0 else torch.where(a.abs() <= tau, torch.zeros_like(value), value)
-
-
-def sparse_down_ref(a: Tensor, w_down_t: Tensor, bias: Tensor | None, tau: float) -> Tensor:
-    """The definition, in plain PyTorch; any floating dtype."""
-    y = _down_dense(_keep(a, a, tau), w_down_t)
-    return y if bias is None else y + bias
+    return paths.most_active(x, neurons, density)
 
 
 # ---------------------------------------------------------------------------- sparse_mlp and sparse_gated_mlp
@@ -345,7 +179,7 @@ def _sparse_mlp_impl(
         return sparse_mlp_ref(x, w_gate, w_up, w_down_t, b_up, b_down, list(ACTIVATIONS)[activation], tau)
     capacity = _mlp_capacity(x, tokens, neurons, width, w_gate is not None, path)
     if capacity < 0 or tokens > MAX_TOKENS:
-        if capacity < 0 or path == PATHS["dense"]:
+        if capacity < 0 or path == DENSE:
             return sparse_mlp_ref(x, w_gate, w_up, w_down_t, b_up, b_down, list(ACTIVATIONS)[activation], tau)
         pieces = [
             _sparse_mlp_impl(piece, w_gate, w_up, w_down_t, b_up, b_down, activation, tau, path)
@@ -353,8 +187,8 @@ def _sparse_mlp_impl(
         ]
         return torch.cat(pieces)
     x = x.contiguous()
-    w_gate = None if w_gate is None else _row_major(w_gate)
-    w_up, w_down_t = _row_major(w_up), _row_major(w_down_t)
+    w_gate = None if w_gate is None else row_major(w_gate)
+    w_up, w_down_t = row_major(w_up), row_major(w_down_t)
     b_up, b_down = (None if b is None else b.contiguous() for b in (b_up, b_down))
     # One token is bound by the traffic of the dense matrix and stays in one kernel; several go to the library first.
     # Where dense may still win (a limited capacity), the library's pre-activation serves both ways.
@@ -419,20 +253,13 @@ def sparse_mlp_ref(
 def _mlp_rest(
     x: Tensor, a: Tensor, w_gate: Tensor | None, w_up: Tensor, w_down_t: Tensor, b_down: Tensor | None, tau: float
 ) -> Tensor:
-    h = _keep(a, a, tau)
+    h = keep_active(a, a, tau)
     if w_gate is not None:
         h = h * F.linear(x, w_up)
-    y = _down_dense(h, w_down_t)
+    y = down_dense(h, w_down_t)
     return y if b_down is None else y + b_down
 
 
-_sparse_down = define(
-    "sparse_down(Tensor a, Tensor w_down_t, Tensor? bias, float tau, int path) -> Tensor",
-    _sparse_down_impl,
-    _sparse_down_fake,
-    setup_context=_sparse_down_setup,
-    backward=_sparse_down_backward,
-)
 sparse_mlp_op = define(
     "sparse_mlp(Tensor x, Tensor? w_gate, Tensor w_up, Tensor w_down_t, Tensor? b_up, Tensor? b_down, int activation, "
     "float tau, int path) -> Tensor",

@@ -6,17 +6,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deftcore.ops import _dispatch
+from deftcore.ops import paths
 from deftcore.ops._library import define
-from deftcore.ops.density import ACTIVATIONS, activate
+from deftcore.ops.density import ACTIVATIONS, activate, keep_active
 from deftcore.ops.kernels import DTYPE_CODES, address, aligned, backend, give_workspace, native, stream
 from deftcore.ops.packed import Parts
+from deftcore.ops.paths import DENSE, MAX_TOKENS, SPARSE
 from deftcore.ops.quant4 import check_weight, linear_4bit_grad, linear_4bit_op, multiply, multiply_backward
 from deftcore.ops.quantized import QuantizedTensor
 
-MAX_TOKENS: int = native.max_sparse_tokens
 IDENTITY = -1  # in place of an activation's number: x holds activations already
-AUTO, SPARSE, DENSE = 0, 1, 2  # as in sparse_mlp.PATHS
 
 
 class LowRank4(NamedTuple):
@@ -97,7 +96,7 @@ def _capacity(x: Tensor, matrices: list[Parts], path: int) -> int:
         return -1
     if path == SPARSE:
         return down.rows
-    return _dispatch.most_active(x, down.rows, _break_even(x, len(matrices) == 3, down))
+    return paths.most_active(x, down.rows, _break_even(x, len(matrices) == 3, down))
 
 
 def _break_even(x: Tensor, gated: bool, down: Parts) -> float:
@@ -122,7 +121,7 @@ def _break_even(x: Tensor, gated: bool, down: Parts) -> float:
             column_blocks=down.column_blocks and not gated,
         )  # fmt: skip
 
-    return _dispatch.break_even_density(
+    return paths.break_even_density(
         x, x.shape[0], neurons, width, lambda a, w: run(a, w, SPARSE), lambda a, w: run(a, w, DENSE),
         f"4bit-{'gated' if gated else 'down'}-{down.block_size}", make_weight,
     )  # fmt: skip
@@ -178,7 +177,7 @@ def _pre_activation(x: Tensor, matrices: list[Parts], low: LowRank4, b_up: Tenso
 
 def _keep_active(z: Tensor, activation: int, tau: float) -> Tensor:
     a = z if activation == IDENTITY else activate(z, list(ACTIVATIONS)[activation])
-    return a if tau == 0 else torch.where(a.abs() <= tau, torch.zeros_like(a), a)
+    return keep_active(a, a, tau)
 
 
 def _dense_rest(

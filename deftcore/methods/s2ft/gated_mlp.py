@@ -9,7 +9,7 @@ from deftcore.methods.s2ft.layer import S2ftLayer
 from deftcore.nn.activations import activation_of
 from deftcore.nn.linear import called_plainly
 from deftcore.nn.observed import ObservedActivation
-from deftcore.ops.partial_linear import gated_linear
+from deftcore.ops.gated_linear import gated_linear
 
 
 class FusedGatedMlp(nn.Module):

@@ -15,7 +15,8 @@ from deftcore.methods.s2ft.config import S2ftConfig
 from deftcore.models.coupled import runs
 from deftcore.nn.linear import Linear4bit, MergeReport, is_transposed, merged_4bit
 from deftcore.nn.sharding import is_sharded, whole
-from deftcore.ops.partial_linear import gated_linear, partial_linear
+from deftcore.ops.gated_linear import gated_linear
+from deftcore.ops.partial_linear import partial_linear
 
 
 class _Slices(nn.Module):

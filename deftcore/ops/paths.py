@@ -1,4 +1,5 @@
-"""When does the sparse path pay? A break-even density, measured once per machine, shape, dtype and token count.
+"""The sparse and the dense path of a product, and which is the faster one: a break-even density, measured once per
+machine, shape, dtype and token count.
 
 Both paths are timed on cold weights, on a GPU by its own clock; the sparse path's time is taken as linear in the rows
 read. Results are kept in the cache folder in cost_model.json, under a key of everything they depend on.
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 
 from deftcore._files import add_to_table, read_table
-from deftcore.ops.kernels import machine_name
+from deftcore.ops.kernels import machine_name, native
 
 logger = logging.getLogger("deftcore")
 
+AUTO, SPARSE, DENSE = 0, 1, 2
+PATHS = {"auto": AUTO, "sparse": SPARSE, "dense": DENSE}
+MAX_TOKENS: int = native.max_sparse_tokens
 _COLD_BYTES = 96 << 20  # more than a last-level cache holds
 _REPEATS = 5
 _FILE = "cost_model.json"
