@@ -4,8 +4,8 @@
 // low-rank rows) share the work evenly. Every output is summed by one part in a fixed order.
 #include <algorithm>
 
+#include "deftcore/workspace.h"
 #include "isa.h"
-#include "workspace.h"
 
 namespace deftcore::cpu {
 namespace {

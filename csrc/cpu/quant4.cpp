@@ -1,7 +1,7 @@
 // 4-bit weights: quantise and decode, bound by the traffic of the unpacked side, and the product for few tokens, bound
 // by the packed bytes for one. Products of many tokens, and those of the backward, are in quant4_gemm.cpp.
+#include "deftcore/workspace.h"
 #include "dot4.h"
-#include "workspace.h"
 
 namespace deftcore::cpu {
 namespace {

@@ -7,7 +7,7 @@
 // A tile stays in the second-level cache and serves every token of a block; the float copy of W never exists. The
 // low-rank term is one more tile, copied instead of decoded. Parts own outputs, so repeats are bit-equal.
 #include "decode4.h"
-#include "workspace.h"
+#include "deftcore/workspace.h"
 
 namespace deftcore::cpu {
 namespace {

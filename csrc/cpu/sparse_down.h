@@ -6,8 +6,8 @@
 //   down    y[m, j] = sum_k h[k, m] W_down[list[k], j]    columns split: no reduction, so repeats are bit-equal
 #pragma once
 
+#include "deftcore/workspace.h"
 #include "isa.h"
-#include "workspace.h"
 
 #if defined(__AVX512BF16__)
 #define DEFTCORE_DOT_BF16 1

@@ -3,8 +3,8 @@
 // per state and no cumulative sums. The forward runs along channels (no sum crosses lanes), the backward along states,
 // where the sums over channels that b and c need are plain accumulations. The backward first runs forward again for the
 // states between chunks, head by head, so that nothing but the inputs is kept.
+#include "deftcore/workspace.h"
 #include "scan_tile.h"
-#include "workspace.h"
 
 namespace deftcore::cpu {
 namespace {

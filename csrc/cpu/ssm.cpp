@@ -4,8 +4,8 @@
 // pass through tiles, so that any memory layout of the tensors becomes [step, channel] at the cost of one copy through
 // L1. The backward takes chunks from the last to the first: it recomputes a chunk's states from the saved one before
 // it, then runs the adjoint g_t = c_t dy_t + a_{t+1} g_{t+1} back over them.
+#include "deftcore/workspace.h"
 #include "scan_tile.h"
-#include "workspace.h"
 
 namespace deftcore::cpu {
 namespace {

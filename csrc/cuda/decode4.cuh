@@ -8,10 +8,14 @@
 namespace deftcore::cuda {
 namespace {
 
+__device__ inline float nested_scale(const Quant4& q, float code, float outer) {
+  return __fadd_rn(__fmul_rn(code, outer), q.nested_offset);
+}
+
 __device__ inline float scale_at(const Quant4& q, int64_t block) {
   if (q.nested_absmax == nullptr) return static_cast<const float*>(q.absmax)[block];
   const float code = q.nested_code[static_cast<const uint8_t*>(q.absmax)[block]];
-  return __fadd_rn(__fmul_rn(code, q.nested_absmax[block / kNestedBlock]), q.nested_offset);
+  return nested_scale(q, code, q.nested_absmax[block / kNestedBlock]);
 }
 
 // One weight of any layout by its flat index.
@@ -64,7 +68,7 @@ __device__ void stage_x(const T* x, int64_t cols, int tokens, int64_t first, int
   for (int i = threadIdx.x; i < chunks * kCount * packs; i += blockDim.x) {
     const int c = i / (kCount * packs), m = i / packs % kCount, k = i % packs * kSize;
     const int64_t column = first + c * kChunk + k;
-    if (m >= tokens || column >= cols) continue;  // rows are whole groups of 32
+    if (m >= tokens || column >= cols) continue;  // rows are whole lanes' shares
     T* out = staged + (c * kCount + m) * kStagedChunk<T> + k / kLaneWeights * (kLaneWeights + kSize) + k % kLaneWeights;
     *reinterpret_cast<Pack<T>*>(out) = *reinterpret_cast<const Pack<T>*>(x + m * cols + column);
   }
@@ -115,7 +119,7 @@ __device__ inline void load_books(const Quant4& q, Books& books) {
 
 __device__ inline float scale_of(const Quant4& q, const Books& books, const Codes& c) {
   if (q.nested_absmax == nullptr) return __uint_as_float(c.inner);
-  return __fadd_rn(__fmul_rn(books.nested[c.inner], c.outer), q.nested_offset);
+  return nested_scale(q, books.nested[c.inner], c.outer);
 }
 
 // total[r][m] += this lane's part of the dot products of kRows rows with kCount tokens over one chunk.

@@ -1,4 +1,4 @@
-// What every CUDA file uses on the host: checked calls and launches, grids, workspaces.
+// What every CUDA file uses on the host: checked calls and launches, grids.
 //
 // Kernels run on the current device, which the caller makes the tensors' own, once for a whole op (`_on_its_device` in
 // deftcore/ops/_library.py): by the time of a launch a workspace has been sized by the device's multiprocessors and
@@ -71,26 +71,6 @@ inline unsigned striding_blocks(int64_t items, int64_t per_block) {
   return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(items, per_block), 1, kMost * multiprocessors()));
 }
 
-// ---------------------------------------------------------------------------- workspaces
-
-// Cuts a workspace into arrays that start on 256 bytes; without one (null) it only counts, so that one function says
-// both where an op's arrays stand and how large its workspace must be.
-class Workspace {
- public:
-  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    T* array = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
-    bytes_ += static_cast<size_t>(ceil_div(count * static_cast<int64_t>(sizeof(T)), 256) * 256);
-    return array;
-  }
-
-  size_t bytes() const { return bytes_; }
-
- private:
-  char* base_;
-  size_t bytes_ = 0;
-};
+inline constexpr int64_t kArrayAlignment = 256;  // bytes, of the arrays in a workspace
 
 }  // namespace deftcore::cuda

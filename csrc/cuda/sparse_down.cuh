@@ -9,6 +9,7 @@
 
 #include "deftcore/math.h"
 #include "deftcore/sparse_mlp.h"
+#include "deftcore/workspace.h"
 #include "elements.cuh"
 #include "launch.cuh"
 
@@ -170,13 +171,13 @@ struct Buffers {
 
 Buffers lay_out(void* workspace, int64_t tokens, int64_t neurons, int64_t width, int64_t rank, bool with_act) {
   const Cut cut = cut_for(neurons, tokens);
-  Workspace w(workspace);
+  Workspace room(workspace, kArrayAlignment);
   Buffers b{};
-  b.counts = w.take<int32_t>(static_cast<int64_t>(cut.groups) * cut.shares);
-  b.partial = w.take<float>(cut.shares * tokens * width);
-  b.low_partial = w.take<float>(cut.shares * tokens * rank);
-  if (with_act) b.act = w.take<float>(tokens * neurons);
-  b.bytes = w.bytes();
+  b.counts = room.take<int32_t>(static_cast<int64_t>(cut.groups) * cut.shares);
+  b.partial = room.take<float>(cut.shares * tokens * width);
+  b.low_partial = room.take<float>(cut.shares * tokens * rank);
+  if (with_act) b.act = room.take<float>(tokens * neurons);
+  b.bytes = room.size();
   return b;
 }
 

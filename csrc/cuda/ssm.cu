@@ -1,6 +1,7 @@
 // Selective scan (Mamba), cut as scan.cuh says, and its one-step form. Sums over channels (b, c) are taken in a warp,
 // written out per warp and added in a fixed order by a second kernel; those over time and batch (a, d, bias, fixed b
 // and c) use atomics.
+#include "deftcore/workspace.h"
 #include "scan.cuh"
 
 namespace deftcore::cuda {
@@ -92,11 +93,11 @@ struct PartialSums {
 PartialSums lay_out(const SelectiveScanBackwardArgs& back) {
   const SelectiveScanArgs& args = back.forward;
   const int64_t floats = args.batch * args.length * args.groups * warps_of(args) * args.states;
-  Workspace w(back.workspace);
+  Workspace room(back.workspace, kArrayAlignment);
   PartialSums parts{};
-  parts.b = w.take<float>(floats);
-  parts.c = w.take<float>(floats);
-  parts.bytes = w.bytes();
+  parts.b = room.take<float>(floats);
+  parts.c = room.take<float>(floats);
+  parts.bytes = room.size();
   return parts;
 }
 

@@ -5,20 +5,21 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace deftcore::cpu {
-namespace {
+namespace deftcore {
+namespace {  // a copy per file: the CPU's files are built for several instruction sets
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 class Workspace {
  public:
-  explicit Workspace(void* base = nullptr) : base_(static_cast<char*>(base)) {}
+  explicit Workspace(void* base = nullptr, int64_t alignment = 64)
+      : base_(static_cast<char*>(base)), alignment_(alignment) {}
 
-  // `count` elements of T at a multiple of 64 bytes; null where there is no memory.
+  // `count` elements of T, `alignment` bytes or a multiple from the base; null where there is no memory.
   template <class T>
   T* take(int64_t count) {
     T* mine = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
-    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), alignment_);
     return mine;
   }
   int64_t bytes() const { return bytes_; }
@@ -26,8 +27,8 @@ class Workspace {
 
  private:
   char* base_;
-  int64_t bytes_ = 0;
+  int64_t alignment_, bytes_ = 0;
 };
 
 }  // namespace
-}  // namespace deftcore::cpu
+}  // namespace deftcore
