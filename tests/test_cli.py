@@ -19,8 +19,10 @@ from deftcore.cli import generation
 from deftcore.cli.main import app, main
 from deftcore.cli.quickstart import showcase
 from deftcore.methods.mamba import stability
+from deftcore.models.families import FAMILIES, describe
 from deftcore.training import pipeline
 from deftcore.training.device import choose_device
+from deftcore.training.registry import all_methods
 
 TRAIN = ["train", "r.yaml"]
 DENSITY = ["density", "base", "base/data.txt"]
@@ -199,6 +201,24 @@ def test_help(capsys):
     assert capsys.readouterr().out == f"deftcore {deftcore.__version__}\n"
 
 
+def test_lists_of_methods_and_models(capsys):
+    """Every method that a recipe can name, and every architecture of the table."""
+    assert main(["methods", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["methods"]) == 0
+    text = capsys.readouterr().out
+    assert [entry["name"] for entry in found["methods"]] == [method.name for method in all_methods()]
+    for entry in [*found["methods"], *found["sections"]]:
+        assert f"  {entry['name']} " in text
+        assert entry["summary"] in text
+    assert main(["info", "--models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith("  ")] == list(FAMILIES)
+    assert "  MLP: gate gate_proj, up up_proj, down down_proj, act act_fn" in lines
+    assert main(["info", "--models", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == describe()
+
+
 def test_a_plain_install_has_help_and_info():
     """Nothing beyond the core dependencies is imported; what needs more says what to install."""
     script = """
@@ -247,7 +267,10 @@ def test_train_gpt2_in_4_bits(place, tmp_path, monkeypatch, capsys):
     """Layers that store [in, out]; a family without a density report trains without one. The adapter serves."""
     monkeypatch.chdir(place)
     assert main([*TRAIN, "model=gpt2", "method=qlora", f"output={tmp_path}", "data.validation=base/data.txt"]) == 0
-    assert "eval_loss" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "eval_loss" in printed
+    assert f"best checkpoint at {tmp_path}/best (step 2, loss " in printed
+    assert printed.endswith(f"final: {tmp_path}/final\n")
     model = deftcore.load_quantized("gpt2")
     from deftcore.training.adapters import load_adapter
 

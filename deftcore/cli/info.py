@@ -2,22 +2,50 @@
 
 from typing import Any
 
+import click
+
 from deftcore.cli.shared import command, show
 
 
-@command(example="deftcore info --json")
-def info(as_json: bool) -> None:
+@command(example="deftcore info --models")
+@click.option("--models", is_flag=True, help="Print what is known of each architecture instead.")
+def info(models: bool, as_json: bool) -> None:
     """Print versions, instruction sets and kernels.
 
     This belongs at the head of a bug report: the CUDA build, tested releases, which kernels are on, and what `patch`
     has proved or refused on this machine.
     """
+    if models:
+        from deftcore.models.families import describe
+
+        rows = describe()
+        show(as_json, rows, [line for row in rows for line in _lines(row)])
+        return
     result = collect()
     lines = [f"{key}: {value}" for key, value in result.items() if key not in ("kernels", "patch", "versions")]
     lines += [f"{name}: {text}" for name, text in result["versions"].items()]
     lines += [f"kernel {name}: cpu {on['cpu']}, cuda {on['cuda']}" for name, on in result["kernels"].items()]
     lines += [f"patch, {verdict}: {line}" for verdict, found in result["patch"].items() for line in found]
     show(as_json, result, lines)
+
+
+def _lines(row: dict[str, Any]) -> list[str]:
+    """One architecture: where its parts are, and which methods serve it."""
+    facts = {
+        "MLP": " or ".join(_pairs(mlp) for mlp in row["mlp"]),
+        "attention": _pairs(row["attention"]),
+        "move together": "; ".join(" ".join(roles) for roles in row["coupled"]),
+        "LoRA targets": ", ".join(row["lora_targets"]),
+        "adapter targets": ", ".join(row["adapter_targets"]),
+        "served by": ", ".join(row["served"]),
+        **{f"not by {method}": reason for method, reason in row["refused"].items()},
+        **{f"remark, {method}": text for method, text in row["remarks"].items()},
+    }
+    return [row["model_type"], *(f"  {name}: {text}" for name, text in facts.items() if text)]
+
+
+def _pairs(roles: dict[str, str]) -> str:
+    return ", ".join(f"{role} {path}" for role, path in roles.items())
 
 
 def collect() -> dict[str, Any]:
