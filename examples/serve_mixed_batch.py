@@ -8,8 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deftcore.methods.s2ft.config import S2ftConfig
-from deftcore.methods.s2ft.delta import DeltaAdapter, extract_adapter
-from deftcore.methods.s2ft.serving import serve
+from deftcore import DeltaAdapter, S2ftConfig, extract_adapter, serve
 
 
 def base() -> LlamaForCausalLM:
