@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,34 @@ def method_page(room: str, text: str) -> str:
     return f"# {title}\n\n{rest.strip().capitalize()[:1]}{rest.strip()[1:]}\n\nCode: `deftcore/methods/{room}/`.\n"
 
 
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def families() -> str:
+    """The table of architectures, as `deftcore.models.families` has it."""
+    from deftcore.models.families import METHODS, describe
+
+    def cell(row: dict[str, Any], method: str) -> str:
+        return row["refused"].get(method) or row["remarks"].get(method) or "yes"
+
+    return "\n\n".join([
+        "# Architectures",
+        "By Transformers' `model_type`. Where a method does not serve an architecture, the reason stands there. MLPs "
+        "of an architecture that is not listed are found by their form. `deftcore info --models` prints the table with "
+        "the names of all parts.",
+        table(["", *METHODS], ([row["model_type"], *(cell(row, method) for method in METHODS)] for row in describe())),
+    ])  # fmt: skip
+
+
 def recipes() -> str:
+    from deftcore.training.registry import all_methods, all_sections
+
+    records = [*all_methods(), *all_sections()]
     lines = [
         "# Recipes",
+        "What `method:` may name, and the sections that add a loss to any of them:",
+        table(["", "", "source", "needs"], ([f"`{r.name}`", r.summary, r.paper, r.needs] for r in records)),
         "The files of the folder `recipes/`: each starts with the command that runs it. `KEY=VALUE` behind the recipe "
         "changes any field, `training.max_steps=100` for example; your own file needs only the fields that differ from "
         "the defaults.",
@@ -77,7 +103,12 @@ def on_config(config: MkDocsConfig) -> None:
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
     pages = {f"methods/{room}.md": method_page(room, text) for room, text in rooms().items()}
-    pages |= {"recipes.md": recipes(), "commands.md": commands(), "index.md": (ROOT / "README.md").read_text()}
+    pages |= {
+        "recipes.md": recipes(),
+        "families.md": families(),
+        "commands.md": commands(),
+        "index.md": (ROOT / "README.md").read_text(),
+    }
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     for picture in (ROOT / "bench/results").glob("*.png"):
@@ -103,6 +134,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
                 to = Path("pictures", name)
             case ("deftcore", "methods", room, "__init__.py"):
                 to = Path("methods", f"{room}.md")
+            case ("deftcore", "models", "families.py"):
+                to = Path("families.md")
             case ("recipes", _):
                 to, anchor = Path("recipes.md"), f"#{full.stem}"
             case _:
