@@ -1,9 +1,7 @@
 """What the site (mkdocs.yml) makes from the code: a page a method, recipes, commands; and examples in docstrings."""
 
 import ast
-import contextlib
 import importlib
-import io
 import os
 import re
 from collections.abc import Iterable
@@ -71,17 +69,16 @@ def recipes() -> str:
 
 def commands() -> str:
     """The help of `deftcore` and of each of its commands."""
-    from deftcore.cli.main import app, main
+    import click
 
-    def help_of(*words: str) -> str:
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            main([*words, "--help"])
-        return out.getvalue().strip()
+    from deftcore.cli.main import app
 
-    os.environ["COLUMNS"] = "100"
-    lines = ["# Command line", f"```text\n{help_of()}\n```"]
-    for name in app.commands:
-        lines += [f"## deftcore {name}", f"```text\n{help_of(name)}\n```"]
+    top = click.Context(app, info_name="deftcore", **app.context_settings)
+    lines = ["# Command line", f"```text\n{app.get_help(top)}\n```"]
+    for name in app.list_commands(top):
+        command = app.commands[name]
+        with click.Context(command, info_name=name, parent=top, **command.context_settings) as context:
+            lines += [f"## deftcore {name}", f"```text\n{command.get_help(context)}\n```"]
     return "\n\n".join(lines)
 
 

@@ -41,7 +41,7 @@ model.eval().generate(input_ids=ids[:, :4], max_new_tokens=4)
 `causal_conv1d`. Recipe: `mamba-lora`. The stability of a model, and how far mixed precision drifts from float32:
 
 ```console
-$ deftcore lyapunov ./my-mamba test.jsonl --precisions bf16 --steps 0 10
+$ deftcore lyapunov ./my-mamba test.jsonl --precisions bf16 --steps 0,10
 ```
 
 ## Where things are
