@@ -7,7 +7,6 @@ import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deftcore.methods.s2ft.config import S2ftConfig
 from deftcore import DeltaAdapter, S2ftConfig, extract_adapter, serve
 
 
