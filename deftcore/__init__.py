@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from deftcore.methods.s2ft.serving import serve
     from deftcore.models.quantized_files import load_quantized
     from deftcore.models.sparsify import sparsify
-    from deftcore.nn.linear import prepare_for_training, quantize
+    from deftcore.nn.preparation import prepare_for_training
+    from deftcore.nn.quantization import quantize
 
 _HOMES = {
     "BottleneckConfig": "deftcore.methods.lora.bottleneck",
@@ -39,8 +40,8 @@ _HOMES = {
     "load_sparse": "deftcore.methods.deft.files",
     "merge": "deftcore.methods.lora.merging",
     "patch": "deftcore.methods.lora.patch",
-    "prepare_for_training": "deftcore.nn.linear",
-    "quantize": "deftcore.nn.linear",
+    "prepare_for_training": "deftcore.nn.preparation",
+    "quantize": "deftcore.nn.quantization",
     "save_sparse": "deftcore.methods.deft.files",
     "select_channels": "deftcore.methods.s2ft.selection",
     "serve": "deftcore.methods.s2ft.serving",

@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import deftcore
-from deftcore.nn.linear import Linear4bit, linears_to_quantize, merged_4bit, merged_16bit
+from deftcore.nn.linear import Linear4bit
+from deftcore.nn.merging import merged_4bit, merged_16bit
+from deftcore.nn.quantization import linears_to_quantize
 from deftcore.ops import quantize_4bit
 
 LORA = {"r": 4, "lora_alpha": 8, "init_lora_weights": False}

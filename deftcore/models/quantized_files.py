@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import CONFIG_NAME
 
 from deftcore.models.families import family_of
-from deftcore.nn.linear import Linear4bit, is_named, linears_to_quantize, out_by_in, set_quantization_config
+from deftcore.nn.linear import Linear4bit, out_by_in
+from deftcore.nn.quantization import is_named, linears_to_quantize, set_quantization_config
 from deftcore.ops.quant4 import quantize_4bit
 from deftcore.ops.quantized import QuantizedTensor
 

@@ -1,6 +1,5 @@
 """Sparse-inference forms of MLP blocks; `deftcore.sparsify` puts them into a model."""
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,6 @@ from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.sparse_mlp import sparse_mlp_op
 from deftcore.ops.sparse_mlp4 import NO_LOW_RANK, LowRank4, mlp_4bit
 
-logger = logging.getLogger("deftcore")
-
 
 @dataclass
 class LowRank:
@@ -25,7 +22,20 @@ class LowRank:
     scaling: float
 
 
-class SparseMLP(nn.Module):
+class _SparseBlock(nn.Module):
+    """What both forms share: how the active neurons are found, and which path is taken."""
+
+    def __init__(self, activation: str, tau: float | None, path: str) -> None:
+        super().__init__()
+        self.activation, self.path = activation, path
+        self.tau = default_tau(activation) if tau is None else tau
+
+    def _describe(self, width: int, neurons: int, *, gated: bool) -> str:
+        kind = "gated" if gated else "plain"
+        return f"{width}, neurons={neurons}, {kind}, activation={self.activation}, tau={self.tau:.3g}, path={self.path}"
+
+
+class SparseMLP(_SparseBlock):
     """An MLP block on the sparse kernels; inference only, one op call per forward.
 
     Rows are neurons. Up and down projections lie side by side in one [F, 2, W] buffer when the block is gated, so that
@@ -51,10 +61,8 @@ class SparseMLP(nn.Module):
         lora_up: LowRank | None = None,
         lora_down: LowRank | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(activation, tau, path)
         neurons, width = w_up.shape
-        self.activation, self.path = activation, path
-        self.tau = default_tau(activation) if tau is None else tau
         rank_in = sum(low.a.shape[0] for low in (lora_gate, lora_up) if low is not None)
         self.rank_down = 0 if lora_down is None else lora_down.a.shape[0]
         padded = width + max(rank_in, self.rank_down)
@@ -100,11 +108,10 @@ class SparseMLP(nn.Module):
 
     def extra_repr(self) -> str:
         neurons, _, width = self.rows.shape
-        kind = "plain" if self.w_gate is None else "gated"
-        return f"{width}, neurons={neurons}, {kind}, activation={self.activation}, tau={self.tau:.3g}, path={self.path}"
+        return self._describe(width, neurons, gated=self.w_gate is not None)
 
 
-class SparseMLP4bit(nn.Module):
+class SparseMLP4bit(_SparseBlock):
     """An MLP block over 4-bit weights on the sparse kernels; inference only, one op call per forward.
 
     Gate and up keep their bytes. The down projection is turned neuron-major, exactly, when its rows are whole blocks;
@@ -128,9 +135,7 @@ class SparseMLP4bit(nn.Module):
         lora_up: LowRank | None = None,
         lora_down: LowRank | None = None,
     ) -> None:
-        super().__init__()
-        self.activation, self.path = activation, path
-        self.tau = default_tau(activation) if tau is None else tau
+        super().__init__(activation, tau, path)
         self.gate = None if gate is None else PackedModule(gate)
         self.up, self.down = PackedModule(up), PackedModule(down.t())
         self.b_up = None if b_up is None else frozen(b_up.clone())
@@ -154,8 +159,7 @@ class SparseMLP4bit(nn.Module):
 
     def extra_repr(self) -> str:
         neurons, width = self.up.quantized.shape
-        kind = "plain" if self.gate is None else "gated"
-        return f"{width}, neurons={neurons}, {kind}, activation={self.activation}, tau={self.tau:.3g}, path={self.path}"
+        return self._describe(width, neurons, gated=self.gate is not None)
 
 
 def _factors(a: str, b: str, low: LowRank | None) -> dict[str, Tensor]:

@@ -28,7 +28,8 @@ from transformers import get_scheduler
 from deftcore._files import replacing_folder
 from deftcore.methods.deft.objective import DensityLoss
 from deftcore.methods.s2ft.layer import S2ftLayer
-from deftcore.nn.linear import PackedModule, checkpoint_activations
+from deftcore.nn.linear import PackedModule
+from deftcore.nn.preparation import checkpoint_activations
 from deftcore.nn.sharding import is_sharded, whole
 from deftcore.training import sizes
 from deftcore.training.data import Batches, Example, predicts

@@ -20,7 +20,7 @@ from deftcore.cli.quickstart.base_model import Settings, base_model, precision, 
 from deftcore.cli.quickstart.decoding import compare_4bit, decode_side_by_side
 from deftcore.cli.quickstart.report import draw
 from deftcore.methods.deft.objective import DensityLoss
-from deftcore.nn.linear import quantize as quantize_model
+from deftcore.nn.quantization import quantize as quantize_model
 from deftcore.ops.quantized import QUANT_TYPES
 from deftcore.training.data import Batches, Example, encode
 from deftcore.training.fields import OutputFolder, Seed, Text, checked, one_of

@@ -53,7 +53,8 @@ like any config of PEFT's. Recipes: `lora`, `qlora`, `bottleneck`, `prompt`, `pr
 | `merge` over 4-bit bases | `merging.py` |
 | bottleneck adapters: config, layer, model | `bottleneck.py` |
 | what recipes get | `method.py` |
-| 4-bit layers, `quantize`; loading into 4 bits | `deftcore/nn/linear.py`, `deftcore/models/quantized_files.py` |
+| 4-bit layers, `quantize` | `deftcore/nn/linear.py`, `deftcore/nn/quantization.py` |
+| loading into 4 bits | `deftcore/models/quantized_files.py` |
 | LoRA as one op | `deftcore/ops/lora.py` |
 | 4-bit products | `deftcore/ops/quant4.py`, `csrc/cpu/quant4.cpp`, `csrc/cpu/quant4_gemm.cpp`, `csrc/cuda/quant4.cu` |
 

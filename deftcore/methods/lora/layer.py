@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from deftcore.methods.lora.patch import Replacement
 from deftcore.methods.lora.proof import lora_cases
-from deftcore.nn.linear import Linear4bit, called_plainly, merged_4bit
+from deftcore.nn.linear import Linear4bit, called_plainly
+from deftcore.nn.merging import merged_4bit
 from deftcore.ops.lora import lora_linear
 from deftcore.ops.quantized import QuantizedTensor
 

@@ -11,7 +11,8 @@ from deftcore.methods.lora.layer import factors
 from deftcore.models.blocks import base_of
 from deftcore.models.gates import gates_of
 from deftcore.models.tied import merge_and_unload, tuned_ties
-from deftcore.nn.linear import Linear4bit, MergeReport, dense_layer, merged_4bit, merged_16bit
+from deftcore.nn.linear import Linear4bit, dense_layer
+from deftcore.nn.merging import MergeReport, merged_4bit, merged_16bit
 from deftcore.ops.checks import FLOAT_DTYPES
 from deftcore.ops.quantized import QuantizedTensor
 

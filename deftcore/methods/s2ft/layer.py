@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from deftcore.methods.s2ft.config import S2ftConfig
 from deftcore.models.coupled import runs
-from deftcore.nn.linear import Linear4bit, MergeReport, is_transposed, merged_4bit
+from deftcore.nn.linear import Linear4bit, is_transposed
+from deftcore.nn.merging import MergeReport, merged_4bit
 from deftcore.nn.sharding import is_sharded, whole
 from deftcore.ops.gated_linear import gated_linear
 from deftcore.ops.partial_linear import partial_linear
