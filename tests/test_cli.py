@@ -2,11 +2,9 @@
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 
-import click
 import pytest
 import torch
 import transformers
@@ -16,13 +14,11 @@ from test_package import save_base
 
 import deftcore
 from deftcore.cli import generation
-from deftcore.cli.main import app, main
+from deftcore.cli.main import main
 from deftcore.cli.quickstart import showcase
 from deftcore.methods.mamba import stability
-from deftcore.models.families import FAMILIES, describe
 from deftcore.training import pipeline
 from deftcore.training.device import choose_device
-from deftcore.training.registry import all_methods
 
 TRAIN = ["train", "r.yaml"]
 DENSITY = ["density", "base", "base/data.txt"]
@@ -181,64 +177,6 @@ def test_a_mistake_is_one_line_before_weights_are_read(place, monkeypatch, capsy
     assert error.startswith("deftcore: ")
     assert "\n" not in error
     assert sorted(place.iterdir()) == before
-
-
-def test_help(capsys):
-    """Every command says what it does, the default of each option, and shows an example that parses."""
-    for name, command in app.commands.items():
-        assert main([name, "--help"]) == 0
-        text = capsys.readouterr().out
-        examples = [shlex.split(line) for line in text.splitlines() if line.startswith("    deftcore ")]
-        assert len(examples) == 1
-        assert examples[0][:2] == ["deftcore", name]
-        with command.make_context(name, examples[0][2:], parent=click.Context(app)):
-            pass
-        for option in command.params:
-            if isinstance(option, click.Option):
-                assert option.help, (name, option.name)
-                assert option.is_flag or "default" in option.get_help_extra(click.Context(command, show_default=True))
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"deftcore {deftcore.__version__}\n"
-
-
-def test_lists_of_methods_and_models(capsys):
-    """Every method that a recipe can name, and every architecture of the table."""
-    assert main(["methods", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert main(["methods"]) == 0
-    text = capsys.readouterr().out
-    assert [entry["name"] for entry in found["methods"]] == [method.name for method in all_methods()]
-    for entry in [*found["methods"], *found["sections"]]:
-        assert f"  {entry['name']} " in text
-        assert entry["summary"] in text
-    assert main(["info", "--models"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if not line.startswith("  ")] == list(FAMILIES)
-    assert "  MLP: gate gate_proj, up up_proj, down down_proj, act act_fn" in lines
-    assert main(["info", "--models", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == describe()
-
-
-def test_a_plain_install_has_help_and_info():
-    """Nothing beyond the core dependencies is imported; what needs more says what to install."""
-    script = """
-import sys
-extra = "accelerate matplotlib peft pydantic yaml rich safetensors tokenizers transformers".split()
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in extra:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Missing())
-from deftcore.cli import main
-assert main(["--help"]) == 0
-assert "torch" not in sys.modules and "numpy" not in sys.modules
-assert main(["info"]) == 0
-assert main(["train", "r.yaml"]) == 2
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert "cpu_isa: " in done.stdout
-    assert done.stderr.splitlines()[-1].endswith(": pip install 'deftcore[train]'")
 
 
 def test_without_a_network_a_missing_model_is_one_line(place):
