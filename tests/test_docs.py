@@ -58,6 +58,27 @@ def test_links_lead_somewhere(page):
             assert not anchor or anchor in anchors(found), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_exist(page):
+    """Those of the repository, and in a room's docstring files that stand there by their names alone."""
+    text = text_of(page)
+    named = re.findall(r"`((?:deftcore|csrc|tests|bench|recipes|examples|docs)/[\w./-]*)`", text)
+    missing = [path for path in named if not (ROOT / path).exists()]
+    if page.suffix == ".py":
+        missing += [path for path in re.findall(r"`(\w+\.py)`", text) if not (page.parent / path).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("room", [page for page in PAGES if page.suffix == ".py"], ids=name_of)
+def test_a_room_has_its_page(room):
+    """Title, source, equations, an example, where things are."""
+    text = text_of(room)
+    assert re.match(r"[\w ,0-9]+: ", text)
+    assert "arXiv" in text
+    assert {"equations", "example", "where-things-are", "costs-and-limits"} <= anchors(room)
+    assert "python" in [language for language, _ in FENCE.findall(text)]
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """The models and data that the pages speak of."""
