@@ -151,15 +151,15 @@ def _slot(module: nn.Module, path: str) -> Slot:
 
 def has_parts(module: nn.Module, paths: Iterable[str]) -> bool:
     """Whether there is a module at each of some paths below another."""
+    return all(_part(module, path) is not None for path in paths)
 
-    def at(found: Any, path: str) -> bool:
-        for name in path.split("."):
-            found = getattr(found, name, None)
-            if not isinstance(found, nn.Module):
-                return False
-        return True
 
-    return all(at(module, path) for path in paths)
+def _part(module: Any, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if not isinstance(module, nn.Module):
+            return None
+    return module
 
 
 def side_of(model: nn.Module, name: str) -> str:

@@ -98,6 +98,7 @@ _OPT = Family((_OPT_MLP,), Attention("q_proj", "k_proj", "v_proj", "out_proj"), 
 _BERT = Family(
     (_BERT_MLP,), Attention("self.query", "self.key", "self.value", "output.dense"),
     r".*\.layer\.\d+\.output\.dense", "position_embeddings",
+    remarks=(("quantize", "in memory; load_quantized reads causal and sequence-to-sequence models"),),
 )  # fmt: skip
 _T5 = Family(
     (_T5_GATED_MLP, _T5_MLP),
