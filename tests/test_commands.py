@@ -43,7 +43,8 @@ def test_lists_of_methods_and_models(capsys):
         assert entry["summary"] in text
     assert main(["info", "--models"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if not line.startswith("  ")] == list(FAMILIES)
+    assert [kind for line in lines if not line.startswith("  ") for kind in line.split(", ")] == list(FAMILIES)
+    assert r"  adapter targets: .*\.layer\.\d+\.output\.dense" in lines
     assert "  MLP: gate gate_proj, up up_proj, down down_proj, act act_fn" in lines
     assert main(["info", "--models", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == describe()

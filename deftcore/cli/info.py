@@ -19,7 +19,7 @@ def info(models: bool, as_json: bool) -> None:
         from deftcore.models.families import describe
 
         rows = describe()
-        show(as_json, rows, [line for row in rows for line in _lines(row)])
+        show(as_json, rows, _architectures(rows))
         return
     result = collect()
     lines = [f"{key}: {value}" for key, value in result.items() if key not in ("kernels", "patch", "versions")]
@@ -29,8 +29,15 @@ def info(models: bool, as_json: bool) -> None:
     show(as_json, result, lines)
 
 
-def _lines(row: dict[str, Any]) -> list[str]:
-    """One architecture: where its parts are, and which methods serve it."""
+def _architectures(rows: list[dict[str, Any]]) -> list[str]:
+    """Where the parts of each are, and which methods serve it; those that are built alike together."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        alike.setdefault(tuple(_facts(row)), []).append(row["model_type"])
+    return [line for facts, kinds in alike.items() for line in (", ".join(kinds), *facts)]
+
+
+def _facts(row: dict[str, Any]) -> list[str]:
     facts = {
         "MLP": " or ".join(_pairs(mlp) for mlp in row["mlp"]),
         "attention": _pairs(row["attention"]),
@@ -41,7 +48,7 @@ def _lines(row: dict[str, Any]) -> list[str]:
         **{f"not by {method}": reason for method, reason in row["refused"].items()},
         **{f"remark, {method}": text for method, text in row["remarks"].items()},
     }
-    return [row["model_type"], *(f"  {name}: {text}" for name, text in facts.items() if text)]
+    return [f"  {name}: {text}" for name, text in facts.items() if text]
 
 
 def _pairs(roles: dict[str, str]) -> str:

@@ -183,10 +183,11 @@ def describe() -> list[dict[str, Any]]:
         attention = _roles(family.attention, ("q", "k", "v", "o")) if family.attention else {}
         channels = [[role for role in mlp if role != "act"] for mlp in mlps]
         refused = {method: reason for method in METHODS if (reason := family.refusal(method))}
+        targets = family.adapter_targets or []
         rows.append({
             "model_type": kind, "mlp": mlps, "attention": attention,
             "coupled": ([list(attention)] if attention else []) + channels,
-            "lora_targets": family.lora_targets, "adapter_targets": family.adapter_targets or [],
+            "lora_targets": family.lora_targets, "adapter_targets": [targets] if isinstance(targets, str) else targets,
             "served": [method for method in METHODS if method not in refused], "refused": refused,
             "remarks": dict(family.remarks),
         })  # fmt: skip
