@@ -72,7 +72,7 @@ def _as_kernel(impl: Callable[..., Any], changed: list[int]) -> Callable[..., An
 
 
 def _on_its_device(function: Callable[..., Any], args: tuple) -> Any:
-    """Calls an implementation with its first tensor's GPU as the current one: kernels are launched there."""
+    """Calls an implementation with its first tensor's GPU as the current one: it sizes workspaces and runs kernels."""
     device = next((a.device for a in args if isinstance(a, Tensor)), None)
     if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
         return function(*args)
