@@ -1,4 +1,4 @@
-"""DEFT under `transformers.Trainer`, and plain greedy decoding."""
+"""DEFT under `transformers.Trainer`."""
 
 from typing import Any
 

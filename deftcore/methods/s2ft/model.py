@@ -55,15 +55,9 @@ class S2ftModel(GathersShards):
             permute(model, coupled, order)
 
     def _create_and_replace(  # type: ignore[override]
-        self,
-        peft_config: S2ftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **_: Any,
-    ) -> None:
+        self, peft_config: S2ftConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, **_: Any,
+    ) -> None:  # fmt: skip
         where = self.plan.slices[current_key]
         layer = S2ftLayer(target, adapter_name, peft_config, where.dim, where.places, where.indices)
         setattr(parent, target_name, layer)
