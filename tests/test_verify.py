@@ -26,6 +26,7 @@ from deftcore.models.blocks import check_function, find_mlp_blocks
 from deftcore.nn import verify
 from deftcore.nn.mamba import MambaBlock
 from deftcore.nn.mamba2 import Mamba2Block
+from deftcore.training.wrapping import add_adapter
 
 MIXERS = ("mamba", "falcon_mamba", "mamba2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -598,3 +599,11 @@ def test_sparsify_takes_a_block_that_computes_the_same_in_other_words(kind):
     if kind != "disabled":  # here PEFT has just taken the update out again
         near = {"rtol": 0.05, "atol": 0.05} if kind == "bfloat16" else {"rtol": 1e-3, "atol": 1e-4}
         torch.testing.assert_close(deftcore.sparsify(model)(**tiny_batch("llama")).logits, expected, **near)
+
+
+def test_training_in_full_patches_what_has_a_replacement():
+    """Without a name of a family: whatever a room has registered."""
+    for model, fused in ((tiny_model("llama"), False), (mamba_model("mamba"), True)):
+        trained = add_adapter(model, "full", {})
+        assert trained is model
+        assert any(isinstance(module, MambaBlock) for module in trained.modules()) == fused

@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from importlib import import_module
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
@@ -52,6 +52,16 @@ def _in_use() -> list[Replacements]:
     return [import_module(each.home) for each in used]
 
 
+def _answers(model: nn.Module) -> Iterator[tuple[str, Any, Replacement | str]]:
+    """Each module with its name and what the room that knows it says, "" where none does."""
+    modules, rooms = dict(model.named_modules()), _in_use()
+    for name, module in modules.items():
+        parent = modules.get(name.rpartition(".")[0]) if name else None
+        answers = (room.replacement(module, parent) for room in rooms)
+        found: Iterator[Replacement | str] = (answer for answer in answers if answer)
+        yield name, module, next(found, "")
+
+
 def patch(model: nn.Module, *, verify: bool = True) -> nn.Module:
     """Runs PEFT's LoRA layers, bitsandbytes' 4-bit layers and Mamba mixers on native ops, in place; returns the model.
 
@@ -76,11 +86,7 @@ def patch(model: nn.Module, *, verify: bool = True) -> nn.Module:
     waiting: dict[str, list[str]] = {}
     refused: dict[str, list[str]] = {}
     proofs = Proofs() if verify else None
-    modules, rooms = dict(model.named_modules()), _in_use()
-    for name, module in modules.items():
-        parent = modules.get(name.rpartition(".")[0]) if name else None
-        answers: Iterator[Replacement | str] = (room.replacement(module, parent) for room in rooms)
-        found = next((answer for answer in answers if answer), "")
+    for name, module, found in _answers(model):
         if isinstance(found, str):
             if found:
                 left.setdefault(found, []).append(name)
@@ -113,6 +119,11 @@ def patch(model: nn.Module, *, verify: bool = True) -> nn.Module:
     if refused:
         warnings.warn(f"deftcore.patch: keep their own forward: {_by_reason(refused)}", stacklevel=2)
     return model
+
+
+def has_replacements(model: nn.Module) -> bool:
+    """Whether there is a module in a model that `patch` would replace, or has replaced."""
+    return any(not isinstance(found, str) for _, _, found in _answers(model))
 
 
 def unpatch(model: nn.Module) -> nn.Module:
