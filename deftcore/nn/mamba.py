@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deftcore.nn.mixer import MixerBlock, MixerState, check_size, initial_steps, masked
+from deftcore.nn.mixer import Mixer, MixerBlock, MixerState, check_size, initial_steps, masked
 from deftcore.ops.ssm.conv1d import causal_conv1d
 from deftcore.ops.ssm.fused_mamba import mamba_inner
 from deftcore.ops.ssm.projection import Projection, project
@@ -97,7 +97,7 @@ class MambaBlock(MixerBlock):
         return self.out_proj(y).unsqueeze(1)
 
 
-class MambaMixer(MambaBlock, nn.Module):
+class MambaMixer(MambaBlock, Mixer):
     """Mamba's mixer (arXiv 2312.00752): in_proj, causal convolution, selective scan, gate, out_proj.
 
     Args:
@@ -147,22 +147,6 @@ class MambaMixer(MambaBlock, nn.Module):
         with torch.no_grad():
             nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
             self.dt_proj.bias.copy_(initial_steps(width, time_step_min, time_step_max, time_step_floor))
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        state: MixerState | None = None,
-        attention_mask: Tensor | None = None,
-        return_state: bool = False,
-    ) -> Tensor | tuple[Tensor, MixerState]:
-        """hidden_states [B, L, d]; `state` of what came before; attention_mask [B, L], 0 at padding on either side.
-
-        Returns [B, L, d], with `return_state` also the state after each row's last step that is no padding.
-
-        Raises:
-            ValueError: attention_mask of another shape.
-        """
-        return self.run(hidden_states, state, attention_mask, return_state)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, state_size={self.ssm_state_size}, rms_eps={self.rms_eps}"

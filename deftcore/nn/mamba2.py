@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deftcore.nn.mixer import MixerBlock, MixerState, check_size, initial_steps, masked
+from deftcore.nn.mixer import Mixer, MixerBlock, MixerState, check_size, initial_steps, masked
 from deftcore.ops.ssm.conv1d import causal_conv1d
 from deftcore.ops.ssm.fused_mamba2 import mamba2_inner
 from deftcore.ops.ssm.ssd import mamba_chunk_scan, steps_of
@@ -117,7 +117,7 @@ class Mamba2Block(MixerBlock):
         return self.out_proj(self.norm(y.flatten(1), z)).unsqueeze(1)
 
 
-class Mamba2Mixer(Mamba2Block, nn.Module):
+class Mamba2Mixer(Mamba2Block, Mixer):
     """Mamba-2's mixer (arXiv 2405.21060): in_proj, causal convolution, scalar-decay scan, gated norm, out_proj.
 
     Args:
@@ -177,16 +177,6 @@ class Mamba2Mixer(Mamba2Block, nn.Module):
         self.D = nn.Parameter(torch.ones(self.num_heads))
         self.norm = GatedRMSNorm(width, width // norm_groups, norm_eps)
         self.out_proj = nn.Linear(width, hidden_size, bias=bias)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        state: MixerState | None = None,
-        attention_mask: Tensor | None = None,
-        return_state: bool = False,
-    ) -> Tensor | tuple[Tensor, MixerState]:
-        """As `MambaMixer.forward`."""
-        return self.run(hidden_states, state, attention_mask, return_state)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, heads={self.num_heads}, state_size={self.ssm_state_size}"

@@ -92,19 +92,42 @@ class MixerBlock:
         """Whether a base weight asks for a gradient: the fused ops give none."""
         return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
-    def run(
-        self, hidden: Tensor, state: MixerState | None, mask: Tensor | None, return_state: bool
-    ) -> Tensor | tuple[Tensor, MixerState]:
-        if state is not None and hidden.shape[1] == 1 and mask is None and not torch.is_grad_enabled():
-            held = MixerState(state.conv.clone(), state.ssm.clone())
-            out = self.step(hidden, held)
-            return (out, held) if return_state else out
-        conv, ssm = (None, None) if state is None else state
-        out, window, last = self.advance(hidden, conv, ssm, mask, self.conv1d.weight.shape[2] - 1)
-        return (out, MixerState(window, last)) if return_state else out
-
     def step(self, hidden: Tensor, state: MixerState) -> Tensor:  # pragma: no cover - overridden
         raise NotImplementedError
+
+
+class Mixer(MixerBlock, nn.Module):
+    """A mixer as a module of its own; Mamba's and Mamba-2's differ in their block."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        state: MixerState | None = None,
+        attention_mask: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, MixerState]:
+        """The block over a sequence, or over its next steps.
+
+        Args:
+            hidden_states: [B, L, d] in the dtype of the weights, or any under autocast.
+            state: what an earlier part of the sequences left; None begins them.
+            attention_mask: [B, L], 0 at padding, on either side.
+            return_state: also return the state after each row's last step that is no padding.
+
+        Returns:
+            [B, L, d], with `return_state` also the new `MixerState`; `state` is left as it is.
+
+        Raises:
+            TypeError, ValueError: naming the argument; attention_mask of another shape.
+        """
+        if state is not None and hidden_states.shape[1] == 1 and attention_mask is None and not torch.is_grad_enabled():
+            held = MixerState(state.conv.clone(), state.ssm.clone())
+            out = self.step(hidden_states, held)
+            return (out, held) if return_state else out
+        conv, ssm = (None, None) if state is None else state
+        reach = self.conv1d.weight.shape[2] - 1
+        out, window, last = self.advance(hidden_states, conv, ssm, attention_mask, reach)
+        return (out, MixerState(window, last)) if return_state else out
 
 
 def _reordered(x: Tensor, order: Tensor) -> Tensor:

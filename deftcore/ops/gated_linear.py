@@ -6,19 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deftcore.ops import _slices
 from deftcore.ops._library import define, flatten_tokens
-from deftcore.ops._slices import (
-    SCHEMA,
-    check_matrix,
-    check_slices,
-    joined_products,
-    lower,
-    no_grads,
-    pieces_of,
-    slice_grad,
-    sum_of_products,
-    transposed,
-)
 from deftcore.ops.checks import check_like, check_shape
 from deftcore.ops.density import ACTIVATIONS, activate, activation_grad, activation_name
 from deftcore.ops.kernels import DTYPE_CODES, address, backend, native, stream
@@ -60,12 +49,12 @@ def gated_linear(
     >>> gated_linear(torch.ones(1, 2), torch.ones(1, 2), torch.eye(2), activation="relu").tolist()
     [[1.0, 1.0]]
     """
-    check_matrix("gate", gate, weight)
+    _slices.check_matrix("gate", gate, weight)
     check_like("up", up, "gate", gate)
     check_shape("up", up, tuple(gate.shape), "as gate")
     code = ACTIVATIONS[activation_name(activation)]
-    slices, starts = check_slices(weight, trained, 1, start, synced)
-    gate, bias = lower(gate, weight, bias)
+    slices, starts = _slices.check_slices(weight, trained, 1, start, synced)
+    gate, bias = _slices.lower(gate, weight, bias)
     return _gated_linear(gate, up.to(gate.dtype), weight, slices, starts, synced, bias, code)
 
 
@@ -130,17 +119,12 @@ def _slopes(gate: Tensor, up: Tensor, grad: Tensor, activation: int) -> tuple[Te
 
 
 def _gated_linear_impl(
-    gate: Tensor,
-    up: Tensor,
-    weight: Tensor,
-    trained: list[Tensor],
-    starts: list[int],
-    synced: bool,
-    bias: Tensor | None,
-    activation: int,
-) -> Tensor:
+    gate: Tensor, up: Tensor, weight: Tensor, trained: list[Tensor], starts: list[int], synced: bool, bias: Tensor |
+    None, activation: int,
+) -> Tensor:  # fmt: skip
     a = flatten_tokens(_gated_act_impl(gate, up, activation))
-    y = sum_of_products(a, transposed(pieces_of(weight, trained, starts, 1, synced, gate.dtype)), bias)
+    pieces = _slices.transposed(_slices.pieces_of(weight, trained, starts, 1, synced, gate.dtype))
+    y = _slices.sum_of_products(a, pieces, bias)
     return y.reshape(*gate.shape[:-1], weight.shape[0])
 
 
@@ -170,23 +154,17 @@ def _gated_linear_backward(ctx: Any, grad: Tensor) -> tuple:
             continue
         columns = part.shape[1]
         a = _gated_act(gate.narrow(1, begin, columns), up.narrow(1, begin, columns), activation)
-        grads.append(slice_grad(flat, a, part))
+        grads.append(_slices.slice_grad(flat, a, part))
     grad_bias = flat.sum(0) if ctx.needs_input_grad[6] else None
-    return grad_gate, grad_up, None, grads, no_grads(starts), None, grad_bias, None
+    return grad_gate, grad_up, None, grads, _slices.no_grads(starts), None, grad_bias, None
 
 
 def _gated_linear_grad_impl(
-    grad: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    weight: Tensor,
-    trained: list[Tensor],
-    starts: list[int],
-    synced: bool,
+    grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor, trained: list[Tensor], starts: list[int], synced: bool,
     activation: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of gate and up, [tokens, K], of flat gradients; two tensors of that size live, no third."""
-    grad_a = joined_products(grad, pieces_of(weight, trained, starts, 1, synced, grad.dtype))
+    grad_a = _slices.joined_products(grad, _slices.pieces_of(weight, trained, starts, 1, synced, grad.dtype))
     return _slopes(flatten_tokens(gate), flatten_tokens(up), grad_a.to(gate.dtype).contiguous(), activation)
 
 
@@ -196,27 +174,22 @@ def _gated_linear_grad_fake(grad: Tensor, gate: Tensor, up: Tensor, *_: Any) -> 
 
 
 def gated_linear_ref(
-    gate: Tensor,
-    up: Tensor,
-    weight: Tensor,
-    trained: list[Tensor],
-    starts: list[int],
-    activation: str,
-    bias: Tensor | None,
-) -> Tensor:
+    gate: Tensor, up: Tensor, weight: Tensor, trained: list[Tensor], starts: list[int], activation: str, bias:
+    Tensor | None,
+) -> Tensor:  # fmt: skip
     """The definition, in plain PyTorch; any floating dtype."""
     return partial_linear_ref(activate(gate, activation) * up, weight, trained, starts, 1, bias)
 
 
 _gated_act = define("gated_act(Tensor gate, Tensor up, int activation) -> Tensor", _gated_act_impl, _gated_act_fake)
 _gated_linear_grad = define(
-    f"gated_linear_grad(Tensor grad, Tensor gate, Tensor up, {SCHEMA}, bool synced, int activation) "
+    f"gated_linear_grad(Tensor grad, Tensor gate, Tensor up, {_slices.SCHEMA}, bool synced, int activation) "
     "-> (Tensor, Tensor)",
     _gated_linear_grad_impl,
     _gated_linear_grad_fake,
 )
 _gated_linear = define(
-    f"gated_linear(Tensor gate, Tensor up, {SCHEMA}, bool synced, Tensor? bias, int activation) -> Tensor",
+    f"gated_linear(Tensor gate, Tensor up, {_slices.SCHEMA}, bool synced, Tensor? bias, int activation) -> Tensor",
     _gated_linear_impl,
     _gated_linear_fake,
     setup_context=_gated_linear_setup,

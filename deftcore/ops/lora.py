@@ -82,14 +82,9 @@ def lora_linear(
 
 
 def _lora_linear_impl(
-    x: Tensor,
-    dropped_x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
+    x: Tensor, dropped_x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None,
     scaling: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     flat = flatten_tokens(x if dropped_x is None else dropped_x)
     low = flat.to(lora_a.dtype) @ lora_a.t()
     y = F.linear(x.reshape(flat.shape), weight, bias).to(low.dtype).addmm_(low, lora_b.t(), alpha=scaling)
@@ -97,13 +92,7 @@ def _lora_linear_impl(
 
 
 def _lora_linear_fake(
-    x: Tensor,
-    dropped_x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
+    x: Tensor, dropped_x: Tensor | None, weight: Tensor, lora_a: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
     tokens = x.shape[:-1].numel()
     return x.new_empty((*x.shape[:-1], weight.shape[0])), lora_a.new_empty((tokens, lora_a.shape[0]))

@@ -6,19 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deftcore.ops import _slices
 from deftcore.ops._library import define, flatten_tokens
-from deftcore.ops._slices import (
-    SCHEMA,
-    check_matrix,
-    check_slices,
-    joined_products,
-    lower,
-    no_grads,
-    pieces_of,
-    slice_grad,
-    sum_of_products,
-    transposed,
-)
 
 
 def partial_linear(
@@ -60,11 +49,11 @@ def partial_linear(
     >>> part.grad.tolist()
     [[1.0], [1.0]]
     """
-    check_matrix("x", x, weight)
+    _slices.check_matrix("x", x, weight)
     if dim not in (0, 1) or isinstance(dim, bool):
         raise ValueError(f"dim: must be 0 (output channels) or 1 (input channels), got {dim!r}")
-    slices, starts = check_slices(weight, trained, dim, start, synced)
-    x, bias = lower(x, weight, bias)
+    slices, starts = _slices.check_slices(weight, trained, dim, start, synced)
+    x, bias = _slices.lower(x, weight, bias)
     return _partial_linear(x, weight, slices, starts, dim, synced, bias)
 
 
@@ -75,8 +64,8 @@ def _partial_linear_impl(
     x: Tensor, weight: Tensor, trained: list[Tensor], starts: list[int], dim: int, synced: bool, bias: Tensor | None
 ) -> Tensor:
     flat = flatten_tokens(x)
-    pieces = transposed(pieces_of(weight, trained, starts, dim, synced, x.dtype))
-    y = sum_of_products(flat, pieces, bias) if dim == 1 else joined_products(flat, pieces, bias)
+    pieces = _slices.transposed(_slices.pieces_of(weight, trained, starts, dim, synced, x.dtype))
+    y = _slices.sum_of_products(flat, pieces, bias) if dim == 1 else _slices.joined_products(flat, pieces, bias)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -116,19 +105,19 @@ def _partial_linear_backward(ctx: Any, grad: Tensor) -> tuple:
         if not wanted:
             grads.append(None)
         elif dim == 0:
-            grads.append(slice_grad(flat.narrow(1, begin, part.shape[0]), inputs, part))  # type: ignore[arg-type]
+            grads.append(_slices.slice_grad(flat.narrow(1, begin, part.shape[0]), inputs, part))  # type: ignore[arg-type]
         else:
-            grads.append(slice_grad(flat, next(kept), part))
+            grads.append(_slices.slice_grad(flat, next(kept), part))
     grad_bias = flat.sum(0) if ctx.needs_input_grad[6] else None
-    return grad_x, None, grads, no_grads(starts), None, None, grad_bias
+    return grad_x, None, grads, _slices.no_grads(starts), None, None, grad_bias
 
 
 def _partial_linear_grad_impl(
     grad: Tensor, weight: Tensor, trained: list[Tensor], starts: list[int], dim: int, synced: bool
 ) -> Tensor:
     """dX = E W of flat gradients."""
-    pieces = pieces_of(weight, trained, starts, dim, synced, grad.dtype)
-    return joined_products(grad, pieces) if dim == 1 else sum_of_products(grad, pieces)
+    pieces = _slices.pieces_of(weight, trained, starts, dim, synced, grad.dtype)
+    return _slices.joined_products(grad, pieces) if dim == 1 else _slices.sum_of_products(grad, pieces)
 
 
 def _partial_linear_grad_fake(grad: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -148,12 +137,12 @@ def partial_linear_ref(
 
 
 _partial_linear_grad = define(
-    f"partial_linear_grad(Tensor grad, {SCHEMA}, int dim, bool synced) -> Tensor",
+    f"partial_linear_grad(Tensor grad, {_slices.SCHEMA}, int dim, bool synced) -> Tensor",
     _partial_linear_grad_impl,
     _partial_linear_grad_fake,
 )
 _partial_linear = define(
-    f"partial_linear(Tensor x, {SCHEMA}, int dim, bool synced, Tensor? bias) -> Tensor",
+    f"partial_linear(Tensor x, {_slices.SCHEMA}, int dim, bool synced, Tensor? bias) -> Tensor",
     _partial_linear_impl,
     _partial_linear_fake,
     setup_context=_partial_linear_setup,

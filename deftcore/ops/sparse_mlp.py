@@ -98,16 +98,9 @@ def bundle_rows(w_up: Tensor, w_down_t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mlp(
-    x: Tensor,
-    w_gate: Tensor | QuantizedTensor | None,
-    w_up: Tensor | QuantizedTensor,
-    w_down_t: Tensor | QuantizedTensor,
-    b_up: Tensor | None,
-    b_down: Tensor | None,
-    activation: str,
-    tau: float | None,
-    path: str,
-) -> Tensor:
+    x: Tensor, w_gate: Tensor | QuantizedTensor | None, w_up: Tensor | QuantizedTensor, w_down_t: Tensor |
+    QuantizedTensor, b_up: Tensor | None, b_down: Tensor | None, activation: str, tau: float | None, path: str,
+) -> Tensor:  # fmt: skip
     check_float("x", x)
     if x.dim() == 0:
         raise ValueError("x: must have at least one dimension, got a scalar")
@@ -163,16 +156,9 @@ def _mlp_capacity(x: Tensor, tokens: int, neurons: int, width: int, gated: bool,
 
 
 def _sparse_mlp_impl(
-    x: Tensor,
-    w_gate: Tensor | None,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    b_up: Tensor | None,
-    b_down: Tensor | None,
-    activation: int,
-    tau: float,
-    path: int,
-) -> Tensor:
+    x: Tensor, w_gate: Tensor | None, w_up: Tensor, w_down_t: Tensor, b_up: Tensor | None, b_down: Tensor | None,
+    activation: int, tau: float, path: int,
+) -> Tensor:  # fmt: skip
     (tokens, width), neurons = x.shape, w_up.shape[0]
     kernels = backend("sparse_mlp", x)
     if kernels is None or neurons == 0 or tokens == 0 or width == 0:
@@ -236,15 +222,9 @@ def _sparse_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def sparse_mlp_ref(
-    x: Tensor,
-    w_gate: Tensor | None,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    b_up: Tensor | None,
-    b_down: Tensor | None,
-    activation: str,
-    tau: float,
-) -> Tensor:
+    x: Tensor, w_gate: Tensor | None, w_up: Tensor, w_down_t: Tensor, b_up: Tensor | None, b_down: Tensor | None,
+    activation: str, tau: float,
+) -> Tensor:  # fmt: skip
     """The definition, in plain PyTorch; any floating dtype."""
     z = F.linear(x, w_up if w_gate is None else w_gate, b_up)
     return _mlp_rest(x, activate(z, activation), w_gate, w_up, w_down_t, b_down, tau)

@@ -36,15 +36,9 @@ NO_LOW_RANK = LowRank4()
 
 
 def mlp_4bit(
-    x: Tensor,
-    weights: Sequence[QuantizedTensor],
-    b_up: Tensor | None,
-    b_down: Tensor | None,
-    activation: int,
-    tau: float,
-    path: int,
-    lora: LowRank4 = NO_LOW_RANK,
-) -> Tensor:
+    x: Tensor, weights: Sequence[QuantizedTensor], b_up: Tensor | None, b_down: Tensor | None, activation: int, tau:
+    float, path: int, lora: LowRank4 = NO_LOW_RANK,
+) -> Tensor:  # fmt: skip
     """The MLP of x [T, D] over [gate, up, down_t], [up, down_t], or (x being [T, F] activations) [down_t] alone."""
     matrices = [w.parts() for w in weights]
     tensors = [t for w in matrices for t in w[:5]]
@@ -128,17 +122,9 @@ def _break_even(x: Tensor, gated: bool, down: Parts) -> float:
 
 
 def _sparse_mlp_4bit_impl(
-    x: Tensor,
-    tensors: list[Tensor | None],
-    offsets: list[float],
-    sizes: list[int],
-    lora: list[Tensor | None],
-    b_up: Tensor | None,
-    b_down: Tensor | None,
-    activation: int,
-    tau: float,
-    path: int,
-) -> Tensor:
+    x: Tensor, tensors: list[Tensor | None], offsets: list[float], sizes: list[int], lora: list[Tensor | None],
+    b_up: Tensor | None, b_down: Tensor | None, activation: int, tau: float, path: int,
+) -> Tensor:  # fmt: skip
     matrices, low = _unpack(tensors, offsets, sizes), LowRank4(*lora)
     tokens, down, gated = x.shape[0], matrices[-1], len(matrices) == 3
     x = aligned(x)

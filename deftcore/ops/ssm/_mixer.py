@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deftcore.ops.checks import check_float, check_shape
 from deftcore.ops.ssm.conv1d import conv_taps
+from deftcore.ops.ssm.projection import empty_gradients
 
 
 def frozen_taps(weight: Tensor, bias: Tensor | None, channels: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -71,3 +72,14 @@ def gradients(inputs: Any, needed: Any, factors: list[Tensor], **found: Tensor) 
         factors=[grad if wanted else None for grad, wanted in trained],
         **{name: grad for name, grad in found.items() if getattr(needed, name)},
     )
+
+
+def gradient_shapes(
+    x: Tensor, inputs: Any, grad_last: Tensor, train: bool
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """What a backward op gives: gradients of the input x, the carried window and state, and the factors."""
+    window = inputs.window
+    return (
+        x.new_empty(x.shape), x.new_empty(0 if window is None else window.shape), grad_last.new_empty(grad_last.shape),
+        empty_gradients(inputs.factors, train),
+    )  # fmt: skip

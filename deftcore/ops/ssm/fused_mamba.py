@@ -13,41 +13,29 @@ from torch import Tensor
 from deftcore.ops._library import define, flatten_tokens
 from deftcore.ops.checks import check_float, check_shape
 from deftcore.ops.kernels import has_kernel, native
+from deftcore.ops.ssm import projection
 from deftcore.ops.ssm._layout import unflatten_tokens, wide_dtype
-from deftcore.ops.ssm._mixer import carried, frozen_taps, gradients, masked, needs_gradient, save, saved
-from deftcore.ops.ssm.conv1d import conv_backward, conv_forward
-from deftcore.ops.ssm.projection import (
-    SCHEMA,
-    Layer,
-    Projection,
-    apply,
-    check_projection,
-    empty_gradients,
-    factor_gradients,
-    flatten,
-    layers,
-    lower,
-    pull_back,
-    shape_of,
+from deftcore.ops.ssm._mixer import (
+    carried,
+    frozen_taps,
+    gradient_shapes,
+    gradients,
+    masked,
+    needs_gradient,
+    save,
+    saved,
 )
+from deftcore.ops.ssm.conv1d import conv_backward, conv_forward
+from deftcore.ops.ssm.projection import Layer, Projection
 from deftcore.ops.ssm.scan import MASKED_STEP, scan_backward, scan_forward
 
 
 def mamba_inner(
-    xz: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    x_proj: Projection,
-    dt_proj: Projection,
-    out_proj: Projection,
-    A: Tensor,
-    D: Tensor,
-    *,
-    mask: Tensor | None = None,
-    conv_state: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    norm_eps: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, x_proj: Projection, dt_proj: Projection, out_proj:
+    Projection, A: Tensor, D: Tensor,
+    *, mask: Tensor | None = None, conv_state: Tensor | None = None, initial_state: Tensor | None = None, norm_eps:
+    float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mamba's block after `in_proj`: convolution, silu, x_proj, dt_proj, selective scan, gate, out_proj.
 
     Kept for the backward: xz, x_proj's output, and a state every 32 steps. Exponents, states and sums are float32.
@@ -73,7 +61,7 @@ def mamba_inner(
     if xz.dim() != 3 or xz.shape[2] % 2:
         raise ValueError(f"xz: must be [B, L, 2 D], got shape {tuple(xz.shape)}")
     batch, width = xz.shape[0], xz.shape[2] // 2
-    xz, (x_proj, dt_proj, out_proj) = lower(xz, (x_proj, dt_proj, out_proj))
+    xz, (x_proj, dt_proj, out_proj) = projection.lower(xz, (x_proj, dt_proj, out_proj))
     wide = wide_dtype(xz)
     check_float("A", A)
     check_float("D", D)
@@ -81,17 +69,17 @@ def mamba_inner(
         raise ValueError(f"A: shape must be ({width}, N), got {tuple(A.shape)}")
     check_shape("D", D, (width,), "one per channel")
     states = A.shape[1]
-    rank = shape_of(dt_proj)[1]
+    rank = projection.shape_of(dt_proj)[1]
     for name, layer, shape in (
         ("x_proj", x_proj, (rank + 2 * states, width)), ("dt_proj", dt_proj, (width, rank)),
-        ("out_proj", out_proj, (shape_of(out_proj)[0], width)),
+        ("out_proj", out_proj, (projection.shape_of(out_proj)[0], width)),
     ):  # fmt: skip
-        check_projection(name, layer, shape, xz)
+        projection.check_projection(name, layer, shape, xz)
     conv_weight, conv_bias = frozen_taps(conv_weight, conv_bias, width, xz)
     xz, mask = masked(xz, mask)
     first = carried("initial_state", initial_state, (batch, width, states), wide)
     window = carried("conv_state", conv_state, (batch, width, conv_weight.shape[0] - 1), xz.dtype)
-    flat = flatten([x_proj, dt_proj._replace(bias=None), out_proj])
+    flat = projection.flatten([x_proj, dt_proj._replace(bias=None), out_proj])
     out, last, _, _ = _mamba_inner(
         xz, conv_weight, conv_bias, A.detach().to(wide).t().contiguous(), D.detach().to(wide).contiguous(),
         None if dt_proj.bias is None else dt_proj.bias.detach().to(wide).contiguous(), mask, window,
@@ -128,12 +116,12 @@ class _Inputs(NamedTuple):
         return self.a.shape[0]
 
     def projections(self) -> list[Layer]:
-        return layers(self.frozen, self.factors, self.whole, self.real, self.seeds)
+        return projection.layers(self.frozen, self.factors, self.whole, self.real, self.seeds)
 
 
 _SCHEMA = (
     "Tensor xz, Tensor conv_weight, Tensor? conv_bias, Tensor a, Tensor d, Tensor? delta_bias, Tensor? mask, "
-    f"Tensor? window, Tensor? first, {SCHEMA}, float? norm_eps"
+    f"Tensor? window, Tensor? first, {projection.SCHEMA}, float? norm_eps"
 )
 
 
@@ -169,7 +157,7 @@ def _scan_input(m: _Inputs) -> Tensor:
 
 
 def _steps(low: Tensor, dt_proj: Layer, shape: torch.Size, mask: Tensor | None) -> Tensor:
-    delta = apply(low, dt_proj).view(shape)
+    delta = projection.apply(low, dt_proj).view(shape)
     return delta if mask is None else delta.masked_fill_(~mask.unsqueeze(-1), MASKED_STEP)
 
 
@@ -178,14 +166,14 @@ def _mamba_impl(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, keep = _Inputs(*args[:-1]), args[-1]
     x_proj, dt_proj, out_proj = m.projections()
     u = _scan_input(m)
-    projected = unflatten_tokens(apply(flatten_tokens(u), x_proj), u)
+    projected = unflatten_tokens(projection.apply(flatten_tokens(u), x_proj), u)
     low, b, c = _coefficients(projected, m)
     delta = _steps(low, dt_proj, u.shape, m.mask)
     gate = m.xz[..., u.shape[2] :].transpose(1, 2)
     out, last, chunks = scan_forward(
         u.transpose(1, 2), delta.transpose(1, 2), m.a, b, c, m.d, gate, m.delta_bias, m.first, True, keep
     )
-    y = apply(flatten_tokens(out.transpose(1, 2)), out_proj)
+    y = projection.apply(flatten_tokens(out.transpose(1, 2)), out_proj)
     return unflatten_tokens(y, u), last, projected if keep else m.xz.new_empty(0), chunks
 
 
@@ -228,7 +216,7 @@ def _mamba_grad_impl(
     low, b, c = _coefficients(projected, m)
     delta = _steps(low, dt_proj, shape, m.mask)
     grad = flatten_tokens(grad)
-    grad_out = pull_back(grad, out_proj).view(shape).transpose(1, 2)
+    grad_out = projection.pull_back(grad, out_proj).view(shape).transpose(1, 2)
     grad_xz = torch.empty(m.xz.shape, dtype=m.xz.dtype, device=m.xz.device)
     gated = torch.empty(shape, dtype=m.xz.dtype, device=m.xz.device) if train and out_proj.pairs else None
     delta = delta.transpose(1, 2)
@@ -241,27 +229,27 @@ def _mamba_grad_impl(
     grad_b, grad_c, grad_first = found[3], found[4], found[8]
     of_out: list[Tensor] = []
     if gated is not None:
-        of_out = factor_gradients(flatten_tokens(gated), grad, out_proj)
+        of_out = projection.factor_gradients(flatten_tokens(gated), grad, out_proj)
         del gated
     grad_delta = flatten_tokens(delta.transpose(1, 2))
-    of_dt = factor_gradients(low, grad_delta, dt_proj) if train else []
-    into_low = unflatten_tokens(pull_back(grad_delta, dt_proj), u)
+    of_dt = projection.factor_gradients(low, grad_delta, dt_proj) if train else []
+    into_low = unflatten_tokens(projection.pull_back(grad_delta, dt_proj), u)
     raw = projected.split([into_low.shape[2], m.states, m.states], dim=2)
     grad_projected = torch.cat(
         [_normed_backward(x, g, m.norm_eps).to(m.xz.dtype)
          for x, g in zip(raw, (into_low, grad_b.squeeze(2), grad_c.squeeze(2)), strict=True)], dim=2,
     )  # fmt: skip
     grad_projected = flatten_tokens(grad_projected)
-    of_x = factor_gradients(flatten_tokens(u), grad_projected, x_proj) if train else []
+    of_x = projection.factor_gradients(flatten_tokens(u), grad_projected, x_proj) if train else []
     grad_u = grad_out.transpose(1, 2)
-    grad_u += pull_back(grad_projected, x_proj).view(shape)
+    grad_u += projection.pull_back(grad_projected, x_proj).view(shape)
     if m.mask is not None:
         grad_u *= m.mask.unsqueeze(-1)
     _, _, _, grad_window = conv_backward(
         grad_u.transpose(1, 2), m.xz[..., :width].transpose(1, 2), m.conv_weight, m.conv_bias, m.window, None, True,
         [True, False, False, True], grad_xz[..., :width].transpose(1, 2),
     )  # fmt: skip
-    factors = [*of_x, *of_dt, *of_out] if train else empty_gradients(m.factors, train)
+    factors = [*of_x, *of_dt, *of_out] if train else projection.empty_gradients(m.factors, train)
     return grad_xz, grad_window, grad_first, factors
 
 
@@ -269,10 +257,7 @@ def _mamba_grad_fake(
     grad: Tensor, grad_last: Tensor, projected: Tensor, chunks: Tensor, train: bool, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     m = _Inputs(*args)
-    return (
-        m.xz.new_empty(m.xz.shape), m.xz.new_empty(0 if m.window is None else m.window.shape),
-        grad_last.new_empty(grad_last.shape), empty_gradients(m.factors, train),
-    )  # fmt: skip
+    return gradient_shapes(m.xz, m, grad_last, train)
 
 
 _mamba_inner_grad = define(

@@ -8,45 +8,21 @@ from torch import Tensor
 
 from deftcore.ops._library import define, flatten_tokens
 from deftcore.ops.checks import check_float, check_number, check_shape
+from deftcore.ops.ssm import projection
 from deftcore.ops.ssm._layout import unflatten_tokens, wide_dtype
-from deftcore.ops.ssm._mixer import carried, frozen_taps, gradients, masked, save, saved
+from deftcore.ops.ssm._mixer import carried, frozen_taps, gradient_shapes, gradients, masked, save, saved
 from deftcore.ops.ssm.conv1d import conv_backward, conv_forward
-from deftcore.ops.ssm.projection import (
-    SCHEMA,
-    Layer,
-    Projection,
-    apply,
-    check_projection,
-    empty_gradients,
-    factor_gradients,
-    flatten,
-    layers,
-    lower,
-    pull_back,
-    shape_of,
-)
+from deftcore.ops.ssm.projection import Layer, Projection
 from deftcore.ops.ssm.ssd import ssd_backward, ssd_forward, steps_of
 
 
 def mamba2_inner(
-    zxbcdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    norm_weight: Tensor,
-    out_proj: Projection,
-    *,
-    head_dim: int,
-    groups: int = 1,
-    norm_groups: int | None = None,
-    norm_eps: float = 1e-5,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
-    mask: Tensor | None = None,
-    conv_state: Tensor | None = None,
+    zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
+    norm_weight: Tensor, out_proj: Projection,
+    *, head_dim: int, groups: int = 1, norm_groups: int | None = None, norm_eps: float = 1e-5, dt_limit:
+    tuple[float, float] = (0.0, float("inf")), mask: Tensor | None = None, conv_state: Tensor | None = None,
     initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mamba-2's block after `in_proj`: convolution, silu, scan, gated RMS norm, out_proj.
 
     Kept for the backward: zxbcdt. Exponents, states, norms and sums are float32.
@@ -71,7 +47,7 @@ def mamba2_inner(
     if zxbcdt.dim() != 3:
         raise ValueError(f"zxbcdt: must be [B, L, 2 D + 2 G N + H], got shape {tuple(zxbcdt.shape)}")
     batch, _, total = zxbcdt.shape
-    zxbcdt, (out_proj,) = lower(zxbcdt, (out_proj,))
+    zxbcdt, (out_proj,) = projection.lower(zxbcdt, (out_proj,))
     wide = wide_dtype(zxbcdt)
     check_float("A", A)
     heads = A.shape[0] if A.dim() == 1 else 0
@@ -88,7 +64,7 @@ def mamba2_inner(
         check_float(name, t)
         check_shape(name, t, (size,), "one number each")
     check_number("norm_eps", norm_eps, minimum=0.0)
-    check_projection("out_proj", out_proj, (shape_of(out_proj)[0], width), zxbcdt)
+    projection.check_projection("out_proj", out_proj, (projection.shape_of(out_proj)[0], width), zxbcdt)
     channels = width + 2 * groups * states
     conv_weight, conv_bias = frozen_taps(conv_weight, conv_bias, channels, zxbcdt)
     zxbcdt, mask = masked(zxbcdt, mask)
@@ -97,8 +73,8 @@ def mamba2_inner(
     return _mamba2_inner(
         zxbcdt, conv_weight, conv_bias, dt_bias.detach().to(wide), A.detach().to(wide),
         D.detach().to(wide).repeat_interleave(head_dim), norm_weight.detach().to(wide), mask, window,
-        None if first is None else first.contiguous(), *flatten([out_proj]), groups, norm_groups, float(norm_eps),
-        *map(float, dt_limit),
+        None if first is None else first.contiguous(), *projection.flatten([out_proj]), groups, norm_groups,
+        float(norm_eps), *map(float, dt_limit),
     )  # fmt: skip
 
 
@@ -142,14 +118,14 @@ class _Inputs(NamedTuple):
         return (self.conv_weight.shape[1] - self.width) // (2 * self.groups)
 
     def out_proj(self) -> Layer:
-        (layer,) = layers(self.frozen, self.factors, self.whole, self.real, self.seeds)
+        (layer,) = projection.layers(self.frozen, self.factors, self.whole, self.real, self.seeds)
         return layer
 
 
 _SCHEMA = (
     "Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor a, Tensor d, Tensor norm_weight, "
-    f"Tensor? mask, Tensor? window, Tensor? first, {SCHEMA}, int groups, int norm_groups, float norm_eps, float low, "
-    "float high"
+    f"Tensor? mask, Tensor? window, Tensor? first, {projection.SCHEMA}, int groups, int norm_groups, "
+    "float norm_eps, float low, float high"
 )
 
 
@@ -201,7 +177,7 @@ def _mamba2_impl(*args: Any) -> tuple[Tensor, Tensor]:
     y, last = ssd_forward(s.x, s.step, s.log_decay, s.b, s.c, m.d, m.first)
     v, _ = _gated_norm(y.flatten(2), s.z, m)
     normed = v.flatten(-2).mul_(m.norm_weight).to(m.zxbcdt.dtype)
-    return unflatten_tokens(apply(flatten_tokens(normed), m.out_proj()), m.zxbcdt), last
+    return unflatten_tokens(projection.apply(flatten_tokens(normed), m.out_proj()), m.zxbcdt), last
 
 
 def _mamba2_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -232,11 +208,11 @@ def _mamba2_grad_impl(
     y = y.flatten(2)
     v, rho = _gated_norm(y, s.z, m)
     grad = flatten_tokens(grad)
-    factors = empty_gradients(m.factors, train)
+    factors = projection.empty_gradients(m.factors, train)
     if train and out_proj.pairs:
         normed = (v.flatten(-2) * m.norm_weight).to(m.zxbcdt.dtype)
-        factors = factor_gradients(flatten_tokens(normed), grad, out_proj)
-    into = pull_back(grad, out_proj).view(y.shape).to(s.z.dtype).mul_(m.norm_weight)
+        factors = projection.factor_gradients(flatten_tokens(normed), grad, out_proj)
+    into = projection.pull_back(grad, out_proj).view(y.shape).to(s.z.dtype).mul_(m.norm_weight)
     into = into.unflatten(-1, (m.norm_groups, -1))
     into = (into - v * (into * v).mean(-1, keepdim=True)).mul_(rho).flatten(-2)  # of y silu(z)
     sigmoid = torch.sigmoid(s.z)
@@ -268,10 +244,7 @@ def _mamba2_grad_fake(
     grad: Tensor, grad_last: Tensor, train: bool, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     m = _Inputs(*args)
-    return (
-        m.zxbcdt.new_empty(m.zxbcdt.shape), m.zxbcdt.new_empty(0 if m.window is None else m.window.shape),
-        grad_last.new_empty(grad_last.shape), empty_gradients(m.factors, train),
-    )  # fmt: skip
+    return gradient_shapes(m.zxbcdt, m, grad_last, train)
 
 
 _mamba2_inner_grad = define(

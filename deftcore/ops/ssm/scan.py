@@ -16,19 +16,10 @@ MASKED_STEP = -1e4  # softplus of it is 0: a masked step leaves the state as it 
 
 
 def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-    *,
-    initial_state: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: bool = False,
+    *, initial_state: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """out_t = (C_t . h_t + D u_t) silu(z_t) with h_t = exp(step_t A) h_{t-1} + step_t B_t u_t (Mamba, algorithm 2).
 
     step = delta + delta_bias, through softplus where `delta_softplus` is set. The state is float32. Time is linear in

@@ -15,21 +15,11 @@ from deftcore.ops.ssm.scan import MAX_STATES
 
 
 def mamba_chunk_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    chunk_size: int,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
-    return_final_states: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = None, z: Tensor |
+    None = None, dt_bias: Tensor | None = None, initial_states: Tensor | None = None, seq_idx: Tensor | None = None,
+    dt_softplus: bool = False, dt_limit: tuple[float, float] = (0.0, float("inf")), return_final_states: bool =
+    False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """y_t = h_t C_t + D x_t with h_t = exp(step_t A) h_{t-1} + step_t x_t B_t^T, per head (Mamba-2, eq. 1 and 2).
 
     step = clamp(softplus(dt + dt_bias), dt_limit), softplus where `dt_softplus` is set. The state is float32. Time is

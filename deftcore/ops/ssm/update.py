@@ -20,15 +20,9 @@ from deftcore.ops.ssm.scan import MAX_STATES
 
 
 def causal_conv1d_update(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    *,
-    cache_seqlens: Tensor | None = None,
-    conv_state_indices: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+    *, cache_seqlens: Tensor | None = None, conv_state_indices: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """`causal_conv1d` for the next step or steps of a sequence; `conv_state` moves on in place.
 
     Where gradients are needed they go to everything but `conv_state`.
@@ -69,19 +63,10 @@ def causal_conv1d_update(
 
 
 def selective_state_update(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    *,
-    state_batch_indices: Tensor | None = None,
-) -> Tensor:
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None
+    = None, dt_bias: Tensor | None = None, dt_softplus: bool = False,
+    *, state_batch_indices: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One step of the scan: state = exp(step A) state + step B x, in place, and out = (C . state + D x) silu(z).
 
     Shapes are Mamba's, or Mamba-2's with a head dimension H (there dt, A, D and dt_bias may be expanded views). Every
