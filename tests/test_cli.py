@@ -16,8 +16,9 @@ import deftcore
 from deftcore.cli import generation
 from deftcore.cli.main import main
 from deftcore.cli.quickstart import showcase
+from deftcore.methods.deft import export, measure
 from deftcore.methods.mamba import stability
-from deftcore.training import pipeline
+from deftcore.training import text
 from deftcore.training.device import choose_device
 
 TRAIN = ["train", "r.yaml"]
@@ -165,7 +166,7 @@ def test_a_mistake_is_one_line_before_weights_are_read(place, monkeypatch, capsy
     def no_weights(*_, **__):
         raise AssertionError("weights were read")
 
-    for module in (pipeline, stability, generation):
+    for module in (text, measure, export, stability, generation):
         monkeypatch.setattr(module, "load_model", no_weights)
     monkeypatch.setattr(generation, "load_sparse", no_weights)
     monkeypatch.setattr(showcase, "base_model", no_weights)

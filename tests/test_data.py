@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from deftcore.methods.deft.measure import measure_density
 from deftcore.training import TrainingConfig, encode, read_records, train
-from deftcore.training.data import Batches
-from deftcore.training.pipeline import measure_density
+from deftcore.training.task import Batches
+from deftcore.training.text import TextTask
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -234,7 +235,7 @@ def test_a_prompt_that_fills_max_length_stops_neither_training_nor_density(tmp_p
     examples = encode(PAIRS, tokenizer, 8, is_encoder_decoder=False)
     total = 0.0
     with torch.no_grad():
-        for batch in Batches(examples, 1, 2, False, shuffle=False).epoch(0):
+        for batch in Batches(examples, 1, TextTask(2).collate, shuffle=False).epoch(0):
             predicted = int((batch["labels"][:, 1:] != -100).sum())
             total += float(model.double()(**batch).loss) * predicted
     assert report["loss"] == pytest.approx(total / (3 + 3), rel=1e-5)

@@ -12,9 +12,9 @@ from conftest import tiny_model
 from torch import nn
 
 import deftcore
-from deftcore.methods.deft.trainer import DensityTrainerMixin
 from deftcore.methods.lora.bottleneck import BottleneckConfig
 from deftcore.methods.mamba import kernel_aliases
+from deftcore.training.trainer import ObjectiveTrainerMixin
 
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -128,8 +128,8 @@ def test_the_trainer_mixin_hands_everything_on(method):
         return torch.optim.SGD([nn.Parameter(torch.zeros(1))]) if method == "create_optimizer" else torch.zeros(())
 
     setattr(Base, method, record)
-    trainer = type("Trainer", (DensityTrainerMixin, Base), {})(
-        density=deftcore.DensityLoss(tiny_model("llama"), alpha=0.1)
+    trainer = type("Trainer", (ObjectiveTrainerMixin, Base), {})(
+        objective=deftcore.DensityLoss(tiny_model("llama"), alpha=0.1)
     )
     given = {"compute_loss": (nn.Identity().eval(), {}), "log": ({},)}.get(method, ())
     getattr(trainer, method)(*given, unknown_keyword=1)

@@ -20,6 +20,8 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
 import deftcore
+from deftcore.methods.deft.export import export
+from deftcore.methods.deft.measure import measure_density
 from deftcore.methods.deft.objective import DensityLoss
 from deftcore.methods.lora.bottleneck import BottleneckConfig
 from deftcore.methods.s2ft.config import S2ftConfig
@@ -27,7 +29,6 @@ from deftcore.methods.s2ft.delta import extract_adapter
 from deftcore.models.checkpoints import load_model, load_tokenizer
 from deftcore.training import TrainingConfig, encode, read_records, train
 from deftcore.training.adapters import load_adapter
-from deftcore.training.pipeline import export, measure_density
 from deftcore.training.wrapping import add_adapter
 
 THETA = (0.3, -1.2, 1.0, -0.4)
@@ -249,16 +250,16 @@ def test_trainer_saves_and_resumes_gates(tmp_path):
     """Resumed from the middle, the gates end where the whole run's end."""
     whole = trainer_for("llama", "lora", tmp_path / "a", adaptive="gate")
     whole.train()
-    (theta,) = whole.density.parameters()
+    (theta,) = whole.objective.parameters()
     assert (theta != 4).all()
     assert torch.equal(load_file(tmp_path / "a" / "checkpoint-6" / "density_gates.safetensors")["theta"], theta)
     resumed = trainer_for("llama", "lora", tmp_path / "b", adaptive="gate")
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
-    assert torch.equal(next(resumed.density.parameters()), theta)
+    assert torch.equal(next(resumed.objective.parameters()), theta)
     resumed.state.best_model_checkpoint = str(tmp_path / "a" / "checkpoint-3")
     resumed._load_best_model()
     stored = load_file(tmp_path / "a" / "checkpoint-3" / "density_gates.safetensors")["theta"]
-    assert torch.equal(next(resumed.density.parameters()), stored)
+    assert torch.equal(next(resumed.objective.parameters()), stored)
 
 
 @pytest.mark.parametrize("quantize", [None, {"block_size": 32}])
@@ -317,7 +318,7 @@ def train_in_processes(folder, batch_size):
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["gate_proj"], init_lora_weights=False)
     model = peft.get_peft_model(tiny_model("llama"), config)
     density = DensityLoss(model, surrogate="tanh", adaptive="gate", gamma=0.5)
-    trainer = InOrder(model, arguments, train_dataset=Ragged("llama"), density=density)
+    trainer = InOrder(model, arguments, train_dataset=Ragged("llama"), objective=density)
     trainer.train()
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     found = {"trainer": trained, "trainer's gates": density.gates.theta.detach().clone()}

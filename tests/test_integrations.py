@@ -14,10 +14,10 @@ from transformers import Trainer, TrainingArguments
 
 import deftcore
 from deftcore.methods.deft.objective import DensityLoss
-from deftcore.methods.deft.trainer import DensityTrainerMixin
 from deftcore.methods.lora.bottleneck import BottleneckConfig
 from deftcore.methods.lora.layer import FusedLoraLinear
 from deftcore.methods.s2ft.config import S2ftConfig
+from deftcore.training.trainer import ObjectiveTrainerMixin
 
 
 def lora_model(family="llama", **options):
@@ -118,7 +118,7 @@ class Rows(Dataset):
         return self.rows[i]
 
 
-class DeftTrainer(DensityTrainerMixin, Trainer):
+class DeftTrainer(ObjectiveTrainerMixin, Trainer):
     pass
 
 
@@ -138,7 +138,7 @@ def trainer_for(family, method, folder, adaptive=None, **options):
         report_to=[], use_cpu=True, seed=1, disable_tqdm=True, **options,
     )  # fmt: skip
     density = DensityLoss(model, surrogate="tanh", adaptive=adaptive)
-    return DeftTrainer(model, arguments, train_dataset=Rows(family), density=density)
+    return DeftTrainer(model, arguments, train_dataset=Rows(family), objective=density)
 
 
 @pytest.mark.parametrize("method", ["lora", "bottleneck", "s2ft"])
@@ -200,7 +200,7 @@ class NoTask(Trainer):
         return (loss * 0, outputs) if return_outputs else loss * 0
 
 
-class DensityOnlyTrainer(DensityTrainerMixin, NoTask):
+class DensityOnlyTrainer(ObjectiveTrainerMixin, NoTask):
     pass
 
 
@@ -217,7 +217,7 @@ def test_trainer_takes_the_ratio_of_the_windows_sums(family, smoothing, shares, 
         disable_tqdm=True, label_smoothing_factor=smoothing,
     )  # fmt: skip
     trainer = DensityOnlyTrainer(
-        model, arguments, train_dataset=Ragged(family), density=DensityLoss(model, surrogate="tanh")
+        model, arguments, train_dataset=Ragged(family), objective=DensityLoss(model, surrogate="tanh")
     )
     trainer.model_accepts_loss_kwargs = shares
     trainer.train()

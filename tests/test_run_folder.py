@@ -14,7 +14,7 @@ from test_training import Stopped, assert_same_run, examples, run
 
 from deftcore.methods.deft.objective import DensityLoss
 from deftcore.training import TrainingConfig, load_recipe, train
-from deftcore.training.pipeline import train_recipe
+from deftcore.training.run import train_recipe
 
 
 def contents(folder):

@@ -13,8 +13,8 @@ from deftcore.methods.lora.bottleneck import BottleneckConfig
 from deftcore.methods.s2ft.delta import DeltaAdapter, extract_adapter
 from deftcore.nn.sharding import whole
 from deftcore.training.identity import digest_tensors
-from deftcore.training.pipeline import save_adapter
 from deftcore.training.run_folder import load_parameters, save_parameters
+from deftcore.training.saving import save_trained
 
 S2FT = {"targets": ["o", "down", "up"], "storage": "split", "modules_to_save": ["lm_head"]}
 
@@ -98,7 +98,7 @@ def work(rank, port, folder):
                 model.merge_adapter()
     for name, make in WHOLE.items():
         model = step(shard(make()), 2)
-        save_adapter(model, NoTokenizer(), folder / (name if rank == 0 else f"unused {name}"))
+        save_trained(model, folder / (name if rank == 0 else f"unused {name}"), NoTokenizer())
     dist.destroy_process_group()
 
 

@@ -10,8 +10,8 @@ from conftest import task_type, tiny_batch, tiny_model
 from test_package import save_base
 
 import deftcore
+from deftcore.methods.deft.export import export
 from deftcore.models.tied import merge_and_unload
-from deftcore.training.pipeline import export
 
 ENDS = {
     "llama": ("embed_tokens", "lm_head"), "opt": ("embed_tokens", "lm_head"), "gpt2": ("wte", "lm_head"),

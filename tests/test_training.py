@@ -22,8 +22,9 @@ import deftcore
 from deftcore.methods.deft.objective import DensityLoss
 from deftcore.methods.s2ft.config import S2ftConfig
 from deftcore.training import TrainingConfig, load_recipe, train
-from deftcore.training import recipe as recipes
-from deftcore.training.data import Batches
+from deftcore.training import config as recipes
+from deftcore.training.task import Batches
+from deftcore.training.text import TextTask
 from deftcore.training.wrapping import add_adapter
 
 SCRIPT = """
@@ -362,16 +363,17 @@ def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path):
 
 def test_batches_share_and_return():
     rows = [{"input_ids": [i, i]} for i in range(11)]
-    whole = list(Batches(rows, 4, 0, False).epoch(3))
+    collate = TextTask().collate
+    whole = list(Batches(rows, 4, collate).epoch(3))
     assert sorted(i for b in whole for i in b["input_ids"][:, 0].tolist()) == list(range(11))
-    assert [b["input_ids"].tolist() for b in Batches(rows, 4, 0, False).epoch(3, start=1)] == [
+    assert [b["input_ids"].tolist() for b in Batches(rows, 4, collate).epoch(3, start=1)] == [
         b["input_ids"].tolist() for b in whole[1:]
     ]
-    shares = [list(Batches(rows, 2, 0, False, process=p, processes=2).epoch(3)) for p in (0, 1)]
+    shares = [list(Batches(rows, 2, collate, process=p, processes=2).epoch(3)) for p in (0, 1)]
     for one, two, both in zip(*shares, whole, strict=True):
         assert one["input_ids"].tolist() + two["input_ids"].tolist() == both["input_ids"].tolist()
     assert [len(b["input_ids"]) for b in shares[0]] == [2, 2, 1]  # and two in the other process
-    few = [Batches(rows[:9], 2, 0, False, process=p, processes=2) for p in (0, 1)]
+    few = [Batches(rows[:9], 2, collate, process=p, processes=2) for p in (0, 1)]
     assert [(len(b), len(list(b.epoch(0))), b.left_out) for b in few] == [(2, 2, 1)] * 2
 
 

@@ -33,7 +33,7 @@ def density(
     The loss is in nats per token, the density a share of neurons.
     """
     hush()
-    from deftcore.training.pipeline import measure_density
+    from deftcore.methods.deft.measure import measure_density
 
     report = measure_density(
         model, data, adapter=adapter, quantize=quantize_options(quantize), max_length=max_length,

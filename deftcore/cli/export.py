@@ -37,9 +37,9 @@ def export(
     `deftcore.load_sparse` open.
     """
     hush()
-    from deftcore.training import pipeline
+    from deftcore.methods.deft import export as sparse
 
-    result = pipeline.export(
+    result = sparse.export(
         model, output, adapter=adapter, skip=tuple(skip), quantize=quantize_options(quantize), merge=merge or "",
         device=device,
     )  # fmt: skip

@@ -29,7 +29,7 @@ class Writer:
 
     Args:
         model: a Transformers folder, a folder of `deftcore export` or a hub id.
-        adapter, quantize, device: as in `deftcore.training.pipeline.measure_density`.
+        adapter, quantize, device: as in `deftcore.methods.deft.measure.measure_density`.
         chat: whether prompts are a user's messages, each with those before it and their answers.
         max_new_tokens: of an answer, at most.
         temperature: of the sampling; 0 is greedy.

@@ -20,15 +20,15 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, device: str, a
     checkpoint.
     """
     hush()
-    from deftcore.training.pipeline import train_recipe
     from deftcore.training.recipe import load_recipe
+    from deftcore.training.run import train_recipe
 
     loaded = load_recipe(recipe, [*overrides, *([f"device={device}"] if device else [])])
     result = train_recipe(loaded, resume=not restart)
     if int(os.environ.get("RANK", "0")) > 0:
         return
     value = result.to_dict()
-    shown = {k: v for k, v in value.items() if v is not None and k not in ("density_blocks", "best_step")}
+    shown = {k: v for k, v in value.items() if isinstance(v, int | float) and k != "best_step"}
     lines = [f"{k}: {v:.6g}" for k, v in shown.items()]
     folder = Path(loaded.output)
     if result.best_step is not None:

@@ -20,6 +20,7 @@ class PackedModule(nn.Module):
     ever changes the bytes, in training or evaluation.
     """
 
+    constant_buffers = True  # processes need not send them
     weight: Tensor
 
     def __init__(self, weight: QuantizedTensor) -> None:

@@ -1,15 +1,11 @@
-"""Token sequences from records, as the model will see them at inference, and their batches."""
+"""Token sequences from records, as the model will see them at inference."""
 
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 Example = dict[str, list[int]]  # "input_ids", and "labels" where they differ
 
@@ -265,60 +261,3 @@ def _messages(value: Any, field: str, role: str, where: str) -> list[dict]:
         if message.get("content") is not None or not message.get("tool_calls"):
             _string(message.get("content"), f"{name}.content", where)
     return value
-
-
-# ---------------------------------------------------------------------------- batches
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Batches of examples in an order that depends on (seed, epoch) alone, so that any step can be returned to.
-
-    With several processes each takes its share of every batch; a last batch with fewer examples than processes is left
-    out. Shares may differ by one example.
-    """
-
-    examples: Sequence[Example]
-    batch_size: int  # per process
-    pad_token_id: int
-    is_encoder_decoder: bool
-    seed: int = 0
-    shuffle: bool = True
-    process: int = 0
-    processes: int = 1
-    device: torch.device | str = "cpu"
-
-    def __len__(self) -> int:
-        step = self.batch_size * self.processes
-        return (len(self.examples) - self.left_out + step - 1) // step
-
-    @property
-    def left_out(self) -> int:
-        """Examples of an epoch that are in no batch."""
-        rest = len(self.examples) % (self.batch_size * self.processes)
-        return rest if rest < self.processes else 0
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
-        """Batches `start`... of one epoch."""
-        order = list(range(len(self.examples)))
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(order), generator=generator).tolist()
-        step = self.batch_size * self.processes
-        for index in range(start, len(self)):
-            batch = order[index * step : (index + 1) * step]
-            first, last = (len(batch) * p // self.processes for p in (self.process, self.process + 1))
-            yield self.collate([self.examples[i] for i in batch[first:last]])
-
-    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Right-padded tensors: input_ids, attention_mask, labels (-100 where nothing is predicted)."""
-        labels = [e.get("labels", e["input_ids"]) for e in examples]
-        return {
-            "input_ids": self._pad([e["input_ids"] for e in examples], self.pad_token_id),
-            "attention_mask": self._pad([[1] * len(e["input_ids"]) for e in examples], 0),
-            "labels": self._pad(labels, -100),
-        }
-
-    def _pad(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
-        length = max(map(len, rows))
-        return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], device=self.device)

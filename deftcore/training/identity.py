@@ -1,8 +1,7 @@
 """What a run depends on: two runs are the same run when all of this is the same."""
 
 import hashlib
-from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deftcore.methods.deft.objective import DensityLoss
 from deftcore.nn.sharding import is_sharded, whole
-from deftcore.training.data import Example
-from deftcore.training.recipe import TrainingConfig
+from deftcore.training.config import TrainingConfig
+from deftcore.training.objective import Objective
+from deftcore.training.task import Task
 
 # What may change while a run is interrupted: what is written and when, and how memory is saved. The number of steps may
 # not, and counts as "steps": the schedule depends on it.
@@ -24,9 +23,10 @@ _OF_THE_MACHINE = ("base_model_name_or_path", "revision", "inference_mode", "pef
 def dependences(
     model: Any,
     config: TrainingConfig,
-    objective: DensityLoss | None,
-    examples: list[Example],
-    validation: list[Example] | None,
+    objectives: Sequence[Objective],
+    task: Task,
+    examples: Sequence[Any],
+    validation: Sequence[Any] | None,
     *,
     steps: int,
     processes: int,
@@ -38,11 +38,13 @@ def dependences(
     frozen = [*((name, p) for name, p in parameters if not p.requires_grad), *model.named_buffers()]
     found = {f"training.{f.name}": getattr(config, f.name) for f in fields(config) if f.name not in _FREE}
     found |= {"steps": steps, "processes": processes}
-    found |= {"data.train": digest_examples(examples), "data.validation": digest_examples(validation)}
+    found |= {"data.train": task.digest(examples)}
+    found |= {"data.validation": None if validation is None else task.digest(validation)}
     for name, adapter in getattr(model, "peft_config", {}).items():
         prefix = "adapter" if name == "default" else f"adapter.{name}"
         found |= {f"{prefix}.{k}": v for k, v in adapter.to_dict().items() if k not in _OF_THE_MACHINE}
-    found |= {f"deft.{name}": value for name, value in (objective.settings() if objective is not None else {}).items()}
+    for objective in objectives:
+        found |= {f"{objective.name}.{name}": value for name, value in objective.settings().items()}
     return found | {"model.trained": trained, "model.frozen": digest_tensors(frozen)}
 
 
@@ -60,14 +62,3 @@ def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
         return hashlib.sha256(b"".join(map(digest, tensors))).hexdigest()[:16]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets go of the interpreter
         return hashlib.sha256(b"".join(pool.map(digest, tensors))).hexdigest()[:16]
-
-
-def digest_examples(examples: list[Example] | None) -> str | None:
-    """Their number, and a short hash of all tokens and labels in their order."""
-    if examples is None:
-        return None
-    found = hashlib.sha256()
-    for example in examples:
-        for ids in (example["input_ids"], example.get("labels", example["input_ids"])):
-            found.update(array("q", [len(ids), *ids]).tobytes())
-    return f"{len(examples)} examples, {found.hexdigest()[:16]}"

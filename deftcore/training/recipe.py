@@ -3,36 +3,19 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import field
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
-from deftcore.ops.density import SURROGATES
-from deftcore.ops.quantized import BLOCK_SIZES, QUANT_TYPES
-from deftcore.training.fields import (
-    OPTIONS,
-    Count,
-    Integer,
-    Length,
-    Mistakes,
-    Needed,
-    NonNegative,
-    Positive,
-    Seed,
-    Share,
-    Text,
-    Whole,
-    one_of,
-    problems,
-)
+from deftcore.training.config import DataConfig, QuantizeConfig, TrainingConfig
+from deftcore.training.fields import OPTIONS, Mistakes, Needed, Text, problems
 from deftcore.training.options import checked_options
-from deftcore.training.registry import all_methods, find
-
-_TRACKERS = ("tensorboard", "wandb")  # packages and Accelerate's names for them
+from deftcore.training.registry import all_methods, all_sections, find
+from deftcore.training.task import Task
+from deftcore.training.text import TextTask
 
 
 def _method(name: str) -> str:
@@ -42,93 +25,19 @@ def _method(name: str) -> str:
     return name
 
 
-def _installed(name: str) -> str:
-    if name in _TRACKERS and find_spec(name) is None:
-        raise Mistakes([f": {name} is not installed: pip install {name}"])
-    return name
-
-
-Loggers = Annotated[
-    list[Annotated[Text, one_of("jsonl", *_TRACKERS), AfterValidator(_installed)]],
-    BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
-]
-
-
-@dataclass(frozen=True, config=OPTIONS)
-class TrainingConfig:
-    """How the loop runs. Sizes are per process; a step is one optimizer update."""
-
-    max_steps: Whole = 0  # 0: epochs decide
-    epochs: Positive = 1.0
-    batch_size: Count = 8
-    gradient_accumulation_steps: Count = 1
-    learning_rate: Positive = 3e-4
-    weight_decay: NonNegative = 0.0
-    warmup_ratio: Share = 0.06
-    schedule: Annotated[Text, one_of("linear", "cosine", "constant", "inverse_sqrt")] = "linear"  # after the warm-up
-    max_grad_norm: NonNegative = 1.0  # 0: no clipping
-    mixed_precision: Annotated[Text, one_of("no", "bf16", "fp16")] = "no"
-    gradient_checkpointing: bool = False
-    seed: Seed = 0
-    eval_every: Whole = 0  # steps; 0: at the end only
-    save_every: Whole = 0  # steps; 0: no checkpoints to resume from
-    log_every: Count = 10
-    logger: Loggers = field(default_factory=lambda: ["jsonl"])  # a name or a list; log.jsonl is always written
-
-
-@dataclass(frozen=True, config=OPTIONS)
-class DataConfig:
-    """Files of records; see `deftcore.training.data`."""
-
-    train: Needed
-    validation: Text = ""
-    max_length: Length = 512
-    chat: bool = False  # prompt and completion are messages for the tokenizer's chat template
-
-
-@dataclass(frozen=True, config=OPTIONS)
-class DeftConfig:
-    """The density objective; fields as in `deftcore.methods.deft.objective.DensityLoss`."""
-
-    enabled: bool = False
-    alpha: NonNegative = 1.0
-    surrogate: Annotated[Text, one_of(*SURROGATES)] = "l0"
-    eps: Positive = 1e-7
-    beta: Positive = 20.0
-    mask_policy: Annotated[Text, one_of("exclude_padding", "count_padding")] = "exclude_padding"
-    ramp: NonNegative = 0.0
-    adaptive: Annotated[Text, one_of("", "gate")] = ""
-    gamma: NonNegative = 0.0
-
-
-@dataclass(frozen=True, config=OPTIONS)
-class QuantizeConfig:
-    """The frozen base of methods that keep it in 4 bits; fields as in `deftcore.quantize`."""
-
-    quant_type: Annotated[Text, one_of(*QUANT_TYPES)] = "nf4"
-    block_size: Annotated[Integer, one_of(*BLOCK_SIZES)] = 64
-    double_quant: bool = True
-    skip: list[str] = field(default_factory=lambda: ["lm_head"])
-
-
 @dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class Recipe:
-    """One training run."""
+    """One training run. `load_recipe` adds the sections that rooms register, and the fields that the method's task has
+    in `data`."""
 
-    model: Needed  # a local Transformers folder or a hub id
+    model: Needed  # a local Transformers folder or a hub id, or whatever the method's task loads
     output: Needed  # the run's folder
     data: DataConfig
     device: Text = "auto"  # the machine's accelerator where there is one; or "cpu", "cuda" ...
     method: Annotated[Text, AfterValidator(_method)] = "lora"
     adapter: dict[str, Any] = field(default_factory=dict)  # fields of the method's config
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)  # methods over 4-bit bases only
-    deft: DeftConfig = field(default_factory=DeftConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-
-    @field_validator("deft", mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"enabled": value} if isinstance(value, bool) else value
 
     @field_validator("adapter")
     @classmethod
@@ -158,6 +67,19 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
+def _recipe_of(task: type[Task]) -> type[Recipe]:
+    """The type of recipes over a task's data."""
+
+    def short_form(value: Any) -> Any:
+        return {"enabled": value} if isinstance(value, bool) else value
+
+    sections = all_sections()
+    hints: dict[str, Any] = {each.name: Annotated[each.config, BeforeValidator(short_form)] for each in sections}
+    defaults = {each.name: field(default_factory=each.config) for each in sections}
+    kind = type("Recipe", (Recipe,), {"__annotations__": {"data": task.config, **hints}, **defaults})
+    return cast("type[Recipe]", dataclass(frozen=True, kw_only=True, config=OPTIONS)(kind))
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe and applies `key=value` overrides (`training.max_steps=100`, values in YAML).
 
@@ -177,10 +99,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"recipe: {path}: must be a mapping, got {type(raw).__name__}")
     found = [problem for override in overrides if (problem := _apply(raw, override))]
     raw.setdefault("data", {})
+    method = raw.get("method", Recipe.method)
+    kind = _recipe_of(next((each.task for each in all_methods() if each.name == method), TextTask))
     try:
-        recipe = TypeAdapter(Recipe).validate_python({str(key): value for key, value in raw.items()})
+        recipe = TypeAdapter(kind).validate_python({str(key): value for key, value in raw.items()})
     except ValidationError as error:
-        found += problems(error, Recipe)
+        found += problems(error, kind)
     if found:
         lines = f" {found[0]}" if len(found) == 1 else "".join(f"\n  {problem}" for problem in found)
         raise ValueError(f"recipe: {path}:{lines}")
@@ -205,7 +129,7 @@ def _apply(raw: dict[str, Any], override: str) -> str:
     node: Any = raw
     for parent in parents:
         node = node.setdefault(parent, {})
-        if isinstance(node, bool) and parent == "deft":  # its short form
+        if isinstance(node, bool) and any(parent == each.name for each in all_sections()):  # the short form
             node = raw[parent] = {"enabled": node}
         if not isinstance(node, dict):
             return f"{key}: {parent} holds no fields, got {node!r}"

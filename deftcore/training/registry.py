@@ -12,17 +12,32 @@ from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from deftcore._names import near
+from deftcore.training.config import TrainingConfig
+from deftcore.training.objective import Objective
+from deftcore.training.task import Task
+from deftcore.training.text import TextTask
 
 GROUP = "deftcore.methods"
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method may use when it wraps a model: batches of the training data, in their order."""
+    """What a method may use when it wraps a model. Outside a recipe there are neither data nor earlier phases.
+
+    Args:
+        batches: (share, at_least) to batches of so much of the training data, of examples at least as many, where
+            there are so many; in their order, without labels changed or rows shuffled.
+        phase: (model, name, training, objectives, optimizer) trains what requires a gradient before the main run, on
+            the same data: `name` is the phase's folder inside the run's, `training` the fields of the recipe's section
+            that differ, the others as in `deftcore.training.train`. A phase that was interrupted goes on, one that is
+            done only loads its parameters.
+    """
 
     batches: Callable[[float, int], Iterable[Mapping[str, Tensor]]] = lambda share, at_least: ()
+    phase: Callable[..., Any] | None = None
 
 
 def wrap_by_peft(model: Any, config: Any, setup: Setup) -> Any:
@@ -54,6 +69,10 @@ class Method:
         quantized: whether the frozen base is in 4 bits, as the recipe's `quantize:` says.
         float32: whether weights are read in float32: those that train lose small steps in 16 bits.
         must_be_off: fields of `training:` that the method cannot go with, and why.
+        task: the data and the loss that it trains on, and how models are read; see `deftcore.training.task`.
+        objective: (model, config) to a loss beside the task's, or None. The model is the wrapped one.
+        optimizer: (model, config, training) to the optimizer of the wrapped model's trainable parameters, `training`
+            the recipe's section; None is AdamW.
         export: what `deftcore export` does with a trained adapter. "merge": into the weights, but over a 4-bit base
             only when asked; "always": there too; "keep": nothing, it stays beside the model.
     """
@@ -69,6 +88,9 @@ class Method:
     quantized: bool = False
     float32: bool = False
     must_be_off: Mapping[str, str] = field(default_factory=dict)
+    task: type[Task] = TextTask
+    objective: Callable[[Any, Any], Objective | None] = lambda model, config: None
+    optimizer: Callable[[Any, Any, TrainingConfig], Optimizer] | None = None
     export: Literal["merge", "always", "keep"] = "merge"
 
 
@@ -89,7 +111,7 @@ class Section:
     paper: str = ""
     needs: str = ""
     config: type
-    make: Callable[[nn.Module, Any], Any]
+    make: Callable[[nn.Module, Any], Objective | None]
 
 
 _METHODS: dict[str, Method] = {}

@@ -15,10 +15,10 @@ import torch
 from rich.console import Console
 
 from deftcore._files import cache_folder
+from deftcore.training.config import TrainingConfig
 from deftcore.training.data import encode
 from deftcore.training.loop import train
-from deftcore.training.pipeline import save_adapter
-from deftcore.training.recipe import TrainingConfig
+from deftcore.training.saving import save_trained
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def base_model(settings: Settings, seed: int, console: Console) -> tuple[Any, An
     shutil.rmtree(folder, ignore_errors=True)
     train(
         model, examples, training, folder, label="base model",
-        save_model=lambda trained, where: save_adapter(trained, tokenizer, where),
+        save_model=lambda trained, where: save_trained(trained, where, tokenizer),
     )  # fmt: skip
     return model, tokenizer, False
 

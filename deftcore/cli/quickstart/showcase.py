@@ -22,11 +22,13 @@ from deftcore.cli.quickstart.report import draw
 from deftcore.methods.deft.objective import DensityLoss
 from deftcore.nn.quantization import quantize as quantize_model
 from deftcore.ops.quantized import QUANT_TYPES
-from deftcore.training.data import Batches, Example, encode
+from deftcore.training.config import TrainingConfig
+from deftcore.training.data import Example, encode
 from deftcore.training.fields import OutputFolder, Seed, Text, checked, one_of
 from deftcore.training.loop import TrainResult, train
-from deftcore.training.pipeline import save_adapter
-from deftcore.training.recipe import TrainingConfig
+from deftcore.training.saving import save_trained
+from deftcore.training.task import Batches
+from deftcore.training.text import TextTask
 from deftcore.training.wrapping import add_adapter
 
 
@@ -118,7 +120,7 @@ def _tune(
     shutil.rmtree(folder, ignore_errors=True)
     result = train(
         model, examples, training, folder, objective=objective, label=name, resume=False,
-        save_model=lambda trained, where: save_adapter(trained, tokenizer, where),
+        save_model=lambda trained, where: save_trained(trained, where, tokenizer),
     )  # fmt: skip
     objective.detach()
     return result, model
@@ -130,8 +132,9 @@ def _evaluate(model: nn.Module, validation: list[Example], settings: Settings) -
     objective = DensityLoss(model, alpha=0.0)
     model.eval()
     total, count = 0.0, 0
-    for batch in Batches(validation, settings.batch_size, 0, False, shuffle=False).epoch(0):
-        predicted = int((batch["labels"][:, 1:] != -100).sum())
+    task = TextTask()
+    for batch in Batches(validation, settings.batch_size, task.collate, shuffle=False).epoch(0):
+        predicted = task.predictions(batch)
         total += float(model(**batch).loss) * predicted
         count += predicted
     report = objective.report()

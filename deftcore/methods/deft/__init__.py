@@ -42,15 +42,16 @@ sparse = deftcore.sparsify(model)  # LoRA merged; the MLPs skip inactive neurons
 sparse.generate(ids[:, :4], max_new_tokens=4)
 ```
 
-With `transformers.Trainer`: `class DeftTrainer(DensityTrainerMixin, Trainer)`, from `deftcore.methods.deft.trainer`,
-and `density=DensityLoss(model)` among its arguments. In a recipe: `deft: true`, beside any method.
+With `transformers.Trainer`: `class DeftTrainer(ObjectiveTrainerMixin, Trainer)`, from `deftcore.training.trainer`,
+and `objective=DensityLoss(model)` among its arguments. In a recipe: `deft: true`, beside any method.
 
 ## Where things are
 
 | | |
 |---|---|
 | objective, gates | `objective.py`, `deftcore/models/gates.py` |
-| under `transformers.Trainer` | `trainer.py` |
+| the section `deft:` of recipes; under `transformers.Trainer` | `method.py`; `deftcore/training/trainer.py` |
+| `deftcore density`, `deftcore export` | `measure.py`, `export.py` |
 | sparse models on disk, `save_sparse` and `load_sparse` | `files.py` |
 | a model's sparse form, `sparsify` | `deftcore/models/sparsify.py`, `deftcore/nn/mlp.py` |
 | activation and its density in one pass | `deftcore/ops/density.py`, `csrc/cpu/density.cpp`, `csrc/cuda/density.cu` |
@@ -68,3 +69,5 @@ and `density=DensityLoss(model)` among its arguments. In a recipe: `deft: true`,
 - Density falls over some hundred steps, at some cost of the task's loss; `alpha` weighs the two.
 - MLPs of the families that `deftcore info --models` lists; not for Mamba, which has none. Experts are refused.
 """
+
+from deftcore.methods.deft import method  # noqa: F401  registers what the room gives to recipes

@@ -1,6 +1,7 @@
-"""Training objectives beside the task loss: activation density (DEFT)."""
+"""The density loss of DEFT."""
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,11 +16,12 @@ from deftcore.nn.observed import ObservedActivation, Options, Recorder, Tally
 from deftcore.nn.tokens import positions, token_masks, virtual_tokens
 from deftcore.ops.checks import check_choice, check_number
 from deftcore.ops.density import DEFAULT_EPS, SURROGATES, default_tau
+from deftcore.training.objective import Batch, Objective
 
 _SIDES = ("model", "encoder", "decoder")
 
 
-class DensityLoss(nn.Module):
+class DensityLoss(Objective):
     """Density loss of DEFT (arXiv 2402.01911): alpha * mean over blocks of sum(m s(a)) / N, added to the task loss.
 
     Attaches to the activations of every MLP block; the task loss and all weights stay as they are. Encoder-decoder
@@ -53,6 +55,8 @@ class DensityLoss(nn.Module):
         ValueError, TypeError: naming the argument.
     """
 
+    name, measure = "deft", "density"
+
     def __init__(
         self,
         model: Any,
@@ -81,6 +85,7 @@ class DensityLoss(nn.Module):
         self.gamma = check_number("gamma", gamma, minimum=0.0)
         self.ramp = check_number("ramp", ramp, minimum=0.0)
         self.progress = 1.0
+        self._window: dict[str, Any] = {}  # of the step under way, for `loss`
         if adaptive and modules is not None:
             raise ValueError("modules: adaptive gates are of MLP blocks; give modules or adaptive, not both")
         self._recorder = Recorder(Options(alpha, surrogate, float(eps), float(beta), tau, mask_policy))
@@ -125,7 +130,7 @@ class DensityLoss(nn.Module):
     def _end(self, *_: object) -> None:
         self._recorder.open = False  # the masks stay: a recomputation under checkpointing needs them
 
-    def expect(self, batch: Mapping[str, Any]) -> None:
+    def expect(self, batch: Batch) -> None:
         """Reads which tokens count in the next forward from this batch, not from what the model is called with."""
         self._expected = dict(batch)
 
@@ -206,6 +211,20 @@ class DensityLoss(nn.Module):
             tally.tokens.clear()
         return self.alpha * world * result + self._gate_loss(device) / parts
 
+    def begin(self, window: Sequence[Batch], progress: float, device: torch.device | None = None) -> None:
+        """A step begins; see `deftcore.training.objective.Objective`."""
+        self.set_progress(progress)
+        self._window = {"tokens": self.window_tokens(window, device=device), "parts": max(len(window), 1)}
+
+    def share(self, batch: Batch, output: Any) -> Tensor:
+        """`loss` of the micro-batch that the last forward saw, as its share of the step that `begin` announced."""
+        return self.loss(**self._window)
+
+    def end(self) -> None:
+        """The mean over processes of the gates' gradient."""
+        if self.gates is not None:
+            self.gates.reduce_gradient()
+
     def _gate_loss(self, device: torch.device) -> Tensor:
         if self.gates is None or self.gamma == 0:
             return torch.zeros((), device=device)
@@ -274,6 +293,10 @@ class DensityLoss(nn.Module):
             "tokens": int(elements[self._blocks[0].name] / max(first.tally.width, 1)),
         }
 
+    def summary(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Density, and by block; nothing where no token was counted."""
+        return {"density": report["density"], "density_blocks": report["blocks"]} if report["tokens"] else {}
+
     def reset(self) -> None:
         """Starts the report anew."""
         for activation in self._observed:
@@ -289,6 +312,16 @@ class DensityLoss(nn.Module):
         self._handles.clear()
 
     # ------------------------------------------------------------------ adaptive gates
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the gates, where there are any, beside the adapter or model in a folder."""
+        if self.gates is not None:
+            self.gates.save(folder)
+
+    def load(self, folder: str | os.PathLike) -> None:
+        """Reads what `save` wrote."""
+        if self.gates is not None:
+            self.gates.load(folder)
 
     def gate_values(self) -> dict[str, float]:
         """w = sigmoid(theta) per block name; empty without `adaptive="gate"`."""

@@ -19,13 +19,12 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from deftcore._files import replacing_file, write_json
-from deftcore.models.checkpoints import load_model, load_tokenizer
+from deftcore.models.checkpoints import load_model
 from deftcore.models.families import is_mamba
 from deftcore.models.preflight import empty_model
 from deftcore.nn.mamba import MambaBlock
 from deftcore.nn.mamba2 import Mamba2Block
 from deftcore.ops.ssm.lyapunov import lyapunov_exponents
-from deftcore.training.data import Batches
 from deftcore.training.device import choose_device
 from deftcore.training.fields import (
     Count,
@@ -39,8 +38,8 @@ from deftcore.training.fields import (
     checked,
     one_of,
 )
-from deftcore.training.pipeline import load_examples
-from deftcore.training.recipe import DataConfig
+from deftcore.training.task import Batches
+from deftcore.training.text import TextData, TextTask
 from deftcore.training.wrapping import add_adapter
 
 _EVALUATION = 8  # batches of the fixed set
@@ -191,12 +190,11 @@ def _protocol(
     path: str, data: str, steps: list[int], precisions: Sequence[str], seeds: int, max_length: int, batch_size: int,
     learning_rate: float, progress: Progress, device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
-    tokenizer = load_tokenizer(path)
-    examples = load_examples(data, tokenizer, DataConfig(train=data, max_length=max_length), False)
+    task = TextTask.of_model(path, empty_model(path))
+    examples = task.read(data, TextData(train=data, max_length=max_length))
     base = cast(Any, load_model(path)).to(device)
     fixed, rest = examples[: _EVALUATION * batch_size], examples[_EVALUATION * batch_size :] or examples
-    padding = tokenizer.pad_token_id or 0
-    evaluation = list(Batches(fixed, batch_size, padding, False, shuffle=False, device=device).epoch(0))
+    evaluation = list(Batches(fixed, batch_size, task.collate, shuffle=False, device=device).epoch(0))
     runs = [(precision, seed) for seed in range(seeds) for precision in ("fp32", *precisions)]
     if seeds == 1:
         runs.append(("fp32", 1))  # the yardstick: another seed in float32
@@ -209,11 +207,16 @@ def _protocol(
     for precision, seed in runs:
         torch.manual_seed(seed)
         models[precision, seed] = _Run(copy.deepcopy(base), precision, learning_rate)
-    task = progress.add_task(Path(path).name, total=steps[-1] * len(runs) + len(steps))
+    bar = progress.add_task(Path(path).name, total=steps[-1] * len(runs) + len(steps))
     done = 0
     for target in steps:
         for (_, seed), each in models.items():
-            each.train(_stream(rest, batch_size, padding, seed, device), done, target, lambda: progress.advance(task))
+            each.train(
+                _stream(Batches(rest, batch_size, task.collate, seed=seed, device=device)),
+                done,
+                target,
+                lambda: progress.advance(bar),
+            )
         done = target
         entry: dict[str, Any] = {"step": target, "runs": []}
         for (precision, seed), each in models.items():
@@ -228,7 +231,7 @@ def _protocol(
         if report["mamba"]:
             entry["lyapunov"] = exponents(models["fp32", 0].model, evaluation)
         report["checkpoints"].append(entry)
-        progress.advance(task)
+        progress.advance(bar)
     return report
 
 
@@ -262,9 +265,8 @@ class _Run:
             advance()
 
 
-def _stream(examples: list[Any], batch_size: int, padding: int, seed: int, device: torch.device) -> Iterator[Batch]:
-    """Batches without end, in an order that the seed decides."""
-    batches = Batches(examples, batch_size, padding, False, seed=seed, device=device)
+def _stream(batches: Batches) -> Iterator[Batch]:
+    """Batches without end, in an order that their seed decides."""
     epoch = 0
     while True:
         yield from batches.epoch(epoch)

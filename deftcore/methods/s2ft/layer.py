@@ -50,6 +50,7 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("s2ft_slices",)
+    constant_buffers = True  # processes need not send them
     original: Tensor
     indices: Tensor
 

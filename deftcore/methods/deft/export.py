@@ -1,0 +1,76 @@
+"""`deftcore export`: a model, its adapter merged or beside it, as a folder for sparse inference."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+from deftcore.methods.deft.files import save_sparse
+from deftcore.methods.lora.merging import merge as merge_adapters
+from deftcore.models.blocks import find_mlp_blocks
+from deftcore.models.checkpoints import is_4bit, load_model, load_tokenizer, own_adapter
+from deftcore.models.gates import gates_of
+from deftcore.models.preflight import empty_model
+from deftcore.models.sparsify import check_sparsify
+from deftcore.models.tied import merge_and_unload
+from deftcore.nn.linear import Linear4bit
+from deftcore.training.adapters import load_adapter
+from deftcore.training.device import choose_device
+from deftcore.training.fields import AdapterFolder, Needed, NewFolder, Text, checked, one_of
+from deftcore.training.registry import method_of
+
+
+@checked
+def export(
+    model: Needed,
+    output: NewFolder,
+    *,
+    adapter: AdapterFolder = "",
+    skip: tuple[str, ...] = (),
+    quantize: dict[str, Any] | None = None,
+    merge: Annotated[Text, one_of("", "16bit", "4bit")] = "",
+    device: Text = "auto",
+) -> dict[str, Any]:
+    """Writes a folder for `load_sparse`; the model must be one that `sparsify` knows.
+
+    An adapter is merged into a dense base. What cannot be merged (bottlenecks, prompts) stays beside it; so does LoRA
+    over a 4-bit base (`quantize`, or a checkpoint that is 4-bit), unless `merge` says "16bit" or "4bit"; S2FT is merged
+    into 16 bits unless it says "4bit". Adaptive gates beside the adapter are folded into the weights.
+    """
+    where = choose_device(device)
+    empty = empty_model(model)
+    adapter = adapter or own_adapter(model)
+    if merge and not (adapter and (quantize or is_4bit(empty.config))):
+        raise ValueError(f"merge: is for an adapter over a 4-bit base, got {merge!r}")
+    check_sparsify(empty, skip=skip)
+    base: Any = load_model(model, quantize=quantize)
+    base.to(where)
+    packed = any(isinstance(module, Linear4bit) for module in base.modules())
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = None
+        adapted: Any = load_adapter(base, adapter) if adapter else base
+        gates = gates_of(adapted)
+        if gates is not None:
+            gates.fold()
+        if adapter:
+            kind = adapted.active_peft_config.peft_type
+            method = method_of(adapted.active_peft_config)
+            way = "merge" if method is None else method.export
+            mergeable = hasattr(adapted, "merge_and_unload") and way != "keep"
+            if merge and not mergeable:
+                raise ValueError(f"merge: a {getattr(kind, 'value', kind)} adapter cannot be merged, got {merge!r}")
+            if mergeable and not packed:
+                base = merge_and_unload(adapted)
+            elif mergeable and (merge or way == "always"):
+                base = merge_adapters(adapted, to=merge or "16bit")
+            else:
+                kept = Path(temporary) / "adapter"
+                adapted.save_pretrained(kept)
+                check_sparsify(adapted, skip=skip, merge=False)
+                base = adapted.unload() if hasattr(adapted, "unload") else adapted.get_base_model()
+        if kept is None:
+            check_sparsify(base, skip=skip)
+        tokenizer = load_tokenizer(model)
+        save_sparse(base, output, skip=skip, adapter=kept)
+    tokenizer.save_pretrained(output)
+    blocks = [block.name for block in find_mlp_blocks(base)]
+    return {"output": output, "blocks": blocks, "skipped": sorted(skip), "unmerged_adapter": kept is not None}

@@ -1,0 +1,76 @@
+"""`Objective`: a loss beside the task's, as the loop and the Trainer mixin know it."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = Mapping[str, Any]
+
+
+class Objective(nn.Module):
+    """A loss that is added to the task's, and what it measures. Its parameters train with the model's, without weight
+    decay; gradients of theirs that processes have to share are its own business, in `end`.
+
+    Of each step: `begin`, then `share` after every micro-batch's forward, then `end` after the last backward. All have
+    a default but `share`.
+    """
+
+    name = "objective"  # of its settings in run.json: its section of a recipe, where it has one
+    measure = "objective"  # what it is a loss of; the log shows it as <measure>_loss
+
+    def settings(self) -> dict[str, Any]:
+        """What it was made with, as plain values: equal settings, equal loss."""
+        return {}
+
+    def expect(self, batch: Batch) -> None:
+        """Told before a forward whose call may not show all of the batch (the Trainer takes labels out)."""
+
+    def begin(self, window: Sequence[Batch], progress: float, device: torch.device | None = None) -> None:
+        """A step begins.
+
+        Args:
+            window: its micro-batches, in this process.
+            progress: share of the run's steps that are done, in [0, 1].
+            device: where a process group sums.
+        """
+
+    def share(self, batch: Batch, output: Any) -> Tensor:
+        """This micro-batch's share of the step's loss, a scalar: the step's loss is the sum over its micro-batches, and
+        the mean over processes.
+
+        Args:
+            output: what `Task.output` returned for the batch, in the graph.
+        """
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """The last backward of a step is done, the optimizer's step follows."""
+
+    def reset(self) -> None:
+        """Starts what `report` measures anew: before a step, and before an evaluation."""
+
+    def report(self, reduce: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Any]:
+        """What was measured since the last `reset`.
+
+        Args:
+            reduce: sums a tensor over processes, where there are several.
+        """
+        return {}
+
+    def summary(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a report stands in the run's result, by name. The log shows those that are numbers."""
+        return {}
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes parameters beside a saved adapter or model."""
+
+    def load(self, folder: str | os.PathLike) -> None:
+        """Reads what `save` wrote."""
+
+
+def numbers(summary: Mapping[str, Any]) -> dict[str, float]:
+    """What of a summary a log can show."""
+    return {name: value for name, value in summary.items() if isinstance(value, float)}

@@ -1,0 +1,94 @@
+"""A recipe's run, from its fields to the files in its output folder."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from deftcore.models.preflight import check_quantize
+from deftcore.training.device import choose_device
+from deftcore.training.fields import DataFile, OptionalFile, OutputFolder, mistakes
+from deftcore.training.identity import digest_tensors
+from deftcore.training.loop import TrainResult, train
+from deftcore.training.options import make_config
+from deftcore.training.recipe import Recipe
+from deftcore.training.registry import Setup, all_sections, find
+from deftcore.training.task import Batches
+from deftcore.training.wrapping import check_adapter
+
+
+def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
+    """Runs a recipe; its output folder gets final/, best/, log.jsonl, recipe.yaml and result.json.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the recipe's field, as far as possible before weights are read; where the
+            output folder holds another recipe's run, or the same over other data or another base model.
+    """
+    device, training, data = choose_device(recipe.device), recipe.training, recipe.data
+    found = mistakes("output", OutputFolder, recipe.output) + mistakes("data.train", DataFile, data.train)
+    found += mistakes("data.validation", OptionalFile, data.validation)
+    if found:
+        raise ValueError("; ".join(found))
+    method = find(recipe.method)
+    quantize = asdict(recipe.quantize) if method.quantized else None
+    sections = {section: getattr(recipe, section.name) for section in all_sections()}
+
+    empty = method.task.empty_model(recipe.model)
+    if quantize:
+        check_quantize(empty, recipe.quantize.skip)
+    check_adapter(empty, method, recipe.adapter)
+    for section, fields in sections.items():
+        section.make(empty, fields)
+    task = method.task.of_model(recipe.model, empty)
+    examples = task.read(data.train, data)
+    validation = task.read(data.validation, data) if data.validation else None
+    task.check(empty, [*examples, *(validation or [])])
+
+    torch.manual_seed(training.seed)  # adapters start from the recipe's seed
+    options: dict[str, Any] = _dtype(recipe, method.float32, getattr(empty, "config", None))
+    if quantize:
+        options["quantize"] = quantize
+    base = method.task.load_model(recipe.model, **options)
+    config = make_config(method, base, recipe.adapter)
+    depends_on = {
+        "method": recipe.method,
+        "model": digest_tensors([*base.named_parameters(), *base.named_buffers()]),  # where it lies does not matter
+        **{f"quantize.{name}": value for name, value in (quantize or {}).items()},
+        **{f"data.{name}": value for name, value in asdict(data).items() if name not in ("train", "validation")},
+    }
+    base.to(device)
+    run = partial(train, examples=examples, task=task, resume=resume, depends_on=depends_on)
+
+    def batches(share: float, at_least: int) -> Iterable[Mapping[str, Tensor]]:
+        few = examples[: max(int(len(examples) * share), at_least)]
+        return Batches(few, training.batch_size, task.collate, shuffle=False, device=device).epoch(0)
+
+    def phase(model: Any, name: str, changes: Mapping[str, Any], **options: Any) -> TrainResult:
+        settings, folder = replace(training, **changes), Path(recipe.output) / name
+        result = run(model, config=settings, output=folder, label=f"{recipe.method}, {name}", **options)
+        torch.manual_seed(training.seed)  # what follows is the same after a phase that was done already
+        return result
+
+    model = method.wrap(base, config, Setup(batches, phase))
+    objectives = [section.make(model, fields) for section, fields in sections.items()]
+    objectives.append(method.objective(model, config))
+    make_optimizer = method.optimizer
+    return run(
+        model, config=training, output=recipe.output, validation=validation, label=recipe.method,
+        objective=[each for each in objectives if each is not None],
+        optimizer=None if make_optimizer is None else lambda trained: make_optimizer(trained, config, training),
+        save_model=task.save, files={"recipe.yaml": yaml.safe_dump(recipe.to_dict(), sort_keys=False)},
+    )  # fmt: skip
+
+
+def _dtype(recipe: Recipe, float32: bool, config: Any) -> dict[str, torch.dtype]:
+    """The dtype to read a checkpoint in, where it is not its own: float32 for weights that train, whose 16-bit steps
+    would round to nothing or divide by an epsilon of 0, and for 16 bits that are not autocast's."""
+    autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.training.mixed_precision]
+    other = autocast is not None and getattr(config, "dtype", None) != autocast
+    return {"dtype": torch.float32} if float32 or other else {}

@@ -1,0 +1,146 @@
+"""`Task`: the data that a model is trained on and the loss over it; and batches, which any task has."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from deftcore.training.config import DataConfig
+from deftcore.training.saving import save_trained
+
+Example = Mapping[str, Any]
+Batch = dict[str, Tensor]
+
+
+class Task:
+    """One kind of data. The loop asks for batches, outputs and counts; a recipe also has it read files and models.
+
+    A task gives at least `load_model`, `read`, `collate` and `predictions`.
+    """
+
+    config: ClassVar[type[DataConfig]] = DataConfig  # of the recipe's section `data:`
+
+    # ------------------------------------------------------------------ files, for recipes
+
+    @classmethod
+    def empty_model(cls, path: str | os.PathLike) -> Any:
+        """The model of a folder without weights, on the meta device, for checks before weights are read.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no such model.
+        """
+        with torch.device("meta"):
+            return cls.load_model(path)
+
+    @classmethod
+    def load_model(cls, path: str | os.PathLike, **options: Any) -> Any:
+        """The model of a folder, on the CPU.
+
+        Args:
+            options: `dtype`, where the recipe asks for another than the stored one; `quantize`, for methods over 4-bit
+                bases.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def of_model(cls, path: str | os.PathLike, model: Any) -> "Task":
+        """The task for a model in a folder: with its tokenizer or the like.
+
+        Args:
+            model: as of `empty_model`.
+        """
+        return cls()
+
+    def read(self, path: str | os.PathLike, config: Any) -> list[Any]:
+        """The examples in a file.
+
+        Raises:
+            ValueError: naming the place in the file.
+        """
+        raise NotImplementedError
+
+    def check(self, model: Any, examples: Sequence[Any]) -> None:
+        """Raises ValueError for examples that the (empty) model cannot take."""
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Writes what was trained, and what is needed beside it."""
+        save_trained(model, folder)
+
+    # ------------------------------------------------------------------ the loop
+
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        """The batch of examples, on the CPU."""
+        raise NotImplementedError
+
+    def output(self, model: Any, batch: Batch) -> Any:
+        """What the model returns for a batch: an object with `.loss`, the mean over the batch's predictions."""
+        return model(**batch)
+
+    def predictions(self, batch: Batch) -> int:
+        """How many terms the mean of a batch's loss has; 0 leaves the loss out."""
+        raise NotImplementedError
+
+    def predicts(self, example: Any) -> bool:
+        """Whether an example has anything to predict."""
+        return True
+
+    def digest(self, examples: Sequence[Any]) -> str:
+        """Their number, and a short hash of all that they hold: numbers, arrays or tensors by name."""
+        found = hashlib.sha256()
+        for example in examples:
+            for name, value in example.items():
+                tensor = torch.as_tensor(value).cpu().contiguous()
+                found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return said(examples, found.hexdigest())
+
+
+def said(examples: Sequence[Any], digest: str) -> str:
+    """How run.json names examples."""
+    return f"{len(examples)} examples, {digest[:16]}"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of examples in an order that depends on (seed, epoch) alone, so that any step can be returned to.
+
+    With several processes each takes its share of every batch; a last batch with fewer examples than processes is left
+    out. Shares may differ by one example.
+    """
+
+    examples: Sequence[Any]
+    batch_size: int  # per process
+    collate: Callable[[Sequence[Any]], Batch]
+    seed: int = 0
+    shuffle: bool = True
+    process: int = 0
+    processes: int = 1
+    device: torch.device | str = "cpu"
+
+    def __len__(self) -> int:
+        step = self.batch_size * self.processes
+        return (len(self.examples) - self.left_out + step - 1) // step
+
+    @property
+    def left_out(self) -> int:
+        """Examples of an epoch that are in no batch."""
+        rest = len(self.examples) % (self.batch_size * self.processes)
+        return rest if rest < self.processes else 0
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches `start`... of one epoch, on the device."""
+        order = list(range(len(self.examples)))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(order), generator=generator).tolist()
+        step = self.batch_size * self.processes
+        for index in range(start, len(self)):
+            batch = order[index * step : (index + 1) * step]
+            first, last = (len(batch) * p // self.processes for p in (self.process, self.process + 1))
+            collated = self.collate([self.examples[i] for i in batch[first:last]])
+            yield {name: value.to(self.device) for name, value in collated.items()}

@@ -1,0 +1,120 @@
+"""Objectives under `transformers.Trainer`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deftcore.training.objective import Objective, numbers
+
+
+class ObjectiveTrainerMixin:
+    """Adds an objective to any Trainer: `class DeftTrainer(ObjectiveTrainerMixin, Trainer)`.
+
+    Give `objective=DensityLoss(model, ...)`, or another, beside the Trainer's own arguments. Its share of a step is
+    that of the whole global batch, however that is split over processes and accumulation steps. What it measures in
+    each logging interval is logged under its name (`density`), and in each evaluation (`eval_density`). Parameters
+    of its own, as gates, are optimised, saved with each checkpoint and resumed too.
+    """
+
+    def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
+        self.objective = objective
+        self._parts = 1  # micro-batches of the step under way
+        self._report: dict[str, Any] | None = None  # what the next log shows
+        super().__init__(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The Trainer's, of which the objective is told, before the window's first forward."""
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        self.objective.zero_grad()  # the Trainer clears the model's gradients alone
+        state = self.state  # type: ignore[attr-defined]
+        self.objective.begin(samples, state.global_step / max(state.max_steps, 1), device)
+        self._parts = max(len(samples), 1)
+        return samples, items
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The task loss plus, in training, this micro-batch's share of the objective's: a scalar.
+
+        Raises:
+            RuntimeError: as `Objective.share`; a density loss when the forward ran without a graph.
+        """
+        self.objective.expect(inputs)  # the labels may be taken out before the model sees them
+        outputs = return_outputs or model.training
+        result = super().compute_loss(model, inputs, return_outputs=outputs, **kwargs)  # type: ignore[misc]
+        if not model.training:
+            return result
+        loss, output = result
+        share = self.objective.share(inputs, output)
+        if not self._loss_is_a_share(kwargs.get("num_items_in_batch")):
+            share = share * self._parts  # the Trainer will divide by it
+        loss = loss + share.to(loss.device)
+        return (loss, output) if return_outputs else loss
+
+    def _loss_is_a_share(self, items: Any) -> bool:
+        """Whether the Trainer takes a micro-batch's loss as a share of the window's, and so leaves it undivided."""
+        told = getattr(self, "loss_is_scaled_for_ga", None)
+        if told is not None:
+            return bool(told)
+        own = self.compute_loss_func is not None  # type: ignore[attr-defined]
+        return own or (self.model_accepts_loss_kwargs and items is not None)  # type: ignore[attr-defined]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's; behind a window's last backward the objective is told."""
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+            self.objective.end()
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)  # type: ignore[misc]
+        self.objective.save(output_dir or self.args.output_dir)  # type: ignore[attr-defined]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        self.objective.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        self.objective.load(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's, with the objective's parameters as a group of their own, without weight decay."""
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        own = list(self.objective.parameters())
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if own and id(own[0]) not in known:
+            optimizer.add_param_group({"params": own, "weight_decay": 0.0})
+        return optimizer
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's, with what the objective measures among what is logged."""
+        self.objective.reset()
+        return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; the report is gathered while every process is here."""
+        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        self._report = self._gathered()
+        return output
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log:  # type: ignore[attr-defined]
+            self._report = self._gathered()
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def _gathered(self) -> dict[str, Any]:
+        """The report of all processes; every one of them must ask."""
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        return self.objective.report(reduce=lambda x: accelerator.reduce(x.to(accelerator.device), "sum"))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with what the objective measured since the last log."""
+        if self._report is None and self.accelerator.num_processes == 1:  # type: ignore[attr-defined]
+            self._report = self.objective.report()
+        report, self._report = self._report, None
+        measured = {} if report is None else numbers(self.objective.summary(report))
+        if measured:
+            prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
+            logs |= {f"{prefix}{name}": round(value, 6) for name, value in measured.items()}
+            self.objective.reset()
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
