@@ -305,7 +305,7 @@ def machine(file):
     passed = sum(outcome == "passed" for outcome in outcomes.values())
     where = f"""{file["device"]}, driver {file["driver"]}, PyTorch {file["torch"]}, Python {results["python"]}, commit
 `{file["commit"][:10]}`: `bash bench/gpu_check.sh`. {passed} of {len(outcomes)} CUDA tests passed (others:
-{others}); compute-sanitizer: {file["compute_sanitizer"]}."""
+{others}); compute-sanitizer: {file["compute_sanitizer"]}. {file.get("note", "")}""".rstrip()
     return CUDA, results, where
 
 

@@ -324,8 +324,8 @@ def test_prepare_for_training():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "opt", "t5"])
 def test_qlora_flow(tmp_path, family, dtype, prepared, source):
-    """The README's, in each dtype of a checkpoint: quantise, prepare, adapt, patch, train, merge; logits and gradients
-    are as near to the float32 model's as the dense 16-bit model's with the same weights are."""
+    """docs/library.md's, in each dtype of a checkpoint: quantise, prepare, adapt, patch, train, merge; logits and
+    gradients are as near to the float32 model's as the dense 16-bit model's with the same weights are."""
     model = tiny_model(family).to(dtype)
     if source == "from files":
         model.save_pretrained(tmp_path)

@@ -64,6 +64,7 @@ $ deftcore lyapunov ./my-mamba test.jsonl --precisions bf16 --steps 0,10
 - DoRA and LoRA on `conv1d` are refused. Split adapters cannot be averaged into one.
 - Several tokens after a filled cache continue from its state. Packed sequences: on Mamba-2, by `seq_idx`.
 - That tying regularises is the paper's claim in its first versions; its last no longer makes it. Measure it.
+- The paper's public text gives no ranks or rates: the defaults, and those of the recipe, are this project's.
 - The CUDA scans are first versions, sequential in time. DEFT is not defined for Mamba, which has no MLP.
 """
 
