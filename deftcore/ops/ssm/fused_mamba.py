@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deftcore.ops._library import define, flatten_tokens
-from deftcore.ops.checks import check_float, check_shape
+from deftcore.ops.checks import check_float, check_number, check_shape
 from deftcore.ops.kernels import has_kernel, native
 from deftcore.ops.ssm import projection
 from deftcore.ops.ssm._layout import unflatten_tokens, wide_dtype
@@ -63,6 +63,7 @@ def mamba_inner(
     batch, width = xz.shape[0], xz.shape[2] // 2
     xz, (x_proj, dt_proj, out_proj) = projection.lower(xz, (x_proj, dt_proj, out_proj))
     wide = wide_dtype(xz)
+    norm_eps = None if norm_eps is None else check_number("norm_eps", norm_eps, minimum=0.0)
     check_float("A", A)
     check_float("D", D)
     if A.dim() != 2 or A.shape[0] != width:

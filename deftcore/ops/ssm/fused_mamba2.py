@@ -13,7 +13,7 @@ from deftcore.ops.ssm._layout import unflatten_tokens, wide_dtype
 from deftcore.ops.ssm._mixer import carried, frozen_taps, gradient_shapes, gradients, masked, save, saved
 from deftcore.ops.ssm.conv1d import conv_backward, conv_forward
 from deftcore.ops.ssm.projection import Layer, Projection
-from deftcore.ops.ssm.ssd import ssd_backward, ssd_forward, steps_of
+from deftcore.ops.ssm.ssd import check_limit, ssd_backward, ssd_forward, steps_of
 
 
 def mamba2_inner(
@@ -63,7 +63,7 @@ def mamba2_inner(
     for name, t, size in (("dt_bias", dt_bias, heads), ("D", D, heads), ("norm_weight", norm_weight, width)):
         check_float(name, t)
         check_shape(name, t, (size,), "one number each")
-    check_number("norm_eps", norm_eps, minimum=0.0)
+    norm_eps = check_number("norm_eps", norm_eps, minimum=0.0)
     projection.check_projection("out_proj", out_proj, (projection.shape_of(out_proj)[0], width), zxbcdt)
     channels = width + 2 * groups * states
     conv_weight, conv_bias = frozen_taps(conv_weight, conv_bias, channels, zxbcdt)
@@ -74,7 +74,7 @@ def mamba2_inner(
         zxbcdt, conv_weight, conv_bias, dt_bias.detach().to(wide), A.detach().to(wide),
         D.detach().to(wide).repeat_interleave(head_dim), norm_weight.detach().to(wide), mask, window,
         None if first is None else first.contiguous(), *projection.flatten([out_proj]), groups, norm_groups,
-        float(norm_eps), *map(float, dt_limit),
+        norm_eps, *check_limit(dt_limit),
     )  # fmt: skip
 
 

@@ -102,13 +102,19 @@ def steps_of(
 ) -> tuple[Tensor, Tensor]:
     """The steps and the logarithms of the decays, [B, L, H] in the state's dtype; plain differentiable PyTorch."""
     wide = wide_dtype(dt)
-    if len(limit) != 2 or not 0 <= limit[0] <= limit[1]:
-        raise ValueError(f"dt_limit: must be (low, high) with 0 <= low <= high, got {limit!r}")
+    low, high = check_limit(limit)
     step = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias.to(wide)
     step = F.softplus(step) if softplus else step
-    if not softplus or tuple(limit) != (0.0, float("inf")):
-        step = step.clamp(*limit)
+    if not softplus or (low, high) != (0.0, float("inf")):
+        step = step.clamp(low, high)
     return step, step * A.to(wide)
+
+
+def check_limit(limit: Any) -> tuple[float, float]:
+    """Bounds of the steps, checked."""
+    if not isinstance(limit, (tuple, list)) or len(limit) != 2 or not 0 <= limit[0] <= limit[1]:
+        raise ValueError(f"dt_limit: must be (low, high) with 0 <= low <= high, got {limit!r}")
+    return float(limit[0]), float(limit[1])
 
 
 def collapsible(x: Tensor) -> Tensor:
