@@ -230,6 +230,19 @@ def test_phi3_sparse_with_an_adapter_and_in_4_bits():
     torch.testing.assert_close(logits_of(deftcore.sparsify(part), "phi3"), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "phi3"])
+def test_files(kind, tmp_path):
+    """Forms whose names differ most, through files: sparse without one block, and in 4 bits."""
+    model = model_of(kind)
+    skip = [find_mlp_blocks(model)[0].name]
+    deftcore.save_sparse(model, tmp_path / "sparse", skip=skip)
+    expected = logits_of(deftcore.sparsify(copy.deepcopy(model), skip=skip), kind)
+    torch.testing.assert_close(logits_of(deftcore.load_sparse(tmp_path / "sparse"), kind), expected)
+    packed = deftcore.quantize(model)
+    packed.save_pretrained(tmp_path / "packed")
+    torch.testing.assert_close(logits_of(deftcore.load_quantized(tmp_path / "packed"), kind), logits_of(packed, kind))
+
+
 def test_gates_fold_into_conv1d():
     model = model_of("gpt2")
     objective = deftcore.DensityLoss(model, adaptive="gate")
