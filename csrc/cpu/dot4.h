@@ -3,6 +3,7 @@
 #pragma once
 
 #include "decode4.h"
+#include "words.h"
 
 namespace deftcore::cpu {
 namespace {
@@ -10,67 +11,47 @@ namespace {
 constexpr int64_t kDot4Rows = 4;    // rows per group
 constexpr int64_t kDot4Tokens = 4;  // tokens per pass over a group
 
-// How x and codes meet. Floats: 8 lookups a chunk, exact code values.
-struct FloatForm {
-  using X = float;
-  static constexpr int kSteps = 8;
+// How codes become words to multiply with. Floats: 8 lookups a chunk, exact code values.
+template <class Word>
+struct DotForm {
   CodeBook book;
-  explicit FloatForm(const float* code) : book(code) {}
-
-  static int64_t element_at(int64_t p) { return 8 * (p % kWidth) + ((p / kWidth) ^ 1); }
+  explicit DotForm(const float* code) : book(code) {}
   template <int kStep>
-  auto value(Words w) const {
+  Vec value(Words w) const {
     return book(shift<kStep>(w));
   }
-  static Vec multiply(Vec value, const float* x, Vec sum) { return fma(value, load(x), sum); }
 };
 
 #if defined(__AVX512BF16__)
-// bfloat16 pairs: 4 lookups a chunk in 16-bit words, and the code book rounded to bfloat16 (at most 0.32 %, the
-// rounding that bfloat16 weights have). Shifting 16-bit word w by 4 j gives element 4 w + (j ^ 1).
-struct PairForm {
-  using X = BFloat16;
-  static constexpr int kSteps = 4;
+// bfloat16 pairs: 4 lookups a chunk in 16-bit halves, and the code book rounded to bfloat16 (at most 0.32 %, the
+// rounding that bfloat16 weights have). Shifting 16-bit half w by 4 j gives element 4 w + (j ^ 1).
+template <>
+struct DotForm<PairWord> {
   __m512i table;
-  explicit PairForm(const float* code) {
-    alignas(64) uint16_t words[32];
-    for (int i = 0; i < 32; ++i) words[i] = to_bfloat16(code[i % 16]).bits;
-    table = _mm512_load_si512(words);
+  explicit DotForm(const float* code) {
+    alignas(64) uint16_t halves[32];
+    for (int i = 0; i < 32; ++i) halves[i] = to_bfloat16(code[i % 16]).bits;
+    table = _mm512_load_si512(halves);
   }
-
-  static int64_t element_at(int64_t p) { return 4 * (p % 32) + ((p / 32) ^ 1); }
   template <int kStep>
-  auto value(Words w) const {
+  __m512bh value(Words w) const {
     return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4 * kStep), table);
   }
-  static Vec multiply(__m512bh value, const BFloat16* x, Vec sum) {
-    return _mm512_dpbf16_ps(sum.v, value, (__m512bh)_mm512_loadu_si512(x));
-  }
 };
 #endif
 
-template <class T>
-struct DotFormOf {
-  using Type = FloatForm;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct DotFormOf<BFloat16> {
-  using Type = PairForm;
-};
-#endif
-template <class T>
-using DotForm = typename DotFormOf<T>::Type;
+template <class Word>
+constexpr int kDotSteps = static_cast<int>(kChunk / Word::kLanes);  // per chunk: rows of words
 
-// One token's x in the form's position order, zero beyond cols.
-template <class Form, class T>
-void to_positions(const T* x, int64_t cols, typename Form::X* out) {
+// One token's x in the order in which a chunk decodes, zero beyond cols.
+template <class Word, class T>
+void to_positions(const T* x, int64_t cols, typename Word::Element* out) {
   for (int64_t c = 0; c < chunks_of(cols); ++c) {
     for (int64_t p = 0; p < kChunk; ++p) {
-      const int64_t col = c * kChunk + Form::element_at(p);
-      typename Form::X value{};
+      const int64_t col = c * kChunk + kDotSteps<Word> * (p % Word::kLanes) + ((p / Word::kLanes) ^ 1);
+      typename Word::Element value{};
       if (col < cols) {
-        if constexpr (std::is_same_v<typename Form::X, T>) {
+        if constexpr (std::is_same_v<typename Word::Element, T>) {
           value = x[col];
         } else {
           value = to_float(x[col]);
@@ -82,9 +63,9 @@ void to_positions(const T* x, int64_t cols, typename Form::X* out) {
 }
 
 // out[r][m] = x[m] . row r for kRows rows; `next` rows are prefetched alongside.
-template <int kRows, int kTokens, class Form>
-void dot4_tile(const Form& form, const Quant4& q, const LaneScales& lanes, const uint8_t* const* rows,
-               const uint8_t* const* next, const float* scales, int64_t scale_stride, const typename Form::X* x,
+template <int kRows, int kTokens, class Word>
+void dot4_tile(const DotForm<Word>& form, const Quant4& q, const LaneScales& lanes, const uint8_t* const* rows,
+               const uint8_t* const* next, const float* scales, int64_t scale_stride, const typename Word::Element* x,
                int64_t x_stride, float (*out)[kDot4Tokens]) {
   Vec total[kRows][kTokens];
   for (auto& row : total) {
@@ -99,11 +80,11 @@ void dot4_tile(const Form& form, const Quant4& q, const LaneScales& lanes, const
     }
     const auto* xc = x + c * kChunk;
     const auto step = [&](auto s) {
-      if constexpr (s() < Form::kSteps) {
+      if constexpr (s() < kDotSteps<Word>) {
         for (int r = 0; r < kRows; ++r) {
           const auto value = form.template value<s()>(w[r]);
           for (int m = 0; m < kTokens; ++m) {
-            part[r][m] = Form::multiply(value, xc + m * x_stride + s() * (kChunk / Form::kSteps), part[r][m]);
+            part[r][m] = Word::multiply(value, Word::load(xc + m * x_stride + s() * Word::kLanes), part[r][m]);
           }
         }
       }
@@ -133,10 +114,10 @@ void dot4_tile(const Form& form, const Quant4& q, const LaneScales& lanes, const
 }
 
 // Calls sink(k, m, x[m] . row row_of(k)) for k in range and every token. `scales` holds kDot4Rows row_scale_size(q).
-template <class Form, class RowOf, class Sink>
-void dots4(const Quant4& q, RowOf&& row_of, Range range, const typename Form::X* x, int64_t x_stride, int64_t tokens,
-           float* scales, Sink&& sink) {
-  const Form form(q.code);
+template <class Word, class RowOf, class Sink>
+void dots4(const Quant4& q, RowOf&& row_of, Range range, const typename Word::Element* x, int64_t x_stride,
+           int64_t tokens, float* scales, Sink&& sink) {
+  const DotForm<Word> form(q.code);
   const LaneScales lanes(q.block_size);
   const int64_t last = range.end - 1, scale_stride = row_scale_size(q);
   for (int64_t k = range.begin; k < range.end; k += kDot4Rows) {
@@ -160,7 +141,9 @@ void dots4(const Quant4& q, RowOf&& row_of, Range range, const typename Form::X*
         }
       };
       using std::integral_constant;
-      switch (tokens - m0) {  // sums and parts of rows x tokens fit the registers
+      // A total and a part per row and token, 8 to 16 registers: beside the words and the book AVX-512's 32 have room
+      // for all, AVX2's 16 up to two tokens, from three on the compiler keeps some in L1.
+      switch (tokens - m0) {
         case 1: tile(integral_constant<int, 4>{}, integral_constant<int, 1>{}); break;
         case 2: tile(integral_constant<int, 2>{}, integral_constant<int, 2>{}); break;
         case 3: tile(integral_constant<int, 2>{}, integral_constant<int, 3>{}); break;

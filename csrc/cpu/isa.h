@@ -85,8 +85,8 @@ inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline uint32_t active_bits(Vec a, Vec tau) { return _mm512_cmp_ps_mask(abs(a).v, tau.v, _CMP_NLE_UQ); }
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
-inline Vec widen(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
-inline Vec load(const BFloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Vec expand_bfloat16(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
+inline Vec load(const BFloat16* p) { return expand_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline Vec load(const Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline __m256i narrow(Vec a) {  // as to_bfloat16
@@ -164,8 +164,8 @@ inline uint32_t active_bits(Vec a, Vec tau) {
 }
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
-inline Vec widen(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
-inline Vec load(const BFloat16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec expand_bfloat16(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
+inline Vec load(const BFloat16* p) { return expand_bfloat16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline Vec load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store(BFloat16* p, Vec a) {

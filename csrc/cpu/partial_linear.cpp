@@ -10,9 +10,10 @@
 namespace deftcore::cpu {
 namespace {
 
-constexpr int64_t kPiece = 1024;  // columns: an accumulator of kTile rows stays in L1, a row's piece spans a page
-constexpr int kTile = 4;          // tokens that share one read of a row
-constexpr int kUnroll = 8;        // rows per pass over the accumulator
+constexpr int64_t kPiece =
+    1024;  // columns: an accumulator of kSharingTokens rows stays in L1, a row's piece spans a page
+constexpr int kSharingTokens = 4;  // tokens that share one read of a row
+constexpr int kUnroll = 8;         // rows per pass over the accumulator
 
 template <class T>
 const T* row_of(const void* base, int64_t row, int64_t stride) {
@@ -65,14 +66,14 @@ void gated_act_backward_piece(const GatedActBackwardArgs& args, int64_t row, int
 // Tokens of one delta that are computed together.
 struct Tile {
   int64_t adapter;
-  int64_t tokens[kTile];
+  int64_t tokens[kSharingTokens];
   int64_t count;
 };
 
 struct Work {
   Tile* tiles;     // [tokens], at most one each
   int64_t* order;  // [tokens]
-  float* low;      // [tiles, kTile, most]: x . low_in
+  float* low;      // [tiles, kSharingTokens, most]: x . low_in
   int64_t tile_count;
 };
 
@@ -80,7 +81,7 @@ Work lay_out(const GroupedDeltaArgs& args, Workspace& room) {
   Work work{};
   work.tiles = room.take<Tile>(args.tokens);
   work.order = room.take<int64_t>(args.tokens);
-  work.low = room.take<float>(args.tokens * kTile * args.most);
+  work.low = room.take<float>(args.tokens * kSharingTokens * args.most);
   return work;
 }
 
@@ -100,7 +101,7 @@ void make_tiles(const GroupedDeltaArgs& args, Work& work) {
   for (int64_t i = 0; i < used; ++i) {
     const int64_t delta = args.adapter[order[i]];
     Tile* last = work.tile_count > 0 ? work.tiles + work.tile_count - 1 : nullptr;
-    if (last == nullptr || last->adapter != delta || last->count == kTile) {
+    if (last == nullptr || last->adapter != delta || last->count == kSharingTokens) {
       last = work.tiles + work.tile_count++;
       *last = Tile{delta, {}, 0};
     }
@@ -138,7 +139,7 @@ void dots(const GroupedDeltaArgs& args, const Work& work, int64_t begin, int64_t
       for (int64_t m = 0; m < tile.count; ++m) {
         const float sum = dot(x + tile.tokens[m] * bank.inputs, w, bank.inputs);
         if (is_low) {
-          work.low[(i * kTile + m) * args.most + r - scattered] = sum;
+          work.low[(i * kSharingTokens + m) * args.most + r - scattered] = sum;
         } else {
           T* y = static_cast<T*>(args.y) + tile.tokens[m] * bank.outputs + bank.scatter_index[row];
           store_tail(y, load_tail(y, 1) + Vec(sum), 1);
@@ -151,7 +152,8 @@ void dots(const GroupedDeltaArgs& args, const Work& work, int64_t begin, int64_t
 
 // sums[m, 0:n] += sum over kRows rows of factors[row][m] * row.
 template <int kRows, class T>
-void add_rows(const T* w, int64_t stride, const float (*factors)[kTile], int64_t tokens, int64_t n, float* sums) {
+void add_rows(const T* w, int64_t stride, const float (*factors)[kSharingTokens], int64_t tokens, int64_t n,
+              float* sums) {
   constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t m = 0; m < tokens; ++m) {
     float* sum = sums + m * kPiece;
@@ -176,7 +178,7 @@ void add_rows(const T* w, int64_t stride, const float (*factors)[kTile], int64_t
 
 template <class T, class Factor>
 void add_all_rows(const T* w, int64_t stride, int64_t rows, int64_t tokens, int64_t n, float* sums, Factor&& factor) {
-  float factors[kUnroll][kTile];
+  float factors[kUnroll][kSharingTokens];
   int64_t r = 0;
   for (; r + kUnroll <= rows; r += kUnroll) {
     for (int j = 0; j < kUnroll; ++j) {
@@ -192,7 +194,7 @@ void add_all_rows(const T* w, int64_t stride, int64_t rows, int64_t tokens, int6
 
 template <class T>
 void axpys(const GroupedDeltaArgs& args, const Work& work, int64_t i, int64_t first) {
-  alignas(64) float sums[kTile * kPiece];
+  alignas(64) float sums[kSharingTokens * kPiece];
   const DeltaBank& bank = args.bank;
   const Tile& tile = work.tiles[i];
   const int64_t n = std::min(bank.outputs - first, kPiece);
@@ -207,7 +209,7 @@ void axpys(const GroupedDeltaArgs& args, const Work& work, int64_t i, int64_t fi
                [&](int64_t r, int64_t m) { return to_float(x[tile.tokens[m] * bank.inputs + index[r]]); });
   w = row_of<T>(bank.low_out, bank.low_start[tile.adapter], bank.outputs) + first;
   add_all_rows(w, bank.outputs, ranks, tile.count, n, sums,
-               [&](int64_t r, int64_t m) { return work.low[(i * kTile + m) * args.most + r]; });
+               [&](int64_t r, int64_t m) { return work.low[(i * kSharingTokens + m) * args.most + r]; });
   for (int64_t m = 0; m < tile.count; ++m) {
     T* y = static_cast<T*>(args.y) + tile.tokens[m] * bank.outputs + first;
     const float* sum = sums + m * kPiece;

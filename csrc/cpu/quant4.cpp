@@ -111,15 +111,16 @@ void dequantize(const Dequantize4bitArgs& args) {
 
 // ---------------------------------------------------------------------------- few tokens
 
-// Beyond this, vectors over tokens are full enough, and decoding once pays.
-constexpr int64_t kFewTokens = kWidth / 2 > 4 ? kWidth / 2 : 4;
+// Most tokens that take dot products. Beyond them the vectors over tokens of quant4_gemm.cpp are half full, and
+// decoding once pays; chosen by that count, not measured per machine.
+constexpr int64_t kMostDotTokens = kWidth / 2 > 4 ? kWidth / 2 : 4;
 
-bool is_few(const Linear4bitArgs& args) { return args.tokens <= kFewTokens && is_regular(args.w); }
+bool is_few(const Linear4bitArgs& args) { return args.tokens <= kMostDotTokens && is_regular(args.w); }
 
 template <class T>
 struct FewBuffers {
-  typename DotForm<T>::X* x;  // [tokens, x_stride] in the dot form's order
-  float* scales;              // [parts, scale_stride]: of the rows of a group
+  typename WordOf<T>::Element* x;  // [tokens, x_stride] in the dot form's order
+  float* scales;                   // [parts, scale_stride]: of the rows of a group
   int64_t x_stride, scale_stride;
 };
 
@@ -128,14 +129,14 @@ FewBuffers<T> lay_out(const Linear4bitArgs& args, Workspace& room) {
   FewBuffers<T> b{};
   b.x_stride = chunks_of(args.w.cols) * kChunk;
   b.scale_stride = kDot4Rows * row_scale_size(args.w);
-  b.x = room.take<typename DotForm<T>::X>(args.tokens * b.x_stride);
+  b.x = room.take<typename WordOf<T>::Element>(args.tokens * b.x_stride);
   b.scales = room.take<float>(most_parts() * b.scale_stride);
   return b;
 }
 
 template <class T>
 void linear_few(const Linear4bitArgs& args) {
-  using Form = DotForm<T>;
+  using Word = WordOf<T>;
   const Quant4& q = args.w;
   const int64_t tokens = args.tokens, rank = args.rank;
   const T *low = static_cast<const T*>(args.low), *lora = static_cast<const T*>(args.lora);
@@ -144,12 +145,12 @@ void linear_few(const Linear4bitArgs& args) {
   Workspace room(args.workspace);
   const FewBuffers<T> b = lay_out<T>(args, room);
   for (int64_t m = 0; m < tokens; ++m) {
-    to_positions<Form>(static_cast<const T*>(args.x) + m * q.cols, q.cols, b.x + m * b.x_stride);
+    to_positions<Word>(static_cast<const T*>(args.x) + m * q.cols, q.cols, b.x + m * b.x_stride);
   }
   const int parts = parts_for(q.rows * q.cols / 2);
   for_parts(parts, [&](int part) {
     const Range rows = share(q.rows, parts, part, kDot4Rows);
-    dots4<Form>(
+    dots4<Word>(
         q, [](int64_t n) { return n; }, rows, b.x, b.x_stride, tokens, b.scales + part * b.scale_stride,
         [&](int64_t n, int64_t m, float dot) {
           if (bias != nullptr) dot += to_float(bias[n]);

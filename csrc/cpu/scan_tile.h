@@ -10,7 +10,7 @@
 namespace deftcore::cpu {
 namespace {
 
-constexpr int64_t kTile = kScanChunk * kWidth;
+constexpr int64_t kTileFloats = kScanChunk * kWidth;
 constexpr size_t kAhead = 64;  // bytes
 
 inline int64_t chunk_count(int64_t length) { return (length + kScanChunk - 1) / kScanChunk; }
@@ -39,8 +39,12 @@ struct Lanes {
   int64_t first, count;
 };
 
-inline Vec load_some(const float* p, int64_t count) { return count == kWidth ? load(p) : load_tail(p, count); }
-inline void store_some(float* p, Vec v, int64_t count) {
+template <class T>
+inline Vec load_some(const T* p, int64_t count) {
+  return count == kWidth ? load(p) : load_tail(p, count);
+}
+template <class T>
+inline void store_some(T* p, Vec v, int64_t count) {
   if (count == kWidth) return store(p, v);
   store_tail(p, v, count);
 }
@@ -54,7 +58,7 @@ void read_tile(const ScanTensor& x, int64_t batch, int64_t start, int64_t steps,
     for (int64_t t = 0; t < steps; ++t) {
       const T* row = from + t * x.time;
       __builtin_prefetch(row + kAhead / sizeof(T));
-      store(tile + t * kWidth, lanes.count == kWidth ? load(row) : load_tail(row, lanes.count));
+      store(tile + t * kWidth, load_some(row, lanes.count));
     }
     return;
   }
@@ -70,15 +74,11 @@ void write_tile(const ScanTensor& x, int64_t batch, int64_t start, int64_t steps
   if (x.channel == 1) {
     for (int64_t t = 0; t < steps; ++t) {
       __builtin_prefetch(to + t * x.time + kAhead / sizeof(T), 1);
-      if (lanes.count == kWidth) {
-        store(to + t * x.time, load(tile + t * kWidth));
-      } else {
-        store_tail(to + t * x.time, load(tile + t * kWidth), lanes.count);
-      }
+      store_some(to + t * x.time, load(tile + t * kWidth), lanes.count);
     }
     return;
   }
-  T row[kTile];
+  T row[kTileFloats];
   for (int64_t t = 0; t < steps; ++t) store(row + t * kWidth, load(tile + t * kWidth));
   for (int64_t j = 0; j < lanes.count; ++j) {
     for (int64_t t = 0; t < steps; ++t) to[j * x.channel + t * x.time] = row[t * kWidth + j];

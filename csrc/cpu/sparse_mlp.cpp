@@ -10,71 +10,37 @@ constexpr int64_t kDotRows = 4;  // weight rows per dot tile
 
 // ---------------------------------------------------------------------------- dots
 
-// out[r][m] = x[m] . rows[r]; x is float [tokens, x_stride]. `next` rows are prefetched alongside.
-template <int kTokens, class T>
-void dot_tile(const T* const* rows, const T* const* next, const float* x, int64_t x_stride, int64_t width,
-              float (*out)[kTileTokens]) {
+// out[r][m] = x[m] . rows[r]; x is [tokens, x_stride]. `next` rows are prefetched alongside.
+template <class Word, int kTokens, class T>
+void dot_tile(const T* const* rows, const T* const* next, const typename Word::Element* x, int64_t x_stride,
+              int64_t width, float (*out)[kTileTokens]) {
   Vec acc[kDotRows][kTokens];
   for (auto& row : acc) {
     for (Vec& v : row) v = Vec(0.0f);
   }
   const auto step = [&](int64_t j, auto fetch) {
-    Vec w[kDotRows];
+    typename Word::Row w[kDotRows];
     for (int r = 0; r < kDotRows; ++r) w[r] = fetch(rows[r] + j);
     for (int m = 0; m < kTokens; ++m) {
-      const Vec xv = load(x + m * x_stride + j);
-      for (int r = 0; r < kDotRows; ++r) acc[r][m] = fma(w[r], xv, acc[r][m]);
+      const auto xv = fetch(x + m * x_stride + j);
+      for (int r = 0; r < kDotRows; ++r) acc[r][m] = Word::multiply(w[r], xv, acc[r][m]);
     }
   };
   int64_t j = 0;
-  for (; j + kWidth <= width; j += kWidth) {
+  for (; j + Word::kLanes <= width; j += Word::kLanes) {
     for (int r = 0; r < kDotRows; ++r) __builtin_prefetch(next[r] + j, 0, 2);
-    step(j, [](const T* p) { return load(p); });
+    step(j, [](const auto* p) { return Word::load(p); });
   }
-  if (j < width) step(j, [&](const T* p) { return load_tail(p, width - j); });
+  if (j < width) step(j, [&](const auto* p) { return Word::load_tail(p, width - j); });
   for (int r = 0; r < kDotRows; ++r) {
     for (int m = 0; m < kTokens; ++m) out[r][m] = reduce_add(acc[r][m]);
   }
 }
 
-#if defined(DEFTCORE_DOT_BF16)
-inline __m512bh load_pairs(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
-inline __m512bh load_pairs_tail(const BFloat16* p, int64_t n) {
-  return (__m512bh)_mm512_maskz_loadu_epi16((1u << n) - 1, p);
-}
-
-// The same over bfloat16 pairs: two products per lane and instruction. x is bfloat16 [tokens, x_stride].
-template <int kTokens>
-void dot_tile(const BFloat16* const* rows, const BFloat16* const* next, const BFloat16* x, int64_t x_stride,
-              int64_t width, float (*out)[kTileTokens]) {
-  __m512 acc[kDotRows][kTokens];
-  for (auto& row : acc) {
-    for (__m512& v : row) v = _mm512_setzero_ps();
-  }
-  const auto step = [&](int64_t j, auto fetch) {
-    __m512bh w[kDotRows];
-    for (int r = 0; r < kDotRows; ++r) w[r] = fetch(rows[r] + j);
-    for (int m = 0; m < kTokens; ++m) {
-      const __m512bh xv = fetch(x + m * x_stride + j);
-      for (int r = 0; r < kDotRows; ++r) acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r], xv);
-    }
-  };
-  int64_t j = 0;
-  for (; j + 32 <= width; j += 32) {
-    for (int r = 0; r < kDotRows; ++r) __builtin_prefetch(next[r] + j, 0, 2);
-    step(j, load_pairs);
-  }
-  if (j < width) step(j, [&](const BFloat16* p) { return load_pairs_tail(p, width - j); });
-  for (int r = 0; r < kDotRows; ++r) {
-    for (int m = 0; m < kTokens; ++m) out[r][m] = _mm512_reduce_add_ps(acc[r][m]);
-  }
-}
-#endif
-
 // Calls sink(k, m, x[m] . w[row_of(k)]) for k in range and every token.
-template <class T, class X, class RowOf, class Sink>
-void dots(Matrix<T> w, RowOf&& row_of, Range range, const X* x, int64_t x_stride, int64_t tokens, int64_t width,
-          Sink&& sink) {
+template <class Word, class T, class RowOf, class Sink>
+void dots(Matrix<T> w, RowOf&& row_of, Range range, const typename Word::Element* x, int64_t x_stride, int64_t tokens,
+          int64_t width, Sink&& sink) {
   const int64_t last = range.end - 1;
   for (int64_t k = range.begin; k < range.end; k += kDotRows) {
     const T *rows[kDotRows], *next[kDotRows];
@@ -85,7 +51,7 @@ void dots(Matrix<T> w, RowOf&& row_of, Range range, const X* x, int64_t x_stride
     for (int64_t m0 = 0; m0 < tokens; m0 += kTileTokens) {
       float out[kDotRows][kTileTokens];
       dispatch_tokens(tokens - m0, [&](auto count) {
-        dot_tile<count()>(rows, m0 == 0 ? next : rows, x + m0 * x_stride, x_stride, width, out);
+        dot_tile<Word, count()>(rows, m0 == 0 ? next : rows, x + m0 * x_stride, x_stride, width, out);
         for (int64_t r = 0; r < kDotRows && k + r <= last; ++r) {
           for (int m = 0; m < count(); ++m) sink(k + r, m0 + m, out[r][m]);
         }
@@ -145,16 +111,15 @@ void sparse_mlp(const SparseMlpArgs& args) {
   const MlpBuffers b = lay_out(args, room);
   float* const act = b.act;
   for (int64_t m = 0; m < tokens && !kHasPairs<T>; ++m) {
-    float* row = b.x_wide + m * b.acc_stride;
-    widen(x + m * width, width, row);
-    for (int64_t j = width; j < b.acc_stride; ++j) row[j] = 0.0f;  // a dot's last vector reads beyond the width
+    to_floats(x + m * width, width, b.x_wide + m * b.acc_stride);
   }
 
   const auto dot_rows = [&](Matrix<T> w, auto row_of, Range range, auto sink) {
-#if defined(DEFTCORE_DOT_BF16)
-    if constexpr (kHasPairs<T>) return dots(w, row_of, range, x, width, tokens, width, sink);
-#endif
-    return dots(w, row_of, range, static_cast<const float*>(b.x_wide), b.acc_stride, tokens, width, sink);
+    if constexpr (kHasPairs<T>) {
+      dots<WordOf<T>>(w, row_of, range, x, width, tokens, width, sink);
+    } else {
+      dots<WordOf<T>>(w, row_of, range, b.x_wide, b.acc_stride, tokens, width, sink);
+    }
   };
 
   int64_t active = 0;
@@ -163,7 +128,7 @@ void sparse_mlp(const SparseMlpArgs& args) {
       const Range mine = share(neurons, parts, part, 16);
       const int64_t n = mine.end - mine.begin;
       if (z != nullptr) {
-        for (int64_t m = 0; m < tokens; ++m) widen(z + m * neurons + mine.begin, n, act + m * neurons + mine.begin);
+        for (int64_t m = 0; m < tokens; ++m) to_floats(z + m * neurons + mine.begin, n, act + m * neurons + mine.begin);
       } else {
         dot_rows(
             w_first, [](int64_t i) { return i; }, mine,

@@ -8,8 +8,8 @@ namespace deftcore::cpu {
 namespace {
 
 constexpr int64_t kPair = 2 * kWidth;  // columns of one vector of even and one of odd elements
-constexpr int64_t kFewTokens = 4;      // tokens per register tile
-constexpr int64_t kDirectTokens = 8;   // up to here rows are decoded in registers, beyond once per panel
+constexpr int64_t kDecodeTokens = 4;   // tokens that share one decode in registers
+constexpr int64_t kDirectTokens = 8;  // up to here rows are decoded in registers, at most twice; beyond, once per panel
 
 // Rows of the active list that one pass over the columns takes, and what each is multiplied by.
 struct Piece {
@@ -106,11 +106,10 @@ void down_few4(const Quant4& q, const int32_t* list, int64_t active, const float
   }
 }
 
-// Panels of decoded rows. `scales` is room for Panel::kRows rows of scales, decoded when a new set of rows begins.
-template <class Panel>
+// Panels of decoded rows. `scales` is room for a panel's rows of scales, decoded when a new set of rows begins.
+template <class Word>
 auto fill_from4(const Quant4& q, const CodeBook& book, const int32_t* list, Range columns, float* scales) {
-  return [&q, &book, list, columns, scales](Panel& panel, int64_t k0, int64_t count, int64_t j) {
-    constexpr int64_t kTile = kTileVecs * kWidth;
+  return [&q, &book, list, columns, scales](Panel<Word>& panel, int64_t k0, int64_t count, int64_t j) {
     const int64_t stride = row_scale_size(q);
     if (j == columns.begin && !q.column_blocks) {
       for (int64_t r = 0; r < count; ++r) {
@@ -120,9 +119,9 @@ auto fill_from4(const Quant4& q, const CodeBook& book, const int32_t* list, Rang
       }
     }
     const int shift = __builtin_ctzll(static_cast<unsigned long long>(q.block_size));
-    panel.fill_values(count, [&](int64_t r, int v) {
+    fill_values(panel, count, [&](int64_t r, int v) {
       const int64_t row = list[k0 + r], col = j + v * kWidth, left = columns.end - col;
-      if (v == 0) __builtin_prefetch(packed_row(q, row) + (j + kTile) / 2 + 32, 0, 2);
+      if (v == 0) __builtin_prefetch(packed_row(q, row) + (j + kTileColumns) / 2 + 32, 0, 2);
       if (left < kWidth || (kWidth == 1 && q.column_blocks)) {
         float lanes[kWidth] = {};
         for (int64_t l = 0; l < left && l < kWidth; ++l) lanes[l] = decode_one(q, row, col + l);
@@ -140,10 +139,10 @@ auto fill_from4(const Quant4& q, const CodeBook& book, const int32_t* list, Rang
 
 template <class T>
 struct Mlp4Buffers : Buffers {
-  float* act;                 // [tokens, neurons]
-  typename DotForm<T>::X* x;  // [tokens, x_stride] in the dot form's order; gated MLP only
-  float* low;                 // [tokens, low_stride]
-  float* scales;              // [parts, scale_stride]
+  float* act;                      // [tokens, neurons]
+  typename WordOf<T>::Element* x;  // [tokens, x_stride] in the dot form's order; gated MLP only
+  float* low;                      // [tokens, low_stride]
+  float* scales;                   // [parts, scale_stride]
   int64_t x_stride, low_stride, scale_stride;
   float* scales_of(int part) const { return scales + part * scale_stride; }
 };
@@ -155,12 +154,12 @@ Mlp4Buffers<T> lay_out(const SparseMlp4bitArgs& args, Workspace& room) {
   // Rows whose scales a part holds at once: of W_up in one stage, in the next a panel's of W_down or a piece's, for
   // each of its tokens.
   const int64_t up = args.w_up.packed == nullptr ? 0 : kDot4Rows * row_scale_size(args.w_up);
-  const int64_t down = std::max(PanelOf<T>::kRows, kStreamRows * kFewTokens) * row_scale_size(args.w_down_t);
+  const int64_t down = std::max(Panel<WordOf<T>>::kRows, kStreamRows * kDecodeTokens) * row_scale_size(args.w_down_t);
   b.x_stride = up == 0 ? 0 : chunks_of(args.width) * kChunk;
   b.low_stride = sum_stride(args.down_rank);
   b.scale_stride = round_up(std::max(up, down), 16);
   b.act = room.take<float>(args.tokens * args.neurons);
-  b.x = room.take<typename DotForm<T>::X>(args.tokens * b.x_stride);
+  b.x = room.take<typename WordOf<T>::Element>(args.tokens * b.x_stride);
   b.low = room.take<float>(args.tokens * b.low_stride);
   b.scales = room.take<float>(most_parts() * b.scale_stride);
   return b;
@@ -168,7 +167,7 @@ Mlp4Buffers<T> lay_out(const SparseMlp4bitArgs& args, Workspace& room) {
 
 template <class T>
 void sparse_mlp_4bit(const SparseMlp4bitArgs& args) {
-  using Form = DotForm<T>;
+  using Word = WordOf<T>;
   const bool gated = args.w_up.packed != nullptr;
   const Quant4 &w_up = args.w_up, &w_down = args.w_down_t;
   const T *x = static_cast<const T*>(args.x), *z = static_cast<const T*>(args.z);
@@ -184,12 +183,12 @@ void sparse_mlp_4bit(const SparseMlp4bitArgs& args) {
       const Range mine = share(neurons, parts, part, 16);
       for (int64_t m = 0; m < tokens; ++m) {
         float* act = b.act + m * neurons + mine.begin;
-        widen(z + m * neurons + mine.begin, mine.end - mine.begin, act);
+        to_floats(z + m * neurons + mine.begin, mine.end - mine.begin, act);
         if (!args.activated) activate_row(args.activation, act, mine.end - mine.begin);
       }
       if (gated) {
         const Range turn = share(tokens, parts, part);
-        for (int64_t m = turn.begin; m < turn.end; ++m) to_positions<Form>(x + m * width, width, b.x + m * b.x_stride);
+        for (int64_t m = turn.begin; m < turn.end; ++m) to_positions<Word>(x + m * width, width, b.x + m * b.x_stride);
       }
       compact(b.act, tokens, neurons, args.tau, parts, part, b);
     });
@@ -198,7 +197,7 @@ void sparse_mlp_4bit(const SparseMlp4bitArgs& args) {
     const auto fill = [&](int part, Range rows) {
       gather_active(b.act, tokens, neurons, args.tau, b.list, rows, b.h);
       if (!gated) return;
-      dots4<Form>(
+      dots4<Word>(
           w_up, [&](int64_t k) { return b.list[k]; }, rows, b.x, b.x_stride, tokens, b.scales_of(part),
           [&](int64_t k, int64_t m, float dot) {
             for (int64_t r = 0; r < args.up_rank; ++r) {
@@ -216,14 +215,13 @@ void sparse_mlp_4bit(const SparseMlp4bitArgs& args) {
         write_output<T>(b.low, b.low_stride, nullptr, tokens, args.down_rank, ranks, static_cast<T*>(args.down_low));
       }
       if (columns.begin == columns.end) return;
-      using Panel = PanelOf<T>;
       float* scales = b.scales_of(part);
       if (tokens > kDirectTokens) {
         const CodeBook book(w_down.code);
-        return down_tokens<Panel>(active, panel_operand<Panel>(b), tokens, columns, b.acc, b.acc_stride,
-                                  fill_from4<Panel>(w_down, book, b.list, columns, scales));
+        return down_tokens<Word>(active, b.template words<Word>(), tokens, columns, b.acc, b.acc_stride,
+                                 fill_from4<Word>(w_down, book, b.list, columns, scales));
       }
-      for (int64_t m = 0; m < tokens; m += kFewTokens) {
+      for (int64_t m = 0; m < tokens; m += kDecodeTokens) {
         const auto few = [&](auto n) {
           down_few4<n()>(w_down, b.list, active, b.h + m, tokens, columns, scales, b.acc + m * b.acc_stride,
                          b.acc_stride);

@@ -42,7 +42,7 @@ void forward_block(const SsdArgs& args, int64_t batch, int64_t head, Lanes lanes
     h[n] = load(column);
   }
   const Vec d = args.d == nullptr ? Vec(0.0f) : load_some(args.d + lanes.first, lanes.count);
-  alignas(64) float su[kTile], y[kTile], decay[kScanChunk];
+  alignas(64) float su[kTileFloats], y[kTileFloats], decay[kScanChunk];
   for (int64_t start = 0; start < args.length; start += kScanChunk) {
     const int64_t steps = std::min(args.length - start, kScanChunk);
     read_tile<T>(args.x, batch, start, steps, lanes, su);

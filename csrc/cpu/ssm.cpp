@@ -64,7 +64,7 @@ template <int kStates, bool kFixedB, bool kFixedC, class T>
 void scan_block(const SelectiveScanArgs& args, int64_t batch, int64_t chunk, const Block& block) {
   const int64_t states = kStates > 0 ? kStates : args.states, width = args.channels;
   const int64_t start = chunk * kScanChunk, steps = std::min(args.length - start, kScanChunk);
-  alignas(64) float u[kTile], step[kTile], z[kTile];
+  alignas(64) float u[kTileFloats], step[kTileFloats], z[kTileFloats];
   Vec a[kStates > 0 ? kStates : kMaxStates], h[kStates > 0 ? kStates : kMaxStates];
   float* kept = args.last + batch * states * width + block.first;
   for (int64_t n = 0; n < states; ++n) {
@@ -172,7 +172,7 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
                     float* carry, const Scratch& own) {
   const SelectiveScanArgs& args = back.forward;
   const int64_t states = args.states, start = chunk * kScanChunk, steps = std::min(args.length - start, kScanChunk);
-  alignas(64) float u[kTile], step[kTile], raw[kTile], z[kTile], grad[kTile];
+  alignas(64) float u[kTileFloats], step[kTileFloats], raw[kTileFloats], z[kTileFloats], grad[kTileFloats];
   read_tile<T>(args.u, batch, start, steps, block, u);
   read_tile<T>(args.delta, batch, start, steps, block, raw);
   read_tile<T>(args.out, batch, start, steps, block, grad);
@@ -336,63 +336,6 @@ void scan_backward(const SelectiveScanBackwardArgs& back) {
   });
 }
 
-// ---------------------------------------------------------------------------- one step
-
-// The lanes of a [batch, heads, head_dim] tensor; 0 where it is not there.
-template <class T>
-Vec gather(const HeadTensor& x, int64_t batch, int64_t head, Lanes lanes) {
-  alignas(64) float values[kWidth] = {};
-  const T* from = static_cast<const T*>(x.data) + batch * x.batch + head * x.head + lanes.first * x.channel;
-  for (int64_t j = 0; j < lanes.count && x.data != nullptr; ++j) values[j] = to_float(from[j * x.channel]);
-  return load(values);
-}
-
-template <class T, class S>
-void update_block(const StateUpdateArgs& args, int64_t batch, int64_t head, Lanes lanes) {
-  T* out = static_cast<T*>(args.out) + (batch * args.heads + head) * args.head_dim + lanes.first;
-  const int64_t slot = args.slots == nullptr ? batch : args.slots[batch], states = args.states;
-  if (slot < 0) {
-    std::fill(out, out + lanes.count, T{});
-    return;
-  }
-  const Vec x = gather<T>(args.x, batch, head, lanes), skip = gather<float>(args.d, 0, head, lanes);
-  Vec step = gather<T>(args.dt, batch, head, lanes) + gather<float>(args.bias, 0, head, lanes);
-  if (args.softplus) step = math::softplus(step);
-  alignas(64) float steps[kWidth], inputs[kWidth], y[kWidth] = {};
-  store(steps, step);
-  store(inputs, step * x);
-  const int64_t group = head * args.groups / args.heads;
-  const T* b = static_cast<const T*>(args.b) + (batch * args.groups + group) * states;
-  const T* c = static_cast<const T*>(args.c) + (batch * args.groups + group) * states;
-  for (int64_t j = 0; j < lanes.count; ++j) {
-    const int64_t channel = lanes.first + j;
-    S* h = static_cast<S*>(args.state) + ((slot * args.heads + head) * args.head_dim + channel) * states;
-    const float* a = static_cast<const float*>(args.a.data) + head * args.a.head + channel * args.a.channel;
-    const bool one_decay = args.a_state == 0;
-    const Vec s(steps[j]), sx(inputs[j]);
-    Vec decay = one_decay ? exp(s * Vec(*a)) : s, sum(0.0f);
-    for (int64_t n = 0; n < states; n += kWidth) {
-      const int64_t some = std::min<int64_t>(states - n, kWidth);
-      const bool whole = some == kWidth;
-      if (!one_decay) decay = exp(s * load_some(a + n, some));
-      const Vec before = whole ? load(h + n) : load_tail(h + n, some);
-      const Vec after = fma(decay, before, sx * (whole ? load(b + n) : load_tail(b + n, some)));
-      sum = fma(whole ? load(c + n) : load_tail(c + n, some), after, sum);
-      if (whole) {
-        store(h + n, after);
-      } else {
-        store_tail(h + n, after, some);
-      }
-    }
-    y[j] = reduce_add(sum);
-  }
-  Vec result = fma(skip, x, load(y));
-  if (args.z.data != nullptr) {
-    result = result * math::activate<Activation::kSilu>(gather<T>(args.z, batch, head, lanes));
-  }
-  store_tail(out, result, lanes.count);
-}
-
 template <class Fn>
 void dispatch_fixed(const SelectiveScanArgs& args, Fn&& fn) {
   using Yes = std::true_type;
@@ -419,20 +362,6 @@ void DEFTCORE_KERNEL(selective_scan_backward)(const SelectiveScanBackwardArgs& a
   dispatch_dtype(args.forward.dtype, [&](auto t) {
     dispatch_fixed(args.forward,
                    [&](auto fixed_b, auto fixed_c) { scan_backward<fixed_b(), fixed_c(), decltype(t)>(args); });
-  });
-}
-
-void DEFTCORE_KERNEL(selective_state_update)(const StateUpdateArgs& args) {
-  const int64_t blocks = (args.head_dim + kWidth - 1) / kWidth, rows = args.heads * blocks;
-  dispatch_dtype(args.dtype, [&](auto t) {
-    dispatch_dtype(args.state_dtype, [&](auto s) {
-      const int64_t bytes = args.batch * args.heads * args.head_dim * args.states * 8;
-      for_range(args.batch * rows, bytes, [&](int64_t i) {
-        const int64_t offset = i % blocks * kWidth;
-        const Lanes lanes{offset, std::min<int64_t>(args.head_dim - offset, kWidth)};
-        update_block<decltype(t), decltype(s)>(args, i / rows, i % rows / blocks, lanes);
-      });
-    });
   });
 }
 
