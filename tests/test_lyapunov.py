@@ -1,6 +1,7 @@
 """lyapunov_exponents, and the stability protocol over Mamba models."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -13,6 +14,10 @@ import deftcore
 from deftcore import ops
 from deftcore.cli.main import main
 from deftcore.methods.mamba import stability
+from deftcore.training import TrainingConfig
+from deftcore.training.task import Batches
+from deftcore.training.text import TextTask
+from deftcore.training.wrapping import add_adapter
 
 
 def test_hand_made_systems():
@@ -121,3 +126,30 @@ def test_command(tmp_path, capsys):
     assert "steps: must be" in capsys.readouterr().err
     assert main(["lyapunov", str(folder), str(data), "--output", str(tmp_path / "none"), "--steps", "0"]) == 2
     assert "is not a Mamba" in capsys.readouterr().err
+
+
+def test_runs_share_data_and_beginning():
+    """A step of the protocol is a step of plain AdamW on the same batches, written out here."""
+    model, task = model_of("mamba"), TextTask()
+    examples = [{"input_ids": torch.randint(1, 64, (n,)).tolist()} for n in (9, 7, 8, 6, 9)]
+    config = TrainingConfig(
+        max_steps=4, batch_size=2, learning_rate=1e-2, schedule="constant", warmup_ratio=0, max_grad_norm=0, seed=3
+    )
+    found = stability.trained_parts(copy.deepcopy(model), examples, config, [0, 2, 4], task, "here")
+    torch.manual_seed(3)
+    plain = add_adapter(copy.deepcopy(model), "mamba-lora", {"r": 8, "lora_alpha": 16}).train()
+    parameters = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.0)
+    batches = Batches(examples, 2, task.collate, seed=3)
+    order = [batch for epoch in range(2) for batch in batches.epoch(epoch)]
+    for step in range(5):
+        if step in found:
+            for name, p in parameters.items():
+                torch.testing.assert_close(found[step][name], p.detach(), rtol=1e-5, atol=1e-7)
+        plain(**order[step]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert found.keys() == {0, 2, 4}
+    assert stability.trained_parts(
+        copy.deepcopy(model), examples, dataclasses.replace(config, max_steps=0), [0], 0, ""
+    )[0]

@@ -262,6 +262,24 @@ def test_schedules(tmp_path, schedule, after):
     assert rates == pytest.approx([1e-2 * share for share in [0, 0.5, *after]], rel=1e-9)
 
 
+def test_float16_on_a_cpu(tmp_path):
+    """Products are in float16, losses are scaled, and a resumed run is the same."""
+    model, seen = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM")), set()
+    model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").register_forward_hook(
+        lambda module, inputs, output: seen.add(output.dtype)
+    )
+    train(model, examples(8), TrainingConfig(max_steps=1, mixed_precision="fp16"), tmp_path / "seen")
+    assert seen == {torch.float16}
+    options = {"save_every": 3, "mixed_precision": "fp16", "validation": False}
+    run(tmp_path / "whole", **options)
+    with pytest.raises(Stopped):
+        run(tmp_path / "parts", stop=5, **options)
+    scaler = torch.load(tmp_path / "parts" / "checkpoints" / "step-00000003" / "scaler.pt")
+    assert scaler["scale"] > 1
+    run(tmp_path / "parts", **options)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_several_trackers(tmp_path, monkeypatch):
     """Weights & Biases, by a stand-in for its package, beside TensorBoard and the log."""
     (tmp_path / "wandb.py").write_text(

@@ -97,6 +97,9 @@ def train(
         log_with=[name for name in config.logger if name != "jsonl"] or None,
         project_config=ProjectConfiguration(logging_dir=str(Path(output) / "tensorboard")),
     )
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # There Accelerate would compute in float32 without a word.
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     if accelerator.num_processes > 1:
         # An interpreter that exits under Gloo's threads may abort; a group its owner already destroyed is left alone.
         atexit.register(PartialState().destroy_process_group)

@@ -5,7 +5,9 @@ numbers of steps both are compared on a fixed set. Two float32 runs of different
 """
 
 import copy
+import itertools
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,8 +16,6 @@ from typing import Annotated, Any, cast
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from deftcore._files import replacing_file, write_json
@@ -25,6 +25,7 @@ from deftcore.models.preflight import empty_model
 from deftcore.nn.mamba import MambaBlock
 from deftcore.nn.mamba2 import Mamba2Block
 from deftcore.ops.ssm.lyapunov import lyapunov_exponents
+from deftcore.training.config import TrainingConfig
 from deftcore.training.device import choose_device
 from deftcore.training.fields import (
     Count,
@@ -38,7 +39,8 @@ from deftcore.training.fields import (
     checked,
     one_of,
 )
-from deftcore.training.task import Batches
+from deftcore.training.loop import train
+from deftcore.training.task import Batches, Task
 from deftcore.training.text import TextData, TextTask
 from deftcore.training.wrapping import add_adapter
 
@@ -174,12 +176,10 @@ def run(
         empty_model(against)
     folder = Path(output)
     report: dict[str, Any] = {"steps": sorted(set(steps)), "precisions": list(precisions), "models": {}}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        for path in filter(None, (model, against)):
-            report["models"][path] = _protocol(
-                path, data, report["steps"], precisions, seeds, max_length, batch_size, learning_rate, progress,
-                where,
-            )  # fmt: skip
+    for path in filter(None, (model, against)):
+        report["models"][path] = _protocol(
+            path, data, report["steps"], precisions, seeds, max_length, batch_size, learning_rate, where
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", report)
     _draw(report, folder / "lyapunov.png")
@@ -188,7 +188,7 @@ def run(
 
 def _protocol(
     path: str, data: str, steps: list[int], precisions: Sequence[str], seeds: int, max_length: int, batch_size: int,
-    learning_rate: float, progress: Progress, device: torch.device,
+    learning_rate: float, device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
     task = TextTask.of_model(path, empty_model(path))
     examples = task.read(data, TextData(train=data, max_length=max_length))
@@ -203,74 +203,62 @@ def _protocol(
         "parameters": sum(p.numel() for p in base.parameters()),
         "evaluation_tokens": sum(len(e["input_ids"]) for e in fixed), "checkpoints": [],
     }  # fmt: skip
-    models = {}
+    trained = {}
     for precision, seed in runs:
-        torch.manual_seed(seed)
-        models[precision, seed] = _Run(copy.deepcopy(base), precision, learning_rate)
-    bar = progress.add_task(Path(path).name, total=steps[-1] * len(runs) + len(steps))
-    done = 0
-    for target in steps:
-        for (_, seed), each in models.items():
-            each.train(
-                _stream(Batches(rest, batch_size, task.collate, seed=seed, device=device)),
-                done,
-                target,
-                lambda: progress.advance(bar),
-            )
-        done = target
-        entry: dict[str, Any] = {"step": target, "runs": []}
-        for (precision, seed), each in models.items():
+        config = TrainingConfig(
+            max_steps=steps[-1], batch_size=batch_size, learning_rate=learning_rate, schedule="constant",
+            warmup_ratio=0, max_grad_norm=0, mixed_precision="no" if precision == "fp32" else precision, seed=seed,
+        )  # fmt: skip
+        label = f"{Path(path).name}, {precision} seed {seed}"
+        trained[precision, seed] = trained_parts(copy.deepcopy(base), rest, config, steps, task, label)
+    reference, other = _adapted(copy.deepcopy(base)).eval(), _adapted(base).eval()
+    for step in steps:
+        entry: dict[str, Any] = {"step": step, "runs": []}
+        for precision, seed in runs:
             if (precision, seed) == ("fp32", 0):
                 continue
-            reference = models["fp32", 0 if precision == "fp32" else seed]
-            result = divergence(reference.model.eval(), each.model.eval(), evaluation, precision)
+            reference.load_state_dict(trained["fp32", 0 if precision == "fp32" else seed][step], strict=False)
+            other.load_state_dict(trained[precision, seed][step], strict=False)
+            result = divergence(reference, other, evaluation, precision)
             if report["mamba"]:
                 with _precision(precision, device.type):
-                    result["lyapunov"] = exponents(each.model, evaluation)
+                    result["lyapunov"] = exponents(other, evaluation)
             entry["runs"].append({"precision": precision, "seed": seed, **result})
         if report["mamba"]:
-            entry["lyapunov"] = exponents(models["fp32", 0].model, evaluation)
+            reference.load_state_dict(trained["fp32", 0][step], strict=False)
+            entry["lyapunov"] = exponents(reference, evaluation)
         report["checkpoints"].append(entry)
-        progress.advance(bar)
     return report
 
 
-class _Run:
-    """One model being fine-tuned in one precision."""
-
-    def __init__(self, model: Any, precision: str, learning_rate: float) -> None:
-        method = "mamba-lora" if is_mamba(model) else "lora"
-        options = {"r": 8, "lora_alpha": 16}
-        self.model = add_adapter(
-            model, method, options if is_mamba(model) else options | {"target_modules": "all-linear"}
-        )
-        self.precision = precision
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-        self.scaler = torch.amp.GradScaler(trained[0].device.type, enabled=precision == "fp16")
-
-    def train(self, stream: Iterator[Batch], done: int, target: int, advance: Any) -> None:
-        self.model.train()
-        for step, batch in enumerate(stream):
-            if step >= target:
-                break
-            if step < done:  # batches of earlier calls
-                continue
-            with _precision(self.precision, batch["input_ids"].device.type):
-                loss = self.model(**batch).loss
-            self.scaler.scale(loss.float()).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad()
-            advance()
+def _adapted(model: Any) -> Any:
+    options: dict[str, Any] = {"r": 8, "lora_alpha": 16}
+    if is_mamba(model):
+        return add_adapter(model, "mamba-lora", options)
+    return add_adapter(model, "lora", options | {"target_modules": "all-linear"})
 
 
-def _stream(batches: Batches) -> Iterator[Batch]:
-    """Batches without end, in an order that their seed decides."""
-    epoch = 0
-    while True:
-        yield from batches.epoch(epoch)
-        epoch += 1
+def trained_parts(
+    base: Any, examples: list[Any], config: TrainingConfig, steps: Sequence[int], task: Task, label: str
+) -> dict[int, dict[str, Tensor]]:
+    """What the adapter holds after each of the numbers of steps, the last of which is the run's."""
+    torch.manual_seed(config.seed)
+    model = _adapted(base)
+    found: dict[int, dict[str, Tensor]] = {}
+    done = itertools.count()
+
+    def keep(*_: Any) -> None:  # in front of a forward, which is one step's: so many steps have been made before
+        step = next(done)
+        if step in steps:
+            found[step] = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    handle = model.register_forward_pre_hook(keep)
+    if config.max_steps:
+        with tempfile.TemporaryDirectory() as folder:
+            train(model, examples, config, folder, task=task, label=label)
+    keep()
+    handle.remove()
+    return found
 
 
 def lines(report: dict[str, Any]) -> list[str]:
