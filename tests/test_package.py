@@ -111,7 +111,24 @@ def test_unknown_isa_is_refused():
     assert "DEFTCORE_CPU_ISA: this machine has scalar" in run_python(code, DEFTCORE_CPU_ISA="neon")
 
 
-@pytest.mark.parametrize("name", ["density", "lora", "sparse_mlp", "ssm.conv1d", "ssm.scan", "ssm.ssd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "density",
+        "gated_linear",
+        "grouped_delta",
+        "lora",
+        "partial_linear",
+        "quant4",
+        "sparse_down",
+        "sparse_mlp",
+        "ssm",
+        "ssm.conv1d",
+        "ssm.lyapunov",
+        "ssm.scan",
+        "ssm.ssd",
+    ],
+)
 def test_docstring_examples(name):
     result = doctest.testmod(sys.modules[f"deftcore.ops.{name}"], extraglobs={"torch": torch})
     assert result.attempted > 0

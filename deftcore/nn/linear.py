@@ -150,6 +150,17 @@ class Linear4bit(PackedModule, nn.Linear):
         return cls(q, linear.bias, compute_dtype=compute_dtype, source_cls=type(linear))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x W^T + bias, W decoded on the way (QLoRA, arXiv 2305.14314, eq. 5 without its adapter).
+
+        Args:
+            x: [..., in_features], float32, bfloat16 or float16; under autocast in its dtype.
+
+        Returns:
+            [..., out_features] in x's dtype, differentiable in x.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
         return linear_packed(x, self.quantized, self.bias, self.compute_dtype)
 
     @torch.no_grad()

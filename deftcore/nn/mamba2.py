@@ -22,6 +22,17 @@ class GatedRMSNorm(nn.Module):
         self.group_size, self.variance_epsilon = group_size, eps
 
     def forward(self, y: Tensor, gate: Tensor) -> Tensor:
+        """The norm of Mamba-2's block (Dao and Gu, arXiv 2405.21060, section 7).
+
+        Args:
+            y, gate: [..., hidden_size], any floating dtype.
+
+        Returns:
+            [..., hidden_size] in y's dtype.
+
+        Raises:
+            RuntimeError: by PyTorch, for sizes that do not fit.
+        """
         v = (y.float() * F.silu(gate.float())).unflatten(-1, (-1, self.group_size))
         v = F.rms_norm(v, (self.group_size,), eps=self.variance_epsilon)
         return (self.weight.float() * v.flatten(-2)).to(y.dtype)

@@ -26,7 +26,18 @@ class MergeReport:
 
 
 def merged_4bit(q: QuantizedTensor, delta: Tensor) -> tuple[QuantizedTensor, MergeReport]:
-    """q + delta, requantised as q was."""
+    """q + delta, requantised as q was.
+
+    Args:
+        q: 4-bit weights [M, K].
+        delta: [M, K], any floating dtype.
+
+    Returns:
+        The merged weights in q's type, block size and dtype, and what they kept of delta.
+
+    Raises:
+        ValueError: a sum that is not finite.
+    """
     before = q.dequantize(torch.float32)
     target = before + delta.float()
     options: dict[str, Any] = {"block_size": q.block_size, "double_quant": q.double_quant}
@@ -36,7 +47,19 @@ def merged_4bit(q: QuantizedTensor, delta: Tensor) -> tuple[QuantizedTensor, Mer
 
 
 def merged_16bit(q: QuantizedTensor, delta: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, MergeReport | None]:
-    """The decoded q + delta in `dtype`, rounded once; no report without an update."""
+    """The decoded q + delta, rounded once.
+
+    Args:
+        q: 4-bit weights [M, K].
+        delta: [M, K], any floating dtype; None for the decoded weights alone.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        Weights [M, K] in `dtype`, and what they kept of delta; None without one.
+
+    Raises:
+        TypeError: another dtype.
+    """
     if delta is None:
         return q.dequantize(dtype), None
     before = q.dequantize(torch.float32)

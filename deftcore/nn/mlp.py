@@ -89,6 +89,18 @@ class SparseMLP(_SparseBlock):
             self.lora_b = None if lora_down is None else frozen((lora_down.scaling * lora_down.b).to(w_up.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The block, its inactive neurons' rows not read; the formula is `deftcore.ops.sparse_gated_mlp`'s or
+        `deftcore.ops.sparse_mlp`'s, with the LoRA terms.
+
+        Args:
+            x: [..., D] in the weights' dtype.
+
+        Returns:
+            [..., D] in x's dtype.
+
+        Raises:
+            RuntimeError: by PyTorch, for another width or dtype.
+        """
         width, padded = x.shape[-1], self.rows.shape[2]
         flat = x.reshape(-1, width)
         if padded != width:
@@ -150,6 +162,17 @@ class SparseMLP4bit(_SparseBlock):
         self.lora = nn.ParameterDict({name: frozen(value) for name, value in factors.items()})
 
     def forward(self, x: Tensor) -> Tensor:
+        """The block, its inactive neurons' packed rows not read; as `SparseMLP.forward`.
+
+        Args:
+            x: [..., D], float32, bfloat16 or float16.
+
+        Returns:
+            [..., D] in x's dtype.
+
+        Raises:
+            RuntimeError: by PyTorch, for another width.
+        """
         weights = [m.quantized for m in (self.gate, self.up, self.down) if m is not None]
         low = LowRank4(**{name: value.to(x.dtype) for name, value in self.lora.items()}) if self.lora else NO_LOW_RANK
         b_up, b_down = (None if b is None else b.to(x.dtype) for b in (self.b_up, self.b_down))
@@ -170,6 +193,7 @@ class SkippedMLP(nn.Module):
     """A block left out by its adaptive gate: the residual stream gets exactly zero."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Zeros of x's shape [..., D] and dtype."""
         return torch.zeros_like(x)
 
 

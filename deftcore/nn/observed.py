@@ -68,6 +68,17 @@ class ObservedActivation(nn.Module):
         self.tally = Tally()
 
     def forward(self, z: Tensor) -> Tensor:
+        """The activation f(z), and a note of how many of its values are active (DEFT, arXiv 2402.01911).
+
+        Args:
+            z: [..., F], any floating dtype.
+
+        Returns:
+            f(z) as the module that stands inside gives it.
+
+        Raises:
+            TypeError, ValueError: by `deftcore.ops.act_density`, naming the argument.
+        """
         options, recorder = self.recorder.options, self.recorder
         tau = default_tau(self.deftcore_activation) if options.tau is None else options.tau
         mask = recorder.mask(self.side, z)

@@ -17,7 +17,10 @@ def prepare_for_training(model: Any, *, gradient_checkpointing: bool = True) -> 
         gradient_checkpointing: recompute activations in the backward (not reentrant).
 
     Returns:
-        The model.
+        The model; parameters keep their shapes, norms' become float32. QLoRA's recipe (arXiv 2305.14314).
+
+    Raises:
+        AttributeError: by PyTorch, for `gradient_checkpointing` of a model that is not Transformers'.
     """
     model.requires_grad_(False)
     for module in model.modules():

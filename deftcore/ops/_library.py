@@ -94,7 +94,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def op_names() -> list[str]:
-    """Names of all registered ops."""
+    """Names of all registered ops, as under `torch.ops.deftcore`, in the order of their definition."""
     return list(_defined)
 
 

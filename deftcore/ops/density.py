@@ -94,13 +94,18 @@ def act_density(
 def density(a: Tensor, *, tau: float = 0.0, mask: Tensor | None = None) -> Tensor:
     """Share of active elements, |a| > tau (or NaN), among those of unmasked tokens; 0 when there are none.
 
+    The metric that DEFT reports (Runwal et al., arXiv 2402.01911).
+
     Args:
-        a: [..., F] activations.
+        a: [..., F] activations, float32, bfloat16, float16 (float64 on the reference).
         tau: threshold, at least 0. `-0.0` is not active.
         mask: [...] without the last dimension; zero leaves the token out.
 
     Returns:
         float32 scalar in [0, 1], not differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
 
     >>> density(torch.tensor([[0.0, 1.0], [-0.0, -2.0]])).item()
     0.5

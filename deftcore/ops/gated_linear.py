@@ -29,19 +29,21 @@ def gated_linear(
 ) -> Tensor:
     """y = (f(gate) * up) W^T + bias: a gated MLP's down projection with its activation inside.
 
+    The partial back-propagation of S2FT (Yang et al., arXiv 2412.06289, section 5) where `trained` are slices of W.
+
     The backward keeps gate and up only, two tensors of the MLP's width where PyTorch keeps four, and computes the
     slice of the activation that the gradient of `trained` needs again. The activation and both its slopes are one pass
     each.
 
     Args:
-        gate, up: [..., K].
+        gate, up: [..., K], float32, bfloat16, float16 or float64, of one dtype.
         weight: [M, K], any strides; no gradient.
         trained, start, synced: slices of input channels, as in `partial_linear` with dim=1; none by default.
         activation: "relu", "relu2", "gelu" (erf), "gelu_tanh", "silu", or Transformers' names for them.
         bias: [M] or None.
 
     Returns:
-        [..., M].
+        [..., M] in gate's dtype; under autocast in autocast's, with gradients in the dtypes of the arguments.
 
     Raises:
         TypeError, ValueError: naming the argument.

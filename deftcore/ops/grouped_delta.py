@@ -17,8 +17,11 @@ from deftcore.ops.quantized import QuantizedTensor
 
 @dataclass(frozen=True)
 class SliceDelta:
-    """Delta of a slice of W [M, K]: `axis` 0 adds `block` [s, K] to rows `indices` [s], 1 adds block [s, M] to columns
-    `indices`: s vectors along the other axis, whichever it is."""
+    """Delta of a slice of W [M, K]: s vectors along the other axis, whichever it is (S2FT, arXiv 2412.06289).
+
+    `axis` 0 adds `block` [s, K] to the rows `indices` [s]; 1 adds block [s, M] to the columns `indices`. Indices are
+    whole numbers, each once; block has a floating dtype.
+    """
 
     axis: int
     indices: Tensor
@@ -27,7 +30,7 @@ class SliceDelta:
 
 @dataclass(frozen=True)
 class LowRankDelta:
-    """Delta scaling * lora_b lora_a, with lora_a [R, K] and lora_b [M, R]."""
+    """Delta scaling * lora_b lora_a, with lora_a [R, K] and lora_b [M, R] of one dtype (LoRA, arXiv 2106.09685)."""
 
     lora_a: Tensor
     lora_b: Tensor
@@ -43,7 +46,7 @@ class DeltaBank:
     Args:
         deltas: one per adapter: a delta, several that add up, or None for an adapter that leaves this weight alone.
         shape: of the weight, [M, K].
-        dtype, device: to hold them in; None is that of the first delta.
+        dtype, device: to hold them in, a floating dtype; None is that of the first delta.
 
     Raises:
         TypeError, ValueError: naming the delta.
@@ -159,6 +162,8 @@ def grouped_delta_linear(
 ) -> Tensor:
     """y[i] = x[i] (W + delta[adapter_index[i]])^T + bias: a different adapter for each row of a batch; inference only.
 
+    S2FT's serving of many adapters at once (Yang et al., arXiv 2412.06289, section 6.2).
+
     No weight is merged. A few rows per adapter (decoding) run in one native pass that reads each adapter in use once,
     after the base product; many tokens (prefill) as library products, adapter by adapter. Sums are in a fixed order.
 
@@ -170,7 +175,7 @@ def grouped_delta_linear(
         bias: [M] or None.
 
     Returns:
-        [B, ..., M].
+        [B, ..., M] in x's dtype.
 
     Raises:
         TypeError, ValueError: naming the argument.

@@ -44,7 +44,18 @@ HAS_CUDA = hasattr(native, "cuda")
 
 
 def cuda_enabled(op: str, device: torch.device | int | None = None) -> bool:
-    """Whether the CUDA kernel of `op`, one of `KERNELS`, is built and on for a device (None: the current one)."""
+    """Whether the CUDA kernel of an op is built and switched on.
+
+    On are those that have passed their tests on hardware of the device's compute capability, and all of them under
+    DEFTCORE_EXPERIMENTAL_CUDA=1.
+
+    Args:
+        op: one of `deftcore.ops.kernels.KERNELS`; any other is never on, the variable aside.
+        device: a CUDA device or its number; None is the current one.
+
+    Raises:
+        RuntimeError: by PyTorch, for a device that is not there.
+    """
     if not HAS_CUDA:
         return False
     return os.environ.get("DEFTCORE_EXPERIMENTAL_CUDA") == "1" or (

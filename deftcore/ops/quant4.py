@@ -25,6 +25,8 @@ def quantize_4bit(
 ) -> QuantizedTensor:
     """Rounds w to 4 bits with one scale, the largest magnitude, per block of the flattened tensor.
 
+    QLoRA's block-wise quantisation (Dettmers et al., arXiv 2305.14314, section 3).
+
     Args:
         w: any shape; float32, bfloat16 or float16, finite.
         quant_type: "nf4" (quantiles of a normal distribution) or "fp4".
@@ -89,10 +91,20 @@ def nest_scales(q: QuantizedTensor, parity: str | None = None) -> QuantizedTenso
 
 
 def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """code[nibble] * scale, one float32 product rounded once to dtype; None is the dtype q was made from.
+    """code[nibble] * scale, one float32 product rounded once (QLoRA, Dettmers et al., arXiv 2305.14314, eq. 6).
+
+    Args:
+        q: 4-bit weights of any shape.
+        dtype: float32, bfloat16, float16 or float64, which holds the float32 values; None is the dtype q was made from.
+
+    Returns:
+        Tensor of q's shape on q's device.
 
     Raises:
         TypeError: naming the argument.
+
+    >>> dequantize_4bit(quantize_4bit(torch.eye(2)), torch.float64).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
     """
     if not isinstance(q, QuantizedTensor):
         raise TypeError(f"q: must be a QuantizedTensor, got {type(q).__name__}")
@@ -100,13 +112,15 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Ten
 
 
 def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias for a 4-bit W [M, K], which stays packed; differentiable in x and bias.
+    """y = x W^T + bias for a 4-bit W [M, K], which stays packed (QLoRA, arXiv 2305.14314, eq. 5 without its adapter).
+
+    Differentiable in x and bias.
 
     Sums are float32. With float32 and float16 inputs the weights enter exactly; with bfloat16 inputs they are rounded
     to bfloat16, as PyTorch's own bfloat16 weights are.
 
     Args:
-        x: [..., K].
+        x: [..., K], float32, bfloat16, float16 or float64; under autocast in its dtype.
         q: of shape [M, K].
         bias: [M] in x's dtype, or None.
 

@@ -42,7 +42,11 @@ class QuantizedTensor:
 
     Scales are float32, or nested: 8-bit codes of the dynamic type in blocks of 256, scale = book[code] * nested_absmax
     + nested_offset. The tensors are plain and hold bitsandbytes' bytes; nothing changes them after construction.
-    With `column_blocks` a block is `block_size` rows of one column instead: the form that `t` gives.
+    With `column_blocks` a block is `block_size` rows of one column instead: the form that `t` gives. QLoRA, Dettmers et
+    al., arXiv 2305.14314.
+
+    Raises:
+        TypeError, ValueError: naming the field, for a tensor of another dtype, size or device.
     """
 
     packed: Tensor  # uint8 [ceil(numel / 2)], the even element in the high nibble

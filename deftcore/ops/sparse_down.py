@@ -26,6 +26,7 @@ def sparse_down(
 ) -> Tensor:
     """y = a W_down^T + bias, reading only the rows of w_down_t whose neuron is active in some token.
 
+    For models whose activations training has made mostly zero (DEFT, Runwal et al., arXiv 2402.01911).
     Neuron i is active in a token when |a_i| > tau or a_i is NaN. At tau = 0 the result is the dense product up to
     summation order, with one difference: infinities and NaN in the weights of inactive neurons are not seen.
 

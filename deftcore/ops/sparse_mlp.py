@@ -35,8 +35,10 @@ def sparse_mlp(
 ) -> Tensor:
     """y = f(x W_up^T + b_up) W_down^T + b_down, reading only active rows of w_down_t: at best 2 / (1 + density).
 
+    For models whose activations training has made mostly zero (DEFT, Runwal et al., arXiv 2402.01911).
+
     Args:
-        x: [..., D].
+        x: [..., D], float32, bfloat16 or float16 (float64 on the reference).
         w_up: [F, D]; w_down_t: [F, D] neuron-major; both 4-bit or neither. b_up: [F] or None; b_down: [D] or None.
         activation: as in `act_density`.
         tau: None is 0 for ReLU types and sqrt(1e-7) for smooth activations, where the result is then approximate:
@@ -67,11 +69,12 @@ def sparse_gated_mlp(
 ) -> Tensor:
     """y = (f(x W_gate^T) * (x W_up^T)) W_down^T; only rows of w_up and w_down_t with |f| > tau are read.
 
+    For models whose activations training has made mostly zero (DEFT, Runwal et al., arXiv 2402.01911).
     At best 3 / (1 + 2 density) over the dense block. `bundle_rows` lays w_up and w_down_t side by side, so that a
     neuron is one contiguous read; the views it returns go in here and into dense products alike.
 
     Args:
-        x: [..., D].
+        x: [..., D], float32, bfloat16 or float16 (float64 on the reference).
         w_gate, w_up, w_down_t: [F, D] each, rows are neurons; row strides are free. All 4-bit or none; a 4-bit block
             with more than 64 tokens, or whose rows are not whole blocks, goes to the dense 4-bit products.
         activation, tau, path: as in `sparse_mlp`.
@@ -90,7 +93,21 @@ def sparse_gated_mlp(
 
 
 def bundle_rows(w_up: Tensor, w_down_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies two [F, D] matrices into one [F, 2, D] buffer and returns the two views, row stride 2 D."""
+    """Lays the rows of two matrices side by side, so that `sparse_gated_mlp` reads a neuron in one piece.
+
+    Args:
+        w_up, w_down_t: [F, D], of one floating dtype on one device.
+
+    Returns:
+        Copies of the two, views of one buffer [F, 2, D], row stride 2 D.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> up, down_t = bundle_rows(torch.zeros(3, 2), torch.ones(3, 2))
+    >>> up.stride(), down_t.tolist()
+    ((4, 1), [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+    """
     check_like("w_down_t", w_down_t, "w_up", w_up)
     check_shape("w_down_t", w_down_t, tuple(w_up.shape), "as w_up")
     bundle = torch.stack((w_up, w_down_t), dim=1)

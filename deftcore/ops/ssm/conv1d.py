@@ -26,6 +26,7 @@ def causal_conv1d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """out_t = f(bias + sum_k weight[:, k] x_{t - W + 1 + k}) per channel, f silu or the identity.
 
+    The convolution of Mamba's block (Gu and Dao, arXiv 2312.00752, section 3.4).
     Sums are float32. Every argument but `seq_idx` is differentiable.
 
     Args:

@@ -38,10 +38,12 @@ def mamba_inner(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mamba's block after `in_proj`: convolution, silu, x_proj, dt_proj, selective scan, gate, out_proj.
 
+    The block of Gu and Dao, arXiv 2312.00752, section 3.4, its scan by algorithm 2.
+
     Kept for the backward: xz, x_proj's output, and a state every 32 steps. Exponents, states and sums are float32.
 
     Args:
-        xz: [B, L, 2 D], the scan's input first, its gate second.
+        xz: [B, L, 2 D], the scan's input first, its gate second; float32, bfloat16, float16 or float64.
         conv_weight: [D, W]; conv_bias: [D] or None.
         x_proj: [R + 2 N, D], rows in the order dt, B, C; dt_proj: [D, R], its bias enters the scan in float32;
             out_proj: [M, D]. Dense weights in xz's dtype.
@@ -51,8 +53,8 @@ def mamba_inner(
         norm_eps: FalconMamba's weightless RMS norms on dt, B and C, with this epsilon; None leaves them out.
 
     Returns:
-        out [B, L, M], and the last state (float32), the next `initial_state`; the next `conv_state` is the last W - 1
-        steps of the convolution's input.
+        out [B, L, M] in xz's dtype (under autocast in its), and the last state (float32), the next `initial_state`;
+        the next `conv_state` is the last W - 1 steps of the convolution's input.
 
     Raises:
         TypeError, ValueError: naming the argument.

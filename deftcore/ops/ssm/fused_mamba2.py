@@ -25,10 +25,13 @@ def mamba2_inner(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mamba-2's block after `in_proj`: convolution, silu, scan, gated RMS norm, out_proj.
 
+    The block of Dao and Gu, arXiv 2405.21060, section 7.
+
     Kept for the backward: zxbcdt. Exponents, states, norms and sums are float32.
 
     Args:
-        zxbcdt: [B, L, 2 D + 2 G N + H], gate z, x, B, C and dt in this order; D = H P.
+        zxbcdt: [B, L, 2 D + 2 G N + H], gate z, x, B, C and dt in this order; D = H P. float32, bfloat16,
+            float16 or float64.
         conv_weight: [D + 2 G N, W]; conv_bias: as many or None.
         dt_bias, A, D: [H], A negative.
         norm_weight: [D], of the norm over y silu(z), whose mean squares are over D / norm_groups channels; None is
@@ -37,8 +40,8 @@ def mamba2_inner(
         mask, conv_state [B, D + 2 G N, W - 1], initial_state [B, H, P, N]: as in `mamba_inner`.
 
     Returns:
-        out [B, L, M], and the last state (float32), the next `initial_state`; the next `conv_state` is the last W - 1
-        steps of the convolution's input.
+        out [B, L, M] in zxbcdt's dtype (under autocast in its), and the last state (float32), the next `initial_state`;
+        the next `conv_state` is the last W - 1 steps of the convolution's input.
 
     Raises:
         TypeError, ValueError: naming the argument.

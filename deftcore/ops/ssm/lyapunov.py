@@ -1,4 +1,4 @@
-"""Lyapunov exponents of Mamba's state recurrence, exact for given steps (spec of the diagonal system)."""
+"""Lyapunov exponents of Mamba's state recurrence (Halloran et al., arXiv 2406.00209), exact for given steps."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def lyapunov_exponents(delta: Tensor, A: Tensor, *, mask: Tensor | None = None) 
     only where all steps are 0. Sums are float64. For segments of a sequence, add `mean * length` and lengths.
 
     Args:
-        delta: [B, D, L], the steps: after softplus and clamp. For Mamba-2 one row per head, [B, H, L].
+        delta: [B, D, L], any floating dtype, the steps: after softplus and clamp. For Mamba-2 [B, H, L].
         A: [D, N], or [H] for Mamba-2; negative.
         mask: [B, L], 0 or False at steps that do not count.
 

@@ -18,7 +18,8 @@ from deftcore.ops.quantized import QuantizedTensor
 class LoraPair(NamedTuple):
     """scaling dropout(x) a^T b^T, added to all outputs of a projection or to `rows` of them.
 
-    a: [R, K]; b: [M, R], or one row for each of `rows` (start, stop).
+    a: [R, K]; b: [M, R], or one row for each of `rows` (start, stop); any floating dtype. LoRA, Hu et al., arXiv
+    2106.09685, eq. 3.
     """
 
     a: Tensor
@@ -29,7 +30,10 @@ class LoraPair(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A frozen linear layer, [M, K] dense or in 4 bits, and the LoRA pairs over it."""
+    """A frozen linear layer, [M, K] dense or in 4 bits, its bias [M], and the LoRA pairs over it.
+
+    What does not fit is named by the op that takes the projection: TypeError, ValueError.
+    """
 
     weight: Tensor | QuantizedTensor
     bias: Tensor | None = None

@@ -20,14 +20,16 @@ def selective_scan(
     delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: bool = False,
     *, initial_state: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """out_t = (C_t . h_t + D u_t) silu(z_t) with h_t = exp(step_t A) h_{t-1} + step_t B_t u_t (Mamba, algorithm 2).
+    """out_t = (C_t . h_t + D u_t) silu(z_t) with h_t = exp(step_t A) h_{t-1} + step_t B_t u_t.
+
+    Mamba's scan (Gu and Dao, arXiv 2312.00752, algorithm 2).
 
     step = delta + delta_bias, through softplus where `delta_softplus` is set. The state is float32. Time is linear in
     L; for the backward a state is kept every 32 steps, the rest is computed again. The last state and the initial one
     are differentiable too.
 
     Args:
-        u, delta, z: [B, D, L] of one dtype, any strides ([B, L, D] transposed needs no copy).
+        u, delta, z: [B, D, L] of one floating dtype, any strides ([B, L, D] transposed needs no copy).
         A: [D, N], real; N up to 256.
         B, C: [B, N, L] or [B, G, N, L], G groups of channels; or [D, N], fixed in time.
         D, delta_bias: [D] or None.

@@ -69,6 +69,8 @@ def selective_state_update(
 ) -> Tensor:  # fmt: skip
     """One step of the scan: state = exp(step A) state + step B x, in place, and out = (C . state + D x) silu(z).
 
+    Mamba's recurrence (Gu and Dao, arXiv 2312.00752, eq. 2), or Mamba-2's.
+
     Shapes are Mamba's, or Mamba-2's with a head dimension H (there dt, A, D and dt_bias may be expanded views). Every
     tensor has a floating dtype of its own; sums and exponents are float32, float64 where x, dt, z, B or C is. Where
     gradients are needed they go to everything but `state`.
