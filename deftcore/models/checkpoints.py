@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from deftcore.models.folders import checked_folder, is_4bit, model_kind
 from deftcore.models.gates import load_gates
-from deftcore.models.quantized_files import checked_folder, is_4bit, load_quantized, model_kind
+from deftcore.models.quantized_files import load_quantized
 
 SPARSE_FILE = "deftcore_sparse.json"
 ADAPTER_FOLDER = "adapter"

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from deftcore._names import near
 from deftcore.models.families import POSITION_TABLES
-from deftcore.models.quantized_files import checked_folder, model_kind
+from deftcore.models.folders import checked_folder, model_kind
 from deftcore.nn.quantization import linears_to_quantize
 
 

@@ -1,30 +1,20 @@
 """4-bit models from safetensors files, one tensor at a time."""
 
-import json
 import os
 import re
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from deftcore.models.families import family_of
+from deftcore.models.folders import StoredWeights, is_4bit, local_folder, model_kind
 from deftcore.nn.linear import Linear4bit, out_by_in
 from deftcore.nn.quantization import is_named, linears_to_quantize, set_quantization_config
 from deftcore.ops.quant4 import quantize_4bit
 from deftcore.ops.quantized import QuantizedTensor
-
-
-def is_4bit(config: Any) -> bool:
-    """Whether a model's configuration says that its files are bitsandbytes' 4-bit ones."""
-    stored = getattr(config, "quantization_config", None) or {}
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    return bool(stored.get("load_in_4bit")) and stored.get("quant_method") == "bitsandbytes"
 
 
 def load_quantized(
@@ -58,8 +48,8 @@ def load_quantized(
     from rich.console import Console
     from rich.progress import track
 
-    folder = _snapshot(path)
-    files = _weight_files(folder)
+    folder = local_folder(path)
+    weights = StoredWeights(folder)
     config = AutoConfig.from_pretrained(folder)
     stored: Any = getattr(config, "quantization_config", None)
     if stored is not None:
@@ -68,61 +58,39 @@ def load_quantized(
         stored = stored if isinstance(stored, dict) else stored.to_dict()
         del config.quantization_config
         skip = stored.get("llm_int8_skip_modules") or ("lm_head",)
-    dtype = dtype or getattr(config, "dtype", None) or _stored_dtype(files)
+    dtype = dtype or getattr(config, "dtype", None) or weights.dtype()
     with init_empty_weights(include_buffers=False):
         model = model_kind(config).from_config(config, dtype=dtype)
     model.tie_weights()
-    expected = set(model.state_dict())
-    files = _as_in(model, files, expected)
-    packed = {f"{name}.weight" for name in linears_to_quantize(model, skip)}
-    grouped = {key: [k for k in files if k.startswith(f"{key}.")] for key in packed}
-    allowed = tuple(missing_ok)
-    missing = sorted(
-        k
-        for k in expected - files.keys()
-        if not (k.startswith(allowed) or _is_tied(model, k, files) or _is_made(model, k))
-    )
-    known = expected | {k for keys in grouped.values() for k in keys}
-    unexpected = sorted(k for k in files.keys() - known if not _is_left_over(model, k))
-    if missing or unexpected:
-        raise ValueError(f"path: {folder} is of another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
-
-    def read(name: str) -> Tensor:
-        # The file is only mapped: a model that kept the mapping would crash once the file is written again.
-        return mapped(name).clone()
-
-    def mapped(name: str) -> Tensor:
-        file, stored_name = files[name]
-        return file.get_tensor(stored_name)
-
+    weights.name_as(model)
+    packed = {f"{name}.weight": name for name in linears_to_quantize(model, skip)}
+    parts = {key: [name for name in weights.names() if name.startswith(f"{key}.")] for key in packed}
+    absent = _check_names(f"path: {folder}", model, weights, parts, tuple(missing_ok))
     options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
-    keys = sorted(expected & files.keys())
+    wide = _kept_wide(model, dtype)
+    keys = sorted(model.state_dict().keys() - absent)
     for key in track(keys, "loading into 4 bits", console=Console(stderr=True), transient=True):
-        if key not in packed:
-            value = read(key)
-            kept = torch.float32 if is_named(key, _kept_wide(model, dtype)) else dtype
-            try:
-                set_module_tensor_to_device(model, key, "cpu", value.to(kept) if value.is_floating_point() else value)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from error
-            continue
-        name = key.removesuffix(".weight")
-        holder, _, attribute = name.rpartition(".")
-        linear = model.get_submodule(name)
         try:
-            if grouped[key]:
-                q = QuantizedTensor.from_state_dict({k: read(k) for k in (key, *grouped[key])}, key)
+            if key not in packed:
+                value = weights.read(key)
+                if value.is_floating_point():
+                    value = value.to(torch.float32 if is_named(key, wide) else dtype)
+                set_module_tensor_to_device(model, key, "cpu", value)
+                continue
+            linear = model.get_submodule(packed[key])
+            if parts[key]:
+                q = QuantizedTensor.from_state_dict({name: weights.read(name) for name in (key, *parts[key])}, key)
             else:
-                q = quantize_4bit(out_by_in(linear, mapped(key)).to(dtype), **options)  # straight from the mapped file
+                q = quantize_4bit(out_by_in(linear, weights.mapped(key)).to(dtype), **options)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        expected_shape = out_by_in(linear, linear.weight).shape  # on the meta device
-        if q.shape != expected_shape:
-            raise ValueError(f"{key}: shape must be {tuple(expected_shape)}, got {tuple(q.shape)}")
+            raise ValueError(f"{packed.get(key, key)}: {error}") from error
+        expected = out_by_in(linear, linear.weight).shape  # on the meta device
+        if q.shape != expected:
+            raise ValueError(f"{key}: shape must be {tuple(expected)}, got {tuple(q.shape)}")
         layer = Linear4bit(q, compute_dtype=compute_dtype, source_cls=type(linear))
         layer.bias = linear.bias  # on the meta device until its own turn
-        setattr(model.get_submodule(holder), attribute, layer)
-    model.tie_weights(missing_keys=expected - files.keys(), recompute_mapping=False)  # what is stored apart stays apart
+        model.set_submodule(packed[key], layer)
+    model.tie_weights(missing_keys=absent, recompute_mapping=False)  # what is stored apart stays apart
     if stored is None:
         set_quantization_config(model, skip, compute_dtype=compute_dtype, **options)
     else:
@@ -132,53 +100,27 @@ def load_quantized(
     return model.eval()
 
 
-def _snapshot(path: str | os.PathLike) -> Path:
-    path = checked_folder(path)
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
+def _check_names(
+    where: str, model: Any, weights: StoredWeights, parts: Mapping[str, list[str]], missing_ok: tuple[str, ...]
+) -> set[str]:
+    """The model's tensors that are not stored, all of which may be absent.
 
-    return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+    Args:
+        parts: what is stored beside each packed weight.
 
-
-def _weight_files(folder: Path) -> dict[str, tuple[Any, str]]:
-    """The open safetensors file of each weight, and the name that it has there."""
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"path: {index} is damaged: {error}") from error
-    found = {}
-    for name in names:
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"path: no such file: {folder / name}")
-        try:
-            file = safe_open(folder / name, "pt")
-        except SafetensorError as error:
-            raise ValueError(f"path: {folder / name} is damaged: {error}") from error
-        found.update({key: (file, key) for key in file.keys()})  # noqa: SIM118  a handle, not a dictionary
-    return found
-
-
-def _as_in(model: Any, files: dict[str, tuple[Any, str]], expected: set[str]) -> dict[str, tuple[Any, str]]:
-    """The files' weights under the model's names: a checkpoint of the bare model lacks the prefix."""
-    family = family_of(model)
-    for here, stored in family.stored_as if family else ():
-        files = {here + key.removeprefix(stored) if key.startswith(stored) else key: at for key, at in files.items()}
-    prefix = f"{model.base_model_prefix}."
-    bare = any(key.startswith(prefix) for key in expected) and not any(key.startswith(prefix) for key in files)
-    return {f"{prefix}{key}" if bare and key not in expected else key: value for key, value in files.items()}
-
-
-def _stored_dtype(files: dict[str, tuple[Any, str]]) -> torch.dtype:
-    """The type of the first floating weight; Transformers takes it where the configuration is silent."""
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    stored = (file.get_slice(name).get_dtype() for file, name in files.values())
-    return next((types[kind] for kind in stored if kind in types), torch.float32)
+    Raises:
+        ValueError: naming tensors that are missing, or stored and unknown.
+    """
+    expected, names = model.state_dict().keys(), weights.names()
+    absent = expected - names
+    missing = sorted(
+        key for key in absent if not (key.startswith(missing_ok) or _is_tied(model, key, names) or _is_made(model, key))
+    )
+    known = expected | {name for beside in parts.values() for name in beside}
+    unexpected = sorted(name for name in names - known if not _is_left_over(model, name))
+    if missing or unexpected:
+        raise ValueError(f"{where} is of another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
+    return absent
 
 
 def _kept_wide(model: Any, dtype: torch.dtype) -> list[str]:
@@ -205,41 +147,9 @@ def _is_made(model: Any, key: str) -> bool:
     return key in dict(model.named_buffers()) and any(re.search(pattern, key) for pattern in patterns)
 
 
-def _is_tied(model: nn.Module, key: str, files: dict[str, Any]) -> bool:
-    """Whether the parameter is another one's, which the files hold."""
+def _is_tied(model: nn.Module, key: str, stored: Collection[str]) -> bool:
+    """Whether the parameter is another one's, which is stored."""
     wanted = model.get_parameter(key) if key in dict(model.named_parameters(remove_duplicate=False)) else None
     return wanted is not None and any(
-        other is wanted and name in files for name, other in model.named_parameters(remove_duplicate=False)
+        other is wanted and name in stored for name, other in model.named_parameters(remove_duplicate=False)
     )
-
-
-def checked_folder(path: str | os.PathLike) -> str:
-    """The path of a Transformers folder, or the hub id of a model that the cache or the hub has.
-
-    Raises:
-        FileNotFoundError: naming the path.
-    """
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    path = os.fspath(path)
-    if Path(path).is_dir():
-        if not (Path(path) / CONFIG_NAME).is_file():
-            raise FileNotFoundError(f"model: {path} is no Transformers folder, it has no {CONFIG_NAME}")
-        return path
-    if Path(path).exists():
-        raise FileNotFoundError(f"model: must be a folder, {path} is a file")
-    if path.count("/") > 1 or path.startswith((".", "/", "~")) or path.endswith("/"):
-        raise FileNotFoundError(f"model: no such folder: {path}")
-    try:
-        if not isinstance(try_to_load_from_cache(path, CONFIG_NAME), str):
-            HfApi().model_info(path, timeout=10)  # one request; a download would try for half a minute
-    except Exception as error:  # no such id, no possible id, or whatever the client raises where there is no network
-        raise FileNotFoundError(
-            f"model: no such folder: {path}; nor has the Hugging Face cache or hub, if within reach, such a model"
-        ) from error
-    return path
-
-
-def model_kind(config: Any) -> Any:
-    """The class of Transformers that builds a language model of this configuration."""
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

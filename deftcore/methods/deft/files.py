@@ -18,8 +18,9 @@ from deftcore._files import replacing_folder, write_json
 from deftcore.methods.lora.patch import patch
 from deftcore.models.blocks import find_mlp_blocks
 from deftcore.models.checkpoints import ADAPTER_FOLDER, SPARSE_FILE
+from deftcore.models.folders import is_4bit, model_kind
 from deftcore.models.gates import gates_of
-from deftcore.models.quantized_files import is_4bit, load_quantized, model_kind
+from deftcore.models.quantized_files import load_quantized
 from deftcore.models.sparsify import sparsify
 from deftcore.training.adapters import load_adapter
 
