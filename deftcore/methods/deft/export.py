@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from deftcore.methods.deft.files import save_sparse
 from deftcore.methods.lora.merging import merge as merge_adapters
 from deftcore.models.blocks import find_mlp_blocks
-from deftcore.models.checkpoints import is_4bit, load_model, load_tokenizer, own_adapter
+from deftcore.models.checkpoints import load_model, load_tokenizer, own_adapter
+from deftcore.models.folders import is_4bit
 from deftcore.models.gates import gates_of
 from deftcore.models.preflight import empty_model
 from deftcore.models.sparsify import check_sparsify
