@@ -18,7 +18,10 @@ from deftcore.nn import SparseMLP
 from deftcore.nn.linear import is_transposed, out_by_in
 from deftcore.ops import dequantize_4bit, quantize_4bit
 
-GATED_T5 = {"t5": "gated-gelu", "mt5": "gated-gelu"}
+OWN = {  # activations of the real models, where they are neither relu nor silu
+    "gemma": "gelu_pytorch_tanh", "gemma2": "gelu_pytorch_tanh", "gemma3_text": "gelu_pytorch_tanh",
+    "gpt2": "gelu_new", "gpt_neox": "gelu", "bert": "gelu", "roberta": "gelu", "t5": "gated-gelu", "mt5": "gated-gelu",
+}  # fmt: skip
 REFUSED = [(kind, method) for kind, family in FAMILIES.items() for method in METHODS if family.refusal(method)]
 
 
@@ -78,17 +81,19 @@ def test_density(kind):
 
 @pytest.mark.parametrize("kind", served_by("sparsify"))
 def test_sparsify(kind):
-    model = model_of(kind)
-    expected = logits_of(model, kind)
-    sparse = deftcore.sparsify(model, path="sparse")
-    assert sum(isinstance(m, SparseMLP) for m in sparse.modules()) == {"t5": 4, "mt5": 4}.get(kind, 2)
-    torch.testing.assert_close(logits_of(sparse, kind), expected, rtol=1e-4, atol=1e-4)
+    """With zeros to skip, and with the activation that the real model has."""
+    for activation in ("relu", OWN.get(kind, "silu")):
+        model = model_of(kind, activation)
+        expected = logits_of(model, kind)
+        sparse = deftcore.sparsify(model, path="sparse", tau=0.0)
+        assert sum(isinstance(m, SparseMLP) for m in sparse.modules()) == {"t5": 4, "mt5": 4}.get(kind, 2)
+        torch.testing.assert_close(logits_of(sparse, kind), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", served_by("s2ft"))
 def test_s2ft(kind):
     """Every role of heads and channels: the function stays, slices train, the rest of the base does not move."""
-    model = model_of(kind, GATED_T5.get(kind, "silu"))
+    model = model_of(kind, OWN.get(kind, "silu"))
     expected = logits_of(model, kind)
     roles = ["q", "k", "v", "o", "up", "down"] + (["gate"] if FAMILIES[kind].mlps[0].gate else [])
     config = deftcore.S2ftConfig(channel_ratio=0.2, head_ratio=0.5, targets=roles, task_type=task_type(kind))
@@ -105,6 +110,28 @@ def test_s2ft(kind):
         lines = (change.t() if is_transposed(layer.base_layer) else change).any(1 - layer.dim)
         places = torch.cat([torch.arange(start, start + length) for start, length in layer.runs])
         assert lines.nonzero().flatten().tolist() == places.tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "role", "module", "rows"),
+    [
+        ("gpt_neox", "v", "gpt_neox.layers.0.attention.query_key_value", range(64, 72)),  # head 2 of q, k, v by head
+        ("gpt2", "v", "transformer.h.0.attn.c_attn", range(80, 88)),
+        ("phi3", "v", "model.layers.0.self_attn.qkv_proj", range(48 + 8, 48 + 16)),  # the second of two groups
+        ("phi3", "up", "model.layers.0.mlp.gate_up_proj", range(72 + 5, 72 + 6)),
+    ],
+)
+def test_s2ft_scores_rows_of_fused_matrices(kind, role, module, rows):
+    """The largest rows of a role are found where that role lies."""
+    model = model_of(kind)
+    layer = model.get_submodule(module)
+    weight = layer.weight.detach().t() if is_transposed(layer) else layer.weight.detach()
+    weight[rows] *= 30
+    options = {"channel_ratio": 1.5 / 72, "head_ratio": 0.5 if kind == "phi3" else 0.25}
+    config = deftcore.S2ftConfig(strategy="weight", targets=[role], **options)
+    peft.get_peft_model(model, config)
+    unit = {"gpt_neox": [2], "gpt2": [2], "phi3": [1] if role == "v" else [5]}[kind]
+    assert config.indices[f"{module}:{role}"] == unit
 
 
 @pytest.mark.parametrize("kind", served_by("lora"))
@@ -258,7 +285,7 @@ def test_describe_is_plain_and_complete():
     assert [row["model_type"] for row in rows] == list(FAMILIES)
     for row in rows:
         assert sorted([*row["served"], *row["refused"]]) == sorted(METHODS)
-        model = tiny_model(row["model_type"], GATED_T5.get(row["model_type"], "relu"))
+        model = tiny_model(row["model_type"], OWN.get(row["model_type"], "silu"))
         modules = dict(model.named_modules())
         paths = [path for form in [row["attention"], *row["mlp"][:1]] for path in form.values()]
         for path in paths:
