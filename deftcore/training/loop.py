@@ -329,10 +329,12 @@ class _Run:
         total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for batch in self.validation.epoch(0):
             with self.accelerator.autocast():
-                loss = self.task.output(self.model, batch).loss
+                output = self.task.output(self.model, batch)
+            for objective in self.objectives:
+                objective.observe(batch, output)
             count = self.task.predictions(batch)
             total += torch.tensor(
-                [float(loss) * count if count else 0.0, count], dtype=torch.float64, device=total.device
+                [float(output.loss) * count if count else 0.0, count], dtype=torch.float64, device=total.device
             )
         self.model.train()
         loss_sum, count = self.accelerator.reduce(total, "sum").tolist()

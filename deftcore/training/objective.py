@@ -49,6 +49,9 @@ class Objective(nn.Module):
     def end(self) -> None:
         """The last backward of a step is done, the optimizer's step follows."""
 
+    def observe(self, batch: Batch, output: Any) -> None:
+        """A forward of an evaluation is done; for objectives that measure on outputs."""
+
     def reset(self) -> None:
         """Starts what `report` measures anew: before a step, and before an evaluation."""
 

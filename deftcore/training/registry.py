@@ -28,12 +28,12 @@ class Setup:
     """What a method may use when it wraps a model. Outside a recipe there are neither data nor earlier phases.
 
     Args:
-        batches: (share, at_least) to batches of so much of the training data, of examples at least as many, where
-            there are so many; in their order, without labels changed or rows shuffled.
-        phase: (model, name, training, objectives, optimizer) trains what requires a gradient before the main run, on
-            the same data: `name` is the phase's folder inside the run's, `training` the fields of the recipe's section
-            that differ, the others as in `deftcore.training.train`. A phase that was interrupted goes on, one that is
-            done only loads its parameters.
+        batches: (share, at_least) to batches of that share of the training examples, the first ones, and of at least
+            so many where there are.
+        phase: (model, name, changes, objective=..., optimizer=...) trains what requires a gradient, on the same data,
+            before the main run. `name` is the phase's folder inside the run's, `changes` are fields of `training:`,
+            the others as in `deftcore.training.train`. A phase that was interrupted goes on, one that is done only
+            loads its parameters.
     """
 
     batches: Callable[[float, int], Iterable[Mapping[str, Tensor]]] = lambda share, at_least: ()

@@ -42,6 +42,8 @@ class ObjectiveTrainerMixin:
         outputs = return_outputs or model.training
         result = super().compute_loss(model, inputs, return_outputs=outputs, **kwargs)  # type: ignore[misc]
         if not model.training:
+            if return_outputs:
+                self.objective.observe(inputs, result[1])
             return result
         loss, output = result
         share = self.objective.share(inputs, output)

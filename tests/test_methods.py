@@ -1,0 +1,319 @@
+"""The seam: what a method is given for one record, and that nothing else has to know it."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pydantic
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from test_package import save_base
+from torch import nn
+from torch.nn import functional as F
+
+import deftcore
+from deftcore.cli.main import main
+from deftcore.models.checkpoints import load_model
+from deftcore.training import load_recipe
+from deftcore.training.adapters import load_adapter
+from deftcore.training.config import DataConfig
+from deftcore.training.fields import OPTIONS, Positive
+from deftcore.training.keeper import Keeper
+from deftcore.training.objective import Objective
+from deftcore.training.registry import GROUP, Method, all_methods, all_sections, find, load_rooms, register
+from deftcore.training.run import train_recipe
+from deftcore.training.task import Task
+
+PAGE = Path(__file__).parents[1] / "docs" / "add-a-method.md"
+
+
+class Stopped(Exception):
+    """What ends a run before its end."""
+
+
+@pytest.fixture
+def stopping(monkeypatch):
+    """The next run ends behind its first checkpoint."""
+
+    def checkpoint(keeper, step):
+        monkeypatch.setattr(Keeper, "checkpoint", original)
+        original(keeper, step)
+        raise Stopped
+
+    original = Keeper.checkpoint
+    return lambda: monkeypatch.setattr(Keeper, "checkpoint", checkpoint)
+
+
+def tensors_in(folder):
+    return {path.name: load_file(path) for path in Path(folder).glob("*.safetensors")}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys() != set()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------- the method of the documentation
+
+
+@pytest.fixture(scope="module")
+def gain(tmp_path_factory):
+    """The file that docs/add-a-method.md shows, as a package that is installed; and a base model beside it."""
+    root = tmp_path_factory.mktemp("gain")
+    code = re.search(r"^```py\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)[1]
+    assert len(code.splitlines()) <= 60
+    (root / "gain.py").write_text(code)
+    (root / "gain-1.0.dist-info").mkdir()
+    (root / "gain-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: gain\nVersion: 1.0\n")
+    (root / "gain-1.0.dist-info" / "entry_points.txt").write_text(f"[{GROUP}]\ngain = gain\n")
+    (root / "base").mkdir()
+    save_base(root / "base", intermediate_size=128)
+    (root / "r.yaml").write_text(
+        yaml.safe_dump({
+            "model": str(root / "base"), "output": "", "method": "gain", "adapter": {"start": 0.1},
+            "data": {"train": str(root / "base" / "data.txt"), "max_length": 16},
+            "training": {"max_steps": 4, "save_every": 2, "log_every": 1, "learning_rate": 1e-2},
+        })
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(root)
+        load_rooms.cache_clear()
+        yield root
+    load_rooms.cache_clear()
+
+
+def test_a_method_of_another_package_is_listed(gain, capsys):
+    assert main(["methods", "--json"]) == 0
+    (found,) = [each for each in json.loads(capsys.readouterr().out)["methods"] if each["name"] == "gain"]
+    assert found["summary"] == "A factor per output feature."
+    assert main(["methods", "--help"]) == 0
+    assert "List the methods" in capsys.readouterr().out
+
+
+def test_it_trains_resumes_and_is_exported(gain, tmp_path, stopping, capsys):
+    """From a recipe, by the commands alone."""
+    whole, parts, out = (str(tmp_path / name) for name in ("whole", "parts", "out"))
+    assert main(["train", str(gain / "r.yaml"), f"output={whole}"]) == 0
+    stopping()
+    with pytest.raises(Stopped):
+        main(["train", str(gain / "r.yaml"), f"output={parts}"])
+    assert main(["train", str(gain / "r.yaml"), f"output={parts}"]) == 0
+    stored = tensors_in(f"{whole}/final")
+    assert_same(stored, tensors_in(f"{parts}/final"))
+    factors = torch.stack([*stored["adapter_model.safetensors"].values()])
+    assert factors.shape == (2, load_model(gain / "base").config.hidden_size)
+    assert (factors != 0.1).any()
+    assert main(["train", str(gain / "r.yaml"), f"output={parts}", "adapter.start=0.2"]) == 2
+    assert "adapter.start: 0.1 -> 0.2" in capsys.readouterr().err
+
+    assert main(["export", str(gain / "base"), out, "--adapter", f"{whole}/final"]) == 0
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        adapted = load_adapter(load_model(gain / "base"), f"{whole}/final").eval()
+        torch.testing.assert_close(deftcore.load_sparse(out)(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
+        base = load_model(gain / "base").eval()
+        assert (adapted(ids).logits - base(ids).logits).abs().max() > 1e-3
+    assert main(["density", out, str(gain / "base" / "data.txt"), "--max-length", "16"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.strat=1", "adapter.strat: unknown; did you mean start"),
+        ("adapter.start=much", "adapter.start: must be a number, got 'much'"),
+        (
+            "adapter.target_modules=[down_prj]",
+            "adapter.target_modules: no module named 'down_prj'; did you mean down",
+        ),
+        ("method=gian", "method: must be one of lora, qlora"),
+    ],
+)
+def test_its_mistakes_are_named(gain, tmp_path, capsys, override, message):
+    assert main(["train", str(gain / "r.yaml"), f"output={tmp_path / 'x'}", override]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_names_are_unique_and_near_ones_are_said(gain):
+    with pytest.raises(ValueError, match="method: no method 'gian'; did you mean gain"):
+        find("gian")
+    with pytest.raises(ValueError, match="there is a method 'lora' already"):
+        register(Method(name="lora", summary=""))
+    for record in (*all_methods(), *all_sections()):
+        assert record.summary.endswith(".")
+        assert "\n" not in record.summary
+        assert len(record.summary) < 100
+
+
+# ---------------------------------------------------------------------------- another kind of data
+
+
+class Cloud(nn.Module):
+    """Classifies sets of points: an encoder, its maximum over points, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, points):
+        return self.head(self.encoder(points).relu().amax(1))
+
+    def save_pretrained(self, folder):
+        save_file({name: p.detach().contiguous() for name, p in self.state_dict().items()}, folder / "w.safetensors")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=OPTIONS)
+class CloudData(DataConfig):
+    scale: Positive = 1.0
+
+
+class CloudTask(Task):
+    """Lines of JSON: points [N, 3] and a label."""
+
+    config = CloudData
+
+    @classmethod
+    def load_model(cls, path, **options):
+        model = Cloud()
+        if next(model.parameters()).device.type != "meta":
+            model.load_state_dict(load_file(Path(path) / "w.safetensors"))
+        return model
+
+    def read(self, path, config):
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        return [row | {"points": (config.scale * torch.tensor(row["points"])).tolist()} for row in rows]
+
+    def collate(self, examples):
+        return {name: torch.tensor([each[name] for each in examples]) for name in ("points", "label")}
+
+    def output(self, model, batch):
+        logits = model(batch["points"])
+        return SimpleNamespace(logits=logits, loss=F.cross_entropy(logits, batch["label"]))
+
+    def predictions(self, batch):
+        return len(batch["label"])
+
+
+@dataclass
+class HeadConfig:
+    warm_steps: int = 2
+    weight: float = 0.1
+
+
+class Confidence(Objective):
+    """A loss on the logits, which grows over the run; and what it measures."""
+
+    name, measure = "confidence", "certainty"
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.seen = weight, []
+
+    def settings(self):
+        return {"weight": self.weight}
+
+    def begin(self, window, progress, device=None):
+        self.scale = self.weight * progress / len(window)
+
+    def share(self, batch, output):
+        self.observe(batch, output)
+        return self.scale * output.logits.square().mean()
+
+    def observe(self, batch, output):
+        self.seen.append(float(output.logits.detach().softmax(-1).amax(-1).mean()))
+
+    def reset(self):
+        self.seen = []
+
+    def report(self, reduce=lambda x: x):
+        return {"certainty": sum(self.seen) / max(len(self.seen), 1)}
+
+    def summary(self, report):
+        return dict(report)
+
+
+def wrap(model, config, setup):
+    """Trains all for a few steps, then the head alone, from data that it looks at."""
+    assert [len(batch["label"]) for batch in setup.batches(0.01, 6)] == [4, 2]
+    setup.phase(model, "warm", {"max_steps": config.warm_steps, "save_every": 0}, objective=Confidence(config.weight))
+    model.encoder.requires_grad_(False)
+    return model
+
+
+@pytest.fixture
+def clouds(tmp_path, monkeypatch):
+    """A recipe of a method that trains a part of a plain module, by its own optimizer, on points."""
+    monkeypatch.setattr("deftcore.training.registry._METHODS", {method.name: method for method in all_methods()})
+    register(
+        Method(
+            name="head", summary="The head alone.", config=HeadConfig, task=CloudTask, wrap=wrap,
+            check=lambda model, config: None, objective=lambda model, config: Confidence(config.weight),
+            optimizer=lambda model, config, training: torch.optim.SGD(model.head.parameters(), training.learning_rate),
+        )
+    )  # fmt: skip
+    torch.manual_seed(0)
+    (tmp_path / "model").mkdir()
+    Cloud().save_pretrained(tmp_path / "model")
+    rows = [{"points": torch.randn(5, 3).add(3 * (i % 2)).tolist(), "label": i % 2} for i in range(12)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = {
+        "model": str(tmp_path / "model"), "output": "", "method": "head", "adapter": {"warm_steps": 3},
+        "data": {"train": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "train.jsonl"), "scale": 0.5},
+        "training": {
+            "max_steps": 6, "batch_size": 4, "save_every": 2, "eval_every": 3, "log_every": 1, "learning_rate": 0.1,
+        },
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    return lambda name, *more: load_recipe(tmp_path / "r.yaml", [f"output={tmp_path / name}", *more])
+
+
+def test_data_that_is_no_text_in_two_phases(clouds, tmp_path, stopping):
+    """An interrupted main run finds its first phase done, and ends where the whole one ends."""
+    result = train_recipe(clouds("whole"))
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    log, (middle, end) = ([line for line in lines if key in line] for key in ("loss", "eval_loss"))
+    assert {"loss", "certainty", "certainty_loss", "learning_rate", "step"} == log[0].keys()
+    assert log[0]["certainty_loss"] == 0 < log[5]["certainty_loss"]
+    assert 0.5 < result.certainty < 1
+    assert result.certainty == end["eval_certainty"] != middle["eval_certainty"]
+    assert result.eval_loss == end["eval_loss"] < middle["eval_loss"]
+    before, warm, after = (
+        load_file(tmp_path / "model" / "w.safetensors"),
+        load_file(tmp_path / "whole" / "warm" / "trained" / "trainable.safetensors"),
+        load_file(tmp_path / "whole" / "final" / "w.safetensors"),
+    )
+    assert not torch.equal(before["encoder.weight"], warm["encoder.weight"])
+    assert torch.equal(warm["encoder.weight"], after["encoder.weight"])
+    assert not torch.equal(warm["head.weight"], after["head.weight"])
+
+    for first in ("warm", "main"):  # where the run is interrupted
+        parts = clouds(f"parts-{first}")
+        if first == "main":
+            stopping()
+            with pytest.raises(Stopped):
+                train_recipe(parts)
+        else:
+            shutil.copytree(tmp_path / "whole" / "warm", tmp_path / f"parts-{first}" / "warm")
+        stamp = (tmp_path / f"parts-{first}" / "warm" / "result.json").stat().st_mtime_ns
+        assert train_recipe(parts).train_loss == result.train_loss
+        assert (tmp_path / f"parts-{first}" / "warm" / "result.json").stat().st_mtime_ns == stamp
+        assert_same(tensors_in(tmp_path / "whole" / "final"), tensors_in(tmp_path / f"parts-{first}" / "final"))
+
+
+def test_its_recipe_and_run_are_its_own(clouds):
+    """Fields of the data are the task's; data, options and settings of the objective decide which run it is."""
+    with pytest.raises(ValueError, match=r"data\.max_length: unknown"):
+        clouds("x", "data.max_length=4")
+    with pytest.raises(ValueError, match=r"adapter\.weight: must be a number, got 'much'"):
+        clouds("x", "adapter.weight=much")
+    train_recipe(clouds("x"))
+    with pytest.raises(ValueError, match=r"data\.scale: 0\.5 -> 2\.0"):
+        train_recipe(clouds("x", "data.scale=2", "adapter.warm_steps=3"))
+    with pytest.raises(ValueError, match=r"confidence\.weight: 0\.1 -> 0\.3"):
+        train_recipe(clouds("x", "adapter.weight=0.3"))
