@@ -137,8 +137,8 @@ def _lora_linear_4bit_impl(x: Tensor, dropped_x: Tensor | None, *args: Any) -> t
 
 
 def _lora_linear_4bit_fake(x: Tensor, dropped_x: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    tokens = x.shape[:-1].numel()
-    return x.new_empty((*x.shape[:-1], args[6])), x.new_empty((tokens, args[PARTS].shape[0]))
+    w, lora_a = Parts(*args[:PARTS]), args[PARTS]
+    return x.new_empty((*x.shape[:-1], w.rows)), x.new_empty((x.shape[:-1].numel(), lora_a.shape[0]))
 
 
 def _lora_linear_4bit_setup(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -255,7 +255,7 @@ def _linear_4bit_impl(x: Tensor, *args: Any) -> Tensor:
 
 
 def _linear_4bit_fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty((x.shape[0], args[6]))
+    return x.new_empty((x.shape[0], Parts(*args[:PARTS]).rows))
 
 
 def _linear_4bit_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -275,7 +275,7 @@ def _linear_4bit_grad_impl(grad: Tensor, *args: Any) -> Tensor:
 
 
 def _linear_4bit_grad_fake(grad: Tensor, *args: Any) -> Tensor:
-    return grad.new_empty((grad.shape[0], args[7]))
+    return grad.new_empty((grad.shape[0], Parts(*args[:PARTS]).cols))
 
 
 _quantize_4bit = define(

@@ -1,6 +1,7 @@
 """Sparse MLP products over 4-bit weights: packed rows of inactive neurons are not read. Public in `sparse_mlp`."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -63,11 +64,14 @@ def check_weights(x: Tensor, neurons_major: dict[str, Any], width: int | None) -
 
 
 def _unpack(tensors: Sequence[Tensor | None], offsets: Sequence[float], sizes: Sequence[int]) -> list[Parts]:
+    every_tensor: Any = iter(tensors)
+    every_size = iter(sizes)
     found = []
-    for i, offset in enumerate(offsets):
-        rows, cols, block_size, column_blocks = sizes[4 * i : 4 * i + 4]
-        fields: list[Any] = [*tensors[5 * i : 5 * i + 5], offset, rows, cols, block_size, bool(column_blocks)]
-        found.append(Parts(*fields))
+    for offset in offsets:
+        packed, absmax, code, nested_absmax, nested_code = islice(every_tensor, 5)
+        rows, cols, block_size, column_blocks = islice(every_size, 4)
+        weight = packed, absmax, code, nested_absmax, nested_code, offset, rows, cols, block_size, bool(column_blocks)
+        found.append(Parts(*weight))
     return found
 
 
@@ -179,7 +183,7 @@ def _dense_rest(
 
 
 def _sparse_mlp_4bit_fake(x: Tensor, tensors: list, offsets: list, sizes: list, *_: object) -> Tensor:
-    return x.new_empty((x.shape[0], sizes[-3]))
+    return x.new_empty((x.shape[0], _unpack(tensors, offsets, sizes)[-1].cols))
 
 
 def _sparse_mlp_4bit_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
