@@ -14,7 +14,7 @@ from deftcore.ops.gated_linear import gated_linear
 
 class FusedGatedMlp(nn.Module):
     """A gated MLP whose activation and down projection are one op, with the children and names of the class it
-    replaced; the same function."""
+    replaced, which are those of `deftcore.models.families.GATED_MLP`; the same function."""
 
     recompute: str
     unfused_class: type[nn.Module]
