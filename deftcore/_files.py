@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 _log = logging.getLogger("deftcore")
 
 
@@ -70,7 +68,11 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def cache_folder() -> Path:
     """`$DEFTCORE_CACHE`, else the user's cache folder for deftcore (on Linux `~/.cache/deftcore`)."""
-    return Path(os.environ.get("DEFTCORE_CACHE") or platformdirs.user_cache_path("deftcore", appauthor=False))
+    if chosen := os.environ.get("DEFTCORE_CACHE"):
+        return Path(chosen)
+    import platformdirs  # here: the kernels run, and are checked on a bare CUDA image, with PyTorch alone
+
+    return platformdirs.user_cache_path("deftcore", appauthor=False)
 
 
 def read_table(name: str) -> dict[str, Any]:
