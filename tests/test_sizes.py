@@ -10,8 +10,8 @@ import deftcore
 from deftcore.training import TrainingConfig, sizes, train
 
 
-def trained_of(model):
-    return [p for p in model.parameters() if p.requires_grad]
+def adamw(model):
+    return torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("bits", [32, 4])
@@ -24,7 +24,7 @@ def test_counts_of_lora(bits):
     model = peft.get_peft_model(dense, config)
     wide, narrow = (getattr(base.config, name) for name in ("intermediate_size", "hidden_size"))
     count = base.config.num_hidden_layers * 4 * (wide + narrow)
-    first, second = sizes.describe(model, trained_of(model))
+    first, second = sizes.describe(model, adamw(model))
     share = f"{100 * count / (before + count):.3g} %"
     assert first == f"trains {count:,} of {before + count:,} parameters ({share}, {4 * count / 1000:.3g} kB)"
     held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
@@ -33,11 +33,18 @@ def test_counts_of_lora(bits):
     assert (held < 4 * before / 2) == (bits == 4)
 
 
+def test_state_of_another_optimizer_is_left_out():
+    model = tiny_model("llama")
+    line = sizes.describe(model, torch.optim.SGD(model.parameters()))[1]
+    count = sum(p.numel() for p in model.parameters())
+    assert line.endswith(f" = {8 * count / 1000:.3g} kB, and optimizer state and activations on top")
+
+
 def test_slices_that_train_in_place_count_once():
     base = tiny_model("llama")
     before = sum(p.numel() for p in base.parameters())
     model = peft.get_peft_model(base, deftcore.S2ftConfig(channel_ratio=0.2, targets=["down"]))
-    assert f" of {before:,} parameters" in sizes.describe(model, trained_of(model))[0]
+    assert f" of {before:,} parameters" in sizes.describe(model, adamw(model))[0]
 
 
 def test_said_before_training(tmp_path, capsys):

@@ -217,7 +217,7 @@ class _Run:
         start = time.perf_counter()
         if self.accelerator.is_main_process:
             self.folder.begin(files)
-            lines = sizes.describe(self.plain_model, self._parameters())
+            lines = sizes.describe(self.plain_model, self.optimizer.optimizer)
             Console(stderr=True).print(*lines, sep="\n", soft_wrap=True, highlight=False)
         self.accelerator.wait_for_everyone()
         about = {"name": self.folder.path.name, "dir": str(self.folder.path), "config": asdict(config)}

@@ -1,27 +1,38 @@
 """How much of a model a run trains, and the memory that this takes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from deftcore.nn.linear import PackedModule
 from deftcore.nn.sharding import is_sharded
 
 
-def describe(model: nn.Module, trained: Sequence[Tensor]) -> list[str]:
+def describe(model: nn.Module, optimizer: Optimizer) -> list[str]:
     """Two lines: what is trained of how many parameters, and the bytes that weights, gradients and AdamW's two moments
-    take on this process. Tensors that share memory count once; 4-bit matrices count by the weights that they stand for.
+    take on this process; the state of another optimizer is not known. Tensors that share memory count once; 4-bit
+    matrices count by the weights that they stand for.
     """
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     count = sum(p.numel() for p in trained)
     packed = sum(module.quantized.shape.numel() for module in model.modules() if isinstance(module, PackedModule))
     total = packed + _numbers([*model.parameters(), *trained])
-    weights = sum(_memory([*model.parameters(), *model.buffers(), *trained]).values())
     gradients = sum(local.numel() * local.element_size() for local in map(_local, trained))
-    parts = {"weights": weights, "gradients": gradients, "optimizer state": 2 * gradients}
+    parts = {
+        "weights": sum(_memory([*model.parameters(), *model.buffers(), *trained]).values()),
+        "gradients": gradients,
+    }
+    rest = "activations"
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        parts["optimizer state"] = 2 * gradients
+    else:
+        rest = "optimizer state and activations"
     return [
         f"trains {count:,} of {total:,} parameters ({100 * count / total:.3g} %, {_bytes(gradients)})",
         f"memory: {' + '.join(f'{_bytes(size)} {name}' for name, size in parts.items())} = "
-        f"{_bytes(sum(parts.values()))}, and activations on top",
+        f"{_bytes(sum(parts.values()))}, and {rest} on top",
     ]
 
 
