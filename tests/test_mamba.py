@@ -931,7 +931,7 @@ from deftcore.methods.mamba.kernel_aliases import install_kernel_aliases
 install_kernel_aliases()
 install_kernel_aliases()
 import transformers, warnings
-from deftcore.ops.ssm import conv1d, decode, scan as ssm, ssd
+from deftcore.ops.ssm import conv1d, update, scan as ssm, ssd
 called = set()
 def watch(module, name):
     op = getattr(module, name)
@@ -939,8 +939,8 @@ def watch(module, name):
         called.add(name)
         return op(*args)
     setattr(module, name, run)
-for module, name in ((ssm, "_selective_scan"), (decode, "_selective_state_update"), (ssd, "_ssd"),
-                     (conv1d, "causal_conv1d_op"), (decode, "_causal_conv1d_update")):
+for module, name in ((ssm, "_selective_scan"), (update, "_selective_state_update"), (ssd, "_ssd"),
+                     (conv1d, "causal_conv1d_op"), (update, "_causal_conv1d_update")):
     watch(module, name)
 for family, extra in (("Mamba", {}), ("FalconMamba", {}), ("Mamba2", dict(num_heads=8, head_dim=8, n_groups=2))):
     called.clear()
