@@ -76,9 +76,11 @@ class Mamba2Block(MixerBlock):
         return out, conv_input, last
 
     def norm_groups(self) -> int:
+        """Groups of the gated norm."""
         return self.num_heads * self.head_dim // self.norm.group_size
 
     def limit(self) -> tuple[float, float]:
+        """Bounds of the steps."""
         return (float(self.time_step_limit[0]), float(self.time_step_limit[1]))
 
     def _unfused(

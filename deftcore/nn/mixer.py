@@ -52,6 +52,7 @@ class MixerBlock:
         return -torch.exp(self.A_log.float())
 
     def taps(self) -> tuple[Tensor, Tensor | None]:
+        """The convolution's weight [C, W] and bias."""
         return self.conv1d.weight.squeeze(1), self.conv1d.bias
 
     def advance(
@@ -93,6 +94,7 @@ class MixerBlock:
         return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
     def step(self, hidden: Tensor, state: MixerState) -> Tensor:  # pragma: no cover - overridden
+        """One token [B, 1, d]; `state` moves on in place."""
         raise NotImplementedError
 
 
@@ -151,10 +153,12 @@ def _last_steps(x: Tensor, order: Tensor, padding: Tensor, before: Tensor | None
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x [B, L, K] with 0 where mask [B, L] has it."""
     return x if mask is None else x * mask.to(torch.bool).unsqueeze(-1)
 
 
 def check_size(name: str, value: Any) -> None:
+    """Raises ValueError unless value is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: must be a positive integer, got {value!r}")
 

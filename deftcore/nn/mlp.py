@@ -198,4 +198,5 @@ class SkippedMLP(nn.Module):
 
 
 def frozen(x: Tensor) -> nn.Parameter:
+    """x as a parameter that is not trained, in one piece."""
     return nn.Parameter(x.contiguous(), requires_grad=False)

@@ -213,6 +213,7 @@ def random_like(unit: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 
 def describe(q: QuantizedTensor) -> str:
+    """What of a 4-bit weight may change which code runs."""
     blocks = "whole" if q.shape[1] % q.block_size == 0 else "broken"
     double = ", double_quant" if q.double_quant else ""
     return f"{q.quant_type} of {str(q.dtype)[6:]}, {blocks} blocks of {q.block_size}{double}"

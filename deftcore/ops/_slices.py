@@ -98,6 +98,7 @@ def joined_products(x: Tensor, pieces: list[tuple[int, int, Tensor]], bias: Tens
 
 
 def transposed(pieces: list[tuple[int, int, Tensor]]) -> list[tuple[int, int, Tensor]]:
+    """The pieces of W^T."""
     return [(begin, end, matrix.t()) for begin, end, matrix in pieces]
 
 

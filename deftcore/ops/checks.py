@@ -54,6 +54,7 @@ def check_shape(name: str, x: Any, shape: tuple[int, ...], why: str) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises ValueError unless value is one of the choices."""
     choices = list(choices)
     if value not in choices:
         raise ValueError(f"{name}: must be one of {', '.join(map(repr, choices))}, got {value!r}")

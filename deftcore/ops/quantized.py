@@ -294,5 +294,6 @@ def _parse_state(key: str, encoded: Tensor) -> dict[str, Any]:
 
 
 def check_block_size(block_size: Any) -> None:
+    """Raises ValueError unless it is one of `BLOCK_SIZES`."""
     if isinstance(block_size, bool) or block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size: must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size!r}")

@@ -38,6 +38,7 @@ def carried(name: str, state: Tensor | None, shape: tuple[int, ...], dtype: torc
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a gradient will be asked for any of them."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -160,6 +160,7 @@ def check_sequence(seq_idx: Any, batch: int, length: int, x: Tensor) -> Tensor:
 def conv_forward(
     x: Tensor, taps: Tensor, bias: Tensor | None, first: Tensor | None, sequence: Tensor | None, silu: bool
 ) -> Tensor:
+    """out of x [B, C, L], taps [W, C], bias [C], first [B, C, W - 1] and sequence [B, L]."""
     kernels = backend("causal_conv1d", x)
     if kernels is None:
         total, _, _ = _conv_ref(x, taps, bias, first, sequence)

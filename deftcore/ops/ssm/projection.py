@@ -87,6 +87,7 @@ def lower(x: Tensor, layers: Sequence[Projection]) -> tuple[Tensor, tuple[Projec
 
 
 def check_projection(name: str, layer: Projection, shape: tuple[int, int], x: Tensor) -> None:
+    """Raises unless the projection is of that shape, its weight of x's dtype and device, its pairs in its rows."""
     if isinstance(layer.weight, QuantizedTensor):
         if tuple(layer.weight.shape) != shape:
             raise ValueError(f"{name}: shape must be {shape}, got {tuple(layer.weight.shape)}")

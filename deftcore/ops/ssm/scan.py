@@ -116,6 +116,7 @@ def scan_forward(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, first: Tensor | None, softplus: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """out [B, D, L], the last state [B, N, D], and with `keep` states for the backward, every `scan_chunk` steps."""
     kernels = backend("selective_scan", u)
     batch, channels, length = u.shape
     states = a.shape[0]

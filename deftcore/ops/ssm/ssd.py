@@ -128,6 +128,7 @@ def collapsible(x: Tensor) -> Tensor:
 def ssd_forward(
     x: Tensor, step: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, d: Tensor | None, first: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """out [B, L, H, P] and the last state [B, H, P, N]."""
     kernels = backend("mamba_chunk_scan", x)
     if kernels is None:
         out, states = _ssd_ref(x, step, log_decay, b, c, d, first)
