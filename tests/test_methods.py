@@ -25,7 +25,7 @@ from deftcore.training.config import DataConfig
 from deftcore.training.fields import OPTIONS, Positive
 from deftcore.training.keeper import Keeper
 from deftcore.training.objective import Objective
-from deftcore.training.registry import GROUP, Method, all_methods, all_sections, find, load_rooms, register
+from deftcore.training.registry import GROUP, Method, all_methods, all_sections, all_tasks, find, load_rooms, register
 from deftcore.training.run import train_recipe
 from deftcore.training.task import Task
 
@@ -176,13 +176,12 @@ class CloudData(DataConfig):
 class CloudTask(Task):
     """Lines of JSON: points [N, 3] and a label."""
 
-    config = CloudData
+    name, config = "clouds", CloudData
 
     @classmethod
     def load_model(cls, path, **options):
         model = Cloud()
-        if next(model.parameters()).device.type != "meta":
-            model.load_state_dict(load_file(Path(path) / "w.safetensors"))
+        model.load_state_dict(load_file(Path(path) / "w.safetensors"))
         return model
 
     def read(self, path, config):
@@ -218,8 +217,8 @@ class Confidence(Objective):
     def settings(self):
         return {"weight": self.weight}
 
-    def begin(self, window, progress, device=None):
-        self.scale = self.weight * progress / len(window)
+    def begin(self, window, step, steps, device=None):
+        self.scale = self.weight * step / steps / len(window)
 
     def share(self, batch, output):
         self.observe(batch, output)
@@ -249,7 +248,9 @@ def wrap(model, config, setup):
 @pytest.fixture
 def clouds(tmp_path, monkeypatch):
     """A recipe of a method that trains a part of a plain module, by its own optimizer, on points."""
-    monkeypatch.setattr("deftcore.training.registry._METHODS", {method.name: method for method in all_methods()})
+    for table, records in (("_METHODS", all_methods()), ("_TASKS", all_tasks())):
+        monkeypatch.setattr(f"deftcore.training.registry.{table}", {record.name: record for record in records})
+    register(CloudTask)
     register(
         Method(
             name="head", summary="The head alone.", config=HeadConfig, task=CloudTask, wrap=wrap,
@@ -317,3 +318,21 @@ def test_its_recipe_and_run_are_its_own(clouds):
         train_recipe(clouds("x", "data.scale=2", "adapter.warm_steps=3"))
     with pytest.raises(ValueError, match=r"confidence\.weight: 0\.1 -> 0\.3"):
         train_recipe(clouds("x", "adapter.weight=0.3"))
+
+
+def test_a_method_of_text_on_other_data(clouds, tmp_path):
+    """`task:` of a recipe: PEFT's LoRA on a plain module, over points."""
+    more = [
+        "method=lora",
+        "task=clouds",
+        "adapter={r: 2, target_modules: [encoder, head]}",
+        "training.learning_rate=0.01",
+    ]
+    result = train_recipe(clouds("lora", *more))
+    lines = [json.loads(line) for line in (tmp_path / "lora" / "log.jsonl").read_text().splitlines()]
+    evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert evaluated[0] > evaluated[1] == result.eval_loss
+    (stored,) = tensors_in(tmp_path / "lora" / "final").values()
+    assert len(stored) == 4
+    with pytest.raises(ValueError, match="task: must be one of text, clouds, got 'cloud'"):
+        clouds("x", "task=cloud")

@@ -279,7 +279,7 @@ class _Run:
         total = accelerator.reduce(counts.sum(), "sum").clamp(min=1)
         for objective in objectives:
             objective.reset()
-            objective.begin(window, self.state.step / self.total, device)
+            objective.begin(window, self.state.step, self.total, device)
         losses = [0.0] * (1 + len(objectives))
         for i, batch in enumerate(window):
             last = i + 1 == len(window)

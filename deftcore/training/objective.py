@@ -28,12 +28,13 @@ class Objective(nn.Module):
     def expect(self, batch: Batch) -> None:
         """Told before a forward whose call may not show all of the batch (the Trainer takes labels out)."""
 
-    def begin(self, window: Sequence[Batch], progress: float, device: torch.device | None = None) -> None:
+    def begin(self, window: Sequence[Batch], step: int, steps: int, device: torch.device | None = None) -> None:
         """A step begins.
 
         Args:
             window: its micro-batches, in this process.
-            progress: share of the run's steps that are done, in [0, 1].
+            step: how many of the run's steps are done.
+            steps: how many there are.
             device: where a process group sums.
         """
 

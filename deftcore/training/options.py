@@ -52,8 +52,9 @@ def make_config(method: Method, model: Any, options: dict[str, Any]) -> Any:
     if kind is None:
         return None
     options = copy.deepcopy(options)
-    if issubclass(kind, PeftConfig) and hasattr(model, "config"):
-        options["task_type"] = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    pair = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
+    if issubclass(kind, PeftConfig) and pair is not None:  # a language model of Transformers
+        options["task_type"] = "SEQ_2_SEQ_LM" if pair else "CAUSAL_LM"
     try:
         return kind(**options)
     except TypeError as error:

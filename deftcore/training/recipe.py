@@ -1,7 +1,7 @@
 """Recipes: one YAML file says what is trained, on what, and how. Mistakes are reported all at once."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -13,28 +13,34 @@ from pydantic.dataclasses import dataclass
 from deftcore.training.config import DataConfig, QuantizeConfig, TrainingConfig
 from deftcore.training.fields import OPTIONS, Mistakes, Needed, Text, problems
 from deftcore.training.options import checked_options
-from deftcore.training.registry import all_methods, all_sections, find
+from deftcore.training.registry import all_methods, all_sections, all_tasks, find
 from deftcore.training.task import Task
 from deftcore.training.text import TextTask
 
 
-def _method(name: str) -> str:
-    names = [method.name for method in all_methods()]
-    if name not in names:
-        raise ValueError(f"one of {', '.join(names)}")
-    return name
+def _registered(records: Callable[[], Sequence[Any]]) -> AfterValidator:
+    """As `one_of`, of names that are known once the rooms are loaded."""
+
+    def check(name: str) -> str:
+        names = [record.name for record in records()]
+        if name not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return name
+
+    return AfterValidator(check)
 
 
 @dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class Recipe:
-    """One training run. `load_recipe` adds the sections that rooms register, and the fields that the method's task has
+    """One training run. `load_recipe` adds the sections that rooms register, and the fields that the task has
     in `data`."""
 
-    model: Needed  # a local Transformers folder or a hub id, or whatever the method's task loads
+    model: Needed  # a local Transformers folder or a hub id, or what another task loads
     output: Needed  # the run's folder
     data: DataConfig
     device: Text = "auto"  # the machine's accelerator where there is one; or "cpu", "cuda" ...
-    method: Annotated[Text, AfterValidator(_method)] = "lora"
+    method: Annotated[Text, _registered(all_methods)] = "lora"
+    task: Annotated[Text, _registered(all_tasks)] | None = None  # kind of data; None is the method's own
     adapter: dict[str, Any] = field(default_factory=dict)  # fields of the method's config
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)  # methods over 4-bit bases only
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -80,6 +86,13 @@ def _recipe_of(task: type[Task]) -> type[Recipe]:
     return cast("type[Recipe]", dataclass(frozen=True, kw_only=True, config=OPTIONS)(kind))
 
 
+def _task_of(raw: dict[str, Any]) -> type[Task]:
+    """The task of a recipe, as far as its names are known."""
+    method, task = raw.get("method", Recipe.method), raw.get("task")
+    own = next((each.task for each in all_methods() if each.name == method), TextTask)
+    return next((each for each in all_tasks() if each.name == task), own)
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe and applies `key=value` overrides (`training.max_steps=100`, values in YAML).
 
@@ -99,8 +112,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"recipe: {path}: must be a mapping, got {type(raw).__name__}")
     found = [problem for override in overrides if (problem := _apply(raw, override))]
     raw.setdefault("data", {})
-    method = raw.get("method", Recipe.method)
-    kind = _recipe_of(next((each.task for each in all_methods() if each.name == method), TextTask))
+    kind = _recipe_of(_task_of(raw))
     try:
         recipe = TypeAdapter(kind).validate_python({str(key): value for key, value in raw.items()})
     except ValidationError as error:

@@ -1,5 +1,5 @@
-"""`Method` and `Section`: the records through which a room of methods/ plugs into recipes, the loop, export and the
-command. Nothing below the rooms knows a method by name.
+"""`Method`, `Section` and tasks: the records through which a room of methods/ plugs into recipes, the loop, export and
+the command. Nothing below the rooms knows a method by name.
 
 A package adds a room of its own by an entry point of the group `deftcore.methods` that names a module; importing the
 module registers its records. deftcore's own rooms come the same way.
@@ -11,6 +11,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
+import peft
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,6 +22,10 @@ from deftcore.training.task import Task
 from deftcore.training.text import TextTask
 
 GROUP = "deftcore.methods"
+
+
+def _no_phase(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("phase: the method trains something before the main run; start it from a recipe")
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,11 @@ class Setup:
     """
 
     batches: Callable[[float, int], Iterable[Mapping[str, Tensor]]] = lambda share, at_least: ()
-    phase: Callable[..., Any] | None = None
+    phase: Callable[..., Any] = _no_phase
 
 
 def wrap_by_peft(model: Any, config: Any, setup: Setup) -> Any:
     """The PEFT model of a config whose `peft_type` PEFT knows; see `deftcore.training.adapters`."""
-    import peft
-
     return peft.get_peft_model(model, config)
 
 
@@ -69,7 +72,7 @@ class Method:
         quantized: whether the frozen base is in 4 bits, as the recipe's `quantize:` says.
         float32: whether weights are read in float32: those that train lose small steps in 16 bits.
         must_be_off: fields of `training:` that the method cannot go with, and why.
-        task: the data and the loss that it trains on, and how models are read; see `deftcore.training.task`.
+        task: the data and the loss that it trains on, and how models are read, where a recipe does not say `task:`.
         objective: (model, config) to a loss beside the task's, or None. The model is the wrapped one.
         optimizer: (model, config, training) to the optimizer of the wrapped model's trainable parameters, `training`
             the recipe's section; None is AdamW.
@@ -116,17 +119,19 @@ class Section:
 
 _METHODS: dict[str, Method] = {}
 _SECTIONS: dict[str, Section] = {}
+_TASKS: dict[str, type[Task]] = {TextTask.name: TextTask}
 
 
-def register(record: Method | Section) -> None:
-    """Makes a record known under its name.
+def register(record: Method | Section | type[Task]) -> None:
+    """Makes a record, or a kind of data, known under its name.
 
     Raises:
         ValueError: another one has that name.
     """
-    table: dict[str, Any] = _METHODS if isinstance(record, Method) else _SECTIONS
-    if table.setdefault(record.name, record) is not record:
-        raise ValueError(f"name: there is a {type(record).__name__.lower()} {record.name!r} already")
+    kind = "method" if isinstance(record, Method) else "section" if isinstance(record, Section) else "task"
+    tables: dict[str, dict[str, Any]] = {"method": _METHODS, "section": _SECTIONS, "task": _TASKS}
+    if tables[kind].setdefault(record.name, record) is not record:
+        raise ValueError(f"name: there is a {kind} {record.name!r} already")
 
 
 @cache
@@ -146,6 +151,12 @@ def all_sections() -> list[Section]:
     """Every section of a recipe that adds a loss."""
     load_rooms()
     return list(_SECTIONS.values())
+
+
+def all_tasks() -> list[type[Task]]:
+    """Every kind of data that a recipe can name."""
+    load_rooms()
+    return list(_TASKS.values())
 
 
 def find(name: str) -> Method:

@@ -17,7 +17,7 @@ from deftcore.training.identity import digest_tensors
 from deftcore.training.loop import TrainResult, train
 from deftcore.training.options import make_config
 from deftcore.training.recipe import Recipe
-from deftcore.training.registry import Setup, all_sections, find
+from deftcore.training.registry import Setup, all_sections, all_tasks, find
 from deftcore.training.task import Batches
 from deftcore.training.wrapping import check_adapter
 
@@ -35,16 +35,17 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     if found:
         raise ValueError("; ".join(found))
     method = find(recipe.method)
+    kind = next((each for each in all_tasks() if each.name == recipe.task), method.task)
     quantize = asdict(recipe.quantize) if method.quantized else None
     sections = {section: getattr(recipe, section.name) for section in all_sections()}
 
-    empty = method.task.empty_model(recipe.model)
+    empty = kind.empty_model(recipe.model)
     if quantize:
         check_quantize(empty, recipe.quantize.skip)
     check_adapter(empty, method, recipe.adapter)
     for section, fields in sections.items():
         section.make(empty, fields)
-    task = method.task.of_model(recipe.model, empty)
+    task = kind.of_model(recipe.model, empty)
     examples = task.read(data.train, data)
     validation = task.read(data.validation, data) if data.validation else None
     task.check(empty, [*examples, *(validation or [])])
@@ -53,7 +54,7 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     options: dict[str, Any] = _dtype(recipe, method.float32, getattr(empty, "config", None))
     if quantize:
         options["quantize"] = quantize
-    base = method.task.load_model(recipe.model, **options)
+    base = kind.load_model(recipe.model, **options)
     config = make_config(method, base, recipe.adapter)
     depends_on = {
         "method": recipe.method,

@@ -20,22 +20,22 @@ Batch = dict[str, Tensor]
 class Task:
     """One kind of data. The loop asks for batches, outputs and counts; a recipe also has it read files and models.
 
-    A task gives at least `load_model`, `read`, `collate` and `predictions`.
+    A task gives at least `name`, `load_model`, `read`, `collate` and `predictions`.
     """
 
+    name: ClassVar[str]  # what `task:` of a recipe says
     config: ClassVar[type[DataConfig]] = DataConfig  # of the recipe's section `data:`
 
     # ------------------------------------------------------------------ files, for recipes
 
     @classmethod
     def empty_model(cls, path: str | os.PathLike) -> Any:
-        """The model of a folder without weights, on the meta device, for checks before weights are read.
+        """The model of a folder on the meta device, for checks; tasks of large models do it without reading weights.
 
         Raises:
             FileNotFoundError, ValueError: there is no such model.
         """
-        with torch.device("meta"):
-            return cls.load_model(path)
+        return cls.load_model(path).to("meta")
 
     @classmethod
     def load_model(cls, path: str | os.PathLike, **options: Any) -> Any:

@@ -39,6 +39,7 @@ class TextTask(Task):
         tokenizer: for `read` and `save`.
     """
 
+    name = "text"
     config: ClassVar[type[TextData]] = TextData
 
     def __init__(self, pad_token_id: int = 0, is_encoder_decoder: bool = False, tokenizer: Any = None) -> None:

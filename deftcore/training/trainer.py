@@ -28,7 +28,7 @@ class ObjectiveTrainerMixin:
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         self.objective.zero_grad()  # the Trainer clears the model's gradients alone
         state = self.state  # type: ignore[attr-defined]
-        self.objective.begin(samples, state.global_step / max(state.max_steps, 1), device)
+        self.objective.begin(samples, state.global_step, state.max_steps, device)
         self._parts = max(len(samples), 1)
         return samples, items
 

@@ -211,9 +211,9 @@ class DensityLoss(Objective):
             tally.tokens.clear()
         return self.alpha * world * result + self._gate_loss(device) / parts
 
-    def begin(self, window: Sequence[Batch], progress: float, device: torch.device | None = None) -> None:
+    def begin(self, window: Sequence[Batch], step: int, steps: int, device: torch.device | None = None) -> None:
         """A step begins; see `deftcore.training.objective.Objective`."""
-        self.set_progress(progress)
+        self.set_progress(step / max(steps, 1))
         self._window = {"tokens": self.window_tokens(window, device=device), "parts": max(len(window), 1)}
 
     def share(self, batch: Batch, output: Any) -> Tensor:
