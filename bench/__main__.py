@@ -1,6 +1,6 @@
 """Ratios to the best peer: `python -m bench`. Sides alternate in one process, weights are cold, medians are reported.
 
-Writes bench/results/<device>.json and the plots in bench/results; `--quick` runs a tenth of it.
+Writes bench/results/<kind of machine>.json and the plots in bench/results; `--quick` runs a tenth of it.
 """
 
 import argparse
@@ -269,16 +269,24 @@ def print_tables(results):
             print(f"geometric mean of ratio: {statistics.geometric_mean(ratios):.2f}")
 
 
+def kind_of_machine(device):
+    """Names a result file: "cpu" is one with AVX-512, whose figures are others than those of "cpu-avx2"."""
+    isa = collect()["cpu_isa"]
+    return device if device != "cpu" or isa.startswith("avx512") else f"cpu-{isa}"
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench")
     parser.add_argument("--quick", action="store_true", help="fewer points and repeats")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", nargs="*", metavar="FAMILY", help="these alone; others keep what the file has")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file; default bench/results/<device>.json")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="JSON file; default bench/results/<kind of machine>.json"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     bandwidth = streaming_bandwidth(args.device)
-    output = args.output or RESULTS / f"{args.device}.json"
+    output = args.output or RESULTS / f"{kind_of_machine(args.device)}.json"
     results = json.loads(output.read_text()) if args.only and output.exists() else {}
     results |= {
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
@@ -329,7 +337,7 @@ def main():
     print_tables(results)
     print(f"\nstreaming read {bandwidth / 1e9:.1f} GB/s on {results['machine']}")
     if results.get("sparse_down") and not args.quick:
-        plot(results, RESULTS / f"sparse_down_{args.device}.png")
+        plot(results, RESULTS / f"sparse_down_{output.stem}.png")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

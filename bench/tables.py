@@ -331,8 +331,8 @@ def section(path):
             yield from family(results, kind)
             if kind == CUDA and key in ON_A_GPU:
                 yield ON_A_GPU[key]
-            if key == "sparse_down" and path.stem == "cpu":
-                yield "![speed over density](../bench/results/sparse_down_cpu.png)"
+            if (RESULTS / f"{key}_{path.stem}.png").exists():
+                yield f"![{name}](../bench/results/{key}_{path.stem}.png)"
 
 
 def finetuning(report):

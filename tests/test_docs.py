@@ -156,3 +156,17 @@ def test_the_benchmarks_page_is_what_the_result_files_make(monkeypatch):
     from bench import tables
 
     assert tables.PAGE.read_text() == tables.page(), "run python -m bench.tables"
+
+
+def test_what_misses_its_target_is_marked(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.targets import AVX2, AVX512, standing
+
+    rows = [{"activation": "relu", "dtype": dtype, "time_over_plain": time} for dtype, time in
+            (("float32", 1.05), ("bfloat16", 1.2))]  # fmt: skip
+    found = {what: state for what, _, _, state in standing({"act_density": rows}, AVX512)}
+    (density,) = (state for what, state in found.items() if what.startswith("`act_density`"))
+    assert density == "**short** in 1 of 2"
+    assert {state for what, state in found.items() if not what.startswith("`act_density`")} == {"not measured"}
+    assert [state for *_, state in standing({"act_density": rows[:1]}, AVX512)].count("met") == 1
+    assert len(list(standing({}, AVX2))) != len(found)  # each kind of machine has its own
