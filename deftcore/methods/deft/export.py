@@ -36,6 +36,12 @@ def export(
     An adapter is merged into a dense base. What cannot be merged (bottlenecks, prompts) stays beside it; so does LoRA
     over a 4-bit base (`quantize`, or a checkpoint that is 4-bit), unless `merge` says "16bit" or "4bit"; S2FT is merged
     into 16 bits unless it says "4bit". Adaptive gates beside the adapter are folded into the weights.
+
+    Returns:
+        output, the names of blocks and skipped ones, and whether an adapter stays unmerged.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the argument, or the block that has no sparse form.
     """
     where = choose_device(device)
     empty = empty_model(model)

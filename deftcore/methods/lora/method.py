@@ -18,7 +18,7 @@ LORA_LIMITS: dict[str, Any] = {
     "lora_dropout": Share,
     "init_lora_weights": typing.Union[_INIT, Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]],  # noqa: UP007
 }
-_PROMPTS = {"num_virtual_tokens": Count}
+_PROMPTS: dict[str, Any] = {"limits": {"num_virtual_tokens": Count}, "export": "keep"}
 
 
 def wrap_lora(model: Any, config: Any, setup: Setup) -> Any:
@@ -66,8 +66,7 @@ register(
         paper="arXiv 2104.08691",
         needs="num_virtual_tokens",
         config=peft.PromptTuningConfig,
-        limits=_PROMPTS,
-        export="keep",
+        **_PROMPTS,
     )
 )
 register(
@@ -77,9 +76,8 @@ register(
         paper="arXiv 2101.00190",
         needs="num_virtual_tokens; no gradient checkpointing",
         config=peft.PrefixTuningConfig,
-        limits=_PROMPTS,
         must_be_off={"gradient_checkpointing": "whose keys it would not recompute"},
-        export="keep",
+        **_PROMPTS,
     )
 )
 register(

@@ -23,7 +23,11 @@ def selective_scan_fn(
     delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: bool = False,
     *, seq_idx: None = None, cu_seqlens: None = None,
 ) -> Any:  # fmt: skip
-    """`ops.selective_scan`. The two last names are here to be refused: callers that find them missing drop them."""
+    """`ops.selective_scan`. The two last names are here to be refused: callers that find them missing drop them.
+
+    Raises:
+        ValueError: seq_idx or cu_seqlens; else as the op.
+    """
     for name, value in (("seq_idx", seq_idx), ("cu_seqlens", cu_seqlens)):
         if value is not None:
             raise ValueError(f"{name}: selective_scan does not take packed sequences; give one sequence a row, padded")
@@ -57,6 +61,10 @@ def mamba_chunk_scan_combined(
     Returns:
         out; with `return_final_states` then the last state [B, H, P, N]; with `return_varlen_states` then
         [sequences, H, P, N].
+
+    Raises:
+        ValueError: cu_seqlens without seq_idx, with more than one row, or with borders where seq_idx does not change;
+            return_varlen_states without cu_seqlens; else as the op.
     """
     if cu_seqlens is not None and seq_idx is None:
         raise ValueError("cu_seqlens: does not keep sequences apart by itself; give seq_idx [B, L] too")

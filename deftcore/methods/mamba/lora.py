@@ -185,7 +185,11 @@ class MambaLoraModel(GathersShards, LoraModel):
         super().add_weighted_adapter(adapters, *args, **kwargs)
 
     def subtract_mutated_init(self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None) -> Any:
-        """As PEFT's, which appends the initial factors: refused for split adapters, whose blocks that would shift."""
+        """As PEFT's, which appends the initial factors: refused for split adapters, whose blocks that would shift.
+
+        Raises:
+            ValueError: the adapter is split.
+        """
         if getattr(self.peft_config[adapter_name], "split", False):
             raise ValueError(f"path_initial_model_for_weight_conversion: {adapter_name} is split; save it without")
         return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)

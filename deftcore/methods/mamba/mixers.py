@@ -113,7 +113,11 @@ class _Cached:
         return out
 
     def packed(self, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
-        """What `mix` takes for packed sequences."""
+        """What `mix` takes for packed sequences; Mamba-1 has no such form.
+
+        Raises:
+            ValueError: either is given.
+        """
         if seq_idx is not None or cu_seqlens is not None:
             raise ValueError("seq_idx, cu_seqlens: packed sequences are not supported by the patched Mamba mixers")
         return {}

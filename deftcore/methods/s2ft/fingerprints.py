@@ -11,7 +11,11 @@ _LOADED_IN = (torch.float32, torch.bfloat16, torch.float16)
 
 @torch.no_grad()
 def fingerprints(blocks: Mapping[str, Tensor]) -> dict[str, str]:
-    """SHA-256 over named values, by dtype: their own, and the narrower ones that the base may be loaded in."""
+    """SHA-256 over named values and shapes, by dtype: their own, and the narrower ones that the base may be loaded in.
+
+    Returns:
+        hex digests by the dtype's name, as "bfloat16".
+    """
     own = max((block.dtype for block in blocks.values()), key=lambda dtype: dtype.itemsize)
     dtypes = [own, *(dtype for dtype in _LOADED_IN if dtype.itemsize < own.itemsize)]
     return {str(dtype).removeprefix("torch."): _digest(blocks, dtype) for dtype in dtypes}

@@ -245,7 +245,11 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """In place, the weight is merged already; beside it, the slice is written into it."""
+        """In place, the weight is merged already; beside it, the slice is written into it, over 4 bits requantised.
+
+        Raises:
+            ValueError: an unknown adapter; with `safe_merge` values that are not finite; a sharded weight.
+        """
         names = check_adapters_to_merge(self, adapter_names)
         for name in names:
             if name not in self.s2ft_slices:

@@ -30,7 +30,7 @@ def _own_units(coupled: Coupled, axis: Axis) -> int:
 
 
 def weight_scores(model: nn.Module, structures: list[Coupled], targets: list[str]) -> Scores:
-    """Norm of each unit's own vectors, the trained axis of the weight; of a packed weight, decoded."""
+    """Norm of each unit's own vectors [units], the trained axis of the weight; of a packed weight, decoded."""
     found = {}
     for coupled in structures:
         for axis in coupled.weights(targets):
@@ -44,7 +44,11 @@ def weight_scores(model: nn.Module, structures: list[Coupled], targets: list[str
 def activation_scores(
     model: Any, structures: list[Coupled], targets: list[str], batches: list[Mapping[str, Tensor]]
 ) -> Scores:
-    """Norm over tokens of each unit's input to its consumer (o or down)."""
+    """Norm over unmasked tokens of each unit's input to its consumer (o or down), [units], summed in float64.
+
+    Raises:
+        ValueError: a layer sees another number of tokens than the batch's mask has.
+    """
     sums: dict[str, Tensor] = {}
     masks: dict[str, Tensor | None] = {}
     pair = bool(getattr(model.config, "is_encoder_decoder", False))
@@ -91,7 +95,11 @@ def activation_scores(
 def gradient_scores(
     model: Any, structures: list[Coupled], targets: list[str], batches: list[Mapping[str, Tensor]]
 ) -> Scores:
-    """Norm of each unit's loss gradient, averaged over the batches."""
+    """Norm of each unit's loss gradient, averaged over the batches before the norm is taken, [units].
+
+    Raises:
+        ValueError: 4-bit weights, which have no gradient.
+    """
     axes = [(coupled, axis) for coupled in structures for axis in coupled.weights(targets)]
     for _, axis in axes:
         if isinstance(model.get_submodule(axis.module), PackedModule):

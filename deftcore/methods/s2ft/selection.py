@@ -123,7 +123,16 @@ def _check_indices(structures: list[Coupled], selected: Mapping[str, Tensor]) ->
 def select(
     structures: list[Coupled], model: nn.Module, config: S2ftConfig, targets: list[str], scores: Scores | None
 ) -> dict[str, Tensor]:
-    """Selected units per weight, ascending."""
+    """Selected units per weight, ascending, int64.
+
+    Args:
+        targets: roles whose weights train.
+        scores: of `deftcore.methods.s2ft.scores`; None where the strategy needs no data.
+
+    Raises:
+        ValueError: naming the field of the config: a strategy that needs data, a share below one unit, too many
+            excluded.
+    """
     if scores is None:
         if config.needs_data:
             raise ValueError(
