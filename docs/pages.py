@@ -1,6 +1,7 @@
 """What the site (mkdocs.yml) makes from the code: a page a method, recipes, commands; and examples in docstrings."""
 
 import ast
+import dataclasses
 import importlib
 import os
 import re
@@ -39,7 +40,9 @@ def families() -> str:
     from deftcore.models.families import METHODS, describe
 
     def cell(row: dict[str, Any], method: str) -> str:
-        return row["refused"].get(method) or row["remarks"].get(method) or "yes"
+        if method in row["refused"]:
+            return f"no: {row['refused'][method]}"
+        return f"yes; {row['remarks'][method]}" if method in row["remarks"] else "yes"
 
     return "\n\n".join([
         "# Architectures",
@@ -87,7 +90,17 @@ def names_of(match: re.Match[str]) -> str:
     module = importlib.import_module(match[1])
     objects = {name: getattr(module, name) for name in sorted(module.__all__, key=str.lower)}
     options = "\n    options: {show_root_heading: true, show_root_full_path: false}"
-    return "\n\n".join(f"::: {it.__module__}.{name}{options}" for name, it in objects.items())
+    return "\n\n".join(f"::: {it.__module__}.{name}{options}\n\n{fields_of(it)}" for name, it in objects.items())
+
+
+def fields_of(config: Any) -> str:
+    """A table of a PEFT config's own fields; their meaning stands in their metadata."""
+    if not (dataclasses.is_dataclass(config) and any("help" in each.metadata for each in dataclasses.fields(config))):
+        return ""
+    own = [each for each in dataclasses.fields(config) if each.name in vars(config)["__annotations__"] and each.init]
+    rows = ([f"`{f.name}`", f"`{f.default!r}`" if f.default is not dataclasses.MISSING else "",
+             str(f.metadata.get("help", ""))] for f in own)  # fmt: skip
+    return table(["field", "default", ""], rows)
 
 
 # ---------------------------------------------------------------------------- MkDocs' hooks
