@@ -135,7 +135,7 @@ class Record {
       PyErr_Format(PyExc_TypeError, "%s: needs %s (takes %s)", type->tp_name, names[i].c_str(), T::kFields);
       return false;
     }
-    if (read(args[place], field) && PyErr_Occurred() == nullptr) return true;
+    if (read(args[place], field)) return true;
     PyErr_Clear();
     PyErr_Format(PyExc_TypeError, "%s: %s cannot be %R", type->tp_name, names[i].c_str(), args[place]);
     return false;
@@ -149,6 +149,12 @@ class Record {
       if (PyTuple_GET_ITEM(given, j) == key || PyUnicode_Compare(PyTuple_GET_ITEM(given, j), key) == 0) return j;
     }
     return -1;
+  }
+
+  // Python's conversions return -1 in case of an error, but not only then.
+  template <class Number>
+  static bool fits(Number number) {
+    return number != static_cast<Number>(-1) || PyErr_Occurred() == nullptr;
   }
 
   // One value; false, or a Python error, where it does not fit.
@@ -165,21 +171,26 @@ class Record {
              read(PyTuple_GET_ITEM(from, 1), first) && read(PyTuple_GET_ITEM(from, 2), second) &&
              read(PyTuple_GET_ITEM(from, 3), third);
     } else if constexpr (std::is_pointer_v<Field>) {
-      to = reinterpret_cast<Field>(PyLong_Check(from) ? PyLong_AsUnsignedLongLong(from) : 0);
-      return PyLong_Check(from);
+      static_assert(sizeof(unsigned long) == sizeof(Field));
+      if (!PyLong_Check(from)) return false;
+      const unsigned long address = PyLong_AsUnsignedLong(from);
+      to = reinterpret_cast<Field>(address);
+      return fits(address);
     } else if constexpr (std::is_same_v<Field, bool>) {
       to = from == Py_True;
       return PyBool_Check(from);
     } else if constexpr (std::is_same_v<Field, float>) {
-      to = static_cast<float>(PyFloat_AsDouble(from));
-      return true;
+      const double value = PyFloat_AsDouble(from);
+      to = static_cast<float>(value);
+      return fits(value);
     } else if constexpr (std::is_enum_v<Field>) {
-      to = static_cast<Field>(PyLong_AsLong(from));
-      return true;
+      const long code = PyLong_AsLong(from);
+      to = static_cast<Field>(code);
+      return fits(code);
     } else {
       static_assert(std::is_same_v<Field, int64_t>);
       to = PyLong_AsLongLong(from);
-      return true;
+      return fits(to);
     }
   }
 };

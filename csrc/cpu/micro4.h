@@ -12,7 +12,7 @@ constexpr int kMaxVecs = 3;  // vectors of tokens per panel
 #if defined(__AVX512F__)
 constexpr int kMicroRows = 8;  // with 3 vectors: 24 accumulators
 #else
-constexpr int kMicroRows = 4;
+constexpr int kMicroRows = 4;  // 12 accumulators of 16 registers
 #endif
 constexpr int64_t kPanelTokens = kMaxVecs * kWidth;
 

@@ -10,10 +10,10 @@
 namespace deftcore::cpu {
 namespace {
 
-constexpr int64_t kPiece =
-    1024;  // columns: an accumulator of kSharingTokens rows stays in L1, a row's piece spans a page
+// Columns at a time: an accumulator of kSharingTokens rows stays in L1, and a row's piece spans a page.
+constexpr int64_t kPiece = 1024;
 constexpr int kSharingTokens = 4;  // tokens that share one read of a row
-constexpr int kUnroll = 8;         // rows per pass over the accumulator
+constexpr int kUnroll = 8;         // rows per pass over the accumulator: a factor each and one sum in registers
 
 template <class T>
 const T* row_of(const void* base, int64_t row, int64_t stride) {
@@ -268,9 +268,7 @@ void DEFTCORE_KERNEL(gated_act_backward)(const GatedActBackwardArgs& args) {
 }
 
 size_t DEFTCORE_KERNEL(grouped_delta_workspace)(const GroupedDeltaArgs& args) {
-  Workspace room;
-  lay_out(args, room);
-  return room.size();
+  return bytes_of([&](Workspace& room) { lay_out(args, room); });
 }
 
 void DEFTCORE_KERNEL(grouped_delta)(const GroupedDeltaArgs& args) {

@@ -183,9 +183,8 @@ void DEFTCORE_KERNEL(linear_4bit)(const Linear4bitArgs& args) {
 
 size_t DEFTCORE_KERNEL(linear_4bit_workspace)(const Linear4bitArgs& args) {
   if (!is_few(args)) return DEFTCORE_KERNEL(linear_4bit_many_workspace)(args);
-  Workspace room;
-  dispatch_dtype(args.dtype, [&](auto t) { lay_out<decltype(t)>(args, room); });
-  return room.size();
+  return bytes_of(
+      [&](Workspace& room) { dispatch_dtype(args.dtype, [&](auto t) { lay_out<decltype(t)>(args, room); }); });
 }
 
 }  // namespace deftcore::cpu

@@ -12,6 +12,8 @@
 namespace deftcore::cpu {
 namespace {
 
+// Sizes of blocks, chosen by what they have to fit, not measured one by one: a tile of either direction is 128 KiB of
+// floats and leaves the second-level cache room for a panel of tokens; a pass takes 512 tokens with AVX-512.
 constexpr int64_t kBlockTokens = 11 * kPanelTokens;  // tokens per pass over W
 constexpr int64_t kDepth = 2048;                     // forward: inputs per tile
 constexpr int64_t kOutputs = 16;                     // forward: outputs per tile
@@ -68,9 +70,7 @@ Layout<Word> lay_out(const Linear4bitArgs& args, bool backward, Workspace& room)
   l.low_rows = (args.rank + Word::kElements - 1) / Word::kElements;
   l.parts = parts_for(args.w.rows * args.w.cols * args.tokens / 16);
   l.b = room.take<typename Word::Type>((l.b_rows + l.low_rows) * round_up(l.tokens, kWidth));
-  Workspace part;
-  lay_out_part(args, backward, l, part);
-  l.own_bytes = part.bytes();
+  l.own_bytes = static_cast<int64_t>(bytes_of([&](Workspace& part) { lay_out_part(args, backward, l, part); }));
   l.own = room.take<char>(l.parts * l.own_bytes);
   return l;
 }
@@ -267,9 +267,9 @@ void linear(const Linear4bitArgs& args, bool backward) {
 }
 
 size_t workspace_size(const Linear4bitArgs& args, bool backward) {
-  Workspace room;
-  dispatch_dtype(args.dtype, [&](auto t) { lay_out<WordOf<decltype(t)>>(args, backward, room); });
-  return room.size();
+  return bytes_of([&](Workspace& room) {
+    dispatch_dtype(args.dtype, [&](auto t) { lay_out<WordOf<decltype(t)>>(args, backward, room); });
+  });
 }
 
 }  // namespace

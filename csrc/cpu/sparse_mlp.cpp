@@ -164,15 +164,11 @@ void DEFTCORE_KERNEL(sparse_down)(const SparseDownArgs& args) {
 }
 
 size_t DEFTCORE_KERNEL(sparse_down_workspace)(const SparseDownArgs& args) {
-  Workspace room;
-  lay_out(args.tokens, args.neurons, args.width, room);
-  return room.size();
+  return bytes_of([&](Workspace& room) { lay_out(args.tokens, args.neurons, args.width, room); });
 }
 
 size_t DEFTCORE_KERNEL(sparse_mlp_workspace)(const SparseMlpArgs& args) {
-  Workspace room;
-  lay_out(args, room);
-  return room.size();
+  return bytes_of([&](Workspace& room) { lay_out(args, room); });
 }
 
 void DEFTCORE_KERNEL(sparse_mlp)(const SparseMlpArgs& args) {

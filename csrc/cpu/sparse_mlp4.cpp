@@ -9,7 +9,8 @@ namespace {
 
 constexpr int64_t kPair = 2 * kWidth;  // columns of one vector of even and one of odd elements
 constexpr int64_t kDecodeTokens = 4;   // tokens that share one decode in registers
-constexpr int64_t kDirectTokens = 8;  // up to here rows are decoded in registers, at most twice; beyond, once per panel
+// Up to here rows are decoded in registers, at most twice; beyond, once per panel. Chosen by that count.
+constexpr int64_t kDirectTokens = 8;
 
 // Rows of the active list that one pass over the columns takes, and what each is multiplied by.
 struct Piece {
@@ -246,9 +247,8 @@ void sparse_mlp_4bit(const SparseMlp4bitArgs& args) {
 // ----------------------------------------------------------------------------
 
 size_t DEFTCORE_KERNEL(sparse_mlp_4bit_workspace)(const SparseMlp4bitArgs& args) {
-  Workspace room;
-  dispatch_dtype(args.dtype, [&](auto t) { lay_out<decltype(t)>(args, room); });
-  return room.size();
+  return bytes_of(
+      [&](Workspace& room) { dispatch_dtype(args.dtype, [&](auto t) { lay_out<decltype(t)>(args, room); }); });
 }
 
 void DEFTCORE_KERNEL(sparse_mlp_4bit)(const SparseMlp4bitArgs& args) {

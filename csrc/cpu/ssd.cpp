@@ -105,9 +105,7 @@ Scratch lay_out(const SsdArgs& args, Workspace& room) {
 }
 
 int64_t bytes_of_part(const SsdArgs& args) {
-  Workspace room;
-  lay_out(args, room);
-  return room.bytes();
+  return static_cast<int64_t>(bytes_of([&](Workspace& room) { lay_out(args, room); }));
 }
 
 // [steps, channels] of one head as floats.

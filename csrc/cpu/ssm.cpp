@@ -156,9 +156,7 @@ Scratch lay_out(const SelectiveScanArgs& args, Workspace& room) {
 }
 
 int64_t bytes_of_part(const SelectiveScanArgs& args) {
-  Workspace room;
-  lay_out(args, room);
-  return room.bytes();
+  return static_cast<int64_t>(bytes_of([&](Workspace& room) { lay_out(args, room); }));
 }
 
 Scratch scratch_of(const SelectiveScanArgs& args, void* workspace, int part) {

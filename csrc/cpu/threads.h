@@ -24,7 +24,7 @@ inline Range share(int64_t total, int64_t parts, int64_t part, int64_t unit = 1)
 // The most parts that work is cut into; workspaces have room for as many.
 inline int most_parts() { return omp_get_max_threads(); }
 
-// Parts for `bytes` of traffic: waking a thread costs about 3 us.
+// Parts for `bytes` of traffic: waking a thread costs about 3 us, in which one core alone streams about kBytesPerPart.
 inline int parts_for(int64_t bytes) {
   constexpr int64_t kBytesPerPart = 1 << 16;
   const int64_t wanted = bytes / kBytesPerPart + 1, most = most_parts();

@@ -30,5 +30,13 @@ class Workspace {
   int64_t alignment_, bytes_ = 0;
 };
 
+// Bytes of the arrays that lay_out(Workspace&) takes.
+template <class LayOut>
+size_t bytes_of(LayOut&& lay_out) {
+  Workspace room;
+  lay_out(room);
+  return room.size();
+}
+
 }  // namespace
 }  // namespace deftcore
