@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,6 +151,42 @@ def test_names_are_unique_and_near_ones_are_said(gain):
         assert record.summary.endswith(".")
         assert "\n" not in record.summary
         assert len(record.summary) < 100
+
+
+def places(run):
+    """The places of the package that training calls while `run` runs, up to the loop: each once while it lasts."""
+    package, found = f"{Path(deftcore.__file__).parent}/", []
+
+    @cache
+    def place(file):
+        parts = file.removeprefix(package).split("/") if file.startswith(package) else [""]
+        return "loop" if parts[-1] == "loop.py" else "/".join(parts[: 2 if parts[0] == "methods" else 1])
+
+    def watch(frame, event, _):
+        here, caller = place(frame.f_code.co_filename) if event == "call" else "", frame.f_back
+        if here != "loop" and not here.startswith(("models", "methods")):
+            return
+        while caller is not None and not place(caller.f_code.co_filename):  # decorators, PEFT
+            caller = caller.f_back
+        called = caller is not None and place(caller.f_code.co_filename) == "training"
+        if called and "loop" not in found and found[-1:] != [here]:
+            found.append(here)
+
+    sys.setprofile(watch)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@pytest.mark.parametrize(("method", "adapter"), [("lora", "{r: 2}"), ("s2ft", "{channel_ratio: 0.2}")])
+def test_a_recipe_goes_through_each_room_twice(gain, tmp_path, method, adapter):
+    """Without weights, then with them; docs/architecture.md tells it."""
+    words = [f"output={tmp_path}", f"method={method}", f"adapter={adapter}", "deft=true", "training.max_steps=1"]
+    recipe = load_recipe(gain / "r.yaml", words)
+    way = ["models", f"methods/{method}", "methods/deft"]
+    assert places(lambda: train_recipe(recipe))[:7] == [*way, *way, "loop"]
 
 
 # ---------------------------------------------------------------------------- another kind of data
