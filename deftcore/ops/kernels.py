@@ -121,15 +121,15 @@ def stream(x: Tensor) -> int:
 
 
 def give_workspace(args: Any, nbytes: int, x: Tensor) -> Tensor:
-    """Gives a kernel's arguments a 64-byte aligned workspace on x's device, to be held until the kernel has run.
+    """Gives a kernel's arguments a workspace on x's device, to be held until the kernel has run.
 
     Its last element, an int64, is where those arguments that report `rows_read` do so.
     """
-    words = nbytes // 8 + 9
+    words = (nbytes + 7) // 8 + 1
     workspace = torch.empty(words, dtype=torch.int64, device=x.device)
-    args.workspace = -(-workspace.data_ptr() // 64) * 64
+    args.workspace = start = workspace.data_ptr()  # a multiple of 64, as all that PyTorch allocates
     if hasattr(args, "rows_read"):
-        args.rows_read = workspace.data_ptr() + 8 * (words - 1)
+        args.rows_read = start + 8 * (words - 1)
     return workspace
 
 
