@@ -27,7 +27,17 @@ from deftcore.training.config import DataConfig
 from deftcore.training.fields import OPTIONS, Positive
 from deftcore.training.keeper import Keeper
 from deftcore.training.objective import Objective
-from deftcore.training.registry import GROUP, Method, all_methods, all_sections, all_tasks, find, load_rooms, register
+from deftcore.training.registry import (
+    GROUP,
+    Method,
+    Setup,
+    all_methods,
+    all_sections,
+    all_tasks,
+    find,
+    load_rooms,
+    register,
+)
 from deftcore.training.run import train_recipe
 from deftcore.training.task import Task
 
@@ -140,6 +150,11 @@ def test_its_mistakes_are_named(gain, tmp_path, capsys, override, message):
     assert main(["train", str(gain / "r.yaml"), f"output={tmp_path / 'x'}", override]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_phase_needs_a_recipe():
+    with pytest.raises(RuntimeError, match=r"phase: the method trains something .*; start it from a recipe"):
+        Setup().phase(None, "warm", {})
 
 
 def test_names_are_unique_and_near_ones_are_said(gain):

@@ -48,7 +48,8 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def end(self) -> None:
-        """The last backward of a step is done, the optimizer's step follows."""
+        """The last backward of a step is done; clipping and the optimizer's step follow. Gradients are those of the
+        whole step; under `mixed_precision: fp16` they still hold the scaler's factor."""
 
     def observe(self, batch: Batch, output: Any) -> None:
         """A forward of an evaluation is done; for objectives that measure on outputs."""

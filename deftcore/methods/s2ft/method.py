@@ -22,6 +22,7 @@ def _check(model: Any, config: S2ftConfig) -> None:
 
 _S2FT: dict[str, Any] = {
     "paper": "arXiv 2412.06289",
+    "needs": "a model whose heads and channels are known; the strategies activation, product and gradient look at data",
     "config": S2ftConfig,
     "wrap": _wrap,
     "check": _check,
