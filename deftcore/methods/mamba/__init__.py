@@ -54,7 +54,7 @@ $ deftcore lyapunov ./my-mamba test.jsonl --precisions bf16 --steps 0,10
 | Lyapunov exponents, mixed-precision drift | `stability.py`, `deftcore/ops/ssm/lyapunov.py` |
 | what recipes get | `method.py` |
 | whole blocks, scans, convolution | `deftcore/ops/ssm` |
-| kernels | `csrc/cpu/ssm.cpp`, `csrc/cpu/ssd.cpp`, `csrc/cpu/conv1d.cpp`, and `csrc/cuda` |
+| kernels | `csrc/cpu/ssm.cpp`, `csrc/cpu/ssd.cpp`, `csrc/cpu/state_update.cpp`, `csrc/cpu/conv1d.cpp`, `csrc/cuda` |
 
 ## Costs and limits
 
