@@ -152,6 +152,13 @@ def test_its_mistakes_are_named(gain, tmp_path, capsys, override, message):
     assert not (tmp_path / "x").exists()
 
 
+def test_an_installation_older_than_its_source_is_named(monkeypatch):
+    monkeypatch.setattr("deftcore.training.registry.entry_points", lambda group: [])
+    load_rooms.cache_clear()
+    with pytest.raises(ImportError, match=r"does not name the entry point deftcore\.methods; pip install it again"):
+        all_methods()
+
+
 def test_a_phase_needs_a_recipe():
     with pytest.raises(RuntimeError, match=r"phase: the method trains something .*; start it from a recipe"):
         Setup().phase(None, "warm", {})

@@ -136,8 +136,15 @@ def register(record: Method | Section | type[Task]) -> None:
 
 @cache
 def load_rooms() -> None:
-    """Imports the rooms of this and other packages, once; in the order of the packages' names, deftcore's first."""
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.value != GROUP, entry.name)):
+    """Imports the rooms of this and other packages, once; in the order of the packages' names, deftcore's first.
+
+    Raises:
+        ImportError: deftcore's own are not among them: its source is newer than what is installed.
+    """
+    found = sorted(entry_points(group=GROUP), key=lambda entry: (entry.value != GROUP, entry.name))
+    if not found or found[0].value != GROUP:
+        raise ImportError(f"deftcore: its installation does not name the entry point {GROUP}; pip install it again")
+    for entry in found:
         entry.load()
 
 
