@@ -34,14 +34,24 @@ def replacing_file(target: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(target: str | os.PathLike) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place, and that of all in it, when the block ends well."""
+def replacing_folder(target: str | os.PathLike, *, discard: bool = True) -> Iterator[Path]:
+    """A new folder beside `target` that takes its place when the block ends well.
+
+    Args:
+        discard: what target holds by then goes; False leaves it and raises.
+
+    Raises:
+        OSError: target holds something that is not to be discarded.
+    """
     target = Path(target)
     partial = _beside(target)
     partial.mkdir(parents=True)
     try:
         yield partial
-        shutil.rmtree(target, ignore_errors=True)
+        if discard:
+            shutil.rmtree(target, ignore_errors=True)
+        elif target.exists():
+            target.rmdir()
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

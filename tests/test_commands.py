@@ -9,6 +9,7 @@ import click
 
 import deftcore
 from deftcore.cli.main import app, main
+from deftcore.cli.shared import Listed
 from deftcore.models.families import FAMILIES, describe
 from deftcore.training.registry import all_methods
 
@@ -48,6 +49,11 @@ def test_lists_of_methods_and_models(capsys):
     assert "  MLP: gate gate_proj, up up_proj, down down_proj, act act_fn" in lines
     assert main(["info", "--models", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == describe()
+
+
+def test_spaces_in_lists():
+    assert Listed(click.Choice(["bf16", "fp16"])).convert("bf16, fp16", None, None) == ["bf16", "fp16"]
+    assert Listed(int).convert(" 0,10 ,100, ", None, None) == [0, 10, 100]
 
 
 def test_a_plain_install_has_help_and_info():

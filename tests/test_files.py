@@ -39,6 +39,13 @@ def test_a_folder_is_replaced_whole(tmp_path):
     with replacing_folder(folder) as partial:
         (partial / "new").write_text("3")
     assert names(folder) == ["new"]
+    with pytest.raises(OSError, match="not empty"), replacing_folder(folder, discard=False) as partial:
+        (partial / "more").write_text("4")
+    assert names(folder) == ["new"]
+    (folder / "new").unlink()
+    with replacing_folder(folder, discard=False) as partial:
+        (partial / "more").write_text("4")
+    assert names(folder) == ["more"]
     assert names(folder.parent) == ["model"]
     plain = tmp_path / "plain"
     plain.mkdir()

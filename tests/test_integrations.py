@@ -17,6 +17,7 @@ from deftcore.methods.deft.objective import DensityLoss
 from deftcore.methods.lora.bottleneck import BottleneckConfig
 from deftcore.methods.lora.layer import FusedLoraLinear
 from deftcore.methods.s2ft.config import S2ftConfig
+from deftcore.training.objective import Objective
 from deftcore.training.trainer import ObjectiveTrainerMixin
 
 
@@ -204,6 +205,40 @@ class DensityOnlyTrainer(ObjectiveTrainerMixin, NoTask):
     pass
 
 
+class WithoutOutputs(Trainer):
+    """As some of TRL's, it gives no outputs."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs:
+            raise ValueError("The WithoutOutputs does not support returning outputs")
+        return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+
+
+class LogitNorm(Objective):
+    """A loss on the logits."""
+
+    needs_output = True
+
+    def share(self, batch, output):
+        return output.logits.square().mean()
+
+
+def test_outputs_are_asked_for_only_where_an_objective_needs_them(tmp_path):
+    trainer_class = type("Deft", (ObjectiveTrainerMixin, WithoutOutputs), {})
+    model, inputs = tiny_model("llama").train(), tiny_batch("llama")
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, max_steps=2, save_steps=9, logging_steps=1)
+    density = DensityLoss(model, surrogate="tanh")
+    trainer = trainer_class(model, arguments, train_dataset=Rows("llama"), objective=density)
+    trainer.train()
+    assert 0 < trainer.state.log_history[0]["density"] < 1
+    density.detach()
+    with pytest.raises(ValueError, match="returning outputs"):
+        trainer_class(model, arguments, objective=LogitNorm()).compute_loss(model, inputs)
+    plain = DeftTrainer(model, arguments, objective=LogitNorm())
+    output = model(**inputs)
+    torch.testing.assert_close(plain.compute_loss(model, inputs), output.loss + output.logits.square().mean())
+
+
 @pytest.mark.parametrize(("smoothing", "shares"), [(0.0, True), (0.1, True), (0.0, False)])
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_trainer_takes_the_ratio_of_the_windows_sums(family, smoothing, shares, tmp_path):
@@ -293,6 +328,13 @@ def test_damaged_folders(tmp_path):
     folder = deftcore.save_sparse(tiny_model("llama"), tmp_path / "m")
     with pytest.raises(FileExistsError):
         deftcore.save_sparse(tiny_model("llama"), folder)
+    model = tiny_model("llama")
+    write, busy = model.save_pretrained, tmp_path / "busy"
+    busy.mkdir()
+    model.save_pretrained = lambda *args, **options: (write(*args, **options), (busy / "theirs").write_text("kept"))
+    with pytest.raises(OSError, match="not empty"):  # somebody filled it meanwhile
+        deftcore.save_sparse(model, busy)
+    assert [file.name for file in busy.iterdir()] == ["theirs"]
     with pytest.raises(ValueError, match="no MLP block named x"):
         deftcore.save_sparse(tiny_model("llama"), tmp_path / "n", skip=["x"])
     settings = folder / "deftcore_sparse.json"
@@ -306,4 +348,4 @@ def test_damaged_folders(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(Exception, match=r"(?i)safetensor|header|incomplete|invalid"):
         deftcore.load_sparse(folder)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]  # no temporary folders are left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["busy", "m"]  # no temporary folders are left

@@ -268,7 +268,7 @@ class HeadConfig:
 class Confidence(Objective):
     """A loss on the logits, which grows over the run; and what it measures."""
 
-    name, measure = "confidence", "certainty"
+    name, measure, needs_output = "confidence", "certainty", True
 
     def __init__(self, weight):
         super().__init__()

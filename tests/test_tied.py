@@ -96,7 +96,7 @@ def test_sparsify_and_save_sparse(tmp_path):
         torch.testing.assert_close(deftcore.sparsify(model)(**batch).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_export(tmp_path):
+def test_export(tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
     save_base(tmp_path / "base", tied_model("llama"))
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -107,6 +107,14 @@ def test_export(tmp_path):
         expected, batch = model(**batch_of("llama")).logits, batch_of("llama")
         found = deftcore.load_sparse(tmp_path / "out")(**batch).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", _fail)
+    with pytest.raises(OSError, match="disk full"):
+        export(str(tmp_path / "base"), str(tmp_path / "half"))
+    assert not (tmp_path / "half").exists()  # the folder appears whole, its tokenizer with it
+
+
+def _fail(*_, **__):
+    raise OSError("disk full")
 
 
 @pytest.mark.parametrize("use", [deftcore.merge, deftcore.sparsify])

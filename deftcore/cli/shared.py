@@ -51,7 +51,7 @@ class Listed(click.ParamType):
         return f"{self.of.get_metavar(param, ctx) or self.of.name.upper()},..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
-        parts = value.split(",") if isinstance(value, str) else value
+        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
         return [self.of.convert(part, param, ctx) for part in parts if part != ""]
 
 

@@ -20,6 +20,7 @@ class Objective(nn.Module):
 
     name = "objective"  # of its settings in run.json: its section of a recipe, where it has one
     measure = "objective"  # what it is a loss of; the log shows it as <measure>_loss
+    needs_output = False  # whether `share` reads the output, which not every Trainer can give
 
     def settings(self) -> dict[str, Any]:
         """What it was made with, as plain values: equal settings, equal loss."""
@@ -43,7 +44,7 @@ class Objective(nn.Module):
         the mean over processes.
 
         Args:
-            output: what `Task.output` returned for the batch, in the graph.
+            output: what `Task.output` returned for the batch, in the graph; under a Trainer None unless `needs_output`.
         """
         raise NotImplementedError
 

@@ -39,13 +39,13 @@ class ObjectiveTrainerMixin:
             RuntimeError: as `Objective.share`; a density loss when the forward ran without a graph.
         """
         self.objective.expect(inputs)  # the labels may be taken out before the model sees them
-        outputs = return_outputs or model.training
-        result = super().compute_loss(model, inputs, return_outputs=outputs, **kwargs)  # type: ignore[misc]
+        asked = return_outputs or (model.training and self.objective.needs_output)
+        result = super().compute_loss(model, inputs, return_outputs=asked, **kwargs)  # type: ignore[misc]
+        loss, output = result if asked else (result, None)
         if not model.training:
             if return_outputs:
-                self.objective.observe(inputs, result[1])
+                self.objective.observe(inputs, output)
             return result
-        loss, output = result
         share = self.objective.share(inputs, output)
         if not self._loss_is_a_share(kwargs.get("num_items_in_batch")):
             share = share * self._parts  # the Trainer will divide by it

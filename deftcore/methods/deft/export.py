@@ -76,8 +76,8 @@ def export(
                 base = adapted.unload() if hasattr(adapted, "unload") else adapted.get_base_model()
         if kept is None:
             check_sparsify(base, skip=skip)
-        tokenizer = load_tokenizer(model)
-        save_sparse(base, output, skip=skip, adapter=kept)
-    tokenizer.save_pretrained(output)
+        tokenizer = Path(temporary) / "tokenizer"
+        load_tokenizer(model).save_pretrained(tokenizer)
+        save_sparse(base, output, skip=skip, adapter=kept, extra_files=list(tokenizer.iterdir()))
     blocks = [block.name for block in find_mlp_blocks(base)]
     return {"output": output, "blocks": blocks, "skipped": sorted(skip), "unmerged_adapter": kept is not None}

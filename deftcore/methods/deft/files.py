@@ -43,10 +43,11 @@ def save_sparse(
         tau: threshold per block name; a missing block uses its activation's default.
         skip: names of blocks to leave out.
         adapter: folder of an adapter to keep beside the model, unmerged: LoRA over 4 bits, bottlenecks, prompts.
-        extra_files: files to copy beside the model, such as the tokenizer's.
+        extra_files: files and folders to copy beside the model, such as the tokenizer's.
 
     Raises:
         FileExistsError: the folder is not empty.
+        OSError: it was filled meanwhile.
         ValueError: naming the blocks that the model lacks, or why it cannot be written.
     """
     folder = Path(folder)
@@ -64,12 +65,12 @@ def save_sparse(
         raise ValueError(f"skip, tau: no MLP block named {', '.join(unknown)}; the model has {', '.join(names)}")
     dropped = tuple(f"{name}.{part}" for name in skip for part in _projections(model, name))
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(dropped)}
-    with replacing_folder(folder) as partial:
+    with replacing_folder(folder, discard=False) as partial:
         model.save_pretrained(partial, state_dict=state)
         if adapter is not None:
             shutil.copytree(adapter, partial / ADAPTER_FOLDER)
         for file in extra_files:
-            shutil.copy(file, partial / file.name)
+            (shutil.copytree if file.is_dir() else shutil.copy)(file, partial / file.name)
         write_json(partial / SPARSE_FILE, {"format": 1, "tau": tau or {}, "skip": sorted(skip)})
     return folder
 
