@@ -128,6 +128,32 @@ def test_command(tmp_path, capsys):
     assert "is not a Mamba" in capsys.readouterr().err
 
 
+def test_a_run_that_diverges_is_reported(tmp_path, monkeypatch):
+    """The others go on, and what stood before the step is compared."""
+    folder, data = tmp_path / "mamba", tmp_path / "text.txt"
+    folder.mkdir()
+    save_base(folder, model_of("mamba"))
+    data.write_text("a small text that is repeated many times over. " * 400)
+    plain, calls = TextTask.output, []
+
+    def output(self, model, batch):
+        result = plain(self, model, batch)
+        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16:
+            calls.append(1)
+            if len(calls) == 2:
+                result.loss = result.loss * float("nan")
+        return result
+
+    monkeypatch.setattr(TextTask, "output", output)
+    out = str(tmp_path / "out")
+    report = stability.run(str(folder), str(data), out, precisions=["fp16", "bf16"], steps=[0, 1, 3], max_length=32)
+    result = report["models"][str(folder)]
+    assert result["diverged"] == [{"precision": "fp16", "seed": 0, "step": 2}]
+    found = {entry["step"]: [run["precision"] for run in entry["runs"]] for entry in result["checkpoints"]}
+    assert found == {0: ["fp16", "bf16", "fp32"], 1: ["fp16", "bf16", "fp32"], 3: ["bf16", "fp32"]}
+    assert "  fp16 seed 0: diverged, no loss at step 2" in stability.lines(report)
+
+
 def test_runs_share_data_and_beginning():
     """A step of the protocol is a step of plain AdamW on the same batches, written out here."""
     model, task = model_of("mamba"), TextTask()
@@ -135,7 +161,8 @@ def test_runs_share_data_and_beginning():
     config = TrainingConfig(
         max_steps=4, batch_size=2, learning_rate=1e-2, schedule="constant", warmup_ratio=0, max_grad_norm=0, seed=3
     )
-    found = stability.trained_parts(copy.deepcopy(model), examples, config, [0, 2, 4], task, "here")
+    found, diverged = stability.trained_parts(copy.deepcopy(model), examples, config, [0, 2, 4], task, "here")
+    assert diverged is None
     torch.manual_seed(3)
     plain = add_adapter(copy.deepcopy(model), "mamba-lora", {"r": 8, "lora_alpha": 16}).train()
     parameters = {name: p for name, p in plain.named_parameters() if p.requires_grad}
@@ -152,4 +179,4 @@ def test_runs_share_data_and_beginning():
     assert found.keys() == {0, 2, 4}
     assert stability.trained_parts(
         copy.deepcopy(model), examples, dataclasses.replace(config, max_steps=0), [0], 0, ""
-    )[0]
+    )[0][0]

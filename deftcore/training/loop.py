@@ -38,6 +38,20 @@ from deftcore.training.text import TextTask
 _log = logging.getLogger(__name__)
 
 
+class Diverged(RuntimeError):
+    """The loss of a step is no number any more.
+
+    Args:
+        label: of the run.
+        loss: what it is.
+        step: counted from 1.
+    """
+
+    def __init__(self, label: str, loss: float, step: int) -> None:
+        super().__init__(f"{label}: the loss is {loss} at step {step}")
+        self.step = step
+
+
 def train(
     model: Any,
     examples: Sequence[Any],
@@ -83,6 +97,7 @@ def train(
     Raises:
         ValueError: no examples, an example without labels, validation without any, fewer of either than processes, no
             trainable parameter; `output` holds another run (naming what differs, old and new).
+        Diverged: a step's loss is infinite or NaN.
     """
     if not examples:
         raise ValueError("examples: must not be empty")
@@ -293,7 +308,7 @@ class _Run:
             losses = [sum_ + float(share.detach()) / processes for sum_, share in zip(losses, shares, strict=True)]
         loss, *extra = accelerator.reduce(torch.tensor(losses, device=device), "sum").tolist()
         if not math.isfinite(sum((loss, *extra))):
-            raise RuntimeError(f"{self.label}: the loss is {sum((loss, *extra))} at step {self.state.step + 1}")
+            raise Diverged(self.label, sum((loss, *extra)), self.state.step + 1)
         for objective in objectives:
             objective.end()
         if self.config.max_grad_norm:

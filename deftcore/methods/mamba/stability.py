@@ -39,7 +39,7 @@ from deftcore.training.fields import (
     checked,
     one_of,
 )
-from deftcore.training.loop import train
+from deftcore.training.loop import Diverged, train
 from deftcore.training.task import Batches, Task
 from deftcore.training.text import TextData, TextTask
 from deftcore.training.wrapping import add_adapter
@@ -166,6 +166,8 @@ def run(
 ) -> dict[str, Any]:
     """The whole protocol; writes report.json and lyapunov.png to `output`.
 
+    A run whose loss is no number any more stands under `diverged`, with the step, and has no entry in later checkpoints.
+
     Raises:
         FileNotFoundError, ValueError: naming the argument.
     """
@@ -201,7 +203,7 @@ def _protocol(
     report: dict[str, Any] = {
         "mamba": is_mamba(base), "type": base.config.model_type,
         "parameters": sum(p.numel() for p in base.parameters()),
-        "evaluation_tokens": sum(len(e["input_ids"]) for e in fixed), "checkpoints": [],
+        "evaluation_tokens": sum(len(e["input_ids"]) for e in fixed), "diverged": [], "checkpoints": [],
     }  # fmt: skip
     trained = {}
     for precision, seed in runs:
@@ -210,21 +212,24 @@ def _protocol(
             warmup_ratio=0, max_grad_norm=0, mixed_precision="no" if precision == "fp32" else precision, seed=seed,
         )  # fmt: skip
         label = f"{Path(path).name}, {precision} seed {seed}"
-        trained[precision, seed] = trained_parts(copy.deepcopy(base), rest, config, steps, task, label)
+        trained[precision, seed], lost = trained_parts(copy.deepcopy(base), rest, config, steps, task, label)
+        if lost is not None:
+            report["diverged"].append({"precision": precision, "seed": seed, "step": lost})
     reference, other = _adapted(copy.deepcopy(base)).eval(), _adapted(base).eval()
     for step in steps:
         entry: dict[str, Any] = {"step": step, "runs": []}
         for precision, seed in runs:
-            if (precision, seed) == ("fp32", 0):
+            own, exact = trained[precision, seed], trained["fp32", 0 if precision == "fp32" else seed]
+            if own is exact or step not in own or step not in exact:
                 continue
-            reference.load_state_dict(trained["fp32", 0 if precision == "fp32" else seed][step], strict=False)
-            other.load_state_dict(trained[precision, seed][step], strict=False)
+            reference.load_state_dict(exact[step], strict=False)
+            other.load_state_dict(own[step], strict=False)
             result = divergence(reference, other, evaluation, precision)
             if report["mamba"]:
                 with _precision(precision, device.type):
                     result["lyapunov"] = exponents(other, evaluation)
             entry["runs"].append({"precision": precision, "seed": seed, **result})
-        if report["mamba"]:
+        if report["mamba"] and step in trained["fp32", 0]:
             reference.load_state_dict(trained["fp32", 0][step], strict=False)
             entry["lyapunov"] = exponents(reference, evaluation)
         report["checkpoints"].append(entry)
@@ -240,8 +245,9 @@ def _adapted(model: Any) -> Any:
 
 def trained_parts(
     base: Any, examples: list[Any], config: TrainingConfig, steps: Sequence[int], task: Task, label: str
-) -> dict[int, dict[str, Tensor]]:
-    """What the adapter holds after each of the numbers of steps, the last of which is the run's."""
+) -> tuple[dict[int, dict[str, Tensor]], int | None]:
+    """What the adapter holds after each of the numbers of steps, the last of which is the run's; and the step at which
+    the run diverged, where it did: numbers from there on are missing."""
     torch.manual_seed(config.seed)
     model = _adapted(base)
     found: dict[int, dict[str, Tensor]] = {}
@@ -253,12 +259,16 @@ def trained_parts(
             found[step] = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     handle = model.register_forward_pre_hook(keep)
-    if config.max_steps:
-        with tempfile.TemporaryDirectory() as folder:
-            train(model, examples, config, folder, task=task, label=label)
+    try:
+        if config.max_steps:
+            with tempfile.TemporaryDirectory() as folder:
+                train(model, examples, config, folder, task=task, label=label)
+    except Diverged as error:
+        return found, error.step
+    finally:
+        handle.remove()
     keep()
-    handle.remove()
-    return found
+    return found, None
 
 
 def lines(report: dict[str, Any]) -> list[str]:
@@ -266,6 +276,8 @@ def lines(report: dict[str, Any]) -> list[str]:
     found = []
     for path, result in report["models"].items():
         found.append(f"{path}: {result['parameters'] / 1e6:.1f} M parameters")
+        for run in result["diverged"]:
+            found.append(f"  {run['precision']} seed {run['seed']}: diverged, no loss at step {run['step']}")
         for entry in result["checkpoints"]:
             if "lyapunov" in entry:
                 worst = max(layer["max"] for layer in entry["lyapunov"].values())
