@@ -166,7 +166,7 @@ def run(
 ) -> dict[str, Any]:
     """The whole protocol; writes report.json and lyapunov.png to `output`.
 
-    A run whose loss is no number any more stands under `diverged`, with the step, and has no entry in later checkpoints.
+    A run whose loss is no number any more stands under `diverged`, with the step, and is not in later checkpoints.
 
     Raises:
         FileNotFoundError, ValueError: naming the argument.
