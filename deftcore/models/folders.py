@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import CONFIG_NAME
 
+from deftcore.models.families import family_of
+
 
 def model_kind(config: Any) -> Any:
     """The class of Transformers that builds a language model of this configuration."""
@@ -80,7 +82,13 @@ class StoredWeights:
         return self._files.keys()
 
     def name_as(self, model: Any) -> None:
-        """Names the tensors as the model does: a checkpoint of the bare model lacks the prefix."""
+        """Names the tensors as the model does: files may have other names, those of the bare model lack the prefix."""
+        family = family_of(model)
+        for here, stored in family.stored_as if family else ():
+            self._files = {
+                here + key.removeprefix(stored) if key.startswith(stored) else key: at
+                for key, at in self._files.items()
+            }
         prefix, expected = f"{model.base_model_prefix}.", model.state_dict().keys()
         if any(key.startswith(prefix) for key in expected) and not any(key.startswith(prefix) for key in self._files):
             self._files = {key if key in expected else f"{prefix}{key}": at for key, at in self._files.items()}
