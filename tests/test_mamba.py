@@ -18,9 +18,11 @@ import deftcore
 from deftcore import ops
 from deftcore.methods.mamba.lora import MambaLoraConfig, slices_of
 from deftcore.nn import Mamba2Mixer, MambaMixer, MixerState
+from deftcore.nn.mamba import MambaBlock
 from deftcore.ops.ssm.projection import LoraPair, Projection, project
 from deftcore.ops.ssm.scan import selective_scan_ref
 from deftcore.ops.ssm.ssd import mamba_chunk_scan_ref
+from deftcore.training.registry import Setup, find
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTH, RANK, STATES, HIDDEN = 24, 3, 5, 12
@@ -467,6 +469,18 @@ def test_mixer_bad_sizes():
 
 
 # ---------------------------------------------------------------------------- Transformers
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_training_in_full_says_what_stays_slow(activation, caplog):
+    """Also where nothing is replaced."""
+    model = model_of("mamba", hidden_act=activation)
+    with caplog.at_level("WARNING", "deftcore"):
+        assert find("full").wrap(model, None, Setup()) is model
+    assert ("patch: left alone: backbone.layers.0.mixer, backbone.layers.1.mixer (activation gelu)" in caplog.text) == (
+        activation == "gelu"
+    )
+    assert isinstance(model.backbone.layers[0].mixer, MambaBlock) == (activation == "silu")
 
 
 def model_of(family, dtype=torch.float32, **options):

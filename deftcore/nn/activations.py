@@ -28,3 +28,12 @@ def activation_of(module: nn.Module) -> str:
             f"activation: {type(module).__name__} has no kernel; known: {', '.join(sorted(_ACTIVATION_CLASSES))}, GELU"
         )
     return activation_name(name)
+
+
+def has_kernel(module: nn.Module) -> bool:
+    """Whether the ops compute an activation module."""
+    try:
+        activation_of(module)
+    except ValueError:
+        return False
+    return True

@@ -7,7 +7,7 @@ import peft
 from pydantic import Field
 
 from deftcore.methods.lora.bottleneck import BottleneckConfig
-from deftcore.methods.lora.patch import has_replacements, patch
+from deftcore.methods.lora.patch import concerns, patch
 from deftcore.training.fields import Count, Share
 from deftcore.training.registry import Method, Setup, check_by_peft, register, wrap_by_peft
 
@@ -33,7 +33,7 @@ def check_lora(model: Any, config: Any) -> None:
 
 
 def _wrap_full(model: Any, config: None, setup: Setup) -> Any:
-    return patch(model) if has_replacements(model) else model
+    return patch(model) if concerns(model) else model
 
 
 _LORA: dict[str, Any] = {

@@ -121,9 +121,9 @@ def patch(model: nn.Module, *, verify: bool = True) -> nn.Module:
     return model
 
 
-def has_replacements(model: nn.Module) -> bool:
-    """Whether there is a module in a model that `patch` would replace, or has replaced."""
-    return any(not isinstance(found, str) for _, _, found in _answers(model))
+def concerns(model: nn.Module) -> bool:
+    """Whether there is a module in a model that `patch` would replace, has replaced, or would leave alone by name."""
+    return any(found for _, _, found in _answers(model))
 
 
 def unpatch(model: nn.Module) -> nn.Module:

@@ -21,6 +21,7 @@ from deftcore.models.coupled import (
     selected_first,
 )
 from deftcore.models.families import GATED_MLP
+from deftcore.nn.activations import has_kernel
 from deftcore.nn.linear import Linear4bit, is_transposed
 
 logger = logging.getLogger("deftcore")
@@ -91,7 +92,9 @@ def make_plan(model: nn.Module, config: S2ftConfig) -> Plan:
                 places, by_place = torch.cat((before.places, places)).sort()
                 indices = torch.cat((before.indices, indices))[by_place]
             slices[axis.module] = Slice(axis.dim, places, indices)
-    return Plan(selected, orders, slices, [c.name for c in structures if c.mlp == GATED_MLP])
+    gated = [c.name for c in structures if c.mlp == GATED_MLP]
+    fusible = [name for name in gated if has_kernel(model.get_submodule(f"{name}.{GATED_MLP.act}"))]
+    return Plan(selected, orders, slices, fusible)
 
 
 def _targets(structures: list[Coupled], config: S2ftConfig) -> list[str]:
