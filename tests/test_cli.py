@@ -46,6 +46,9 @@ def place(tmp_path_factory):
     (root / "empty.txt").write_text("")
     (root / "full").mkdir()
     (root / "full" / "x").write_text("x")
+    (root / "earlier" / "final").mkdir(parents=True)  # what two runs left
+    for name in ("adapter_config.json", "config.json"):
+        (root / "earlier" / "final" / name).write_text("{}")
     (root / "r.yaml").write_text(
         "{model: base, output: run, data: {train: base/data.txt, max_length: 16}, adapter: {r: 4}, "
         "training: {max_steps: 2}}"
@@ -58,7 +61,14 @@ MISTAKES = [
     ([*TRAIN, "adapter.target_modules=[q_proj"], "adapter.target_modules: '[q_proj' is not YAML"),
     ([*TRAIN, "adapter.target_modules=[q_proj, nope]"], "adapter.target_modules: no module named 'nope'; known: "),
     ([*TRAIN, "adapter.target_modules=[q_prj]"], "no module named 'q_prj'; did you mean q_proj"),
-    ([*TRAIN, "adapter.target_modules=.*q_prj"], "adapter.target_modules: no module fits '.*q_prj'; did you mean q_pr"),
+    (
+        [*TRAIN, "adapter.target_modules=.*q_prj"],
+        "no module fits '.*q_prj', a regular expression over whole names; did you mean [q_proj]",
+    ),
+    (
+        [*TRAIN, "adapter.target_modules=q_proj"],
+        "no module fits 'q_proj', a regular expression over whole names; did you mean [q_proj]?",
+    ),
     ([*TRAIN, "adapter.target_modules=(q_proj"], "adapter.target_modules: '(q_proj' is no regular expression: missing"),
     (
         [*TRAIN, "adapter.modules_to_save=[lm_hed]"],
@@ -86,6 +96,10 @@ MISTAKES = [
     ([*TRAIN, "method=qlora", "quantize.skip=[lm_hd]"], "quantize.skip: no module named 'lm_hd'; near: lm_head"),
     ([*TRAIN, "method=s2ft", "adapter={targets: [fc]}"], "adapter: targets: must be among o, down, v"),
     ([*TRAIN, "method=mamba-lora"], "MambaLoraConfig is for mamba, falcon_mamba, mamba2 models, got 'llama'"),
+    (
+        [*TRAIN, "method=s2ft", "adapter.lora_alpha=2"],
+        "adapter: method s2ft does not take r, lora_alpha, which other methods do; adapter={...} replaces all",
+    ),
     ([*TRAIN, "method=bottleneck", "adapter={target_modules: [mlpp]}"], "no module named 'mlpp'; did you mean mlp"),
     (
         [*TRAIN, "method=prefix", "adapter={num_virtual_tokens: 2}", "training.gradient_checkpointing=true"],
@@ -127,7 +141,13 @@ MISTAKES = [
     (["export", "base", ""], "output: is needed"),
     (["export", "bloom", "out"], "model: BloomForCausalLM has no MLP block of a known family"),
     ([*EXPORT, "--skip", "nope"], "skip: no MLP block named nope; the model has model.layers.0.mlp"),
-    ([*EXPORT, "--merge", "4bit"], "merge: is for an adapter over a 4-bit base, got '4bit'"),
+    ([*EXPORT, "--merge", "4bit"], "merge: is for an adapter over a 4-bit base, there is no adapter, got '4bit'"),
+    (
+        [*EXPORT, "--merge", "4bit", "--adapter", "earlier/final"],
+        "merge: is for a base in 4 bits, base needs quantize (--quantize nf4) too, got '4bit'",
+    ),
+    ([*EXPORT, "--adapter", "earlier"], "earlier has no adapter_config.json; did you mean earlier/final?"),
+    (["density", "earlier", "base/data.txt"], "earlier is no Transformers folder, it has no config.json; did you mean"),
     ([*EXPORT, "--adapter", "nope"], "adapter: must be the folder of an adapter"),
     ([*LYAPUNOV, "--steps", "-1"], "steps: must be at least 0, got -1"),
     ([*LYAPUNOV, "--steps"], "Option '--steps' requires an argument"),
@@ -259,9 +279,14 @@ def test_exports_are_what_they_say(place, tmp_path, monkeypatch, capsys):
     run, out, less = (str(tmp_path / name) for name in ("run", "out", "less"))
     options = ["method=qlora", "adapter={r: 4, init_lora_weights: false}", f"output={run}"]
     assert main([*TRAIN, *options]) == 0
-    assert main(["export", "base", out, "--adapter", f"{run}/final", "--quantize", "nf4"]) == 0
-    assert main(["export", "base", less, "--skip", "model.layers.1.mlp"]) == 0
     capsys.readouterr()
+    export = ["export", "base", "--adapter", f"{run}/final"]
+    assert main([*export, out, "--quantize", "nf4"]) == 0
+    assert capsys.readouterr().out == f"{out}: 2 blocks, 0 skipped; adapter unmerged beside 4-bit weights\n"
+    assert main([*export, f"{tmp_path}/dense", "--quantize", "nf4", "--merge", "16bit"]) == 0
+    assert capsys.readouterr().out.endswith("; adapter merged into float32 weights\n")
+    assert main(["export", "base", less, "--skip", "model.layers.1.mlp"]) == 0
+    assert capsys.readouterr().out == f"{less}: 2 blocks, 1 skipped; float32 weights\n"
     found = []
     for arguments in (["base", "--adapter", f"{run}/final", "--quantize", "nf4"], [out], ["base", "--quantize", "nf4"]):
         assert main(["density", arguments[0], "base/data.txt", *arguments[1:], "--max-length", "16", "--json"]) == 0

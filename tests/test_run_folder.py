@@ -173,7 +173,7 @@ def test_recipes(tmp_path):
     for override, message in (
         ("training.learning_rate=1e-3", r"training\.learning_rate: 0\.0003 -> 0\.001"),
         ("data.max_length=4", r"data\.max_length: 16 -> 4"),
-        ("method=lora", 'method: "full" -> "lora"'),
+        ("method=lora", r'holds another run, method: "full" -> "lora"; train anew with --restart \(.*another output$'),
         (f"model={tmp_path / 'other'}", r'model: "\w+" -> "\w+"'),
     ):
         with pytest.raises(ValueError, match=message):

@@ -20,9 +20,14 @@ from deftcore.cli.shared import (
 @click.argument("output")
 @adapter_option
 @click.option(
-    "--skip", type=Listed(str), default=[], show_default="none", metavar="BLOCK,...", help="MLP blocks to leave out."
+    "--skip",
+    type=Listed(str),
+    default=[],
+    show_default="none",
+    metavar="BLOCK,...",
+    help="MLP blocks to leave out, by name, as model.layers.0.mlp.",
 )
-@quantize_option("Write 4-bit weights; the adapter stays unmerged.")
+@quantize_option("Put the base into 4 bits. LoRA stays unmerged beside it; S2FT is merged into dense weights.")
 @click.option(
     "--merge", type=click.Choice(["16bit", "4bit"]), show_default="no", help="Merge an adapter over a 4-bit base."
 )
@@ -43,5 +48,10 @@ def export(
         model, output, adapter=adapter, skip=tuple(skip), quantize=quantize_options(quantize), merge=merge or "",
         device=device,
     )  # fmt: skip
-    kept = ", adapter unmerged" if result["unmerged_adapter"] else ""
-    show(as_json, result, [f"{output}: {len(result['blocks'])} blocks, {len(result['skipped'])} skipped{kept}"])
+    weights = f"{result['weights']} weights"
+    if result["merged_adapter"]:
+        weights = f"adapter merged into {weights}"
+    elif result["unmerged_adapter"]:
+        weights = f"adapter unmerged beside {weights}"
+    counts = f"{len(result['blocks'])} blocks, {len(result['skipped'])} skipped"
+    show(as_json, result, [f"{output}: {counts}; {weights}"])

@@ -8,7 +8,10 @@ import click
 from deftcore.cli.shared import command, hush, show
 
 
-@command(example="deftcore train recipes/deft-lora.yaml training.max_steps=100 training.learning_rate=1e-4")
+@command(
+    example="deftcore train recipes/deft-lora.yaml model=./my-llama data.train=train.jsonl output=runs/a "
+    "training.max_steps=100"
+)
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--restart", is_flag=True, help="Forget the run that the output folder holds.")

@@ -37,7 +37,9 @@ def checked_folder(path: str | os.PathLike) -> str:
     path = os.fspath(path)
     if Path(path).is_dir():
         if not (Path(path) / CONFIG_NAME).is_file():
-            raise FileNotFoundError(f"model: {path} is no Transformers folder, it has no {CONFIG_NAME}")
+            final = Path(path) / "final"  # of a run that trained the whole model
+            hint = f"; did you mean {final}?" if (final / CONFIG_NAME).is_file() else ""
+            raise FileNotFoundError(f"model: {path} is no Transformers folder, it has no {CONFIG_NAME}{hint}")
         return path
     if Path(path).exists():
         raise FileNotFoundError(f"model: must be a folder, {path} is a file")

@@ -52,7 +52,8 @@ def check_lengths(model: Any, examples: Iterable[Mapping[str, Any]], what: str =
 
 
 def check_names(field: str, wanted: Any, modules: list[str]) -> None:
-    """Raises for a name, or a pattern, that fits none of the modules. Names fit by their last parts.
+    """Raises for a name, or a pattern, that fits none of the modules. Names fit by their last parts, a pattern (a
+    string) fits whole names.
 
     Raises:
         ValueError: naming the field, and names that are near.
@@ -65,13 +66,18 @@ def check_names(field: str, wanted: Any, modules: list[str]) -> None:
         except re.error as error:
             raise ValueError(f"{field}: {wanted!r} is no regular expression: {error}") from error
         if not any(map(pattern.fullmatch, modules)):
-            raise ValueError(f"{field}: no module fits {wanted!r}{_near(wanted, modules)}")
+            lists = [wanted] if _is_named(wanted, modules) else _last_parts(modules)
+            hint = near(wanted, [f"[{name}]" for name in lists])
+            raise ValueError(f"{field}: no module fits {wanted!r}, a regular expression over whole names{hint}")
         return
     for name in wanted:
-        if not any(f".{module}".endswith(f".{name}") for module in modules):
-            raise ValueError(f"{field}: no module named {name!r}{_near(name, modules)}")
+        if not _is_named(name, modules):
+            raise ValueError(f"{field}: no module named {name!r}{near(name, _last_parts(modules))}")
 
 
-def _near(name: str, modules: list[str]) -> str:
-    last = [part for part in dict.fromkeys(module.rpartition(".")[2] for module in modules) if not part.isdigit()]
-    return near(name, last)
+def _is_named(name: str, modules: list[str]) -> bool:
+    return any(f".{module}".endswith(f".{name}") for module in modules)
+
+
+def _last_parts(modules: list[str]) -> list[str]:
+    return [part for part in dict.fromkeys(module.rpartition(".")[2] for module in modules) if not part.isdigit()]

@@ -55,8 +55,11 @@ def _existing_file(path: str) -> str:
 
 
 def _adapter_folder(path: str) -> str:
-    if path and not (Path(path) / "adapter_config.json").is_file():
-        raise Mistakes([f": must be the folder of an adapter, {path} has no adapter_config.json"])
+    name = "adapter_config.json"
+    if path and not (Path(path) / name).is_file():
+        final = Path(path) / "final"  # of a run
+        hint = f"; did you mean {final}?" if (final / name).is_file() else ""
+        raise Mistakes([f": must be the folder of an adapter, {path} has no {name}{hint}"])
     return path
 
 

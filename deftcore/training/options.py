@@ -9,7 +9,7 @@ from peft import PeftConfig
 from pydantic import ConfigDict, ValidationError, create_model
 
 from deftcore.training.fields import Integer, Mistakes, Number, problems
-from deftcore.training.registry import Method
+from deftcore.training.registry import Method, all_methods
 
 
 def checked_options(method: Method, options: dict[str, Any]) -> dict[str, Any]:
@@ -23,12 +23,16 @@ def checked_options(method: Method, options: dict[str, Any]) -> dict[str, Any]:
         if options:
             raise Mistakes([f": method {method.name} has no adapter, got {', '.join(options)}"])
         return options
-    # The fields that PEFT's configs have in common are set on wrapping.
-    common = {each.name for each in dataclasses.fields(PeftConfig)} if issubclass(kind, PeftConfig) else set()
     numbers = {int: Integer, float: Number}
     hints: dict[str, Any] = {name: numbers.get(hint, hint) for name, hint in typing.get_type_hints(kind).items()}
     hints |= method.limits
-    own = [each.name for each in dataclasses.fields(kind) if each.init and each.name not in common]
+    own = _fields(kind)
+    others = {name for each in all_methods() if each.config for name in _fields(each.config)}.difference(own)
+    found = []
+    if strange := [name for name in options if name in others]:  # of a recipe that was another method's
+        names = ", ".join(strange)
+        found = [f": method {method.name} does not take {names}, which other methods do; adapter={{...}} replaces all"]
+        options = {name: value for name, value in options.items() if name not in others}
     fields: dict[str, Any] = {name: (hints[name], None) for name in own}
     model = create_model("adapter", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
     try:
@@ -36,10 +40,18 @@ def checked_options(method: Method, options: dict[str, Any]) -> dict[str, Any]:
         values = {name: getattr(given, name) for name in given.model_fields_set}
         kind(**values)
     except ValidationError as error:
-        raise Mistakes([f".{line}" for line in problems(error, model)]) from error
+        raise Mistakes([*found, *(f".{line}" for line in problems(error, model))]) from error
     except (ValueError, TypeError) as error:
-        raise Mistakes([f": {error}"]) from error
+        raise Mistakes([*found, f": {error}"]) from error
+    if found:
+        raise Mistakes(found)
     return values
+
+
+def _fields(kind: Any) -> list[str]:
+    """Names of the fields of a config; those that PEFT's have in common are set on wrapping."""
+    common = {each.name for each in dataclasses.fields(PeftConfig)} if issubclass(kind, PeftConfig) else set()
+    return [each.name for each in dataclasses.fields(kind) if each.init and each.name not in common]
 
 
 def make_config(method: Method, model: Any, options: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
+from deftcore._names import near
 from deftcore.training.config import DataConfig, QuantizeConfig, TrainingConfig
 from deftcore.training.fields import OPTIONS, Mistakes, Needed, Text, problems
 from deftcore.training.options import checked_options
@@ -19,12 +20,12 @@ from deftcore.training.text import TextTask
 
 
 def _registered(records: Callable[[], Sequence[Any]]) -> AfterValidator:
-    """As `one_of`, of names that are known once the rooms are loaded."""
+    """As `one_of`, of names that are known once the rooms are loaded; or None, where the type has it."""
 
-    def check(name: str) -> str:
+    def check(name: str | None, info: ValidationInfo) -> str | None:
         names = [record.name for record in records()]
-        if name not in names:
-            raise ValueError(f"one of {', '.join(names)}")
+        if name is not None and name not in names:
+            raise Mistakes([f": no {info.field_name} {name!r}{near(name, names)}"])
         return name
 
     return AfterValidator(check)
@@ -40,7 +41,7 @@ class Recipe:
     data: DataConfig
     device: Text = "auto"  # the machine's accelerator where there is one; or "cpu", "cuda" ...
     method: Annotated[Text, _registered(all_methods)] = "lora"
-    task: Annotated[Text, _registered(all_tasks)] | None = None  # kind of data; None is the method's own
+    task: Annotated[str | None, _registered(all_tasks)] = None  # kind of data; None is the method's own
     adapter: dict[str, Any] = field(default_factory=dict)  # fields of the method's config
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)  # methods over 4-bit bases only
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -66,6 +66,9 @@ class RunFolder:
             for name in [*new, *(name for name in old if name not in new)]
             if (name in old, old.get(name)) != (name in new, new.get(name))
         ]
+        if {"method"} <= old.keys() & new.keys() and old["method"] != new["method"]:  # then all else differs too
+            methods = f"method: {_shown(old, 'method')} -> {_shown(new, 'method')}"
+            raise ValueError(f"output: {self.path} holds another run, {methods}; {ways}")
         if lines:
             raise ValueError(
                 "\n".join([f"output: {self.path} holds another run, which differs in", *lines])

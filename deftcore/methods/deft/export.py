@@ -38,7 +38,8 @@ def export(
     into 16 bits unless it says "4bit". Adaptive gates beside the adapter are folded into the weights.
 
     Returns:
-        output, the names of blocks and skipped ones, and whether an adapter stays unmerged.
+        output, the names of blocks and skipped ones, whether an adapter was merged or stays unmerged, and the type of
+        the written weights: "4-bit", or a dtype's name.
 
     Raises:
         FileNotFoundError, ValueError: naming the argument, or the block that has no sparse form.
@@ -46,8 +47,10 @@ def export(
     where = choose_device(device)
     empty = empty_model(model)
     adapter = adapter or own_adapter(model)
-    if merge and not (adapter and (quantize or is_4bit(empty.config))):
-        raise ValueError(f"merge: is for an adapter over a 4-bit base, got {merge!r}")
+    if merge and not adapter:
+        raise ValueError(f"merge: is for an adapter over a 4-bit base, there is no adapter, got {merge!r}")
+    if merge and not (quantize or is_4bit(empty.config)):
+        raise ValueError(f"merge: is for a base in 4 bits, {model} needs quantize (--quantize nf4) too, got {merge!r}")
     check_sparsify(empty, skip=skip)
     base: Any = load_model(model, quantize=quantize)
     base.to(where)
@@ -79,5 +82,10 @@ def export(
         tokenizer = Path(temporary) / "tokenizer"
         load_tokenizer(model).save_pretrained(tokenizer)
         save_sparse(base, output, skip=skip, adapter=kept, extra_files=list(tokenizer.iterdir()))
-    blocks = [block.name for block in find_mlp_blocks(base)]
-    return {"output": output, "blocks": blocks, "skipped": sorted(skip), "unmerged_adapter": kept is not None}
+    mlps = find_mlp_blocks(base)
+    packed = any(isinstance(module, Linear4bit) for module in base.modules())
+    return {
+        "output": output, "blocks": [block.name for block in mlps], "skipped": sorted(skip),
+        "merged_adapter": bool(adapter) and kept is None, "unmerged_adapter": kept is not None,
+        "weights": "4-bit" if packed else str(base.dtype).removeprefix("torch."),
+    }  # fmt: skip

@@ -281,7 +281,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         for entry in result["checkpoints"]:
             if "lyapunov" in entry:
                 worst = max(layer["max"] for layer in entry["lyapunov"].values())
-                found.append(f"  step {entry['step']}: largest exponent {worst:.3e} per step")
+                found.append(f"  step {entry['step']}: largest exponent {worst:.3e} nats per token")
             for each in entry["runs"]:
                 found.append(
                     f"  step {entry['step']}, {each['precision']} seed {each['seed']}: mean |logit difference| "
