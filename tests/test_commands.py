@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import click
 
@@ -11,7 +12,7 @@ import deftcore
 from deftcore.cli.main import app, main
 from deftcore.cli.shared import Listed
 from deftcore.models.families import FAMILIES, describe
-from deftcore.training.registry import all_methods
+from deftcore.training.registry import all_methods, all_tasks
 
 
 def test_help(capsys):
@@ -39,7 +40,8 @@ def test_lists_of_methods_and_models(capsys):
     assert main(["methods"]) == 0
     text = capsys.readouterr().out
     assert [entry["name"] for entry in found["methods"]] == [method.name for method in all_methods()]
-    for entry in [*found["methods"], *found["sections"]]:
+    assert [entry["name"] for entry in found["tasks"]] == [task.name for task in all_tasks()]
+    for entry in [*found["methods"], *found["sections"], *found["tasks"]]:
         assert f"  {entry['name']} " in text
         assert entry["summary"] in text
     assert main(["info", "--models"]) == 0
@@ -54,6 +56,17 @@ def test_lists_of_methods_and_models(capsys):
 def test_spaces_in_lists():
     assert Listed(click.Choice(["bf16", "fp16"])).convert("bf16, fp16", None, None) == ["bf16", "fp16"]
     assert Listed(int).convert(" 0,10 ,100, ", None, None) == [0, 10, 100]
+
+
+def test_a_module_of_another_package_is_not_in_the_extra(capsys, monkeypatch):
+    for name, hint in (
+        ("peft.tuners", "needs peft: pip install 'deftcore[train]'"),
+        ("other", "No module named 'other'"),
+    ):
+        error = ModuleNotFoundError(f"No module named {name!r}", name=name)
+        monkeypatch.setattr(app.commands["info"], "callback", Mock(side_effect=error))
+        assert main(["info"]) == 2
+        assert capsys.readouterr().err == f"deftcore: {hint}\n"
 
 
 def test_a_plain_install_has_help_and_info():

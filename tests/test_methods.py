@@ -3,8 +3,9 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 import deftcore
 from deftcore.cli.main import main
 from deftcore.models.checkpoints import load_model
-from deftcore.training import load_recipe
+from deftcore.training import Recipe, load_recipe
 from deftcore.training.adapters import load_adapter
 from deftcore.training.config import DataConfig
 from deftcore.training.fields import OPTIONS, Positive
@@ -30,6 +31,7 @@ from deftcore.training.objective import Objective
 from deftcore.training.registry import (
     GROUP,
     Method,
+    Section,
     Setup,
     all_methods,
     all_sections,
@@ -152,11 +154,53 @@ def test_its_mistakes_are_named(gain, tmp_path, capsys, override, message):
     assert not (tmp_path / "x").exists()
 
 
-def test_an_installation_older_than_its_source_is_named(monkeypatch):
-    monkeypatch.setattr("deftcore.training.registry.entry_points", lambda group: [])
+def test_deftcores_own_methods_need_no_installation():
+    """A checkout, or one whose installed metadata are older."""
+    code = (
+        "from deftcore.training import registry; registry.entry_points = lambda group: []\n"
+        "print(*(each.name for each in registry.all_methods()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"lora", "s2ft", "mamba-lora"} <= set(done.stdout.split())
+
+
+@pytest.fixture
+def broken(gain, tmp_path, monkeypatch):
+    """Packages whose methods cannot be used, beside one whose can."""
+    (tmp_path / "greedy.py").write_text(
+        "from deftcore.training.registry import Method, register\nregister(Method(name='lora', summary='Mine.'))\n"
+    )
+    (tmp_path / "needy.py").write_text("import needed_by_needy\n")
+    for name in ("greedy", "needy", "absent"):
+        (tmp_path / f"{name}-1.0.dist-info").mkdir()
+        (tmp_path / f"{name}-1.0.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 1.0\n")
+        (tmp_path / f"{name}-1.0.dist-info" / "entry_points.txt").write_text(f"[{GROUP}]\n{name} = {name}\n")
+    monkeypatch.syspath_prepend(tmp_path)
     load_rooms.cache_clear()
-    with pytest.raises(ImportError, match=r"does not name the entry point deftcore\.methods; pip install it again"):
-        all_methods()
+    yield
+    load_rooms.cache_clear()
+
+
+def test_a_method_that_cannot_be_used_is_left_out(broken, gain, capsys, caplog):
+    assert main(["methods", "--json"]) == 0
+    names = [each["name"] for each in json.loads(capsys.readouterr().out)["methods"]]
+    assert {"lora", "gain"} <= set(names)
+    assert names.count("lora") == 1
+    for line in (
+        "absent (absent) is left out: ModuleNotFoundError: No module named 'absent'",
+        "greedy (greedy) is left out: ValueError: name: there is a method 'lora' already",
+        "needy (needy) is left out: ModuleNotFoundError: No module named 'needed_by_needy'",
+    ):
+        assert sum(line in message for message in caplog.messages) == 1
+
+
+def test_what_is_no_record_and_names_of_other_fields():
+    for record in (Objective, DataConfig, "lora", None):
+        with pytest.raises(TypeError, match="record: must be a Method, a Section or a subclass of Task, got "):
+            register(record)
+    for taken in (*(each.name for each in fields(Recipe)), "to_dict"):
+        with pytest.raises(ValueError, match=f"name: every recipe has '{taken}' already"):
+            register(Section(name=taken, summary="", config=CloudData, make=lambda model, config: None))
 
 
 def test_a_phase_needs_a_recipe():

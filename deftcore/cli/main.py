@@ -18,6 +18,11 @@ from deftcore.cli.methods import methods
 from deftcore.cli.quickstart import quickstart
 from deftcore.cli.train import train
 
+# Modules of the extra deftcore[train].
+_OPTIONAL = (
+    "accelerate", "matplotlib", "peft", "pydantic", "rich", "safetensors", "tokenizers", "transformers", "yaml",
+)  # fmt: skip
+
 
 class _App(click.Group):
     """Lists its commands in the order in which one meets them; a failed task is one line, or with --verbose a
@@ -34,8 +39,8 @@ class _App(click.Group):
         except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
             if ctx.params["verbose"]:
                 raise
-            needed = error.name if isinstance(error, ModuleNotFoundError) else None
-            message = f"needs {needed}: pip install 'deftcore[train]'" if needed else str(error)
+            missing = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+            message = f"needs {missing}: pip install 'deftcore[train]'" if missing in _OPTIONAL else str(error)
             raise click.ClickException(message) from error
 
 

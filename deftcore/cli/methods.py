@@ -10,15 +10,15 @@ def methods(as_json: bool) -> None:
     """List the methods that a recipe can name.
 
     Each comes with its paper and what it needs. Below them stand the losses that a recipe adds to any method by a
-    section of its own, as `deft: true`.
+    section of its own, as `deft: true`, and the kinds of data, as `task: text`.
     """
     hush()
-    from deftcore.training.registry import all_methods, all_sections
+    from deftcore.training.registry import all_methods, all_sections, all_tasks
 
     fields = ("name", "summary", "paper", "needs")
     tables: dict[str, list[dict[str, Any]]] = {
-        title: [{name: getattr(record, name) for name in fields} for record in records]
-        for title, records in (("methods", all_methods()), ("sections", all_sections()))
+        title: [{name: getattr(record, name) for name in fields if hasattr(record, name)} for record in records]
+        for title, records in (("methods", all_methods()), ("sections", all_sections()), ("tasks", all_tasks()))
     }
     width = max(len(entry["name"]) for table in tables.values() for entry in table)
     lines = []
@@ -26,5 +26,5 @@ def methods(as_json: bool) -> None:
         lines += [f"{title}:"] if table else []
         for entry in table:
             lines.append(f"  {entry['name']:{width}}  {entry['summary']}")
-            lines += [f"  {'':{width}}  {name}: {entry[name]}" for name in ("paper", "needs") if entry[name]]
+            lines += [f"  {'':{width}}  {name}: {entry[name]}" for name in ("paper", "needs") if entry.get(name)]
     show(as_json, tables, lines)

@@ -73,6 +73,8 @@ class Keeper:
     # ------------------------------------------------------------------ checkpoints
 
     def checkpoint(self, step: int) -> None:
+        """Writes what `restore` goes on from: trained parameters, optimizer, schedule and every process's random state
+        as they are after `step` steps. It is another checkpoint only once it is whole; the oldest are removed."""
         partial = self.folder.partial_checkpoint(step)
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)

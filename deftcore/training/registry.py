@@ -2,12 +2,14 @@
 the command. Nothing below the rooms knows a method by name.
 
 A package adds a room of its own by an entry point of the group `deftcore.methods` that names a module; importing the
-module registers its records. deftcore's own rooms come the same way.
+module registers its records. deftcore's own rooms are known without being installed.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
@@ -21,7 +23,9 @@ from deftcore.training.objective import Objective
 from deftcore.training.task import Task
 from deftcore.training.text import TextTask
 
+_log = logging.getLogger(__name__)
 GROUP = "deftcore.methods"
+_OF_EVERY_RECIPE = ("adapter", "data", "device", "method", "model", "output", "quantize", "task", "to_dict", "training")
 
 
 def _no_phase(*_: Any, **__: Any) -> Any:
@@ -126,9 +130,14 @@ def register(record: Method | Section | type[Task]) -> None:
     """Makes a record, or a kind of data, known under its name.
 
     Raises:
-        ValueError: another one has that name.
+        TypeError: it is none of these.
+        ValueError: another one has that name, or, of a section, every recipe has a field of that name.
     """
     kind = "method" if isinstance(record, Method) else "section" if isinstance(record, Section) else "task"
+    if kind == "task" and not (isinstance(record, type) and issubclass(record, Task)):
+        raise TypeError(f"record: must be a Method, a Section or a subclass of Task, got {record!r}")
+    if kind == "section" and record.name in _OF_EVERY_RECIPE:
+        raise ValueError(f"name: every recipe has {record.name!r} already, a section needs another name")
     tables: dict[str, dict[str, Any]] = {"method": _METHODS, "section": _SECTIONS, "task": _TASKS}
     if tables[kind].setdefault(record.name, record) is not record:
         raise ValueError(f"name: there is a {kind} {record.name!r} already")
@@ -136,16 +145,19 @@ def register(record: Method | Section | type[Task]) -> None:
 
 @cache
 def load_rooms() -> None:
-    """Imports the rooms of this and other packages, once; in the order of the packages' names, deftcore's first.
-
-    Raises:
-        ImportError: deftcore's own are not among them: its source is newer than what is installed.
+    """Imports the rooms, once: deftcore's, then those of other packages in the order of their entry points' names. One
+    of these that cannot be used is warned of and left out.
     """
-    found = sorted(entry_points(group=GROUP), key=lambda entry: (entry.value != GROUP, entry.name))
-    if not found or found[0].value != GROUP:
-        raise ImportError(f"deftcore: its installation does not name the entry point {GROUP}; pip install it again")
-    for entry in found:
-        entry.load()
+    # The group is named after the package that holds deftcore's own rooms. This line alone reaches up, by that name and
+    # when first asked: a plug-in like the others, which needs no installation.
+    import_module(GROUP)
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        try:
+            entry.load()
+        except Exception as error:
+            _log.warning(
+                "method package %s (%s) is left out: %s: %s", entry.name, entry.value, type(error).__name__, error
+            )
 
 
 def all_methods() -> list[Method]:

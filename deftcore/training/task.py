@@ -24,6 +24,7 @@ class Task:
     """
 
     name: ClassVar[str]  # what `task:` of a recipe says
+    summary: ClassVar[str] = ""  # one line for `deftcore methods`
     config: ClassVar[type[DataConfig]] = DataConfig  # of the recipe's section `data:`
 
     # ------------------------------------------------------------------ files, for recipes
@@ -97,11 +98,11 @@ class Task:
                 tensor = torch.as_tensor(value).cpu().contiguous()
                 found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return said(examples, found.hexdigest())
+        return described(examples, found.hexdigest())
 
 
-def said(examples: Sequence[Any], digest: str) -> str:
-    """How run.json names examples."""
+def described(examples: Sequence[Any], digest: str) -> str:
+    """How run.json names examples: their number, and the beginning of a digest of them."""
     return f"{len(examples)} examples, {digest[:16]}"
 
 

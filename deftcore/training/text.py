@@ -18,7 +18,7 @@ from deftcore.training.data import Example, encode, predicts
 from deftcore.training.fields import OPTIONS, Length
 from deftcore.training.records import read_records
 from deftcore.training.saving import save_trained
-from deftcore.training.task import Batch, Task, said
+from deftcore.training.task import Batch, Task, described
 
 
 @dataclass(frozen=True, config=OPTIONS)
@@ -40,6 +40,7 @@ class TextTask(Task):
     """
 
     name = "text"
+    summary = "Next tokens of texts, of prompts' completions or of conversations, by a model of Transformers."
     config: ClassVar[type[TextData]] = TextData
 
     def __init__(self, pad_token_id: int = 0, is_encoder_decoder: bool = False, tokenizer: Any = None) -> None:
@@ -92,7 +93,7 @@ class TextTask(Task):
         for example in examples:
             for ids in (example["input_ids"], example.get("labels", example["input_ids"])):
                 found.update(array("q", [len(ids), *ids]).tobytes())
-        return said(examples, found.hexdigest())
+        return described(examples, found.hexdigest())
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
