@@ -15,7 +15,7 @@ from deftcore.cli.shared import (
 )
 
 
-@command(example="deftcore density meta-llama/Llama-3.2-1B texts.jsonl --adapter run/final --batch-size 8")
+@command(example="deftcore density meta-llama/Llama-3.2-1B texts.jsonl --adapter runs/deft-lora/final --batch-size 8")
 @model_argument
 @data_argument
 @adapter_option

@@ -15,7 +15,7 @@ from deftcore.cli.shared import (
 )
 
 
-@command(example="deftcore export meta-llama/Llama-3.2-1B sparse --adapter run/final --quantize nf4")
+@command(example="deftcore export meta-llama/Llama-3.2-1B sparse --adapter runs/deft-qlora/final --quantize nf4")
 @model_argument
 @click.argument("output")
 @adapter_option

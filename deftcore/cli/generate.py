@@ -19,7 +19,7 @@ from deftcore.cli.shared import (
 )
 
 
-@command(example='deftcore generate meta-llama/Llama-3.2-1B "Once upon a time" --adapter run/final --temperature 0.8')
+@command(example='deftcore generate meta-llama/Llama-3.2-1B "Once upon a time" --adapter runs/deft-lora/final')
 @model_argument
 @click.argument("prompt", required=False)
 @adapter_option

@@ -9,7 +9,7 @@ from deftcore.cli.shared import command, hush, show
 
 
 @command(
-    example="deftcore train recipes/deft-lora.yaml model=./my-llama data.train=train.jsonl output=runs/a "
+    example="deftcore train recipes/deft-lora.yaml model=./my-llama data.train=train.jsonl output=runs/deft-lora "
     "training.max_steps=100"
 )
 @click.argument("recipe")

@@ -34,7 +34,9 @@ model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_si
 model = deftcore.prepare_for_training(deftcore.quantize(model))  # without this line: LoRA, not QLoRA
 model = deftcore.patch(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")))
 ids = torch.arange(32).view(2, 16)
+optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
 model(input_ids=ids, labels=ids).loss.backward()
+optimizer.step()  # B starts at zero: before a step there is nothing to merge
 merged = deftcore.merge(model, to="16bit")  # a dense model again
 print(merged.deftcore_merge["model.layers.0.mlp.up_proj"])  # what the merge lost
 ```

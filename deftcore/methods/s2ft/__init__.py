@@ -57,8 +57,9 @@ host.switch(adapter)  # writes the slices; host.remove() restores them bit for b
 | adapters taken out, applied, fused; their base's fingerprints | `delta.py`, `fingerprints.py` |
 | many adapters at once | `serving.py`, `deftcore/ops/grouped_delta.py` |
 | what recipes get | `method.py` |
-| partial backward, gated MLP as one op | `deftcore/ops/partial_linear.py` |
-| its kernels | `csrc/cpu/partial_linear.cpp`, `csrc/cuda/partial_linear.cu` |
+| partial backward, products over slices | `deftcore/ops/partial_linear.py` |
+| gated activation and down projection as one op | `deftcore/ops/gated_linear.py` |
+| kernels of the gated activation, and of many adapters | `csrc/cpu/partial_linear.cpp`, `csrc/cuda/partial_linear.cu` |
 
 ## Costs and limits
 
