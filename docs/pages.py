@@ -36,20 +36,23 @@ def table(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def families() -> str:
-    """The table of architectures, as `deftcore.models.families` has it."""
-    from deftcore.models.families import METHODS, describe
+    """The table of architectures, as `deftcore.models.families` has it, and which methods serve each."""
+    from deftcore.models.families import describe
+    from deftcore.training.registry import uses
 
-    def cell(row: dict[str, Any], method: str) -> str:
-        if method in row["refused"]:
-            return f"no: {row['refused'][method]}"
-        return f"yes; {row['remarks'][method]}" if method in row["remarks"] else "yes"
+    def cell(row: dict[str, Any], use: str) -> str:
+        if use in row["refused"]:
+            return f"no: {row['refused'][use]}"
+        return f"yes; {row['remarks'][use]}" if use in row["remarks"] else "yes"
+
+    columns = uses()
 
     return "\n\n".join([
         "# Architectures",
         "By Transformers' `model_type`. Where a method does not serve an architecture, the reason stands there. MLPs "
         "of an architecture that is not listed are found by their form. `deftcore info --models` prints the table with "
         "the names of all parts.",
-        table(["", *METHODS], ([row["model_type"], *(cell(row, method) for method in METHODS)] for row in describe())),
+        table(["", *columns], ([row["model_type"], *(cell(row, use) for use in columns)] for row in describe(columns))),
     ])  # fmt: skip
 
 

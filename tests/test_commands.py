@@ -12,7 +12,7 @@ import deftcore
 from deftcore.cli.main import app, main
 from deftcore.cli.shared import Listed
 from deftcore.models.families import FAMILIES, describe
-from deftcore.training.registry import all_methods, all_tasks
+from deftcore.training.registry import all_methods, all_tasks, uses
 
 
 def test_help(capsys):
@@ -50,7 +50,7 @@ def test_lists_of_methods_and_models(capsys):
     assert r"  adapter targets: .*\.layer\.\d+\.output\.dense" in lines
     assert "  MLP: gate gate_proj, up up_proj, down down_proj, act act_fn" in lines
     assert main(["info", "--models", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == describe()
+    assert json.loads(capsys.readouterr().out) == describe(uses())
 
 
 def test_spaces_in_lists():

@@ -13,16 +13,22 @@ from torch import nn
 import deftcore
 from deftcore.methods.s2ft.layer import S2ftLayer
 from deftcore.models import FAMILIES, describe, find_mlp_blocks
-from deftcore.models.families import METHODS, is_mamba, served_by
+from deftcore.models.families import is_mamba
 from deftcore.nn import SparseMLP
 from deftcore.nn.linear import is_transposed, out_by_in
 from deftcore.ops import dequantize_4bit, quantize_4bit
+from deftcore.training.registry import uses
 
 OWN = {  # activations of the real models, where they are neither relu nor silu
     "gemma": "gelu_pytorch_tanh", "gemma2": "gelu_pytorch_tanh", "gemma3_text": "gelu_pytorch_tanh",
     "gpt2": "gelu_new", "gpt_neox": "gelu", "bert": "gelu", "roberta": "gelu", "t5": "gated-gelu", "mt5": "gated-gelu",
 }  # fmt: skip
-REFUSED = [(kind, method) for kind, family in FAMILIES.items() for method in METHODS if family.refusal(method)]
+ROWS = {row["model_type"]: row for row in describe(uses())}
+REFUSED = [(kind, use, reason) for kind, row in ROWS.items() for use, reason in row["refused"].items()]
+
+
+def served_by(use):
+    return [kind for kind, row in ROWS.items() if use in row["served"]]
 
 
 def model_of(kind, activation="relu"):
@@ -214,13 +220,12 @@ ATTEMPTS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "method"), REFUSED)
-def test_what_the_table_refuses_is_refused(kind, method):
-    reason = FAMILIES[kind].refusal(method) if method != "mamba-lora" else f"got '{kind}'"
+@pytest.mark.parametrize(("kind", "use", "reason"), REFUSED)
+def test_what_the_table_refuses_is_refused(kind, use, reason):
     model = tiny_model(kind)
     before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(ValueError, match=reason):
-        ATTEMPTS[method](model)
+    with pytest.raises(ValueError, match=f"got '{kind}'" if use == "mamba-lora" else reason):
+        ATTEMPTS[use](model)
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
@@ -281,10 +286,12 @@ def test_gates_fold_into_conv1d():
 
 
 def test_describe_is_plain_and_complete():
-    rows = json.loads(json.dumps(describe()))
+    rows = json.loads(json.dumps(list(ROWS.values())))
     assert [row["model_type"] for row in rows] == list(FAMILIES)
+    claims = ["bottleneck", "density", "lora", "mamba-lora", "quantize", "s2ft", "sparsify"]
+    assert sorted(uses()) == claims  # each has a test above
     for row in rows:
-        assert sorted([*row["served"], *row["refused"]]) == sorted(METHODS)
+        assert sorted([*row["served"], *row["refused"]]) == claims
         model = tiny_model(row["model_type"], OWN.get(row["model_type"], "silu"))
         modules = dict(model.named_modules())
         paths = [path for form in [row["attention"], *row["mlp"][:1]] for path in form.values()]

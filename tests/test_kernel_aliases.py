@@ -415,7 +415,7 @@ def test_bad_arguments():
 
 @pytest.fixture
 def aliases(monkeypatch):
-    monkeypatch.setattr(kernel_aliases, "served_by", lambda method: [])  # other tests have imported models
+    monkeypatch.setattr(kernel_aliases, "with_part", lambda part: [])  # other tests have imported models
     kernel_aliases.install_kernel_aliases()
     yield
     kernel_aliases.remove_kernel_aliases()

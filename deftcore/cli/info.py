@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from deftcore.cli.shared import command, show
+from deftcore.cli.shared import command, hush, show
 
 
 @command(example="deftcore info --models")
@@ -16,9 +16,11 @@ def info(models: bool, as_json: bool) -> None:
     has proved or refused on this machine.
     """
     if models:
+        hush()
         from deftcore.models.families import describe
+        from deftcore.training.registry import uses
 
-        rows = describe()
+        rows = describe(uses())
         show(as_json, rows, _architectures(rows))
         return
     result = collect()

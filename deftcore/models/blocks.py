@@ -110,7 +110,7 @@ def find_mlp_blocks(model: nn.Module) -> list[MlpBlock]:
     base = base_of(model)
     family = family_of(base)
     if family is not None and not family.mlps:
-        raise ValueError(f"model: {type(base).__name__}: {family.refusal('density')}")
+        raise ValueError(f"model: {type(base).__name__}: {family.lacks('MLP')}")
     experts = [name for name, module in base.named_modules() if "Experts" in type(module).__name__]
     if experts:
         raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deftcore.models.blocks import has_parts
-from deftcore.models.families import FAMILIES, Attention, Family, Mlp, check_served, model_type, served_by
+from deftcore.models.families import FAMILIES, Attention, Family, Mlp, check_part, model_type, with_part
 from deftcore.nn.linear import PackedModule, is_transposed, shape_of
 
 HEAD_ROLES = ("q", "k", "v", "o")
@@ -72,12 +72,12 @@ def find_coupled(model: nn.Module) -> list[Coupled]:
     """
     config: Any = getattr(model, "config", None)
     kind = model_type(model) or type(model).__name__
-    check_served(kind, "s2ft")
+    check_part(kind, "MLP")
     if kind not in FAMILIES:
-        known = ", ".join(served_by("s2ft"))
-        raise ValueError(f"model: S2FT knows {known}; the structure of {kind!r} is not in its table")
+        known = ", ".join(with_part("MLP"))
+        raise ValueError(f"model: heads and channels that belong together are known of {known}; got {kind!r}")
     if getattr(config, "add_cross_attention", False):
-        raise ValueError(f"model: {kind} with cross-attention is not in S2FT's table")
+        raise ValueError(f"model: of {kind} with cross-attention it is not known what belongs together")
     found = list(_walk(model, FAMILIES[kind], config))
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no attention or MLP of the {kind} family")

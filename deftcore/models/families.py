@@ -1,15 +1,16 @@
 """What deftcore knows of each architecture: the one table that methods ask, by Transformers' `model_type`.
 
-A new architecture is one line in `FAMILIES`, and a form above it where its parts have names that no other has. What a
-method cannot serve is refused here, with the reason. MLPs of an architecture that is not listed are still found, by
-their form.
+A new architecture is one line in `FAMILIES`, and a form above it where its parts have names that no other has. Who
+needs a part that an architecture lacks gets the reason here. MLPs of an architecture that is not listed are still
+found, by their form.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-METHODS = ("density", "sparsify", "s2ft", "lora", "bottleneck", "quantize", "mamba-lora")
-_NEED_MLP = ("density", "sparsify", "s2ft", "bottleneck")
+Part = Literal["", "MLP", "Mamba mixer"]  # what one may need of an architecture; "": nothing in particular
+USES: dict[str, Part] = {"density": "MLP", "sparsify": "MLP", "quantize": ""}  # what is done without a method
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Family:
     positions: str = ""  # the table of learned positions, whose length bounds the input
     stored_as: tuple[tuple[str, str], ...] = ()  # what begins otherwise in files: (in the model, in files)
     buffers: tuple[str, ...] = ()  # of Mamba's mixers: what feeds the state (arXiv 2406.00209)
-    remarks: tuple[tuple[str, str], ...] = ()  # method and what to know of it here
+    remarks: tuple[tuple[str, str], ...] = ()  # name of a use or method, and what to know of it here
 
     @property
     def lora_targets(self) -> list[str]:
@@ -75,11 +76,11 @@ class Family:
         forms = [form for form in (self.attention, *self.mlps) if form is not None]
         return list(dict.fromkeys(self.buffers or (path for form in forms for path in form.projections)))
 
-    def refusal(self, method: str) -> str:
-        """Why this architecture cannot take one of `METHODS`; empty where it can."""
-        if method == "mamba-lora":
-            return "" if self.buffers else "it has no Mamba mixer"
-        if method in _NEED_MLP and not self.mlps:
+    def lacks(self, part: Part) -> str:
+        """Why nothing that needs a part can be done with this architecture; empty where it has the part."""
+        if part == "Mamba mixer" and not self.buffers:
+            return "it has no Mamba mixer"
+        if part == "MLP" and not self.mlps:
             return "it is made of Mamba mixers and has no MLP"
         return ""
 
@@ -160,36 +161,39 @@ def is_mamba(model: Any) -> bool:
     return family is not None and bool(family.buffers)
 
 
-def served_by(method: str) -> list[str]:
-    """The listed architectures that a method of `METHODS` serves."""
-    return [kind for kind, family in FAMILIES.items() if not family.refusal(method)]
+def with_part(part: Part) -> list[str]:
+    """The listed architectures that have a part."""
+    return [kind for kind, family in FAMILIES.items() if not family.lacks(part)]
 
 
-def check_served(kind: str, method: str) -> None:
-    """Raises ValueError, with the reason, where the table refuses a method for an architecture that it lists."""
-    reason = FAMILIES[kind].refusal(method) if kind in FAMILIES else ""
+def check_part(kind: str, part: Part) -> None:
+    """Raises ValueError, with the reason, where an architecture that the table lists lacks a part."""
+    reason = FAMILIES[kind].lacks(part) if kind in FAMILIES else ""
     if reason:
-        raise ValueError(f"model: {method} does not serve {kind}: {reason}")
+        raise ValueError(f"model: {kind}: {reason}")
 
 
-def describe() -> list[dict[str, Any]]:
+def describe(uses: Mapping[str, Part] = USES) -> list[dict[str, Any]]:
     """The table in plain values, a row per architecture: model_type, mlp (role to path, one per form), attention,
     coupled (the roles whose heads or channels move together), lora_targets, adapter_targets, served, refused and
-    remarks (by method).
+    remarks (by use).
+
+    Args:
+        uses: names of what may be done with an architecture, and the part that each needs.
     """
     rows: list[dict[str, Any]] = []
     for kind, family in FAMILIES.items():
         mlps = [_roles(mlp, ("gate", "up", "down", "act")) for mlp in family.mlps]
         attention = _roles(family.attention, ("q", "k", "v", "o")) if family.attention else {}
         channels = [[role for role in mlp if role != "act"] for mlp in mlps]
-        refused = {method: reason for method in METHODS if (reason := family.refusal(method))}
+        refused = {use: reason for use, part in uses.items() if (reason := family.lacks(part))}
         targets = family.adapter_targets or []
         rows.append({
             "model_type": kind, "mlp": mlps, "attention": attention,
             "coupled": ([list(attention)] if attention else []) + channels,
             "lora_targets": family.lora_targets, "adapter_targets": [targets] if isinstance(targets, str) else targets,
-            "served": [method for method in METHODS if method not in refused], "refused": refused,
-            "remarks": dict(family.remarks),
+            "served": [use for use in uses if use not in refused], "refused": refused,
+            "remarks": {use: text for use, text in family.remarks if use in uses},
         })  # fmt: skip
     return rows
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deftcore._names import near
+from deftcore.models.families import USES, Part
 from deftcore.training.config import TrainingConfig
 from deftcore.training.objective import Objective
 from deftcore.training.task import Task
@@ -69,6 +70,8 @@ class Method:
         summary: one line for `deftcore methods`.
         paper: where it is from; "" for none.
         needs: what it takes, in words: a kind of model, data for calibration ...
+        part: the part that an architecture must have for it, "" for none in particular: the table of architectures then
+            says which ones the method serves. None: it is not in that table.
         config: the dataclass whose fields a recipe gives under `adapter:`, most often PEFT's; None is no fields.
         limits: types of fields that the config's own hints leave too wide, by name; see `deftcore.training.fields`.
         wrap: (model, config, setup) to the model that trains: what requires a gradient then is trained and saved.
@@ -88,6 +91,7 @@ class Method:
     summary: str
     paper: str = ""
     needs: str = ""
+    part: Part | None = None
     config: type | None = None
     limits: Mapping[str, Any] = field(default_factory=dict)
     wrap: Callable[[Any, Any, Setup], Any] = wrap_by_peft
@@ -176,6 +180,11 @@ def all_tasks() -> list[type[Task]]:
     """Every kind of data that a recipe can name."""
     load_rooms()
     return list(_TASKS.values())
+
+
+def uses() -> dict[str, Part]:
+    """What the table of architectures is asked for: names, of methods too, and the part that each needs."""
+    return USES | {method.name: method.part for method in all_methods() if method.part is not None}
 
 
 def find(name: str) -> Method:

@@ -9,7 +9,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from deftcore.models.families import FAMILIES, MLP_FORMS, check_served
+from deftcore.models.families import FAMILIES, MLP_FORMS, check_part
 from deftcore.nn.linear import is_transposed, shape_of
 from deftcore.training.adapters import GathersShards, MethodName
 
@@ -150,7 +150,7 @@ class BottleneckModel(GathersShards):
 
     def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict) -> Any:  # type: ignore
         if peft_config.target_modules is None:
-            check_served(model_config.get("model_type", ""), "bottleneck")
+            check_part(model_config.get("model_type", ""), "MLP")
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: BottleneckConfig, model: nn.Module) -> None:  # type: ignore[override]

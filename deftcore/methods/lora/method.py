@@ -43,7 +43,13 @@ _LORA: dict[str, Any] = {
     "check": check_lora,
 }
 register(
-    Method(name="lora", summary="Low-rank updates beside frozen weights, fused.", paper="arXiv 2106.09685", **_LORA)
+    Method(
+        name="lora",
+        summary="Low-rank updates beside frozen weights, fused.",
+        paper="arXiv 2106.09685",
+        part="",
+        **_LORA,
+    )
 )
 register(
     Method(
@@ -55,6 +61,7 @@ register(
         name="bottleneck",
         summary="Small networks after each MLP, or beside it (AdaptFormer).",
         paper="arXiv 2005.00052, 2205.13535",
+        part="MLP",
         config=BottleneckConfig,
         export="keep",
     )

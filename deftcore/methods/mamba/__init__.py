@@ -71,7 +71,7 @@ $ deftcore lyapunov ./my-mamba test.jsonl --precisions bf16 --steps 0,10
 from deftcore.methods.lora.patch import register_replacements
 from deftcore.methods.mamba import method  # noqa: F401  registers what the room gives to recipes
 from deftcore.methods.mamba.lora import MambaLoraConfig, MambaLoraModel
-from deftcore.models.families import served_by
+from deftcore.models.families import with_part
 from deftcore.training.adapters import register_with_peft
 
 register_with_peft("MAMBA_LORA", MambaLoraConfig, MambaLoraModel)
@@ -79,5 +79,5 @@ register_with_peft("MAMBA_LORA", MambaLoraConfig, MambaLoraModel)
 register_replacements(
     "Mamba mixer",
     "deftcore.methods.mamba.mixers",
-    [f"transformers.models.{kind}.modeling_{kind}" for kind in served_by("mamba-lora")],
+    [f"transformers.models.{kind}.modeling_{kind}" for kind in with_part("Mamba mixer")],
 )

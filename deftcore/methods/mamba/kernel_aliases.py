@@ -13,7 +13,7 @@ from torch import Tensor
 
 import deftcore
 from deftcore import ops
-from deftcore.models.families import served_by
+from deftcore.models.families import with_part
 from deftcore.ops.checks import check_like, check_shape
 from deftcore.ops.ssm.conv1d import check_ends
 
@@ -186,7 +186,7 @@ def install_kernel_aliases() -> None:
     for package in _FOLLOWED:
         if package in sys.modules or importlib.util.find_spec(package) is not None:
             raise RuntimeError(f"{package}: is installed; uninstall it to use deftcore's kernels in its place")
-    early = [name for name in served_by("mamba-lora") if f"transformers.models.{name}.modeling_{name}" in sys.modules]
+    early = [name for name in with_part("Mamba mixer") if f"transformers.models.{name}.modeling_{name}" in sys.modules]
     if early:
         raise RuntimeError(
             f"transformers: the modelling file of {', '.join(early)} has been imported already and keeps the kernels "

@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from deftcore.methods.lora.layer import Pair
-from deftcore.models.families import FAMILIES, served_by
+from deftcore.models.families import FAMILIES, with_part
 from deftcore.nn.linear import Linear4bit
 from deftcore.training.adapters import GathersShards, MethodName
 
@@ -128,8 +128,8 @@ class MambaLoraModel(GathersShards, LoraModel):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         kind = model_config.get("model_type")
-        if kind not in served_by("mamba-lora"):
-            known = ", ".join(served_by("mamba-lora"))
+        if kind not in with_part("Mamba mixer"):
+            known = ", ".join(with_part("Mamba mixer"))
             raise ValueError(f"model: MambaLoraConfig is for {known} models, got {kind!r}")
         if peft_config.target_modules is None:
             peft_config.target_modules = set(FAMILIES[kind].lora_targets)

@@ -10,6 +10,7 @@ register(
         summary="LoRA on the buffers of Mamba, FalconMamba and Mamba-2 blocks, inside the fused scan.",
         paper="arXiv 2406.00209",
         needs="a Mamba model",
+        part="Mamba mixer",
         config=MambaLoraConfig,
         limits=LORA_LIMITS,
         wrap=wrap_lora,

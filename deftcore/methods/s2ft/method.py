@@ -28,5 +28,5 @@ _S2FT: dict[str, Any] = {
     "check": _check,
     "export": "always",
 }
-register(Method(name="s2ft", summary="A few heads and MLP channels, trained in place.", **_S2FT))
+register(Method(name="s2ft", summary="A few heads and MLP channels, trained in place.", part="MLP", **_S2FT))
 register(Method(name="qs2ft", summary="S2FT over a base in 4 bits.", quantized=True, **_S2FT))
