@@ -22,12 +22,13 @@ from torch.nn import functional as F
 import deftcore
 from deftcore.cli.main import main
 from deftcore.models.checkpoints import load_model
-from deftcore.training import Recipe, load_recipe
+from deftcore.training import Recipe, TextData, TrainingConfig, load_recipe, train
 from deftcore.training.adapters import load_adapter
 from deftcore.training.config import DataConfig
 from deftcore.training.fields import OPTIONS, Positive
 from deftcore.training.keeper import Keeper
 from deftcore.training.objective import Objective
+from deftcore.training.recipe import complete
 from deftcore.training.registry import (
     GROUP,
     Method,
@@ -152,6 +153,31 @@ def test_its_mistakes_are_named(gain, tmp_path, capsys, override, message):
     assert main(["train", str(gain / "r.yaml"), f"output={tmp_path / 'x'}", override]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_run_is_another_one_with_other_options(gain, tmp_path, stopping, capsys):
+    """A config that is not PEFT's counts as PEFT's does, and so does the kind of data."""
+    train_it = ["train", str(gain / "r.yaml"), f"output={tmp_path / 'run'}"]
+    stopping()
+    with pytest.raises(Stopped):
+        main(train_it)
+    assert main([*train_it, "adapter.start=0.2"]) == 2
+    assert "adapter.start: 0.1 -> 0.2" in capsys.readouterr().err
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["depends_on"]
+    assert (found["task"], found["run_format"]) == ("text", 2)
+
+
+def test_a_recipe_that_is_made_by_hand(gain, tmp_path):
+    data, training = TextData(train=str(gain / "base" / "data.txt"), max_length=16), TrainingConfig(max_steps=1)
+    options = {"model": str(gain / "base"), "method": "gain", "training": training}
+    assert train_recipe(Recipe(**options, data=data, output=str(tmp_path / "run"))).steps == 1
+    plain = Recipe(**options, data=DataConfig(train=data.train), output="x")
+    assert complete(plain).data == TextData(train=data.train)
+
+
+def test_objectives_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="objective: each must have a name of its own, got confidence, confidence"):
+        train(nn.Linear(2, 2), [1], TrainingConfig(), "x", objective=[Confidence(0.1), Confidence(0.2)])
 
 
 def test_deftcores_own_methods_need_no_installation():

@@ -5,7 +5,8 @@ from deftcore.training.data import encode
 from deftcore.training.loop import TrainResult, train
 from deftcore.training.recipe import Recipe, TrainingConfig, load_recipe
 from deftcore.training.records import read_records
+from deftcore.training.text import TextData
 
-__all__ = ["Recipe", "TrainResult", "TrainingConfig", "encode", "load_recipe", "read_records", "train"]
+__all__ = ["Recipe", "TextData", "TrainResult", "TrainingConfig", "encode", "load_recipe", "read_records", "train"]
 
 warn_untested("transformers", "peft", "accelerate", "bitsandbytes")

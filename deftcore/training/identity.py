@@ -3,10 +3,11 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor
 
 from deftcore.nn.sharding import is_sharded, whole
@@ -17,6 +18,9 @@ from deftcore.training.task import Task
 # What may change while a run is interrupted: what is written and when, and how memory is saved. The number of steps may
 # not, and counts as "steps": the schedule depends on it.
 _FREE = ("max_steps", "epochs", "log_every", "logger", "eval_every", "save_every", "gradient_checkpointing")
+# Another number, another run, whatever else is equal: raised when what a checkpoint holds changes, or what a step does.
+# 2: the step of the best loss; learning rates of `get_scheduler`.
+_FORMAT = 2
 _OF_THE_MACHINE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")  # fields of PEFT's configs
 
 
@@ -37,15 +41,20 @@ def dependences(
     trained = {name: [str(p.dtype), *p.shape] for name, p in parameters if p.requires_grad}
     frozen = [*((name, p) for name, p in parameters if not p.requires_grad), *model.named_buffers()]
     found = {f"training.{f.name}": getattr(config, f.name) for f in fields(config) if f.name not in _FREE}
-    found |= {"steps": steps, "processes": processes}
+    found |= {"run_format": _FORMAT, "steps": steps, "processes": processes}
     found |= {"data.train": task.digest(examples)}
     found |= {"data.validation": None if validation is None else task.digest(validation)}
     for name, adapter in getattr(model, "peft_config", {}).items():
-        prefix = "adapter" if name == "default" else f"adapter.{name}"
-        found |= {f"{prefix}.{k}": v for k, v in adapter.to_dict().items() if k not in _OF_THE_MACHINE}
+        found |= options_of(adapter, "adapter" if name == "default" else f"adapter.{name}")
     for objective in objectives:
         found |= {f"{objective.name}.{name}": value for name, value in objective.settings().items()}
     return found | {"model.trained": trained, "model.frozen": digest_tensors(frozen)}
+
+
+def options_of(config: Any, prefix: str = "adapter") -> dict[str, Any]:
+    """The fields of a method's config, PEFT's or any dataclass, by name; nothing where there is no config."""
+    values = {} if config is None else config.to_dict() if isinstance(config, PeftConfig) else asdict(config)
+    return {f"{prefix}.{name}": value for name, value in values.items() if name not in _OF_THE_MACHINE}
 
 
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:

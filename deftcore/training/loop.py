@@ -85,7 +85,7 @@ def train(
         examples, validation: what the task collates into batches; of `TextTask` token sequences, see
             `deftcore.training.data`.
         task: the data and its loss; None is `TextTask`, without padding but zeros.
-        objective: added to the task's loss, and reported; one or several.
+        objective: added to the task's loss, and reported; one or several, whose names and measures differ.
         optimizer: makes that of the model's trainable parameters; None is AdamW with the learning rate and weight
             decay of `config`. Parameters of objectives join it, without weight decay.
         resume: whether to continue; False forgets the run that `output` holds.
@@ -96,11 +96,16 @@ def train(
 
     Raises:
         ValueError: no examples, an example without labels, validation without any, fewer of either than processes, no
-            trainable parameter; `output` holds another run (naming what differs, old and new).
+            trainable parameter, objectives of one name; `output` holds another run (naming what differs, old and new).
         Diverged: a step's loss is infinite or NaN.
     """
     if not examples:
         raise ValueError("examples: must not be empty")
+    objectives = [objective] if isinstance(objective, Objective) else list(objective or ())
+    for what in ("name", "measure"):
+        names = [getattr(each, what) for each in objectives]
+        if len(set(names)) < len(names):  # one would stand in the other's place in the log or run.json
+            raise ValueError(f"objective: each must have a {what} of its own, got {', '.join(names)}")
     # An earlier run in this process may have had another precision or device.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     constant = any(getattr(module, "constant_buffers", False) for module in model.modules())
@@ -121,7 +126,6 @@ def train(
     set_seed(config.seed)
     if task is None:
         task = TextTask(is_encoder_decoder=bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)))
-    objectives = [objective] if isinstance(objective, Objective) else list(objective or ())
     run = _Run(model, examples, validation, config, task, objectives, accelerator, label)
     run.prepare(optimizer, Path(output), depends_on or {}, save_model)
     try:

@@ -33,8 +33,8 @@ def _registered(records: Callable[[], Sequence[Any]]) -> AfterValidator:
 
 @dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class Recipe:
-    """One training run. `load_recipe` adds the sections that rooms register, and the fields that the task has
-    in `data`."""
+    """One training run. `load_recipe` and `complete` add the sections that rooms register, and the fields that the task
+    has in `data`."""
 
     model: Needed  # a local Transformers folder or a hub id, or what another task loads
     output: Needed  # the run's folder
@@ -92,6 +92,23 @@ def _task_of(raw: dict[str, Any]) -> type[Task]:
     method, task = raw.get("method", Recipe.method), raw.get("task")
     own = next((each.task for each in all_methods() if each.name == method), TextTask)
     return next((each for each in all_tasks() if each.name == task), own)
+
+
+def complete(recipe: Recipe) -> Recipe:
+    """A recipe that was made by hand, with the registered sections and the task's fields of `data` at their defaults;
+    one that `load_recipe` gave is complete.
+
+    Raises:
+        ValueError: naming fields of `data` that its task does not have.
+    """
+    if type(recipe) is not Recipe:
+        return recipe
+    values = recipe.to_dict()
+    kind = _recipe_of(_task_of(values))
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise ValueError("recipe: " + "; ".join(problems(error, kind))) from error
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

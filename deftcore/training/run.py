@@ -13,10 +13,10 @@ from torch import Tensor
 from deftcore.models.preflight import check_quantize
 from deftcore.training.device import choose_device
 from deftcore.training.fields import DataFile, OptionalFile, OutputFolder, mistakes
-from deftcore.training.identity import digest_tensors
+from deftcore.training.identity import digest_tensors, options_of
 from deftcore.training.loop import TrainResult, train
 from deftcore.training.options import make_config
-from deftcore.training.recipe import Recipe
+from deftcore.training.recipe import Recipe, complete
 from deftcore.training.registry import Setup, all_sections, all_tasks, find
 from deftcore.training.task import Batches
 from deftcore.training.wrapping import check_adapter
@@ -29,6 +29,7 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
         FileNotFoundError, ValueError: naming the recipe's field, as far as possible before weights are read; where the
             output folder holds another recipe's run, or the same over other data or another base model.
     """
+    recipe = complete(recipe)
     device, training, data = choose_device(recipe.device), recipe.training, recipe.data
     found = mistakes("output", OutputFolder, recipe.output) + mistakes("data.train", DataFile, data.train)
     found += mistakes("data.validation", OptionalFile, data.validation)
@@ -58,6 +59,8 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     config = make_config(method, base, recipe.adapter)
     depends_on = {
         "method": recipe.method,
+        "task": kind.name,
+        **options_of(config),
         "model": digest_tensors([*base.named_parameters(), *base.named_buffers()]),  # where it lies does not matter
         **{f"quantize.{name}": value for name, value in (quantize or {}).items()},
         **{f"data.{name}": value for name, value in asdict(data).items() if name not in ("train", "validation")},
