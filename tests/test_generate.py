@@ -118,6 +118,16 @@ def test_sampling(place, capsys):
     assert text(*hot, "--top-p", "1e-6") == text()
 
 
+@pytest.mark.parametrize(
+    ("stdin", "message"),
+    [(None, "prompt: is needed"), (io.StringIO("abc\udcff"), "prompt: standard input must be UTF-8")],
+)
+def test_standard_input_that_is_no_prompt(place, monkeypatch, capsys, stdin, message):
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert main(["generate", str(place / "base")]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_prompts_from_outside(place, monkeypatch, capsys):
     """A pipe is read whole; a terminal line by line until its end."""
     arguments = ["generate", str(place / "base"), "--max-new-tokens", "4", "--json"]

@@ -167,6 +167,17 @@ def test_a_run_is_another_one_with_other_options(gain, tmp_path, stopping, capsy
     assert (found["task"], found["run_format"]) == ("text", 2)
 
 
+def test_a_finished_run_of_an_older_version_is_finished(gain, tmp_path, caplog):
+    train_it = ["train", str(gain / "r.yaml"), f"output={tmp_path / 'run'}", "training.max_steps=1"]
+    assert main(train_it) == 0
+    file = tmp_path / "run" / "run.json"
+    found = json.loads(file.read_text())
+    found["depends_on"] = {k: v for k, v in found["depends_on"].items() if k not in ("task", "run_format")}
+    file.write_text(json.dumps(found))
+    assert main(train_it) == 0
+    assert "already finished" in caplog.text
+
+
 def test_a_recipe_that_is_made_by_hand(gain, tmp_path):
     data, training = TextData(train=str(gain / "base" / "data.txt"), max_length=16), TrainingConfig(max_steps=1)
     options = {"model": str(gain / "base"), "method": "gain", "training": training}
@@ -227,6 +238,19 @@ def test_what_is_no_record_and_names_of_other_fields():
     for taken in (*(each.name for each in fields(Recipe)), "to_dict"):
         with pytest.raises(ValueError, match=f"name: every recipe has '{taken}' already"):
             register(Section(name=taken, summary="", config=CloudData, make=lambda model, config: None))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (lambda: Method(name="x", summary="s", config=int), "config: must be a dataclass, got <class 'int'>"),
+        (lambda: Method(name=None, summary="s"), "record: its name and summary must be text, got None"),
+        (lambda: Section(name="my-section", summary="s", config=HeadConfig, make=None), "'my-section' cannot be"),
+    ],
+)
+def test_records_that_recipes_could_not_use(record, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        register(record())
 
 
 def test_a_phase_needs_a_recipe():

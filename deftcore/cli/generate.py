@@ -57,8 +57,13 @@ def generate(
 def _prompts(prompt: str | None) -> Iterator[str]:
     if prompt is not None:
         yield prompt
+    elif sys.stdin is None:
+        raise ValueError("prompt: is needed where there is no standard input")
     elif not sys.stdin.isatty():
-        yield sys.stdin.read().removesuffix("\n")
+        text = sys.stdin.read().removesuffix("\n")
+        if any("\udc80" <= character <= "\udcff" for character in text):  # how Python reads other bytes
+            raise ValueError("prompt: standard input must be UTF-8")
+        yield text
     else:
         click.echo("A prompt a line; Ctrl-D ends.", err=True)
         with contextlib.suppress(EOFError):

@@ -7,7 +7,7 @@ module registers its records. deftcore's own rooms are known without being insta
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -140,6 +140,13 @@ def register(record: Method | Section | type[Task]) -> None:
     kind = "method" if isinstance(record, Method) else "section" if isinstance(record, Section) else "task"
     if kind == "task" and not (isinstance(record, type) and issubclass(record, Task)):
         raise TypeError(f"record: must be a Method, a Section or a subclass of Task, got {record!r}")
+    if not (isinstance(record.name, str) and isinstance(record.summary, str)):
+        raise TypeError(f"record: its name and summary must be text, got {record.name!r} and {record.summary!r}")
+    config = getattr(record, "config", None)
+    if config is not None and not (isinstance(config, type) and is_dataclass(config)):
+        raise TypeError(f"config: must be a dataclass, got {config!r} from {kind} {record.name!r}")
+    if kind == "section" and not record.name.isidentifier():
+        raise ValueError(f"name: a section is a field of recipes, whose name {record.name!r} cannot be")
     if kind == "section" and record.name in _OF_EVERY_RECIPE:
         raise ValueError(f"name: every recipe has {record.name!r} already, a section needs another name")
     tables: dict[str, dict[str, Any]] = {"method": _METHODS, "section": _SECTIONS, "task": _TASKS}

@@ -26,6 +26,7 @@ from deftcore.nn.sharding import sharded_as
 _log = logging.getLogger(__name__)
 _KEEP_CHECKPOINTS = 2
 _RUN, _RESULT, _LOG, _CHECKPOINTS = "run.json", "result.json", "log.jsonl", "checkpoints"
+_LATER = ("run_format", "task")  # which the first run folders did not have
 _MODELS = ("best", "final", "trained")
 _PARAMETERS = "trainable.safetensors"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
@@ -61,6 +62,8 @@ class RunFolder:
                 f"output: {self.path} holds a run without {_RUN}, whose recipe is not known; {ways}"
             ) from None
         old, new = found["depends_on"], self.depends_on
+        if self.result():  # nothing goes on: what older versions did not write makes no difference
+            new = {name: value for name, value in new.items() if name in old or name not in _LATER}
         lines = [
             f"  {name}: {_shown(old, name)} -> {_shown(new, name)}"
             for name in [*new, *(name for name in old if name not in new)]
