@@ -21,7 +21,7 @@ TESTED: dict[str, Tested] = {
     "torch": Tested(">=2.11", "2.13.0", "2.13.0"),
     "transformers": Tested(">=5.15,<6", "5.15.0", "5.24.0"),
     "peft": Tested(">=0.21,<0.22", "0.21.0", "0.21.2"),
-    "accelerate": Tested(">=1.10", "1.10.0", "1.15.0"),
+    "accelerate": Tested(">=1.15", "1.15.0", "1.15.0"),
     "bitsandbytes": Tested("==0.50.2", "0.50.2", "0.50.2"),
 }
 _warned: set[str] = set()
