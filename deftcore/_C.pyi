@@ -3,6 +3,7 @@
 from types import ModuleType
 
 version: str
+emulated: bool  # in a build whose `cuda` takes CPU addresses only
 max_sparse_tokens: int
 nested_block: int
 scan_chunk: int

@@ -62,6 +62,9 @@ PYBIND11_MODULE(_C, m) {
     DEFTCORE_OPS(DEFTCORE_BIND, cpu)
     bind_tokens(cpu, &::deftcore::cpu::linear_4bit_tokens);
   }
+#if defined(DEFTCORE_EMULATED)
+  m.attr("emulated") = true;  // `cuda` takes CPU addresses
+#endif
 #if defined(DEFTCORE_WITH_CUDA)
   {
     py::module_ cuda = m.def_submodule("cuda");

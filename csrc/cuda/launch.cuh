@@ -31,11 +31,20 @@ struct StreamHere {
       : stream(static_cast<cudaStream_t>(stream)), file(file), line(line) {}
 };
 
+// Dynamic shared memory inside a kernel. Its own name, since this one form is not C++ to a compiler that is not CUDA's.
+#if defined(__CUDACC__)
+#define DEFTCORE_DYNAMIC_SHARED(T, name) extern __shared__ T name[]
+#endif
+
 // Every kernel starts here. `shared` is the dynamic shared memory in bytes.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, StreamHere here, const Args&... args) {
-  kernel<<<grid, block, shared, here.stream>>>(args...);
-  check(cudaGetLastError(), here.file, here.line);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = here.stream;
+  check(cudaLaunchKernelEx(&config, kernel, args...), here.file, here.line);
 }
 
 inline void set_zero(void* data, size_t bytes, StreamHere here) {

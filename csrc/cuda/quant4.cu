@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(Quant4 q, T* out) 
 // way while one is multiplied.
 template <class T, int kCount, int kRows>
 __global__ void __launch_bounds__(kThreads) gemv_kernel(Linear4bitArgs args, int stage_chunks) {
-  extern __shared__ uint4 dynamic[];
+  DEFTCORE_DYNAMIC_SHARED(uint4, dynamic);
   __shared__ Books books;
   T* staged = reinterpret_cast<T*>(dynamic);
   const Quant4& q = args.w;

@@ -122,7 +122,7 @@ __device__ void add_rows(const Quant4& q, const float* code, const int32_t* list
 template <int kPack, int kCount, class T, class A>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     share4_kernel(SparseMlp4bitArgs args, const A* act, Buffers b, int stage_chunks) {
-  extern __shared__ uint4 dynamic[];
+  DEFTCORE_DYNAMIC_SHARED(uint4, dynamic);
   __shared__ int32_t list[kShare];
   __shared__ float h[kShare][kCount];
   __shared__ float code[16];

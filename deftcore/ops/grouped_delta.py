@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deftcore.ops._library import define, flatten_tokens
 from deftcore.ops.checks import check_bias, check_float, check_like, check_shape
-from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, stream
+from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, runs_cuda, stream
 from deftcore.ops.quant4 import check_weight, linear_4bit
 from deftcore.ops.quantized import QuantizedTensor
 
@@ -234,7 +234,7 @@ def _add_deltas_impl(
     index = adapter_index.to(device=x.device, dtype=torch.int64)
     index = index.contiguous() if per_row == 1 else index.repeat_interleave(per_row)
     kernels = backend("grouped_delta", x)
-    if kernels is None or (x.device.type == "cpu" and per_row >= _MANY_TOKENS):
+    if kernels is None or (not runs_cuda(x) and per_row >= _MANY_TOKENS):
         _add_by_adapter(out, flat, index, starts, tensors)
         return
     flat, t = flat.contiguous(), [address(tensor) for tensor in tensors]

@@ -41,6 +41,8 @@ def _import_native() -> ModuleType:
 
 native = _import_native()
 HAS_CUDA = hasattr(native, "cuda")
+# A build for tests has CUDA kernels that take CPU addresses (tests/emulator); here they stand in for the CPU's own.
+_EMULATED = hasattr(native, "emulated") and os.environ.get("DEFTCORE_EMULATE") == "1"
 
 
 def cuda_enabled(op: str, device: torch.device | int | None = None) -> bool:
@@ -93,8 +95,13 @@ def _native_for(op: str, x: Tensor) -> ModuleType | None:
     if x.dtype not in DTYPE_CODES:
         return None
     if x.device.type == "cpu":
-        return native.cpu
+        return native.cuda if _EMULATED else native.cpu
     return native.cuda if x.device.type == "cuda" and cuda_enabled(op, x.device) else None
+
+
+def runs_cuda(x: Tensor) -> bool:
+    """Whether the native kernels for x are the CUDA ones, which want 16-byte aligned addresses."""
+    return x.device.type == "cuda" or _EMULATED
 
 
 def machine_name(like: Tensor) -> str:

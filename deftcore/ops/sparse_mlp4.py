@@ -10,7 +10,7 @@ from torch import Tensor
 from deftcore.ops import paths
 from deftcore.ops._library import define
 from deftcore.ops.density import ACTIVATIONS, activate, keep_active
-from deftcore.ops.kernels import DTYPE_CODES, address, aligned, backend, give_workspace, native, stream
+from deftcore.ops.kernels import DTYPE_CODES, address, aligned, backend, give_workspace, native, runs_cuda, stream
 from deftcore.ops.packed import Parts
 from deftcore.ops.paths import DENSE, MAX_TOKENS, SPARSE
 from deftcore.ops.quant4 import check_weight, linear_4bit_grad, linear_4bit_op, multiply, multiply_backward
@@ -77,7 +77,7 @@ def _unpack(tensors: Sequence[Tensor | None], offsets: Sequence[float], sizes: S
 
 def _supports(w: Parts) -> bool:
     """Whether the kernel reads w by rows: whole blocks, or column blocks of even width."""
-    if w.packed.device.type == "cuda" and w.packed.data_ptr() % 16:  # a view into the middle of somebody's buffer
+    if runs_cuda(w.packed) and w.packed.data_ptr() % 16:  # a view into the middle of somebody's buffer
         return False
     return w.cols % 2 == 0 if w.column_blocks else w.cols % w.block_size == 0
 

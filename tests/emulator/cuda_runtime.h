@@ -1,0 +1,160 @@
+// Stands in for CUDA's header of this name: the part of the language and the runtime that csrc/cuda uses, over the
+// emulator. The device is like an H100, but for the number of its multiprocessors.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
+#include "emulator.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+// With internal linkage and in a section of its own, which shared.ld gathers.
+#define __shared__ static
+#define DEFTCORE_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(::emulator::dynamic_shared())
+
+// ---------------------------------------------------------------------------- types
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// ---------------------------------------------------------------------------- arithmetic
+
+// The files are compiled without contraction: a product and a sum are rounded each.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned pick = selector >> 4 * i & 15, byte = bytes >> 8 * (pick & 7) & 0xff;
+    out |= (pick & 8 ? (byte & 0x80 ? 0xff : 0) : byte) << 8 * i;
+  }
+  return out;
+}
+template <class T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
+
+// One thread runs at a time.
+template <class T>
+T atomicAdd(T* to, std::common_type_t<T> x) {
+  const T before = *to;
+  *to = before + x;
+  return before;
+}
+
+// ---------------------------------------------------------------------------- meetings
+
+inline void __syncthreads(emulator::Site site = emulator::Site::here()) { emulator::sync_threads(site); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Site site = emulator::Site::here()) {
+  emulator::meet("__syncwarp", mask, 0, site);
+}
+inline unsigned __ballot_sync(unsigned mask, bool vote, emulator::Site site = emulator::Site::here()) {
+  const uint64_t* votes = emulator::meet("__ballot_sync", mask, vote, site);
+  unsigned all = 0;
+  for (int lane = 0; lane < emulator::kWarp; ++lane) all |= (mask >> lane & votes[lane] & 1) << lane;
+  return all;
+}
+inline unsigned __reduce_add_sync(unsigned mask, unsigned x, emulator::Site site = emulator::Site::here()) {
+  const uint64_t* values = emulator::meet("__reduce_add_sync", mask, x, site);
+  unsigned sum = 0;
+  for (int lane = 0; lane < emulator::kWarp; ++lane) sum += mask >> lane & 1 ? static_cast<unsigned>(values[lane]) : 0;
+  return sum;
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int other, emulator::Site site = emulator::Site::here()) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = emulator::bits_of("__shfl_xor_sync", mask, bits, emulator::lane() ^ other, site);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// ---------------------------------------------------------------------------- runtime
+
+using cudaStream_t = struct EmulatedStream*;  // every stream is the caller's own order
+enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+namespace emulator {
+inline const char* last_error = "no error";
+template <class... Params>
+auto address(void (*kernel)(Params...)) {
+  return reinterpret_cast<void (*)()>(kernel);
+}
+}  // namespace emulator
+
+inline const char* cudaGetErrorString(cudaError_t) { return emulator::last_error; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = emulator::kMultiprocessors, cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  return std::memset(data, value, bytes), cudaSuccess;
+}
+
+template <class... Params>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
+  const bool fits = static_cast<size_t>(bytes) <= emulator::kMostShared;
+  if (fits) emulator::shared_limit(emulator::address(kernel)) = static_cast<size_t>(bytes);
+  emulator::last_error = fits ? "no error" : "a block has at most 227 KB of shared memory";
+  return fits ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  void* attrs;
+  unsigned numAttrs;
+};
+
+template <class... Params, class... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
+  struct Call {
+    void (*kernel)(Params...);
+    std::tuple<Params...> args;
+  } call{kernel, std::tuple<Params...>(static_cast<Params>(args)...)};
+  const dim3 grid = config->gridDim, block = config->blockDim;
+  const char* error = emulator::run(
+      {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, config->dynamicSmemBytes}, emulator::address(kernel),
+      [](void* data) { std::apply(static_cast<Call*>(data)->kernel, static_cast<Call*>(data)->args); }, &call);
+  emulator::last_error = error != nullptr ? error : "no error";
+  return error == nullptr ? cudaSuccess : cudaErrorLaunchFailure;
+}
