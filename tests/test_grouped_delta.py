@@ -84,6 +84,15 @@ def test_over_a_4bit_base():
     assert_equal_to_loop(ops.grouped_delta_linear(x, q, deltas, index), x, q.dequantize(), deltas, index)
 
 
+def test_many_rows():
+    """More than a grid of CUDA blocks has along its second dimension."""
+    base, deltas = torch.randn(3, 2), [low_rank((3, 2), 1), slice_delta(0, (3, 2), 1)]
+    x, index = torch.randn(65_540, 2), torch.arange(65_540) % 3 - 1
+    y = ops.grouped_delta_linear(x, base, deltas, index)
+    for part in (slice(0, 6), slice(65_530, None)):  # both ends, before and after the cut
+        assert_equal_to_loop(y[part], x[part], base, deltas, index[part])
+
+
 def test_empty_strided_and_repeatable():
     shape = (40, 24)
     base, deltas = torch.randn(shape), [slice_delta(1, shape, 3), low_rank(shape, 2)]

@@ -169,6 +169,13 @@ def test_empty(empty):
     assert torch.equal(leaves[8].grad, torch.ones_like(leaves[8]))
 
 
+def test_many_sequences():
+    """More than a grid of CUDA blocks has along its second dimension."""
+    tensors, _ = inputs(batch=65_537, length=2, heads=1, groups=1, head_dim=1, states=1)
+    for ours, wanted in zip(run(ops.mamba_chunk_scan, tensors), run(mamba_chunk_scan_ref, tensors), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_gradcheck_opcheck_compile():
     tensors, seq_idx = inputs(batch=1, length=5, heads=2, head_dim=2, states=3, packed=True)
     leaves = [t.double().requires_grad_() for t in tensors]

@@ -115,6 +115,13 @@ def test_empty(empty):
     assert not leaves[2].grad.any()
 
 
+def test_many_sequences():
+    """More than a grid of CUDA blocks has along its second dimension."""
+    tensors = inputs(batch=65_537, channels=1, length=2, states=1)
+    for ours, wanted in zip(run(ops.selective_scan, tensors), run(selective_scan_ref, tensors), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_extreme_steps():
     """Zero, tiny and huge steps: finite values and gradients, as the reference's."""
     tensors = inputs(length=8)

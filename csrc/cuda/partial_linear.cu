@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) gated_act_backward_kerne
 
 // The workspace: factors [tokens, most], a token's low-rank rows times x.
 size_t factor_floats(const GroupedDeltaArgs& args) { return static_cast<size_t>(args.tokens * args.most); }
-__device__ float* factors_of(const GroupedDeltaArgs& args, int64_t token) {
+__host__ __device__ float* factors_of(const GroupedDeltaArgs& args, int64_t token) {
   return static_cast<float*>(args.workspace) + token * args.most;
 }
 
@@ -149,15 +149,22 @@ void gated_act_backward(const GatedActBackwardArgs& args, Stream stream) {
 size_t grouped_delta_workspace(const GroupedDeltaArgs& args) { return factor_floats(args) * sizeof(float); }
 
 void grouped_delta(const GroupedDeltaArgs& args, Stream stream) {
-  constexpr int64_t kMaxTokens = 65535;  // of a grid's second dimension
-  require(args.tokens <= kMaxTokens, "grouped_delta", "tokens must be at most 65535");
-  if (args.tokens == 0 || args.most == 0) return;
-  const dim3 dots(blocks_for(args.most, kWarps), static_cast<unsigned>(args.tokens));
-  const dim3 axpys(blocks_for(args.bank.outputs, kColumns), static_cast<unsigned>(args.tokens));
+  constexpr int64_t kMaxTokens = 65535;  // of a launch: a grid's second dimension
+  if (args.most == 0 || args.bank.outputs == 0) return;
   dispatch_dtype(args.dtype, [&](auto t) {
     using T = decltype(t);
-    launch(delta_dots_kernel<T>, dots, kThreads, 0, stream, args);
-    launch(delta_axpys_kernel<T>, axpys, kThreads, 0, stream, args);
+    for (int64_t first = 0; first < args.tokens; first += kMaxTokens) {
+      GroupedDeltaArgs piece = args;
+      piece.tokens = std::min(kMaxTokens, args.tokens - first);
+      piece.x = static_cast<const T*>(args.x) + first * args.bank.inputs;
+      piece.adapter = args.adapter + first;
+      piece.y = static_cast<T*>(args.y) + first * args.bank.outputs;
+      piece.workspace = factors_of(args, first);
+      const dim3 dots(blocks_for(args.most, kWarps), static_cast<unsigned>(piece.tokens));
+      const dim3 axpys(blocks_for(args.bank.outputs, kColumns), static_cast<unsigned>(piece.tokens));
+      launch(delta_dots_kernel<T>, dots, kThreads, 0, stream, piece);
+      launch(delta_axpys_kernel<T>, axpys, kThreads, 0, stream, piece);
+    }
   });
 }
 

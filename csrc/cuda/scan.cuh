@@ -42,16 +42,16 @@ __device__ inline int steps_from(int64_t start, int64_t length) {
 // Channels come in parts, Mamba's groups and Mamba-2's heads, and those of a block are of one part.
 __host__ __device__ inline int64_t part_channels(const SelectiveScanArgs& args) { return args.channels / args.groups; }
 __host__ __device__ inline const int64_t& part_channels(const SsdArgs& args) { return args.head_dim; }
-inline int64_t parts_of(const SelectiveScanArgs& args) { return args.groups; }
-inline int64_t parts_of(const SsdArgs& args) { return args.heads; }
+__host__ __device__ inline int64_t parts_of(const SelectiveScanArgs& args) { return args.groups; }
+__host__ __device__ inline int64_t parts_of(const SsdArgs& args) { return args.heads; }
 // Whose b and c a part uses.
 __device__ inline int64_t group_of(const SelectiveScanArgs&, int64_t part) { return part; }
 __device__ inline int64_t group_of(const SsdArgs& args, int64_t part) { return part * args.groups / args.heads; }
 
+// All in the first dimension, the only one that takes more than 65535.
 template <class Args>
-dim3 scan_grid(const Args& args) {
-  const int64_t blocks = parts_of(args) * ceil_div(part_channels(args), kScanThreads);
-  return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(args.batch));
+unsigned scan_grid(const Args& args) {
+  return static_cast<unsigned>(args.batch * parts_of(args) * ceil_div(part_channels(args), kScanThreads));
 }
 
 // This thread's channel; threads past the part's last one take part in warp sums with zeros.
@@ -64,9 +64,10 @@ template <class Args>
 __device__ Owner owner_of(const Args& args) {
   const int64_t& channels = part_channels(args);
   const int64_t blocks = ceil_div(channels, kScanThreads);
-  const int64_t part = blockIdx.x / blocks, offset = blockIdx.x % blocks * kScanThreads + threadIdx.x;
+  const int64_t part = blockIdx.x / blocks % parts_of(args), batch = blockIdx.x / blocks / parts_of(args);
+  const int64_t offset = blockIdx.x % blocks * kScanThreads + threadIdx.x;
   const bool active = offset < channels;
-  return {blockIdx.y, part, group_of(args, part), part * channels + (active ? offset : 0), active};
+  return {batch, part, group_of(args, part), part * channels + (active ? offset : 0), active};
 }
 
 // Where an owner's coefficients stand in a [batch, length, groups, states] tensor.

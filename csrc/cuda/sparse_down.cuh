@@ -148,15 +148,19 @@ struct Cut {
 };
 
 Cut cut_for(int64_t neurons, int64_t tokens) {
+  tokens = std::max<int64_t>(tokens, 1);  // none are one block's that has nothing to do
   const int count = tokens <= 2 ? static_cast<int>(tokens) : kTokens;
   const int64_t groups = ceil_div(tokens, count), least = ceil_div(neurons, kShare);
   const int64_t wanted = (count < kTokens ? 2 : 1) * multiprocessors() / groups;
   return {static_cast<int>(wanted > least ? wanted : least), static_cast<int>(groups), count};
 }
 
+// As blocks_for; one where there is no column, for the count of active neurons.
+unsigned column_blocks_for(int64_t columns, int64_t per_block) { return std::max(1u, blocks_for(columns, per_block)); }
+
 // A gated block has h of its share's neurons, and so adds up all columns.
 dim3 grid_of(const Cut& cut, int64_t width, int block_columns, bool gated) {
-  return dim3(gated ? 1 : blocks_for(width, block_columns), static_cast<unsigned>(cut.shares),
+  return dim3(gated ? 1 : column_blocks_for(width, block_columns), static_cast<unsigned>(cut.shares),
               static_cast<unsigned>(cut.groups));
 }
 
@@ -184,7 +188,7 @@ Buffers lay_out(void* workspace, int64_t tokens, int64_t neurons, int64_t width,
 template <class T>
 void reduce(const float* partial, const Buffers& b, const Cut& cut, const T* bias, int64_t capacity, int64_t tokens,
             int64_t width, int64_t* active, T* y, Stream stream) {
-  launch(reduce_kernel<T>, blocks_for(tokens * width, kReduceColumns), kReduceColumns * kReduceParts, 0, stream,
+  launch(reduce_kernel<T>, column_blocks_for(tokens * width, kReduceColumns), kReduceColumns * kReduceParts, 0, stream,
          partial, b.counts, cut.shares, cut.groups, bias, capacity, tokens, width, active, y);
 }
 

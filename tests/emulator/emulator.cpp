@@ -173,8 +173,8 @@ std::string name(const Thread& t) {
   return "thread " + triple(t.index) + " of block " + triple(blockIdx);
 }
 
-// Gives the launch up, for the reason in m.error: back to the launching thread, never to return. What the caller's frame
-// owns leaks.
+// Gives the launch up, for the reason in m.error: back to the launching thread, never to return. What the caller's
+// frame owns leaks.
 [[noreturn]] void give_up() {
   go(m.fiber, &host);
   std::abort();
@@ -367,7 +367,7 @@ const char* run(const Shape& shape, void (*kernel)(), void (*body)(void*), void*
   for (uint64_t i = 0; i < blocks && m.error.empty(); ++i) {
     const uint64_t b = m.in_order ? i : order[i];
     blockIdx = {static_cast<unsigned>(b % shape.grid.x), static_cast<unsigned>(b / shape.grid.x % shape.grid.y),
-             static_cast<unsigned>(b / shape.grid.x / shape.grid.y)};
+                static_cast<unsigned>(b / shape.grid.x / shape.grid.y)};
     run_block();
   }
   if (m.error.empty()) return nullptr;
@@ -472,7 +472,7 @@ struct Finding {
   const struct {
     uint16_t kind, info;
     char name[1];
-  } * type;
+  }* type;
 };
 }  // namespace
 

@@ -37,8 +37,8 @@ struct Shape {
   size_t shared;  // dynamic, in bytes
 };
 
-// Runs body(data), a call of the kernel, as every thread of every block. Returns what went wrong, or null; the text lives until the next
-// launch.
+// Runs body(data), a call of the kernel, as every thread of every block. Returns what went wrong, or null; the text
+// lives until the next launch.
 const char* run(const Shape& shape, void (*kernel)(), void (*body)(void*), void* data);
 
 // Most dynamic shared memory that launches of a kernel may ask for, in bytes.

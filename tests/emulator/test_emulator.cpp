@@ -96,9 +96,13 @@ __global__ void neighbour_kernel(float* out) {
   out[threadIdx.x] = threadIdx.x == 0 ? 0.0f : numbers[threadIdx.x - 1];
 }
 
-__global__ void read_pack_kernel(const float* x, float* out) { *out = reinterpret_cast<const Pack<float>*>(x)->values[0]; }
+__global__ void read_pack_kernel(const float* x, float* out) {
+  *out = reinterpret_cast<const Pack<float>*>(x)->values[0];
+}
 
-__global__ void step_beyond_kernel(float* x, int count) { x[threadIdx.x + (threadIdx.x == 31 ? count - 31 : 0)] = 1.0f; }
+__global__ void step_beyond_kernel(float* x, int count) {
+  x[threadIdx.x + (threadIdx.x == 31 ? count - 31 : 0)] = 1.0f;
+}
 
 __global__ void step_beyond_shared_kernel(int count) {
   __shared__ float numbers[kWarp];
@@ -187,7 +191,8 @@ void test_meetings() {
     CHECK(has(error, "test_emulator.cpp:"));
     CHECK(has(error_of(two_barriers_kernel, 1, 64, 0, nullptr), "__syncthreads in two_barriers_kernel"));
     error = error_of(absent_lane_kernel, 1, 32, 0, nullptr, out.data());
-    CHECK(has(error, "__shfl_xor_sync in absent_lane_kernel") && has(error, "thread (3,0,0) of block (0,0,0), which has left"));
+    CHECK(has(error, "__shfl_xor_sync in absent_lane_kernel") &&
+          has(error, "thread (3,0,0) of block (0,0,0), which has left"));
     CHECK(has(error_of(two_masks_kernel, 1, 32, 0, nullptr), "__syncwarp in two_masks_kernel"));
     CHECK(has(error_of(not_in_mask_kernel, 1, 32, 0, nullptr), "is not in its own mask"));
     CHECK(has(error_of(beyond_mask_kernel, 1, 32, 0, nullptr, out.data()), "which the mask does not name"));
@@ -224,7 +229,8 @@ void test_limits() {
   CHECK(refused(dim3(1, 1, 65536), 32, 0, "65535"));
   CHECK(refused(1, 32, (48 << 10) + 1, "48 KB"));
   CHECK(error_of(nothing_kernel, dim3(1, 65535), 1, 48 << 10, nullptr).empty());
-  CHECK(cudaFuncSetAttribute(nothing_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (227 << 10) + 1) != cudaSuccess);
+  CHECK(cudaFuncSetAttribute(nothing_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (227 << 10) + 1) !=
+        cudaSuccess);
   check(cudaFuncSetAttribute(nothing_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 << 10));
   CHECK(error_of(nothing_kernel, 1, 32, 227 << 10, nullptr).empty());
 }

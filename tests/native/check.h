@@ -11,6 +11,15 @@
 #include <string>
 #include <vector>
 
+// The device under test: the CPU, or the CUDA kernels over the emulator.
+#if defined(DEFTCORE_TEST_CUDA)
+namespace deftcore::cuda {}
+namespace device = deftcore::cuda;
+#else
+namespace deftcore::cpu {}
+namespace device = deftcore::cpu;
+#endif
+
 inline int g_failures = 0;
 
 #define CHECK(condition)                                                  \

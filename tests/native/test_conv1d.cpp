@@ -58,7 +58,7 @@ void test_conv(Problem p) {
                         p.width,
                         DType::kFloat32,
                         true};
-  cpu::causal_conv1d(args, nullptr);
+  device::causal_conv1d(args, nullptr);
   std::vector<double> dx(p.x.size()), dfirst(p.first.size()), dweight(p.weight.size()), dbias(p.bias.size());
   for (int64_t i = 0; i < p.batch; ++i) {
     for (int64_t t = 0; t < p.length; ++t) {
@@ -82,7 +82,7 @@ void test_conv(Problem p) {
   }
   std::vector<float> gx(dx.size()), gfirst(dfirst.size()), gweight(dweight.size()), gbias(dbias.size());
   args.out = p.tensor(p.grad, p.length);
-  cpu::causal_conv1d_backward(
+  device::causal_conv1d_backward(
       {args, p.tensor(gx, p.length), p.tensor(gfirst, p.width - 1), gweight.data(), gbias.data()}, nullptr);
   const auto check = [](const std::vector<float>& ours, const std::vector<double>& wanted) {
     for (size_t i = 0; i < ours.size(); ++i) CHECK(close(ours[i], wanted[i], 1e-4));
@@ -104,20 +104,20 @@ void test_conv(Problem p) {
   }
   for (int64_t t = 0; t < p.length; ++t) {
     const int64_t row = p.length * p.channels;
-    cpu::causal_conv1d_update({{p.x.data() + t * p.channels, row, p.channels, 1},
-                               {stepped.data() + t * p.channels, row, p.channels, 1},
-                               window.data(),
-                               nullptr,
-                               p.weight.data(),
-                               p.bias.data(),
-                               p.batch,
-                               1,
-                               p.channels,
-                               p.width,
-                               p.width,
-                               DType::kFloat32,
-                               true},
-                              nullptr);
+    device::causal_conv1d_update({{p.x.data() + t * p.channels, row, p.channels, 1},
+                                  {stepped.data() + t * p.channels, row, p.channels, 1},
+                                  window.data(),
+                                  nullptr,
+                                  p.weight.data(),
+                                  p.bias.data(),
+                                  p.batch,
+                                  1,
+                                  p.channels,
+                                  p.width,
+                                  p.width,
+                                  DType::kFloat32,
+                                  true},
+                                 nullptr);
   }
   for (size_t i = 0; i < out.size(); ++i) CHECK(close(stepped[i], out[i], 1e-5));
 }

@@ -47,10 +47,10 @@ void test_kernels(int64_t rows, int64_t width) {
     float sum = -1;
     int64_t count = -1, expected_count = 0, density_count = -1;
     double expected = 0;
-    cpu::act_density({z.data(), mask.data(), a.data(), &sum, &count, rows, width, DType::kFloat32,
-                      static_cast<Activation>(f), Surrogate::kL0, 1e-7f, 1e-3f},
-                     nullptr);
-    cpu::density({a.data(), mask.data(), &density_count, rows, width, DType::kFloat32, 1e-3f}, nullptr);
+    device::act_density({z.data(), mask.data(), a.data(), &sum, &count, rows, width, DType::kFloat32,
+                         static_cast<Activation>(f), Surrogate::kL0, 1e-7f, 1e-3f},
+                        nullptr);
+    device::density({a.data(), mask.data(), &density_count, rows, width, DType::kFloat32, 1e-3f}, nullptr);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = 0; i < width; ++i) {
         const size_t at = static_cast<size_t>(r * width + i);
@@ -65,9 +65,9 @@ void test_kernels(int64_t rows, int64_t width) {
     CHECK(count == expected_count);
     CHECK(density_count == expected_count);
     const float c = 0.5f;
-    cpu::act_density_backward({z.data(), da.data(), &c, mask.data(), dz.data(), rows, width, DType::kFloat32,
-                               static_cast<Activation>(f), Surrogate::kL1, 0.0f},
-                              nullptr);
+    device::act_density_backward({z.data(), da.data(), &c, mask.data(), dz.data(), rows, width, DType::kFloat32,
+                                  static_cast<Activation>(f), Surrogate::kL1, 0.0f},
+                                 nullptr);
     for (size_t at = 0; at < z.size(); ++at) {
       const double h = 1e-4, zi = z[at];
       if (std::fabs(zi) < 1e-3) continue;

@@ -11,11 +11,11 @@ void test_gated(int64_t rows, int64_t width) {
   const size_t count = static_cast<size_t>(rows * width);
   const std::vector<float> gate = random_floats(count, 1), up = random_floats(count, 2), grad = random_floats(count, 3);
   std::vector<float> a(count), grad_gate(count), grad_up = grad;
-  cpu::gated_act({gate.data(), up.data(), a.data(), rows, width, width, width, DType::kFloat32, Activation::kSilu},
-                 nullptr);
-  cpu::gated_act_backward({gate.data(), up.data(), grad_up.data(), grad_gate.data(), grad_up.data(), rows, width, width,
-                           width, DType::kFloat32, Activation::kSilu},
-                          nullptr);
+  device::gated_act({gate.data(), up.data(), a.data(), rows, width, width, width, DType::kFloat32, Activation::kSilu},
+                    nullptr);
+  device::gated_act_backward({gate.data(), up.data(), grad_up.data(), grad_gate.data(), grad_up.data(), rows, width,
+                              width, width, DType::kFloat32, Activation::kSilu},
+                             nullptr);
   for (size_t i = 0; i < count; ++i) {
     const double g = gate[i], s = 1 / (1 + std::exp(-g));
     CHECK(close(a[i], g * s * up[i], 1e-5));
@@ -40,9 +40,9 @@ void test_grouped(int64_t tokens, int64_t inputs, int64_t outputs) {
   for (size_t t = 0; t < adapter.size(); ++t) adapter[t] = static_cast<int64_t>(t % 4) - 1;  // 2 is out of range
   std::vector<float> y = before;
   GroupedDeltaArgs args{bank, x.data(), adapter.data(), y.data(), nullptr, tokens, 3, DType::kFloat32};
-  const Room workspace(cpu::grouped_delta_workspace(args));
+  const Room workspace(device::grouped_delta_workspace(args));
   args.workspace = workspace.data();
-  cpu::grouped_delta(args, nullptr);
+  device::grouped_delta(args, nullptr);
   for (int64_t t = 0; t < tokens; ++t) {
     const float* row = x.data() + t * inputs;
     double low = 0, sum = 0;

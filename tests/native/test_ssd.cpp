@@ -65,19 +65,19 @@ struct Problem {
 void test_scan(Problem p) {
   std::vector<float> out(p.x.size()), last(p.first.size());
   SsdArgs args = p.args(out, last);
-  cpu::ssd(args, nullptr);
+  device::ssd(args, nullptr);
   std::vector<double> expected(out.size());
   p.total(&expected);
   for (size_t i = 0; i < out.size(); ++i) CHECK(close(out[i], expected[i], 1e-4));
 
-  std::vector<float> ones(out.size(), 1.0f), dx(out.size()), dstep(p.step.size()), ddecay(p.step.size()),
+  std::vector<float> ones(out.size(), 1.0f), dx(out.size()), dstep(p.step.size(), NAN), ddecay(p.step.size(), NAN),
       db(p.b.size()), dc(p.c.size()), dd(p.d.size()), dfirst(last.size(), 1.0f);
   args.out = p.tensor(ones);
   SsdBackwardArgs back{args,      p.tensor(dx), dstep.data(),  ddecay.data(), db.data(),
                        dc.data(), dd.data(),    dfirst.data(), nullptr};
-  const Room workspace(cpu::ssd_backward_workspace(back));
+  const Room workspace(device::ssd_backward_workspace(back));
   back.workspace = workspace.data();
-  cpu::ssd_backward(back, nullptr);
+  device::ssd_backward(back, nullptr);
   const auto check = [&](std::vector<float>& values, const std::vector<float>& slopes) {
     check_slopes(values, slopes, [&] { return p.total(nullptr); });
   };
@@ -93,34 +93,34 @@ void test_scan(Problem p) {
 // One step of the scan by the update: dt is the step, a its logarithmic decay over it.
 void test_update(Problem p) {
   std::vector<float> out(p.x.size()), last(p.first.size()), stepped(p.x.size());
-  cpu::ssd(p.args(out, last), nullptr);
+  device::ssd(p.args(out, last), nullptr);
   std::vector<float> a(at(p.heads)), state = p.first;
   for (int64_t i = 0; i < p.batch; ++i) {  // decays differ between rows: one row at a time
     for (int64_t h = 0; h < p.heads; ++h) {
       a[at(h)] = p.log_decay[at(i * p.heads + h)] / p.step[at(i * p.heads + h)];
     }
     const int64_t width = p.heads * p.head_dim, row = p.groups * p.states;
-    cpu::selective_state_update({state.data() + i * width * p.states,
-                                 nullptr,
-                                 {p.x.data() + i * width, width, p.head_dim, 1},
-                                 {p.step.data() + i * p.heads, p.heads, 1, 0},
-                                 {},
-                                 stepped.data() + i * width,
-                                 {a.data(), 0, 1, 0},
-                                 0,
-                                 p.b.data() + i * row,
-                                 p.c.data() + i * row,
-                                 {p.d.data(), 0, p.head_dim, 1},
-                                 {},
-                                 1,
-                                 p.heads,
-                                 p.head_dim,
-                                 p.states,
-                                 p.groups,
-                                 DType::kFloat32,
-                                 DType::kFloat32,
-                                 false},
-                                nullptr);
+    device::selective_state_update({state.data() + i * width * p.states,
+                                    nullptr,
+                                    {p.x.data() + i * width, width, p.head_dim, 1},
+                                    {p.step.data() + i * p.heads, p.heads, 1, 0},
+                                    {},
+                                    stepped.data() + i * width,
+                                    {a.data(), 0, 1, 0},
+                                    0,
+                                    p.b.data() + i * row,
+                                    p.c.data() + i * row,
+                                    {p.d.data(), 0, p.head_dim, 1},
+                                    {},
+                                    1,
+                                    p.heads,
+                                    p.head_dim,
+                                    p.states,
+                                    p.groups,
+                                    DType::kFloat32,
+                                    DType::kFloat32,
+                                    false},
+                                   nullptr);
   }
   for (size_t i = 0; i < out.size(); ++i) CHECK(close(stepped[i], out[i], 1e-4));
   for (size_t i = 0; i < last.size(); ++i) CHECK(close(state[i], last[i], 1e-4));

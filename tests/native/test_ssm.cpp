@@ -69,7 +69,7 @@ void test_scan(Problem p) {
   const auto chunk_rows = static_cast<size_t>((p.length + kScanChunk - 1) / kScanChunk);
   std::vector<float> out(size), last(plane), chunks(chunk_rows * plane);
   SelectiveScanArgs args = p.args(out, last, chunks);
-  cpu::selective_scan(args, nullptr);
+  device::selective_scan(args, nullptr);
   std::vector<double> expected(size);
   p.total(&expected);
   for (size_t i = 0; i < size; ++i) CHECK(close(out[i], expected[i], 1e-4));
@@ -79,9 +79,9 @@ void test_scan(Problem p) {
   args.out = p.tensor(ones);
   SelectiveScanBackwardArgs back{args,      p.tensor(du), p.tensor(ddelta), p.tensor(dz),  {},     da.data(), db.data(),
                                  dc.data(), dd.data(),    dbias.data(),     dfirst.data(), nullptr};
-  const Room workspace(cpu::selective_scan_backward_workspace(back));
+  const Room workspace(device::selective_scan_backward_workspace(back));
   back.workspace = workspace.data();
-  cpu::selective_scan_backward(back, nullptr);
+  device::selective_scan_backward(back, nullptr);
   const auto check = [&](std::vector<float>& values, const std::vector<float>& slopes) {
     check_slopes(values, slopes, [&] { return p.total(nullptr); });
   };
