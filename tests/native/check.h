@@ -48,8 +48,11 @@ int run_tests(Body&& body) {
 // A workspace of exactly so many bytes, 64-byte aligned: a sanitizer sees a step beyond them. NaN to begin with.
 class Room {
  public:
-  explicit Room(size_t bytes) : data_(std::aligned_alloc(64, bytes), &std::free) {
-    std::memset(data_.get(), 0xff, bytes);
+  explicit Room(size_t bytes) : data_(nullptr, &std::free) {
+    void* data = nullptr;
+    if (posix_memalign(&data, 64, bytes) != 0) std::abort();
+    data_.reset(data);
+    std::memset(data, 0xff, bytes);
   }
   void* data() const { return data_.get(); }
 
