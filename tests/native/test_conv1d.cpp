@@ -92,22 +92,25 @@ void test_conv(Problem p) {
   check(gweight, dweight);
   check(gbias, dbias);
 
-  // Step by step, in a window one longer than needed.
+  // Step by step, in a window one longer than needed, the rows' own in reverse order.
   if (p.packed) return;
   std::vector<float> window(at(p.batch * p.channels * p.width)), stepped(out.size());
+  std::vector<int64_t> slots;
+  for (int64_t i = 0; i < p.batch; ++i) slots.push_back(p.batch - 1 - i);
   for (int64_t i = 0; i < p.batch; ++i) {
     for (int64_t c = 0; c < p.channels; ++c) {
       for (int64_t k = 1; k < p.width; ++k) {
-        window[at((i * p.channels + c) * p.width + k)] = p.first[at((i * (p.width - 1) + k - 1) * p.channels + c)];
+        window[at((slots[at(i)] * p.channels + c) * p.width + k)] =
+            p.first[at((i * (p.width - 1) + k - 1) * p.channels + c)];
       }
     }
   }
-  for (int64_t t = 0; t < p.length; ++t) {
+  const auto step = [&](int64_t t) {
     const int64_t row = p.length * p.channels;
     device::causal_conv1d_update({{p.x.data() + t * p.channels, row, p.channels, 1},
                                   {stepped.data() + t * p.channels, row, p.channels, 1},
                                   window.data(),
-                                  nullptr,
+                                  slots.data(),
                                   p.weight.data(),
                                   p.bias.data(),
                                   p.batch,
@@ -118,8 +121,16 @@ void test_conv(Problem p) {
                                   DType::kFloat32,
                                   true},
                                  nullptr);
-  }
+  };
+  for (int64_t t = 0; t < p.length; ++t) step(t);
   for (size_t i = 0; i < out.size(); ++i) CHECK(close(stepped[i], out[i], 1e-5));
+
+  // A row without a slot gives 0 and leaves all windows alone.
+  const std::vector<float> before = window;
+  slots.assign(slots.size(), -1);
+  for (int64_t t = 0; t < p.length; ++t) step(t);
+  for (const float v : stepped) CHECK(v == 0.0f);
+  CHECK(window == before);
 }
 
 }  // namespace

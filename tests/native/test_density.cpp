@@ -38,19 +38,24 @@ void test_math() {
   CHECK(math::surrogate_grad<Surrogate::kL0>(3e38f, 1e-7f) == 0.0f);
 }
 
-void test_kernels(int64_t rows, int64_t width) {
-  const std::vector<float> z = random_floats(static_cast<size_t>(rows * width), 1);
-  std::vector<float> a(z.size()), dz(z.size()), da = random_floats(z.size(), 2);
+// `skip` floats into their buffers, which decides on the alignment.
+void test_kernels(int64_t rows, int64_t width, int64_t skip) {
+  const auto size = static_cast<size_t>(rows * width);
+  const float tau = 0.25f;
+  std::vector<float> zs = random_floats(size + static_cast<size_t>(skip), 1), as(zs.size()), dzs(zs.size()),
+                     das = random_floats(zs.size(), 2);
+  float *z = zs.data() + skip, *a = as.data() + skip, *dz = dzs.data() + skip, *da = das.data() + skip;
+  if (size > 0) z[0] = tau;  // not counted
   std::vector<uint8_t> mask(static_cast<size_t>(rows));
   for (size_t r = 0; r < mask.size(); ++r) mask[r] = r % 3 != 1;
   for (int f = 0; f < 5; ++f) {
     float sum = -1;
     int64_t count = -1, expected_count = 0, density_count = -1;
     double expected = 0;
-    device::act_density({z.data(), mask.data(), a.data(), &sum, &count, rows, width, DType::kFloat32,
-                         static_cast<Activation>(f), Surrogate::kL0, 1e-7f, 1e-3f},
+    device::act_density({z, mask.data(), a, &sum, &count, rows, width, DType::kFloat32, static_cast<Activation>(f),
+                         Surrogate::kL0, 1e-7f, tau},
                         nullptr);
-    device::density({a.data(), mask.data(), &density_count, rows, width, DType::kFloat32, 1e-3f}, nullptr);
+    device::density({a, mask.data(), &density_count, rows, width, DType::kFloat32, tau}, nullptr);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = 0; i < width; ++i) {
         const size_t at = static_cast<size_t>(r * width + i);
@@ -58,17 +63,17 @@ void test_kernels(int64_t rows, int64_t width) {
         CHECK(close(a[at], ref, 1e-6));
         if (!mask[static_cast<size_t>(r)]) continue;
         expected += ref * ref / (ref * ref + 1e-7);
-        expected_count += std::fabs(a[at]) > 1e-3f;
+        expected_count += std::fabs(a[at]) > tau;
       }
     }
     CHECK(close(sum, expected, 1e-4));
     CHECK(count == expected_count);
     CHECK(density_count == expected_count);
     const float c = 0.5f;
-    device::act_density_backward({z.data(), da.data(), &c, mask.data(), dz.data(), rows, width, DType::kFloat32,
-                                  static_cast<Activation>(f), Surrogate::kL1, 0.0f},
-                                 nullptr);
-    for (size_t at = 0; at < z.size(); ++at) {
+    device::act_density_backward(
+        {z, da, &c, mask.data(), dz, rows, width, DType::kFloat32, static_cast<Activation>(f), Surrogate::kL1, 0.0f},
+        nullptr);
+    for (size_t at = 0; at < size; ++at) {
       const double h = 1e-4, zi = z[at];
       if (std::fabs(zi) < 1e-3) continue;
       const double slope =
@@ -85,7 +90,8 @@ void test_kernels(int64_t rows, int64_t width) {
 int main() {
   return run_tests([] {
     test_math();
-    const int64_t sizes[][2] = {{1, 1}, {3, 15}, {2, 16}, {2, 17}, {5, 2049}, {0, 4}, {4, 0}};
-    for (const auto& size : sizes) test_kernels(size[0], size[1]);
+    const int64_t sizes[][3] = {{1, 1, 0},  {3, 15, 0},   {2, 16, 0}, {2, 17, 0}, {5, 6, 0},
+                                {2, 16, 1}, {5, 2049, 0}, {0, 4, 0},  {4, 0, 0}};
+    for (const auto& size : sizes) test_kernels(size[0], size[1], size[2]);
   });
 }

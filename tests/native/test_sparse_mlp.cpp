@@ -22,8 +22,8 @@ void test_down(int64_t tokens, int64_t neurons, int64_t width, int64_t stride) {
   }
   std::vector<float> y(static_cast<size_t>(tokens * width), NAN);
   int64_t rows_read = -1;
-  SparseDownArgs args{a.data(), w.data(), bias.data(), y.data(), nullptr,         &rows_read, tokens,
-                      neurons,  width,    stride,      neurons,  DType::kFloat32, 0.0f};
+  SparseDownArgs args{a.data(), w.data(), bias.data(), y.data(),      nullptr,         &rows_read, tokens,
+                      neurons,  width,    stride,      expected_rows, DType::kFloat32, 0.0f};
   const Room workspace(device::sparse_down_workspace(args));
   args.workspace = workspace.data();
   device::sparse_down(args, nullptr);
@@ -44,32 +44,38 @@ void test_down(int64_t tokens, int64_t neurons, int64_t width, int64_t stride) {
   for (float v : y) CHECK(v == 42.0f);  // overflow writes nothing
 }
 
-void test_gated(int64_t tokens, int64_t neurons, int64_t width) {
-  const size_t count = static_cast<size_t>(neurons * width);
-  const std::vector<float> x = random_floats(static_cast<size_t>(tokens * width), 1), gate = random_floats(count, 2),
-                           up = random_floats(count, 3), down = random_floats(count, 4);
+// Rows of the three weights lie `gap` floats apart, twice and three times as many.
+void test_gated(int64_t tokens, int64_t neurons, int64_t width, int64_t gap) {
+  const auto rows = [&](int64_t more, unsigned seed) {
+    return random_floats(static_cast<size_t>(neurons * (width + gap + more)), seed);
+  };
+  const std::vector<float> x = random_floats(static_cast<size_t>(tokens * width), 1), gate = rows(0, 2),
+                           up = rows(gap, 3), down = rows(2 * gap, 4);
   std::vector<float> y(x.size(), NAN);
   int64_t rows_read = -1;
-  SparseMlpArgs args{x.data(), nullptr, gate.data(), up.data(),       down.data(),       nullptr, nullptr,
-                     y.data(), nullptr, &rows_read,  tokens,          neurons,           width,   width,
-                     width,    width,   neurons,     DType::kFloat32, Activation::kRelu, 0.0f};
+  SparseMlpArgs args{x.data(),        nullptr, gate.data(),     up.data(),         down.data(),
+                     nullptr,         nullptr, y.data(),        nullptr,           &rows_read,
+                     tokens,          neurons, width,           width + gap,       width + 2 * gap,
+                     width + 3 * gap, neurons, DType::kFloat32, Activation::kRelu, 0.0f};
   const Room workspace(device::sparse_mlp_workspace(args));
   args.workspace = workspace.data();
   device::sparse_mlp(args, nullptr);
-  const auto dot = [&](const std::vector<float>& w, int64_t m, int64_t i) {
+  const auto dot = [&](const std::vector<float>& w, int64_t stride, int64_t m, int64_t i) {
     double sum = 0;
     for (int64_t j = 0; j < width; ++j) {
-      sum += static_cast<double>(x[static_cast<size_t>(m * width + j)]) * w[static_cast<size_t>(i * width + j)];
+      sum += static_cast<double>(x[static_cast<size_t>(m * width + j)]) * w[static_cast<size_t>(i * stride + j)];
     }
     return sum;
   };
   for (int64_t m = 0; m < tokens; ++m) {
     std::vector<double> ref(static_cast<size_t>(width));
     for (int64_t i = 0; i < neurons; ++i) {
-      const double g = dot(gate, m, i);
+      const double g = dot(gate, args.gate_stride, m, i);
       if (g <= 0) continue;
-      const double h = g * dot(up, m, i);
-      for (int64_t j = 0; j < width; ++j) ref[static_cast<size_t>(j)] += h * down[static_cast<size_t>(i * width + j)];
+      const double h = g * dot(up, args.up_stride, m, i);
+      for (int64_t j = 0; j < width; ++j) {
+        ref[static_cast<size_t>(j)] += h * down[static_cast<size_t>(i * args.down_stride + j)];
+      }
     }
     for (int64_t j = 0; j < width; ++j) {
       CHECK(std::fabs(y[static_cast<size_t>(m * width + j)] - ref[static_cast<size_t>(j)]) <
@@ -78,8 +84,42 @@ void test_gated(int64_t tokens, int64_t neurons, int64_t width) {
   }
 }
 
-// 4-bit weights, rows or columns of blocks, with low-rank terms.
-void test_gated4(int64_t tokens, int64_t neurons, int64_t width, int64_t block, bool columns) {
+// Without a gate: its biases, and the pre-activation computed here or by the caller.
+void test_plain(int64_t tokens, int64_t neurons, int64_t width) {
+  const auto floats = [](int64_t n, unsigned seed) { return random_floats(static_cast<size_t>(n), seed); };
+  const std::vector<float> x = floats(tokens * width, 1), up = floats(neurons * width, 2),
+                           down = floats(neurons * width, 3), b_up = floats(neurons, 4), b_down = floats(width, 5);
+  std::vector<float> z, y(x.size()), ref;
+  for (int64_t m = 0; m < tokens; ++m) {
+    std::vector<double> sums(b_down.begin(), b_down.end());
+    for (int64_t i = 0; i < neurons; ++i) {
+      double pre = b_up[static_cast<size_t>(i)];
+      for (int64_t j = 0; j < width; ++j) {
+        pre += static_cast<double>(x[static_cast<size_t>(m * width + j)]) * up[static_cast<size_t>(i * width + j)];
+      }
+      z.push_back(static_cast<float>(pre));
+      for (int64_t j = 0; j < width && pre > 0; ++j) {
+        sums[static_cast<size_t>(j)] += pre * down[static_cast<size_t>(i * width + j)];
+      }
+    }
+    ref.insert(ref.end(), sums.begin(), sums.end());
+  }
+  for (const float* given : {static_cast<const float*>(nullptr), static_cast<const float*>(z.data())}) {
+    int64_t rows_read = -1;
+    SparseMlpArgs args{x.data(), given,   nullptr,    up.data(),       down.data(),       b_up.data(), b_down.data(),
+                       y.data(), nullptr, &rows_read, tokens,          neurons,           width,       width,
+                       width,    width,   neurons,    DType::kFloat32, Activation::kRelu, 0.0f};
+    const Room workspace(device::sparse_mlp_workspace(args));
+    args.workspace = workspace.data();
+    y.assign(y.size(), NAN);
+    device::sparse_mlp(args, nullptr);
+    for (size_t i = 0; i < y.size(); ++i) CHECK(close(y[i], ref[i], 1e-4));
+  }
+}
+
+// 4-bit weights, rows or columns of blocks, with low-rank terms; gated or, where `activated`, a plain MLP from its
+// activation on.
+void test_mlp4(int64_t tokens, int64_t neurons, int64_t width, int64_t block, bool columns, bool activated) {
   const size_t count = static_cast<size_t>(neurons * width);
   const int64_t rank = 3;
   std::vector<uint8_t> packed[2];
@@ -92,11 +132,12 @@ void test_gated4(int64_t tokens, int64_t neurons, int64_t width, int64_t block, 
         {w.data(), packed[i].data(), absmax[i].data(), neurons * width, block, DType::kFloat32, QuantType::kNf4},
         nullptr);
   }
-  const Quant4 up{packed[0].data(), kNf4Code, absmax[0].data(), nullptr, nullptr, 0.0f, neurons, width, block, false};
+  Quant4 up{packed[0].data(), kNf4Code, absmax[0].data(), nullptr, nullptr, 0.0f, neurons, width, block, false};
   Quant4 down = up;
   down.packed = packed[1].data();
   down.absmax = absmax[1].data();
   down.column_blocks = columns;
+  if (activated) up.packed = nullptr;
   const auto at = [&](const Quant4& q, int64_t row, int64_t col) {
     const int64_t flat = row * width + col;
     const int64_t scale = q.column_blocks ? row / block * width + col : flat / block;
@@ -112,7 +153,7 @@ void test_gated4(int64_t tokens, int64_t neurons, int64_t width, int64_t block, 
   SparseMlp4bitArgs args{x.data(),         z.data(),          up,          down,     up_low.data(), up_lora.data(),
                          down_lora.data(), down_low.data(),   bias.data(), y.data(), nullptr,       &rows_read,
                          tokens,           neurons,           width,       rank,     rank,          neurons,
-                         DType::kFloat32,  Activation::kRelu, false,       0.0f};
+                         DType::kFloat32,  Activation::kRelu, activated,   0.0f};
   const Room workspace(device::sparse_mlp_4bit_workspace(args));
   args.workspace = workspace.data();
   device::sparse_mlp_4bit(args, nullptr);
@@ -123,11 +164,11 @@ void test_gated4(int64_t tokens, int64_t neurons, int64_t width, int64_t block, 
     std::vector<double> ref(bias.begin(), bias.end()), low(static_cast<size_t>(rank));
     for (int64_t i = 0; i < neurons; ++i) {
       double h = value(z, m * neurons + i);
-      if (h <= 0) continue;
+      if (!activated && h <= 0) continue;
       double dot = 0;
-      for (int64_t j = 0; j < width; ++j) dot += value(x, m * width + j) * at(up, i, j);
+      for (int64_t j = 0; j < width && !activated; ++j) dot += value(x, m * width + j) * at(up, i, j);
       for (int64_t r = 0; r < rank; ++r) dot += value(up_low, m * rank + r) * value(up_lora, i * rank + r);
-      h *= dot;
+      if (!activated) h *= dot;
       for (int64_t j = 0; j < width; ++j) ref[static_cast<size_t>(j)] += h * at(down, i, j);
       for (int64_t r = 0; r < rank; ++r) low[static_cast<size_t>(r)] += h * value(down_lora, i * rank + r);
     }
@@ -140,21 +181,27 @@ void test_gated4(int64_t tokens, int64_t neurons, int64_t width, int64_t block, 
 
 int main() {
   return run_tests([] {
-    const int64_t shapes[][3] = {{7, 5, 5}, {70, 0, 0}, {64, 64, 64}, {65, 63, 130}, {200, 129, 129}, {33, 300, 600}};
+    const int64_t shapes[][3] = {{7, 5, 5},     {70, 0, 0},      {64, 64, 64},   {66, 64, 65},
+                                 {65, 63, 130}, {200, 129, 129}, {33, 300, 600}, {600, 12, 12}};
     for (const auto& s : shapes) {
       for (int64_t tokens : {0, 1, 2, 6, 7, 64}) test_down(tokens, s[0], s[1], s[2]);
     }
     for (int64_t tokens : {1, 5, 13}) {
-      test_gated(tokens, 50, 33);
-      test_gated(tokens, 128, 64);
+      test_gated(tokens, 50, 33, 0);
+      test_gated(tokens, 128, 64, 4);
+      test_plain(tokens, 65, 33);
+      test_plain(tokens, 64, 64);
     }
     for (int64_t tokens : {1, 2, 9, 64}) {
       for (bool columns : {false, true}) {
-        test_gated4(tokens, 64, 64, 32, columns);
-        test_gated4(tokens, 128, 192, 64, columns);
-        test_gated4(tokens, 256, 384, 128, columns);
+        test_mlp4(tokens, 64, 64, 32, columns, false);
+        test_mlp4(tokens, 128, 192, 64, columns, false);
+        test_mlp4(tokens, 256, 384, 128, columns, false);
+        test_mlp4(tokens, 64, 96, 32, columns, true);
       }
+      test_mlp4(tokens, 64, 66, 32, true, true);
     }
+    test_mlp4(5, 64, 1088, 32, false, false);
     SparseDownArgs bad{};
     bad.tokens = 65;
     bool thrown = false;

@@ -94,7 +94,7 @@ void test_scan(Problem p) {
 void test_update(Problem p) {
   std::vector<float> out(p.x.size()), last(p.first.size()), stepped(p.x.size());
   device::ssd(p.args(out, last), nullptr);
-  std::vector<float> a(at(p.heads)), state = p.first;
+  std::vector<float> a(at(p.heads)), state = p.first, z = random_floats(p.x.size(), 8);
   for (int64_t i = 0; i < p.batch; ++i) {  // decays differ between rows: one row at a time
     for (int64_t h = 0; h < p.heads; ++h) {
       a[at(h)] = p.log_decay[at(i * p.heads + h)] / p.step[at(i * p.heads + h)];
@@ -104,7 +104,7 @@ void test_update(Problem p) {
                                     nullptr,
                                     {p.x.data() + i * width, width, p.head_dim, 1},
                                     {p.step.data() + i * p.heads, p.heads, 1, 0},
-                                    {},
+                                    {z.data() + i * width, width, p.head_dim, 1},
                                     stepped.data() + i * width,
                                     {a.data(), 0, 1, 0},
                                     0,
@@ -122,7 +122,7 @@ void test_update(Problem p) {
                                     false},
                                    nullptr);
   }
-  for (size_t i = 0; i < out.size(); ++i) CHECK(close(stepped[i], out[i], 1e-4));
+  for (size_t i = 0; i < out.size(); ++i) CHECK(close(stepped[i], out[i] * z[i] / (1 + std::exp(-z[i])), 1e-4));
   for (size_t i = 0; i < last.size(); ++i) CHECK(close(state[i], last[i], 1e-4));
 }
 
@@ -134,6 +134,7 @@ int main() {
     test_scan(Problem(2, 35, 6, 3, 5, 2));
     test_scan(Problem(1, 40, 3, 21, 17, 3));
     test_scan(Problem(1, 70, 4, 16, 32, 1));
+    test_scan(Problem(1, 33, 2, 70, 3, 2));
     test_scan(Problem(0, 4, 2, 2, 2, 1));
     test_scan(Problem(1, 0, 4, 8, 16, 1));
     test_update(Problem(2, 1, 6, 19, 23, 2));

@@ -9,18 +9,19 @@ namespace {
 
 struct Problem {
   int64_t batch, length, channels, states, groups;
+  bool fixed;  // b and c are [states, channels]
   std::vector<float> u, delta, z, a, b, c, d, bias, first;
 
-  Problem(int64_t batch_, int64_t length_, int64_t channels_, int64_t states_, int64_t groups_)
-      : batch(batch_), length(length_), channels(channels_), states(states_), groups(groups_) {
+  Problem(int64_t batch_, int64_t length_, int64_t channels_, int64_t states_, int64_t groups_, bool fixed_ = false)
+      : batch(batch_), length(length_), channels(channels_), states(states_), groups(groups_), fixed(fixed_) {
     const auto floats = [](int64_t n, unsigned seed) { return random_floats(static_cast<size_t>(n), seed); };
     u = floats(batch * length * channels, 1);
     delta = floats(batch * length * channels, 2);
     z = floats(batch * length * channels, 3);
     a = floats(states * channels, 4);
     for (float& v : a) v = -std::exp(v);
-    b = floats(batch * length * groups * states, 5);
-    c = floats(batch * length * groups * states, 6);
+    b = floats(fixed ? states * channels : batch * length * groups * states, 5);
+    c = floats(fixed ? states * channels : batch * length * groups * states, 6);
     d = floats(channels, 7);
     bias = floats(channels, 8);
     first = floats(batch * states * channels, 9);
@@ -31,7 +32,7 @@ struct Problem {
   SelectiveScanArgs args(std::vector<float>& out, std::vector<float>& last, std::vector<float>& chunks) {
     return {tensor(u), tensor(delta), tensor(z),    tensor(out),     a.data(),      b.data(), c.data(),
             d.data(),  bias.data(),   first.data(), last.data(),     chunks.data(), batch,    length,
-            channels,  states,        groups,       DType::kFloat32, true,          false,    false};
+            channels,  states,        groups,       DType::kFloat32, true,          fixed,    fixed};
   }
 
   // sum(out) + sum(last) in double precision; fills `out` where it is given.
@@ -46,7 +47,8 @@ struct Problem {
           const double step = std::log1p(std::exp(static_cast<double>(delta[k]) + bias[at(j)])), ut = u[k];
           double y = d[at(j)] * ut;
           for (int64_t n = 0; n < states; ++n) {
-            const size_t m = at(((i * length + t) * groups + j / (channels / groups)) * states + n);
+            const size_t m =
+                at(fixed ? n * channels + j : ((i * length + t) * groups + j / (channels / groups)) * states + n);
             double& state = h[static_cast<size_t>(n)];
             state = std::exp(step * a[at(n * channels + j)]) * state + step * b[m] * ut;
             y += c[m] * state;
@@ -75,13 +77,14 @@ void test_scan(Problem p) {
   for (size_t i = 0; i < size; ++i) CHECK(close(out[i], expected[i], 1e-4));
 
   std::vector<float> ones(size, 1.0f), du(size), ddelta(size), dz(size), da(p.a.size()), db(p.b.size()), dc(p.c.size()),
-      dd(p.d.size()), dbias(p.bias.size()), dfirst(plane, 1.0f);
+      dd(p.d.size()), dbias(p.bias.size()), dfirst(plane, 1.0f), again(size);
   args.out = p.tensor(ones);
-  SelectiveScanBackwardArgs back{args,      p.tensor(du), p.tensor(ddelta), p.tensor(dz),  {},     da.data(), db.data(),
-                                 dc.data(), dd.data(),    dbias.data(),     dfirst.data(), nullptr};
+  SelectiveScanBackwardArgs back{args,      p.tensor(du), p.tensor(ddelta), p.tensor(dz), p.tensor(again), da.data(),
+                                 db.data(), dc.data(),    dd.data(),        dbias.data(), dfirst.data(),   nullptr};
   const Room workspace(device::selective_scan_backward_workspace(back));
   back.workspace = workspace.data();
   device::selective_scan_backward(back, nullptr);
+  for (size_t i = 0; i < size; ++i) CHECK(close(again[i], expected[i], 1e-4));
   const auto check = [&](std::vector<float>& values, const std::vector<float>& slopes) {
     check_slopes(values, slopes, [&] { return p.total(nullptr); });
   };
@@ -104,6 +107,8 @@ int main() {
     test_scan(Problem(2, 35, 6, 3, 2));
     test_scan(Problem(1, 40, 21, 16, 1));
     test_scan(Problem(1, 3, 48, 5, 3));
+    test_scan(Problem(2, 34, 70, 3, 1));
+    test_scan(Problem(2, 35, 6, 9, 2, true));
     test_scan(Problem(0, 4, 8, 2, 1));
   });
 }
