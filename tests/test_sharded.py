@@ -108,7 +108,11 @@ def folder(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     where = tmp_path_factory.mktemp("sharded")
-    torch.multiprocessing.spawn(work, (port, where), nprocs=2)
+    # DTensor's caches keep the process group, and with it Gloo's threads. One that drops the last tensor of a
+    # collective while the interpreter finalises asks for its lock, is ended inside a destructor, and aborts the process
+    # ("terminate called without an active exception"). A fork server's children, unlike spawned ones, end by
+    # os._exit, without finalising anything.
+    torch.multiprocessing.start_processes(work, (port, where), nprocs=2, start_method="forkserver")
     return where
 
 
