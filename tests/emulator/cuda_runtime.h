@@ -13,7 +13,8 @@
 #define __global__
 #define __device__
 #define __host__
-#define __launch_bounds__(...)
+// An empty instruction before the kernel for each warp of a block: the emulator counts them.
+#define __launch_bounds__(threads, ...) __attribute__((patchable_function_entry((threads) / 32, (threads) / 32)))
 // With internal linkage and in a section of its own, which shared.ld gathers.
 #define __shared__ static
 #define DEFTCORE_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(::emulator::dynamic_shared())
@@ -107,7 +108,7 @@ T __shfl_xor_sync(unsigned mask, T value, int other, emulator::Site site = emula
 
 // ---------------------------------------------------------------------------- runtime
 
-using cudaStream_t = struct EmulatedStream*;  // every stream is the caller's own order
+using cudaStream_t = emulator::Stream*;
 enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
@@ -118,6 +119,14 @@ template <class... Params>
 auto address(void (*kernel)(Params...)) {
   return reinterpret_cast<void (*)()>(kernel);
 }
+inline cudaError_t status_of(const char* error) {
+  last_error = error != nullptr ? error : "no error";
+  return error == nullptr ? cudaSuccess : cudaErrorLaunchFailure;
+}
+inline cudaError_t submit(cudaStream_t stream, Stream::Work work) {
+  if (stream == nullptr) return status_of(work());
+  return stream->add(std::move(work)), cudaSuccess;
+}
 }  // namespace emulator
 
 inline const char* cudaGetErrorString(cudaError_t) { return emulator::last_error; }
@@ -125,16 +134,15 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = emulator::kMultiprocessors, cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
-  return std::memset(data, value, bytes), cudaSuccess;
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
+  return emulator::submit(stream, [=] { return std::memset(data, value, bytes), nullptr; });
 }
 
 template <class... Params>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
   const bool fits = static_cast<size_t>(bytes) <= emulator::kMostShared;
-  if (fits) emulator::shared_limit(emulator::address(kernel)) = static_cast<size_t>(bytes);
-  emulator::last_error = fits ? "no error" : "a block has at most 227 KB of shared memory";
-  return fits ? cudaSuccess : cudaErrorLaunchFailure;
+  if (fits) emulator::limits_of(emulator::address(kernel)).shared_bytes = static_cast<size_t>(bytes);
+  return emulator::status_of(fits ? nullptr : "a block has at most 163 KB of shared memory");
 }
 
 struct cudaLaunchConfig_t {
@@ -147,14 +155,11 @@ struct cudaLaunchConfig_t {
 
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
-  struct Call {
-    void (*kernel)(Params...);
-    std::tuple<Params...> args;
-  } call{kernel, std::tuple<Params...>(static_cast<Params>(args)...)};
   const dim3 grid = config->gridDim, block = config->blockDim;
-  const char* error = emulator::run(
-      {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, config->dynamicSmemBytes}, emulator::address(kernel),
-      [](void* data) { std::apply(static_cast<Call*>(data)->kernel, static_cast<Call*>(data)->args); }, &call);
-  emulator::last_error = error != nullptr ? error : "no error";
-  return error == nullptr ? cudaSuccess : cudaErrorLaunchFailure;
+  const emulator::Shape shape{{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, config->dynamicSmemBytes};
+  if (const char* error = emulator::beyond_limits(shape, emulator::address(kernel))) return emulator::status_of(error);
+  auto call = [kernel, values = std::tuple<Params...>(static_cast<Params>(args)...)] { std::apply(kernel, values); };
+  return emulator::submit(config->stream, [shape, call]() mutable {
+    return emulator::run(shape, [](void* data) { (*static_cast<decltype(call)*>(data))(); }, &call);
+  });
 }

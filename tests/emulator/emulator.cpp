@@ -24,6 +24,8 @@
 #endif
 
 extern char emulator_shared_begin[], emulator_shared_end[];
+extern "C" __attribute__((weak, visibility("hidden"))) const char* const __start___patchable_function_entries[];
+extern "C" __attribute__((weak, visibility("hidden"))) const char* const __stop___patchable_function_entries[];
 
 // Saves the registers that a function must keep, and the stack; goes on where `to` was saved.
 extern "C" void emulator_switch(void** from, void* to);
@@ -308,17 +310,6 @@ void run_block() {
   go(&host, m.fiber);
 }
 
-const char* beyond_limits(const Shape& s, size_t most_shared) {
-  const uint64_t threads = static_cast<uint64_t>(s.block.x) * s.block.y * s.block.z;
-  if (threads == 0 || threads > kMostThreads || s.block.z > 64) return "a block has 1 to 1024 threads, 64 along z";
-  if (s.grid.x == 0 || s.grid.y == 0 || s.grid.z == 0) return "a grid has at least one block";
-  if (s.grid.x > 0x7fffffffu || s.grid.y > 65535 || s.grid.z > 65535) {
-    return "a grid has at most 2147483647, 65535 and 65535 blocks along x, y and z";
-  }
-  if (s.shared > most_shared) return "more shared memory than 48 KB, or than the kernel has opted in to";
-  return nullptr;
-}
-
 void prepare(const Shape& shape) {
   m.shape = shape;
   gridDim = shape.grid;
@@ -351,10 +342,9 @@ void clean_up() {
 
 }  // namespace
 
-const char* run(const Shape& shape, void (*kernel)(), void (*body)(void*), void* data) {
+const char* run(const Shape& shape, void (*body)(void*), void* data) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (const char* error = beyond_limits(shape, shared_limit(kernel))) return error;
   prepare(shape);
   m.body = body;
   m.data = data;
@@ -374,11 +364,6 @@ const char* run(const Shape& shape, void (*kernel)(), void (*body)(void*), void*
   m.alive = 0;
   clean_up();
   return m.error.c_str();
-}
-
-size_t& shared_limit(void (*kernel)()) {
-  static std::map<void (*)(), size_t> limits;
-  return limits.try_emplace(kernel, 48 << 10).first->second;
 }
 
 int lane() { return m.current->number % kWarp; }
@@ -458,6 +443,45 @@ uint64_t bits_of(const char* what, unsigned mask, uint64_t bits, int source, Sit
     give_up();
   }
   return values[source];
+}
+
+// ---------------------------------------------------------------------------- limits
+
+namespace {
+// The threads of a kernel's __launch_bounds__, which stand before it as one empty instruction a warp; the compiler
+// lists where those begin.
+unsigned most_threads(void (*kernel)()) {
+  const char* code = reinterpret_cast<const char*>(kernel);
+  for (const char* const* first = __start___patchable_function_entries; first < __stop___patchable_function_entries;
+       ++first) {
+    const auto warps = static_cast<size_t>(code - *first);  // if these are the kernel's
+    if (warps == 0 || warps > kMostThreads / kWarp) continue;
+    if (std::all_of(*first, code, [](char byte) { return byte == '\x90'; }))
+      return static_cast<unsigned>(warps * kWarp);
+  }
+  return kMostThreads;
+}
+}  // namespace
+
+Limits& limits_of(void (*kernel)()) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  static std::map<void (*)(), Limits> known;
+  const auto found = known.find(kernel);
+  return found != known.end() ? found->second : known[kernel] = Limits{most_threads(kernel)};
+}
+
+const char* beyond_limits(const Shape& s, void (*kernel)()) {
+  const Limits& limits = limits_of(kernel);
+  const uint64_t threads = static_cast<uint64_t>(s.block.x) * s.block.y * s.block.z;
+  if (threads == 0 || threads > kMostThreads || s.block.z > 64) return "a block has 1 to 1024 threads, 64 along z";
+  if (threads > limits.threads) return "more threads than the kernel's __launch_bounds__";
+  if (s.grid.x == 0 || s.grid.y == 0 || s.grid.z == 0) return "a grid has at least one block";
+  if (s.grid.x > 0x7fffffffu || s.grid.y > 65535 || s.grid.z > 65535) {
+    return "a grid has at most 2147483647, 65535 and 65535 blocks along x, y and z";
+  }
+  if (s.shared > limits.shared_bytes) return "more shared memory than 48 KB, or than the kernel has opted in to";
+  return nullptr;
 }
 
 // ---------------------------------------------------------------------------- misaligned accesses

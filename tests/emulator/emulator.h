@@ -9,6 +9,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <utility>
+#include <vector>
 
 namespace emulator {
 
@@ -16,7 +19,8 @@ inline constexpr int kWarp = 32;
 // Few, so that small sizes too have several rows a warp and several turns of a striding loop; odd, so that shares of
 // the work are uneven.
 inline constexpr int kMultiprocessors = 3;
-inline constexpr size_t kMostShared = 227 << 10;  // bytes of a block that has opted in
+// Bytes of a block that has opted in, on the smaller of the GPUs that the kernels are built for.
+inline constexpr size_t kMostShared = 163 << 10;
 
 // Where a kernel's code stands.
 struct Site {
@@ -37,12 +41,42 @@ struct Shape {
   size_t shared;  // dynamic, in bytes
 };
 
-// Runs body(data), a call of the kernel, as every thread of every block. Returns what went wrong, or null; the text
-// lives until the next launch.
-const char* run(const Shape& shape, void (*kernel)(), void (*body)(void*), void* data);
+// Of a kernel's launches.
+struct Limits {
+  unsigned threads;                // of a block
+  size_t shared_bytes = 48 << 10;  // dynamic
+};
+Limits& limits_of(void (*kernel)());
 
-// Most dynamic shared memory that launches of a kernel may ask for, in bytes.
-size_t& shared_limit(void (*kernel)());
+// Why there can be no such launch of the kernel, or null.
+const char* beyond_limits(const Shape& shape, void (*kernel)());
+
+// Runs body(data), a call of a kernel, as every thread of every block. Returns what went wrong, or null; the text lives
+// until the next launch.
+const char* run(const Shape& shape, void (*body)(void*), void* data);
+
+// Work that waits: a queue until it is synchronised; or, where it is run and kept, a captured graph. The null stream's
+// is done at once.
+class Stream {
+ public:
+  using Work = std::function<const char*()>;  // returns what went wrong, or null
+
+  void add(Work work) { work_.push_back(std::move(work)); }
+  const char* replay() const {
+    for (const Work& work : work_) {
+      if (const char* error = work()) return error;
+    }
+    return nullptr;
+  }
+  const char* synchronise() {
+    const char* error = replay();
+    work_.clear();
+    return error;
+  }
+
+ private:
+  std::vector<Work> work_;
+};
 
 // Of the running thread.
 int lane();

@@ -96,6 +96,32 @@ __global__ void neighbour_kernel(float* out) {
   out[threadIdx.x] = threadIdx.x == 0 ? 0.0f : numbers[threadIdx.x - 1];
 }
 
+// The same between the warps of a block.
+template <bool kMeets>
+__global__ void other_warp_kernel(float* out) {
+  __shared__ float numbers[3 * kWarp];
+  numbers[threadIdx.x] = static_cast<float>(threadIdx.x);
+  if (kMeets) __syncthreads();
+  out[threadIdx.x] = threadIdx.x < kWarp ? 0.0f : numbers[threadIdx.x - kWarp];
+}
+
+// Each block counts on the one before it.
+__global__ void block_after_block_kernel(float* out) { out[blockIdx.x + 1] = out[blockIdx.x] + 1.0f; }
+
+// A second round of writes that need not wait for the first one's readers.
+template <bool kMeets>
+__global__ void two_rounds_kernel(float* out) {
+  __shared__ float numbers[64];
+  float sum = 0.0f;
+  for (int round = 0; round < 2; ++round) {
+    if (kMeets && round > 0) __syncthreads();
+    numbers[threadIdx.x] = static_cast<float>(100 * round + static_cast<int>(threadIdx.x));
+    __syncthreads();
+    sum += numbers[63 - threadIdx.x];
+  }
+  out[threadIdx.x] = sum;
+}
+
 __global__ void read_pack_kernel(const float* x, float* out) {
   *out = reinterpret_cast<const Pack<float>*>(x)->values[0];
 }
@@ -117,6 +143,10 @@ __global__ void step_beyond_dynamic_kernel(int count) {
 }
 
 __global__ void nothing_kernel() {}
+
+__global__ void __launch_bounds__(2 * kWarp) two_warps_kernel() {}
+
+__global__ void store_kernel(int* out, int value) { *out = value; }
 
 // ----------------------------------------------------------------------------
 
@@ -202,19 +232,51 @@ void test_meetings() {
   test_values();  // nothing is left of a launch that failed
 }
 
-void test_order() {
-  std::vector<float> out(32), first(32);
-  const auto differs = [&](auto kernel, const char* seed) {
-    with_seed(seed);
-    launch(kernel, 1, 32, 0, nullptr, out.data());
-    if (std::string(seed) == "0") first = out;
-    return std::memcmp(first.data(), out.data(), 32 * sizeof(float)) != 0;
-  };
-  for (const char* seed : {"0", "1", "2", "3"}) CHECK(!differs(neighbour_kernel<true>, seed));
-  for (size_t i = 1; i < 32; ++i) CHECK(first[i] == static_cast<float>(i - 1));
-  CHECK(!differs(neighbour_kernel<false>, "0"));
-  for (const char* seed : {"1", "2", "3"}) CHECK(differs(neighbour_kernel<false>, seed));
+// What a kernel of one block, or of as many blocks as there are numbers, gives under a seed.
+std::vector<float> with_order(const char* seed, void (*kernel)(float*), unsigned blocks, unsigned threads) {
+  std::vector<float> out(blocks * threads + 1);
+  with_seed(seed);
+  launch(kernel, blocks, threads, 0, nullptr, out.data());
   with_seed("0");
+  return out;
+}
+
+void test_order() {
+  const auto check = [](void (*right)(float*), void (*broken)(float*), unsigned blocks, unsigned threads) {
+    const std::vector<float> first = with_order("0", right, blocks, threads);
+    for (const float value : first) CHECK(!std::isnan(value));
+    int differ = 0;
+    for (const char* seed : {"1", "2", "3"}) {
+      CHECK(with_order(seed, right, blocks, threads) == first);
+      differ += with_order(seed, broken, blocks, threads) != first;
+    }
+    CHECK(differ == 3);
+  };
+  check(neighbour_kernel<true>, neighbour_kernel<false>, 1, 32);
+  check(other_warp_kernel<true>, other_warp_kernel<false>, 1, 96);
+  check(two_rounds_kernel<true>, two_rounds_kernel<false>, 1, 64);
+  const std::vector<float> in_order = with_order("0", block_after_block_kernel, 9, 1);
+  for (const char* seed : {"1", "2", "3"}) CHECK(with_order(seed, block_after_block_kernel, 9, 1) != in_order);
+}
+
+void test_streams() {
+  emulator::Stream stream;
+  int data[2] = {7, 7}, value = 1;
+  launch(store_kernel, 1, 1, 0, &stream, &data[0], value);
+  set_zero(data + 1, sizeof(int), &stream);
+  value = 2;  // what was enqueued has its own
+  CHECK(data[0] == 7 && data[1] == 7);
+  for (int run = 0; run < 2; ++run) {
+    CHECK(stream.replay() == nullptr);
+    CHECK(data[0] == 1 && data[1] == 0);
+    data[0] = data[1] = 7;
+  }
+  CHECK(stream.synchronise() == nullptr && data[0] == 1 && data[1] == 0);
+  data[0] = 7;
+  CHECK(stream.synchronise() == nullptr && data[0] == 7);
+  CHECK(has(error_of(nothing_kernel, 1, 1025, 0, &stream), "1 to 1024 threads"));  // said at once
+  launch(absent_kernel, 1, 64, 0, &stream);
+  CHECK(has(stream.synchronise(), "__syncthreads in absent_kernel"));
 }
 
 void test_limits() {
@@ -228,11 +290,14 @@ void test_limits() {
   CHECK(refused(dim3(1, 65536), 32, 0, "65535"));
   CHECK(refused(dim3(1, 1, 65536), 32, 0, "65535"));
   CHECK(refused(1, 32, (48 << 10) + 1, "48 KB"));
+  CHECK(error_of(two_warps_kernel, 1, 64, 0, nullptr).empty());
+  CHECK(has(error_of(two_warps_kernel, 1, 65, 0, nullptr), "__launch_bounds__"));
+  CHECK(error_of(nothing_kernel, 1, 1024, 0, nullptr).empty());
   CHECK(error_of(nothing_kernel, dim3(1, 65535), 1, 48 << 10, nullptr).empty());
-  CHECK(cudaFuncSetAttribute(nothing_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (227 << 10) + 1) !=
+  CHECK(cudaFuncSetAttribute(nothing_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (163 << 10) + 1) !=
         cudaSuccess);
-  check(cudaFuncSetAttribute(nothing_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 << 10));
-  CHECK(error_of(nothing_kernel, 1, 32, 227 << 10, nullptr).empty());
+  check(cudaFuncSetAttribute(nothing_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 163 << 10));
+  CHECK(error_of(nothing_kernel, 1, 32, 163 << 10, nullptr).empty());
 }
 
 void test_misaligned() {
@@ -287,6 +352,7 @@ int main() {
     test_unwritten_shared_memory();
     test_meetings();
     test_order();
+    test_streams();
     test_limits();
     test_misaligned();
     test_out_of_bounds();
