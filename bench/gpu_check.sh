@@ -7,7 +7,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export PYTHONPATH="$work/site:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" DEFTCORE_EXPERIMENTAL_CUDA=1 DEFTCORE_CACHE="$work/cache" MAX_JOBS=16
+export PYTHONPATH="$work/site:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" DEFTCORE_CUDA_KERNELS=all DEFTCORE_CACHE="$work/cache" MAX_JOBS=16
 
 echo "== build"
 DEFTCORE_CUDA=on python3 -m pip install -q --no-build-isolation --no-deps --target "$work/site" . || exit 1

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DEFTCORE_CUDA_KERNELS", "all")  # the tests compare by themselves; test_proof.py sets it
 
 import pytest
 import torch

@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def _switched_on(monkeypatch):
-    monkeypatch.setenv("DEFTCORE_EXPERIMENTAL_CUDA", "1")
+    monkeypatch.setenv("DEFTCORE_CUDA_KERNELS", "all")
     assert cuda_enabled("density"), "this build has no CUDA kernels"
     torch.backends.cuda.matmul.allow_tf32 = False
 

@@ -135,21 +135,6 @@ def test_docstring_examples(name):
     assert result.failed == 0
 
 
-def test_cuda_kernels_are_on_where_hardware_proved_them(monkeypatch):
-    from deftcore.ops import kernels
-
-    monkeypatch.setattr(kernels, "HAS_CUDA", True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, proved in (((9, 0), True), ((8, 0), False)):
-        monkeypatch.setattr(kernels, "_capability", lambda device, found=capability: found)
-        monkeypatch.delenv("DEFTCORE_EXPERIMENTAL_CUDA", raising=False)
-        assert all(kernels.cuda_enabled(op) == proved for op in kernels.KERNELS)
-        monkeypatch.setenv("DEFTCORE_EXPERIMENTAL_CUDA", "1")
-        assert all(kernels.cuda_enabled(op) for op in kernels.KERNELS)
-    monkeypatch.setattr(kernels, "HAS_CUDA", False)
-    assert not any(kernels.cuda_enabled(op) for op in kernels.KERNELS)
-
-
 def test_kernels_are_named_as_they_are_asked_for():
     from deftcore.ops.kernels import KERNELS
 

@@ -64,23 +64,33 @@ def collect() -> dict[str, Any]:
     import deftcore
     from deftcore._versions import describe
     from deftcore.nn.verify import verdicts
-    from deftcore.ops import cuda_enabled, op_names
-    from deftcore.ops.kernels import KERNELS, native
+    from deftcore.ops import op_names
+    from deftcore.ops.kernels import HAS_CUDA, has_gpu, native, switch
 
-    built = hasattr(native, "cuda")
-    cuda = "not built"
-    if built:
-        cuda = "built, " + ("a GPU is there" if torch.cuda.is_available() else "no GPU in use")
+    gpu = "a GPU is there" if has_gpu() else "no GPU in use"
     return {
         "deftcore": deftcore.__version__,
         "cpu_isa": native.isa_name(),
         "cpu_isa_available": native.isa_available().split(),
         "threads": torch.get_num_threads(),
-        "cuda": cuda,
+        "cuda": f"built, {gpu}, DEFTCORE_CUDA_KERNELS={switch()}" if HAS_CUDA else "not built",
         "versions": describe(),
         "ops": op_names(),
-        "kernels": {
-            k: {"cpu": "on", "cuda": "on" if cuda_enabled(k) else "off" if built else "not built"} for k in KERNELS
-        },
+        "kernels": {kernel: {"cpu": "on", "cuda": state} for kernel, state in _cuda_states().items()},
         "patch": verdicts(),
     }
+
+
+def _cuda_states() -> dict[str, str]:
+    """Which CUDA kernels are on, and why the others are not, as far as it is known: nothing is proved here."""
+    from deftcore.ops.kernels import KERNELS, gpu, has_gpu, switch, why_off
+    from deftcore.ops.proof import Place, remembered
+
+    if not has_gpu() or switch() != "proved":
+        reasons = {kernel: why_off(kernel) for kernel in KERNELS}
+        return {kernel: f"off, {reason}" if reason else "on, unproved" for kernel, reason in reasons.items()}
+    states = dict.fromkeys(KERNELS, "unproved: at first use, or by `deftcore gpu-check`")
+    for kernel, verdict in remembered(KERNELS, Place.of(gpu())).items():
+        how = f"off, {verdict.reason}" if verdict.reason else "on, proved"
+        states[kernel] = f"{how}, {verdict.date} on {verdict.place}"
+    return states

@@ -12,6 +12,7 @@ from deftcore.cli.bench import bench
 from deftcore.cli.density import density
 from deftcore.cli.export import export
 from deftcore.cli.generate import generate
+from deftcore.cli.gpu_check import gpu_check
 from deftcore.cli.info import info
 from deftcore.cli.lyapunov import lyapunov
 from deftcore.cli.methods import methods
@@ -57,7 +58,7 @@ def app(verbose: bool) -> None:
         logging.getLogger("deftcore").setLevel(logging.WARNING)
 
 
-for _command in (quickstart, train, methods, density, export, generate, lyapunov, bench, info):
+for _command in (quickstart, train, methods, density, export, generate, lyapunov, bench, gpu_check, info):
     app.add_command(_command)
 
 

@@ -4,6 +4,8 @@ import ctypes
 import os
 import platform
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deftcore.ops.proof import Place, ProofError, prove, remembered
+
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Names under which a kernel is asked for.
 KERNELS = (
@@ -19,9 +23,6 @@ KERNELS = (
     "linear_4bit", "gated_act", "grouped_delta", "selective_scan", "mamba_chunk_scan", "causal_conv1d",
     "selective_state_update",
 )  # fmt: skip
-# CUDA kernels that have passed their tests on hardware of a compute capability (bench/results holds the evidence). The
-# others are compiled but stay off unless DEFTCORE_EXPERIMENTAL_CUDA=1.
-CUDA_PROVED: dict[tuple[int, int], frozenset[str]] = {(9, 0): frozenset(KERNELS)}
 
 
 def _import_native() -> ModuleType:
@@ -43,37 +44,109 @@ native = _import_native()
 HAS_CUDA = hasattr(native, "cuda")
 # A build for tests has CUDA kernels that take CPU addresses (tests/emulator); here they stand in for the CPU's own.
 _EMULATED = hasattr(native, "emulated") and os.environ.get("DEFTCORE_EMULATE") == "1"
+_unproved_on: dict[torch.device, dict[str, str]] = {}
+_only: frozenset[str] | None = None
+
+
+def has_gpu() -> bool:
+    """Whether there is something to run CUDA kernels on, and kernels."""
+    return HAS_CUDA and (_EMULATED or torch.cuda.is_available())
+
+
+def gpu(device: torch.device | int | None = None) -> torch.device:
+    """A GPU with its number, the current one for None; in an emulated build the CPU, which is in its place."""
+    if _EMULATED:
+        return torch.device("cpu")
+    if isinstance(device, torch.device) and device.type != "cuda":
+        raise ValueError(f"device: must be a CUDA device, got {device}")
+    number = device.index if isinstance(device, torch.device) else device
+    number = torch.cuda.current_device() if number is None else number
+    if not 0 <= number < (count := torch.cuda.device_count()):
+        raise ValueError(f"device: there is no GPU {number}, the last one is {count - 1}")
+    return torch.device("cuda", number)
 
 
 def cuda_enabled(op: str, device: torch.device | int | None = None) -> bool:
     """Whether the CUDA kernel of an op is built and switched on.
 
-    On are those that have passed their tests on hardware of the device's compute capability, and all of them under
-    DEFTCORE_EXPERIMENTAL_CUDA=1.
+    On are those that gave their reference's values on this very GPU: found out at first use, in a child process, and
+    kept. The variable DEFTCORE_CUDA_KERNELS makes it none ("off") or all, unproved ones too ("all"); it is "proved".
 
     Args:
-        op: one of `deftcore.ops.kernels.KERNELS`; any other is never on, the variable aside.
+        op: one of `deftcore.ops.kernels.KERNELS`; any other is never on.
         device: a CUDA device or its number; None is the current one.
 
     Raises:
-        RuntimeError: by PyTorch, for a device that is not there.
+        ValueError: for a device that is not there or none of CUDA's, or another value of the variable.
     """
+    return not why_off(op, device)
+
+
+def switch() -> str:
+    """What DEFTCORE_CUDA_KERNELS says."""
+    mode = os.environ.get("DEFTCORE_CUDA_KERNELS") or "proved"
+    if mode not in ("off", "proved", "all"):
+        raise ValueError(f"DEFTCORE_CUDA_KERNELS: must be off, proved or all, got {mode!r}")
+    return mode
+
+
+def why_off(op: str, device: torch.device | int | None = None) -> str:
+    """Why the CUDA kernel of an op is off on a device, as in `cuda_enabled`; empty where it is on."""
+    if _only is not None:
+        return "" if op in _only else "left out"
+    mode = switch()
+    if op not in KERNELS:
+        return "there is no such kernel"
     if not HAS_CUDA:
-        return False
-    return os.environ.get("DEFTCORE_EXPERIMENTAL_CUDA") == "1" or (
-        torch.cuda.is_available() and op in CUDA_PROVED.get(_capability(device), ())
-    )
+        return "not built"
+    if mode == "all":
+        return ""
+    if mode == "off":
+        return "DEFTCORE_CUDA_KERNELS=off"
+    if device not in _unproved_on:
+        if not has_gpu():
+            return "no GPU"
+        device = gpu(device)
+        if device not in _unproved_on:
+            _unproved_on[device] = _unproved(device)
+    return _unproved_on[device].get(op, "")
+
+
+def _unproved(device: torch.device) -> dict[str, str]:
+    """Kernels that are off on a GPU, and why; this may run them all."""
+    place = Place.of(device)
+    found, why = remembered(KERNELS, place), ""
+    if len(found) < len(KERNELS):
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing or torch.compiler.is_compiling():  # off from here on: what was captured or traced must stay true
+            why = "not proved before a CUDA graph or torch.compile came; run `deftcore gpu-check` first"
+        else:
+            try:
+                found = prove(KERNELS, place)
+            except ProofError as error:
+                found, why = remembered(KERNELS, place), f"could not be proved, {error}"
+    if why:
+        warnings.warn(f"deftcore: CUDA kernels on {device}: {why}", stacklevel=2)
+    reasons = {kernel: found[kernel].reason if kernel in found else why for kernel in KERNELS}
+    return {kernel: reason for kernel, reason in reasons.items() if reason}
+
+
+@contextmanager
+def only(*names: str) -> Iterator[None]:
+    """Within it exactly these CUDA kernels are on, for the whole process: to compare one with its reference."""
+    global _only  # a backward runs in threads of its own, which see no context variable
+    before, _only = _only, frozenset(names)
+    try:
+        yield
+    finally:
+        _only = before
 
 
 @cache
-def _capability(device: torch.device | int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@cache
-def _warn_fallback(op: str, device: str, dtype: torch.dtype) -> None:
+def _warn_fallback(op: str, device: str, dtype: torch.dtype, why: str) -> None:
     warnings.warn(
-        f"deftcore.{op}: no native kernel is switched on for {device} and {dtype}; the PyTorch reference runs instead",
+        f"deftcore.{op}: no native kernel is switched on for {device} and {dtype}{why and f' ({why})'}; the PyTorch "
+        "reference runs instead",
         stacklevel=4,
     )
 
@@ -81,8 +154,8 @@ def _warn_fallback(op: str, device: str, dtype: torch.dtype) -> None:
 def backend(op: str, x: Tensor) -> ModuleType | None:
     """The native functions for the device and dtype of `x`, or None, with a warning, where the reference serves."""
     found = _native_for(op, x)
-    if found is None and x.dtype != torch.float64:
-        _warn_fallback(op, x.device.type, x.dtype)
+    if found is None and _only is None and x.dtype != torch.float64:
+        _warn_fallback(op, x.device.type, x.dtype, why_off(op, x.device) if runs_cuda(x) else "")
     return found
 
 
@@ -94,14 +167,14 @@ def has_kernel(op: str, x: Tensor) -> bool:
 def _native_for(op: str, x: Tensor) -> ModuleType | None:
     if x.dtype not in DTYPE_CODES:
         return None
-    if x.device.type == "cpu":
-        return native.cuda if _EMULATED else native.cpu
-    return native.cuda if x.device.type == "cuda" and cuda_enabled(op, x.device) else None
+    if x.device.type == "cpu" and not _EMULATED:
+        return native.cpu
+    return native.cuda if runs_cuda(x) and not why_off(op, x.device) else None
 
 
 def runs_cuda(x: Tensor) -> bool:
     """Whether the native kernels for x are the CUDA ones, which want 16-byte aligned addresses."""
-    return x.device.type == "cuda" or _EMULATED
+    return x.device.type == ("cpu" if _EMULATED else "cuda")
 
 
 def machine_name(like: Tensor) -> str:

@@ -1,0 +1,393 @@
+"""What proves a CUDA kernel: small inputs of every dtype on which it runs against its PyTorch reference.
+
+This is the child process of `proof`. Every case runs three times over the same numbers: with the kernel, with PyTorch
+in the same dtype, and with PyTorch in float64. With w the last, a value passes where the kernel's |ours - w| is at most
+twice the largest |PyTorch's - w|, plus two roundings of the dtype at |w| and 128 of float32 at the largest |w|.
+Gradients are compared where the kernel computes them.
+"""
+
+import faulthandler
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deftcore import ops
+from deftcore.ops.density import ACTIVATIONS, SURROGATES
+from deftcore.ops.kernels import DTYPE_CODES, only
+from deftcore.ops.quantized import QuantizedTensor
+from deftcore.ops.sparse_mlp4 import LowRank4, mlp_4bit
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Case:
+    """`run` takes `inputs` in any dtype, and None as it is; what it returns is compared, integers bit for bit."""
+
+    label: str
+    run: Callable[..., Any]
+    inputs: Sequence[Tensor | None]
+    gradients: bool = False
+
+
+class _Numbers:
+    """Draws of one kernel's cases: the same ones on every device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._generator = device, torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normal numbers that every dtype holds."""
+        values = scale * torch.randn(shape, generator=self._generator)
+        return values.bfloat16().half().float().to(self.device)
+
+    def below(self, limit: int, *shape: int) -> Tensor:
+        return torch.randint(limit, shape, generator=self._generator).to(self.device)
+
+    def zeroed(self, tokens: int, neurons: int, density: float) -> Tensor:
+        """Activations of which whole columns are zero."""
+        keep = torch.rand(neurons, generator=self._generator) < density
+        return torch.where(keep.to(self.device), self.normal(tokens, neurons), 0.0)
+
+    def quantized(self, *shape: int, **options: Any) -> QuantizedTensor:
+        return ops.quantize_4bit(self.normal(*shape, scale=shape[-1] ** -0.5), **options)
+
+
+# ---------------------------------------------------------------------------- activations
+
+
+def _act_density(draw: _Numbers) -> Iterator[Case]:
+    for activation in ACTIVATIONS:
+        for surrogate in SURROGATES:
+            mask = draw.below(3, 3) > 0
+            yield Case(
+                f"{activation}, {surrogate}",
+                lambda z, f=activation, s=surrogate, m=mask: ops.act_density(z, f, mask=m, surrogate=s),
+                [draw.normal(3, 17, scale=3.0)], gradients=True,
+            )  # fmt: skip
+    yield Case("wide", lambda z: ops.act_density(z, "gelu"), [draw.normal(5, 2049, scale=3.0)], gradients=True)
+
+
+def _density(draw: _Numbers) -> Iterator[Case]:
+    for shape in ((1, 1), (37, 101), (2, 4099)):
+        mask = draw.below(2, shape[0]) > 0
+        for m in (None, mask):
+            yield Case(f"{shape}", lambda a, m=m: ops.density(a, mask=m), [draw.zeroed(*shape, 0.3)])
+    yield Case("threshold", lambda a: ops.density(a, tau=0.5), [draw.normal(9, 33)])
+
+
+def _gated_act(draw: _Numbers) -> Iterator[Case]:
+    def run(both: Tensor, activation: str) -> Tensor:
+        gate, up = both.chunk(2, dim=1)
+        one = torch.eye(gate.shape[1], dtype=both.dtype, device=both.device)
+        return ops.gated_linear(gate, up, one, activation=activation)
+
+    for activation in ACTIVATIONS:
+        for rows, width in ((5, 17), (3, 264)):
+            both = draw.normal(rows, 2 * width, scale=2.0)
+            yield Case(f"{activation}, {width}", lambda x, f=activation: run(x, f), [both], gradients=True)
+
+
+# ---------------------------------------------------------------------------- sparse products
+
+
+def _sparse_down(draw: _Numbers) -> Iterator[Case]:
+    for tokens, neurons, width in ((1, 67, 17), (4, 259, 64), (5, 130, 333), (64, 70, 72)):
+        for density in (0.0, 0.3, 1.0):
+            yield Case(
+                f"{tokens} tokens, density {density}",
+                lambda a, w, b, fixed=tokens == 5: ops.sparse_down(a, w, b, path="sparse", deterministic=fixed),
+                [draw.zeroed(tokens, neurons, density), draw.normal(neurons, width), draw.normal(width)],
+            )
+    yield Case("threshold", lambda a, w: ops.sparse_down(a, w, tau=0.5, path="sparse"),
+               [draw.normal(3, 90), draw.normal(90, 24)])  # fmt: skip
+
+
+def _sparse_mlp(draw: _Numbers) -> Iterator[Case]:
+    def run(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str, *biases: Tensor) -> Tensor:
+        options: dict[str, Any] = {"activation": activation, "tau": 0.0, "path": "sparse"}
+        if gate is None:
+            return ops.sparse_mlp(x, up, down, *biases, **options)
+        return ops.sparse_gated_mlp(x, gate, *ops.bundle_rows(up, down), **options)
+
+    for activation in ("relu", "silu"):
+        for tokens in (1, 3):
+            for neurons, width in ((70, 33), (200, 64)):
+                up, down = (draw.normal(neurons, width, scale=width**-0.5) for _ in range(2))
+                gate = draw.normal(neurons, width, scale=width**-0.5)
+                x, biases = draw.normal(tokens, width), (draw.normal(neurons), draw.normal(width))
+                label = f"{activation}, {tokens} tokens, {neurons} x {width}"
+                yield Case(f"gated {label}", lambda *t, f=activation: run(*t, f), [x, gate, up, down])
+                yield Case(
+                    label, lambda x, up, down, *b, f=activation: run(x, None, up, down, f, *b), [x, up, down, *biases]
+                )
+
+
+def _sparse_mlp_4bit(draw: _Numbers) -> Iterator[Case]:
+    sparse, relu = 1, ACTIVATIONS["relu"]
+    for quant_type, block, double in (("nf4", 32, False), ("fp4", 64, False), ("nf4", 64, True)):
+        neurons, width = 160, 2 * block
+        gate, up, down = (
+            draw.quantized(neurons, width, quant_type=quant_type, block_size=block, double_quant=double)
+            for _ in range(3)
+        )
+        columns = draw.quantized(width, 160, quant_type=quant_type, block_size=32, double_quant=False).t()
+        for tokens in (1, 4):
+            x = draw.normal(tokens, width)
+            for label, weights in (("rows", (gate, up, down)), ("columns", (gate, up, columns)), ("plain", (up, down))):
+                yield Case(
+                    f"{quant_type}, block {block}, {label}, {tokens} tokens",
+                    lambda x, w=weights: mlp_4bit(x, w, None, None, relu, 0.0, sparse), [x],
+                )  # fmt: skip
+    low = [draw.normal(*shape, scale=0.2) for shape in ((9, 128), (160, 9), (9, 128), (160, 9), (160, 9), (128, 9))]
+    yield Case("LoRA", lambda x, *low: mlp_4bit(x, (gate, up, down), None, None, relu, 0.0, sparse, LowRank4(*low)),
+               [draw.normal(3, 128), *low])  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- 4 bits
+
+
+def _quantize_4bit(draw: _Numbers) -> Iterator[Case]:
+    def run(w: Tensor, quant_type: str, block: int) -> tuple[Tensor, Tensor]:
+        low = w.float() if w.dtype == torch.float64 else w
+        q = ops.quantize_4bit(low, quant_type=quant_type, block_size=block, double_quant=False)
+        # Beside a threshold either neighbour is right: it is the distance that counts.
+        return q.absmax.to(w.dtype), (q.dequantize(torch.float64) - w.double()).abs().to(w.dtype)
+
+    for quant_type in ("nf4", "fp4"):
+        for block in (32, 64, 1024):
+            for shape in ((1,), (65,), (5, 7), (19, 128)):
+                label = f"{quant_type}, block {block}, {shape}"
+                yield Case(label, lambda w, q=quant_type, b=block: run(w, q, b), [draw.normal(*shape)])
+
+
+def _dequantize_4bit(draw: _Numbers) -> Iterator[Case]:
+    for quant_type in ("nf4", "fp4"):
+        for block in (32, 64, 1024):
+            for double in (False, True):
+                for shape in ((65,), (19, 128)):
+                    q = draw.quantized(*shape, quant_type=quant_type, block_size=block, double_quant=double)
+                    label = f"{quant_type}, block {block}, {shape}, double_quant {double}"
+                    yield Case(label, lambda x, q=q: q.dequantize(x.dtype), [draw.normal(1)])
+    columns = draw.quantized(38, 64, block_size=32, double_quant=False).t()
+    yield Case("columns", lambda x: columns.dequantize(x.dtype), [draw.normal(1)])
+
+
+def _linear_4bit(draw: _Numbers) -> Iterator[Case]:
+    for quant_type, rows, cols, block in (("nf4", 24, 128, 64), ("fp4", 40, 96, 32), ("nf4", 5, 7, 64)):
+        for double in (False, True):
+            q = draw.quantized(rows, cols, quant_type=quant_type, block_size=block, double_quant=double)
+            for tokens in (1, 3, 5, 16):
+                x, bias = draw.normal(tokens, cols), draw.normal(rows)
+                a, b = draw.normal(9, cols, scale=cols**-0.5), draw.normal(rows, 9)
+                label = f"{quant_type}, {rows} x {cols}, double_quant {double}, {tokens} tokens"
+                yield Case(label, lambda x, bias, q=q: ops.linear_4bit(x, q, bias), [x, bias], gradients=True)
+                yield Case(f"LoRA, {label}", lambda x, a, b, q=q: ops.lora_linear(x, q, a, b, scaling=0.5), [x, a, b],
+                           gradients=True)  # fmt: skip
+
+
+def _grouped_delta(draw: _Numbers) -> Iterator[Case]:
+    def run(x: Tensor, base: Tensor, columns: Tensor, row: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        deltas: list[Any] = [
+            ops.SliceDelta(1, torch.arange(5, device=x.device) * 3, columns),
+            ops.SliceDelta(0, torch.zeros(1, dtype=torch.int64, device=x.device), row),
+            ops.LowRankDelta(a, b, 0.5),
+            None,
+        ]
+        index = torch.tensor([0, 1, 2, 3, -1, 0, 2], device=x.device)
+        return ops.grouped_delta_linear(x, base, deltas, index)
+
+    for rows, cols in ((70, 130), (1, 40), (300, 48)):
+        inputs = [draw.normal(*shape) for shape in ((7, 3, cols), (rows, cols), (5, rows), (1, cols), (9, cols))]
+        yield Case(f"{rows} x {cols}", run, [*inputs, draw.normal(rows, 9)])
+
+
+# ---------------------------------------------------------------------------- state-space models
+
+
+def _selective_scan(draw: _Numbers) -> Iterator[Case]:
+    def run(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *rest: Tensor, rows: bool) -> Any:
+        u, delta = (t.transpose(1, 2).contiguous().transpose(1, 2) if rows else t for t in (u, delta))
+        d, z, bias, first = rest or [None] * 4
+        return ops.selective_scan(u, delta, -torch.exp(a), b, c, d, z, bias, True, True, initial_state=first)
+
+    for batch, channels, length, states, groups, rows in (
+        (2, 20, 37, 5, 0, True), (1, 36, 1, 16, 4, False), (1, 33, 70, 16, 0, True), (2, 6, 40, 40, 2, False),
+    ):  # fmt: skip
+        coefficients = (batch, groups, states, length) if groups else (batch, states, length)
+        shapes = ((batch, channels, length), (batch, channels, length), (channels, states), coefficients, coefficients)
+        more = ((channels,), (batch, channels, length), (channels,), (batch, channels, states))
+        for every in (True, False):
+            inputs = [draw.normal(*shape) for shape in (*shapes, *(more if every else ()))]
+            label = f"[{batch}, {channels}, {length}], {states} states{', all arguments' if every else ''}"
+            yield Case(label, lambda *t, rows=rows: run(*t, rows=rows), inputs, gradients=True)
+
+
+def _mamba_chunk_scan(draw: _Numbers) -> Iterator[Case]:
+    def run(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *rest: Tensor, seq_idx: Tensor | None) -> Any:
+        d, z, bias, first = rest or [None] * 4
+        return ops.mamba_chunk_scan(
+            x, dt, -torch.exp(a), b, c, 64, d, z, bias, first, seq_idx, True, return_final_states=True
+        )
+
+    for batch, length, heads, head_dim, states, groups in (
+        (2, 37, 4, 5, 6, 2), (1, 1, 2, 16, 16, 1), (1, 65, 2, 33, 17, 1), (1, 40, 3, 16, 64, 3),
+    ):  # fmt: skip
+        coefficients = (batch, length, groups, states)
+        shapes = ((batch, length, heads, head_dim), (batch, length, heads), (heads,), coefficients, coefficients)
+        more = ((heads,), (batch, length, heads, head_dim), (heads,), (batch, heads, head_dim, states))
+        for every in (True, False):
+            inputs = [draw.normal(*shape) for shape in (*shapes, *(more if every else ()))]
+            seq_idx = (draw.below(3, batch, length) == 0).long().cumsum(1) if every else None
+            label = f"[{batch}, {length}, {heads}, {head_dim}], {states} states{', all arguments' if every else ''}"
+            yield Case(label, lambda *t, s=seq_idx: run(*t, seq_idx=s), inputs, gradients=True)
+
+
+def _causal_conv1d(draw: _Numbers) -> Iterator[Case]:
+    def run(x: Tensor, weight: Tensor, *rest: Tensor, rows: bool, seq_idx: Tensor | None) -> Any:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2) if rows else x
+        bias, first = rest or (None, None)
+        return ops.causal_conv1d(x, weight, bias, first, activation="silu" if rest else None, seq_idx=seq_idx)
+
+    for channels, length, width, rows in ((20, 37, 4, True), (20, 2, 4, False), (33, 70, 7, True), (5, 130, 2, False)):
+        shapes, more = ((2, channels, length), (channels, width)), ((channels,), (2, channels, width - 1))
+        for every in (True, False):
+            inputs = [draw.normal(*shape) for shape in (*shapes, *(more if every else ()))]
+            seq_idx = draw.below(2, 2, length).cumsum(1) if every and length > 2 else None
+            label = f"[2, {channels}, {length}], width {width}{', all arguments' if every else ''}"
+            yield Case(label, lambda *t, r=rows, s=seq_idx: run(*t, rows=r, seq_idx=s), inputs, gradients=True)
+
+    slots = torch.tensor([2, -1, 0], device=draw.device)
+
+    def step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        state = state.clone()
+        return ops.causal_conv1d_update(x, state, weight, bias, "silu", conv_state_indices=slots), state
+
+    for shape in ((3, 20), (3, 20, 3)):
+        yield Case(f"update {shape}", step, [draw.normal(*shape), draw.normal(4, 20, 5), draw.normal(20, 4),
+                                             draw.normal(20)])  # fmt: skip
+
+
+def _selective_state_update(draw: _Numbers) -> Iterator[Case]:
+    slots = torch.tensor([2, -1, 0], device=draw.device)
+
+    def step(state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *rest: Tensor) -> Any:
+        state = state.to(torch.promote_types(state.dtype, torch.float32), copy=True)
+        d, z, bias = rest or [None] * 3
+        y = ops.selective_state_update(state, x, dt, -torch.exp(a), b, c, d, z, bias, True, state_batch_indices=slots)
+        return y, state
+
+    for rest, states, groups in (((20,), 5, ()), ((4, 33), 16, (2,)), ((3, 7), 64, (1,))):
+        shapes = (
+            (4, *rest, states),
+            (3, *rest),
+            (3, *rest),
+            (*rest, states),
+            (3, *groups, states),
+            (3, *groups, states),
+        )
+        for more in ((), (rest, (3, *rest), rest)):
+            label = f"{rest}, {states} states{', all arguments' if more else ''}"
+            yield Case(label, step, [draw.normal(*shape) for shape in (*shapes, *more)])
+
+
+CASES: dict[str, Callable[[_Numbers], Iterator[Case]]] = {
+    "act_density": _act_density, "density": _density, "sparse_down": _sparse_down, "sparse_mlp": _sparse_mlp,
+    "sparse_mlp_4bit": _sparse_mlp_4bit, "quantize_4bit": _quantize_4bit, "dequantize_4bit": _dequantize_4bit,
+    "linear_4bit": _linear_4bit, "gated_act": _gated_act, "grouped_delta": _grouped_delta,
+    "selective_scan": _selective_scan, "mamba_chunk_scan": _mamba_chunk_scan, "causal_conv1d": _causal_conv1d,
+    "selective_state_update": _selective_state_update,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- comparison
+
+
+def check(kernel: str, device: torch.device) -> tuple[str, float]:
+    """Why the kernel must stay off (empty: it need not), and the largest error by the largest value."""
+    worst = 0.0
+    with only():
+        for case in CASES[kernel](_Numbers(device)):
+            exact = _results(case, torch.float64)
+            for dtype in DTYPE_CODES:
+                plain = _results(case, dtype)
+                with only(kernel):
+                    ours = _results(case, dtype)
+                for our, their, right in zip(ours, plain, exact, strict=True):
+                    reason, difference = _compare(our, their, right)
+                    if reason:
+                        return f"{reason} ({case.label}, {str(dtype)[6:]})", difference
+                    worst = max(worst, difference)
+    return "", worst
+
+
+def _results(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    inputs = [None if x is None else x.to(dtype).requires_grad_(case.gradients) for x in case.inputs]
+    found = case.run(*inputs)
+    outputs = [found] if isinstance(found, Tensor) else list(found)
+    if case.gradients:
+        ends = [y for y in outputs if y.requires_grad]
+        weights = [_Numbers(y.device).normal(*y.shape).to(y.dtype) for y in ends]
+        leaves = [x for x in inputs if x is not None]
+        outputs += [g for g in torch.autograd.grad(ends, leaves, weights, allow_unused=True) if g is not None]
+    return [y.detach() for y in outputs]
+
+
+def _compare(ours: Tensor, plain: Tensor, exact: Tensor) -> tuple[str, float]:
+    """The reason against a value (empty: none) and its largest error by the largest value."""
+    if ours.shape != plain.shape or ours.dtype != plain.dtype:
+        return f"gives {tuple(ours.shape)} {ours.dtype}, not {tuple(plain.shape)} {plain.dtype}", math.inf
+    if not ours.numel():
+        return "", 0.0
+    wide = exact.double()
+    error, size = (ours.double() - wide).abs().nan_to_num(nan=math.inf), float(wide.abs().max())
+    allowed = torch.zeros_like(wide)
+    if ours.is_floating_point():
+        allowed = 2 * torch.finfo(ours.dtype).eps * wide.abs() + 128 * EPS32 * size
+        allowed += 2 * (plain.double() - wide).abs().max()
+    difference = float(error.max()) / max(size, 1e-30)
+    place = (error - allowed).argmax()
+    if error.flatten()[place] <= allowed.flatten()[place]:
+        return "", difference
+    return f"differs by {error.flatten()[place]:.3g}, {allowed.flatten()[place]:.3g} is rounding", difference
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs kernels in their order, reporting each on a pipe; ends at the first that fails, as the device may be lost.
+
+    Args:
+        arguments: number of the pipe, device, seconds for one kernel, kernels.
+    """
+    pipe, device, limit = Connection(int(arguments[0]), readable=False), torch.device(arguments[1]), float(arguments[2])
+    faulthandler.enable()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        libraries: Any = torch.backends
+        for library in (libraries.cuda.matmul, libraries.cudnn.conv):
+            library.fp32_precision = "ieee"  # TF32 would be no measure
+    torch.ones(1, device=device).item()
+    pipe.send_bytes(b"{}")
+    for kernel in arguments[3:]:
+        faulthandler.dump_traceback_later(limit + 10, exit=True)  # should nobody be left who would end it
+        message = _report(kernel, device)
+        pipe.send_bytes(json.dumps(message).encode())
+        if message["reason"]:
+            return
+
+
+def _report(kernel: str, device: torch.device) -> dict[str, Any]:
+    try:
+        reason, difference = check(kernel, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return {"reason": "unknown", "unknown": f"{kernel}: {error}"}
+    except Exception as error:
+        return {"reason": f"failed, {type(error).__name__}: {str(error).splitlines()[0]}", "difference": None}
+    return {"reason": reason, "difference": difference if math.isfinite(difference) else None}

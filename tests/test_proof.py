@@ -1,0 +1,380 @@
+"""Proof before use: what passes is on and remembered, what fails is off and named, and nobody's process ends."""
+
+import json
+import sys
+import threading
+
+import pytest
+import torch
+
+from deftcore import ops
+from deftcore._files import add_to_table, cache_folder, read_table
+from deftcore.cli import main
+from deftcore.ops import kernels, proof, proof_cases
+from deftcore.ops.proof import Place, ProofError, Verdict, prove, remembered
+
+PLACE = Place("cpu", "a GPU, a driver")
+EMULATED = kernels.runs_cuda(torch.empty(0))
+emulated = pytest.mark.skipif(not EMULATED, reason="needs a build with DEFTCORE_CUDA=emulate, under DEFTCORE_EMULATE=1")
+
+# A child that has the pipe, and kernels that do what their names say.
+CHILD = """
+import json, os, signal, sys, time
+from multiprocessing.connection import Connection
+path, pipe, device, limit, *kernels = sys.argv[1:]
+pipe = Connection(int(pipe), readable=False)
+if "no start" in kernels:
+    sys.exit("no start at all")
+pipe.send_bytes(b"{}")
+for kernel in kernels:
+    with open(os.environ["PROOF_RUNS"], "a") as file:
+        print(os.getpid() if kernel.startswith("pid") else kernel, file=file)
+    reason, unknown = "", ""
+    if kernel == "hangs":
+        time.sleep(1000)
+    if kernel == "crashes":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if kernel == "ends":
+        sys.exit(3)
+    if kernel == "slow":
+        time.sleep(0.5)
+    if kernel == "wrong":
+        reason = "differs by 2"
+    if kernel == "switch":
+        reason = os.environ["DEFTCORE_CUDA_KERNELS"]
+    if kernel == "no memory":
+        unknown = "out of memory"
+    pipe.send_bytes(json.dumps({"reason": reason, "difference": 0.5, "unknown": unknown}).encode())
+    if reason:
+        break
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """An empty cache folder, and a process that has asked for no kernel yet."""
+    monkeypatch.setenv("DEFTCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DEFTCORE_CUDA_KERNELS", "proved")
+    monkeypatch.setattr(kernels, "_unproved_on", {})
+    kernels._warn_fallback.cache_clear()
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Makes the child above the one that proves; a function that lists the kernels that ran since the last call."""
+    path = tmp_path / "runs"
+    monkeypatch.setenv("PROOF_RUNS", str(path))
+    monkeypatch.setattr(proof, "_COMMAND", (sys.executable, "-c", CHILD))
+
+    def since() -> list[str]:
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return lines
+
+    return since
+
+
+def reasons(found):
+    return {kernel: verdict.reason for kernel, verdict in found.items()}
+
+
+# ---------------------------------------------------------------------------- any build: a child that only talks
+
+
+def test_one_child_proves_all(runs):
+    found = prove(["pid", "good", "pid of the same"], PLACE)
+    assert len(set(runs()[::2])) == 1
+    assert reasons(found) == {"pid": "", "good": "", "pid of the same": ""}
+
+
+def test_what_fails_is_named_and_the_rest_goes_on(runs):
+    seen = []
+    found = prove(["good", "wrong", "hangs", "crashes", "ends", "last"], PLACE, limit=1, report=seen.append)
+    assert reasons(found) == {
+        "good": "", "wrong": "differs by 2", "hangs": "timed out after 1 s", "crashes": "crashed with signal SIGSEGV",
+        "ends": "ended with status 3", "last": "",
+    }  # fmt: skip
+    assert seen == list(found.values())
+    assert runs() == ["good", "wrong", "hangs", "crashes", "ends", "last"]
+    assert found["good"].place == PLACE.words
+    assert found["crashes"].difference is None
+
+
+def test_verdicts_are_remembered(runs):
+    found = prove(["good", "wrong"], PLACE)
+    assert runs() == ["good", "wrong"]
+    assert remembered(["good", "wrong", "other"], PLACE) == found
+    assert prove(["good", "wrong", "other"], PLACE).keys() == {*found, "other"}
+    assert runs() == ["other"]
+    prove(["good"], Place("cpu", "a GPU, another driver"))
+    assert runs() == ["good"]
+    prove(["good", "wrong"], PLACE, again=True)
+    assert runs() == ["good", "wrong"]
+
+
+def test_a_damaged_table_is_as_good_as_none(runs):
+    prove(["good"], PLACE)
+    (cache_folder() / "proved.json").write_text('{"good')
+    assert remembered(["good"], PLACE) == {}
+    assert reasons(prove(["good"], PLACE)) == {"good": ""}
+    (key,) = read_table("proved.json")
+    add_to_table("proved.json", {key: {"kernel": "good", "of another": "layout"}})
+    assert remembered(["good"], PLACE) == {}
+    runs()
+
+
+def test_no_verdict_without_a_run(runs, monkeypatch):
+    """What stopped the proof says nothing about a kernel: nothing is kept of it."""
+    for kernel, says in (("no start", "ended with status 1 before it began: no start at all"), ("no memory", "memory")):
+        with pytest.raises(ProofError, match=says):
+            prove(["good", kernel], PLACE)
+        assert kernel not in remembered(["good", kernel], PLACE)
+    assert remembered(["good"], PLACE).keys() == {"good"}
+    monkeypatch.setattr(proof, "_COMMAND", ("/nonexistent",))
+    with pytest.raises(ProofError, match="no child process"):
+        prove(["other"], PLACE)
+    assert reasons(prove(["good"], PLACE)) == {"good": ""}
+
+
+def test_of_several_at_once_one_proves(runs):
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(prove(["slow", "good"], PLACE))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert runs() == ["slow", "good"]
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_folder_that_cannot_be_written(runs, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DEFTCORE_CACHE", str(tmp_path / "file" / "cache"))
+    assert reasons(prove(["good", "wrong"], PLACE)) == {"good": "", "wrong": "differs by 2"}
+
+
+def test_the_child_proves_nothing_itself(runs):
+    assert reasons(prove(["switch"], PLACE)) == {"switch": "off"}
+
+
+def test_another_driver_or_build_is_another_place(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    words = []
+    for driver, module in (("driver 580", b"one"), ("driver 581", b"one"), ("driver 581", b"two")):
+        (tmp_path / "module").write_bytes(module)
+        monkeypatch.setattr(
+            proof.importlib.util, "find_spec", lambda name: type("", (), {"origin": tmp_path / "module"})
+        )
+        monkeypatch.setattr(proof, "_driver", lambda driver=driver: driver)
+        proof._build.cache_clear()
+        words.append(Place.of(torch.device("cuda", 0)).words)
+    proof._build.cache_clear()
+    assert len(set(words)) == 3
+    assert words[0].startswith("GPU (9.0), driver 580, CUDA ")
+
+
+# ---------------------------------------------------------------------------- any build: what is on
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A build with CUDA kernels, and a GPU to be asked about."""
+    monkeypatch.setattr(kernels, "HAS_CUDA", True)
+    monkeypatch.setattr(kernels, "has_gpu", lambda: True)
+    monkeypatch.setattr(kernels, "gpu", lambda device=None: torch.device("cpu"))
+    monkeypatch.setattr(Place, "of", lambda device: PLACE)
+
+
+def test_the_variable(monkeypatch):
+    monkeypatch.setattr(kernels, "HAS_CUDA", True)
+    for mode, on in (("off", False), ("all", True)):
+        monkeypatch.setenv("DEFTCORE_CUDA_KERNELS", mode)
+        assert all(kernels.cuda_enabled(op) == on for op in kernels.KERNELS)
+        assert not kernels.cuda_enabled("another")
+    monkeypatch.setenv("DEFTCORE_CUDA_KERNELS", "yes")
+    with pytest.raises(ValueError, match="DEFTCORE_CUDA_KERNELS: must be off, proved or all, got 'yes'"):
+        kernels.cuda_enabled("density")
+    monkeypatch.setenv("DEFTCORE_CUDA_KERNELS", "all")
+    monkeypatch.setattr(kernels, "HAS_CUDA", False)
+    assert not any(kernels.cuda_enabled(op) for op in kernels.KERNELS)
+
+
+def test_first_use_proves_once(gpu, runs, monkeypatch):
+    monkeypatch.setattr(kernels, "KERNELS", ("good", "wrong"))
+    assert kernels.cuda_enabled("good")
+    assert not kernels.cuda_enabled("wrong")
+    assert kernels.why_off("wrong") == "differs by 2"
+    assert runs() == ["good", "wrong"]
+    monkeypatch.setattr(kernels, "_unproved_on", {})  # as in the next process
+    assert kernels.cuda_enabled("good")
+    assert not kernels.cuda_enabled("wrong")
+    assert runs() == []
+
+
+def test_nothing_is_proved_while_a_graph_or_a_trace_is_made(gpu, runs, monkeypatch):
+    """What is known holds; what is not is off, and stays so: what was captured must stay true."""
+    monkeypatch.setattr(kernels, "KERNELS", ("good", "later"))
+    prove(["good"], PLACE)
+    runs()
+    with monkeypatch.context() as compiling:
+        compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+        with pytest.warns(UserWarning, match="on cpu: not proved .*; run `deftcore gpu-check` first"):
+            assert not kernels.cuda_enabled("later")
+        assert kernels.cuda_enabled("good")
+    assert not kernels.cuda_enabled("later")
+    assert runs() == []
+    monkeypatch.setattr(kernels, "gpu", lambda device=None: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.warns(UserWarning, match="cuda:0: .*run `deftcore gpu-check` first"):
+        assert not kernels.cuda_enabled("later")
+    assert runs() == []
+
+
+def test_a_proof_that_cannot_be_made_is_warned_of(gpu, runs, monkeypatch):
+    monkeypatch.setattr(kernels, "KERNELS", ("good", "no memory", "other"))
+    with pytest.warns(UserWarning, match="could not be proved, out of memory"):
+        assert kernels.cuda_enabled("good")
+    assert kernels.why_off("other") == "could not be proved, out of memory"
+
+
+def test_only_switches_others_off(monkeypatch):
+    monkeypatch.setattr(kernels, "HAS_CUDA", True)
+    with kernels.only("density"):
+        assert [op for op in kernels.KERNELS if kernels.cuda_enabled(op)] == ["density"]
+        with kernels.only():
+            assert not kernels.cuda_enabled("density")
+        assert kernels.cuda_enabled("density")
+
+
+def test_every_kernel_has_cases():
+    assert set(proof_cases.CASES) == set(kernels.KERNELS)
+
+
+def test_gpu_check_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "HAS_CUDA", False)
+    assert main(["gpu-check"]) == 2
+    assert "this build has no CUDA kernels" in capsys.readouterr().err
+    monkeypatch.setattr(kernels, "HAS_CUDA", True)
+    monkeypatch.setattr(kernels, "has_gpu", lambda: False)
+    assert main(["gpu-check"]) == 2
+    assert "no GPU: PyTorch finds none" in capsys.readouterr().err
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"]["density"]["cuda"] == "off, no GPU"
+
+
+def test_gpu_check(gpu, runs, capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "KERNELS", ("good", "wrong"))
+    assert main(["gpu-check"]) == 1
+    place, *lines = capsys.readouterr().out.splitlines()
+    assert place == PLACE.words
+    assert [line.split(maxsplit=1) for line in lines] == [
+        ["good", "passed, largest difference 5.0e-01"], ["wrong", "differs by 2"],
+        ["1", "of 2 kernels passed; off: wrong"],
+    ]  # fmt: skip
+    assert main(["gpu-check", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert runs() == ["good", "wrong"]
+    assert Verdict(**found["kernels"]["wrong"]).reason == "differs by 2"
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    date = found["kernels"]["wrong"]["date"]
+    assert f"kernel wrong: cpu on, cuda off, differs by 2, {date} on {PLACE.words}" in text
+    assert "kernel good: cpu on, cuda on, proved, " in text
+    assert main(["gpu-check", "--again", "--timeout", "9"]) == 1
+    assert runs() == ["good", "wrong"]
+    assert main(["gpu-check", "--timeout", "0"]) == 2
+    monkeypatch.setattr(kernels, "KERNELS", ("good", "new"))
+    assert main(["info"]) == 0
+    assert "kernel new: cpu on, cuda unproved" in capsys.readouterr().out
+    assert main(["gpu-check"]) == 0
+
+
+# ---------------------------------------------------------------------------- the emulator as the GPU
+
+BROKEN = """
+import ctypes
+from deftcore.ops.kernels import native
+real = native.cuda.density
+def wrong(args, stream):
+    real(args, stream)
+    ctypes.c_int64.from_address(args.active_count).value += 1
+def raises(args, stream):
+    raise RuntimeError("an illegal memory access was encountered")
+native.cuda.density = wrong
+native.cuda.gated_act = lambda args, stream: ctypes.PyDLL(None).sleep(1000)
+native.cuda.grouped_delta = lambda args, stream: ctypes.string_at(0)
+native.cuda.causal_conv1d_backward = raises
+"""
+
+
+@emulated
+def test_broken_kernels_stay_off(monkeypatch, capsys):
+    """Each is named and falls back, the others run, this process goes on, and nothing is proved twice."""
+    head, code, script = proof._COMMAND
+    monkeypatch.setattr(proof, "_COMMAND", (head, code, script.replace("main(", f"exec({BROKEN!r}); main(", 1)))
+    some = ("density", "gated_act", "grouped_delta", "causal_conv1d", "dequantize_4bit", "selective_state_update")
+    monkeypatch.setattr(kernels, "KERNELS", some)
+    assert main(["gpu-check", "--timeout", "10"]) == 1
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:-1])
+    assert lines["density"].startswith("differs by ")
+    assert lines["gated_act"] == "timed out after 10 s"
+    assert lines["grouped_delta"] == "crashed with signal SIGSEGV"
+    assert lines["causal_conv1d"] == "failed, RuntimeError: an illegal memory access was encountered"
+    assert all(lines[kernel].startswith("passed") for kernel in some[4:])
+    a = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    monkeypatch.setattr(proof, "_COMMAND", ("/nonexistent",))
+    with pytest.warns(UserWarning, match="deftcore.density: .* for cpu and torch.float32 .differs by"):
+        assert ops.density(a).item() == 0.25
+    assert [kernel for kernel in some if kernels.cuda_enabled(kernel)] == ["dequantize_4bit", "selective_state_update"]
+
+
+@emulated
+def test_first_use_of_a_kernel(monkeypatch, caplog):
+    """The real proof, in a child, at the first call of an op; then the kernel runs."""
+    monkeypatch.setattr(kernels, "KERNELS", ("density", "quantize_4bit"))
+    calls = []
+    real = kernels.native.cuda.density
+    monkeypatch.setattr(kernels.native.cuda, "density", lambda *args: (calls.append(1), real(*args)))
+    assert ops.density(torch.tensor([[1.0, 0.0, 0.0, 0.0]])).item() == 0.25
+    assert len(calls) == 1
+    assert "proving the CUDA kernels on cpu, once" in caplog.text
+    assert remembered(["density"], Place.of(kernels.gpu()))["density"].reason == ""
+
+
+def native_functions():
+    cuda = getattr(kernels.native, "cuda", None)
+    names = [name for name in dir(cuda) if not name.startswith("_")] if EMULATED else ["emulated kernels"]
+    return [name for name in names if not name.endswith(("_workspace", "_tokens"))]
+
+
+@emulated
+@pytest.mark.parametrize("function", native_functions())
+def test_cases_reach_every_function(function, monkeypatch):
+    """A function that does nothing fails its kernel, and no other."""
+    kernel = KERNEL_OF.get(function, function.removesuffix("_backward"))
+    monkeypatch.setattr(kernels.native.cuda, function, lambda args, stream: None)
+    reason, _ = proof_cases.check(kernel, torch.device("cpu"))
+    assert reason.startswith("differs by ")
+    other = "density" if kernel != "density" else "gated_act"
+    assert proof_cases.check(other, torch.device("cpu"))[0] == ""
+
+
+KERNEL_OF = {
+    "causal_conv1d_update": "causal_conv1d",
+    "ssd": "mamba_chunk_scan",
+    "ssd_backward": "mamba_chunk_scan",
+}
+
+
+@emulated
+def test_a_few_wrong_bits_are_seen():
+    """One element of many off by a hundredth of the largest."""
+    exact = torch.randn(50, 50, dtype=torch.float64)
+    plain = exact.float()
+    ours = plain.clone()
+    assert proof_cases._compare(ours, plain, exact)[0] == ""
+    ours[3, 4] += 1e-3 * exact.abs().max()
+    assert proof_cases._compare(ours, plain, exact)[0].startswith("differs by ")
+    ours[3, 4] = torch.nan
+    assert proof_cases._compare(ours, plain, exact)[0].startswith("differs by ")
