@@ -1,6 +1,7 @@
 """The seam: what a method is given for one record, and that nothing else has to know it."""
 
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -42,6 +43,7 @@ from deftcore.training.registry import (
     register,
 )
 from deftcore.training.run import train_recipe
+from deftcore.training.run_folder import RunFolder
 from deftcore.training.task import Task
 
 PAGE = Path(__file__).parents[1] / "docs" / "add-a-method.md"
@@ -461,6 +463,92 @@ def test_data_that_is_no_text_in_two_phases(clouds, tmp_path, stopping):
         assert_same(tensors_in(tmp_path / "whole" / "final"), tensors_in(tmp_path / f"parts-{first}" / "final"))
 
 
+@pytest.fixture
+def phases(clouds, monkeypatch):
+    """A recipe of a method that trains in two phases and in the main run, each time on what chance made of before."""
+
+    def wrap(model, config, setup):
+        for name, part in (("first", model.encoder), ("second", model.head)):
+            with torch.no_grad():
+                part.weight.add_(random.random() * torch.rand(1) * (1 if model.training else 2))
+            setup.phase(model, name, {"max_steps": 4}, objective=Confidence(0.1))
+        with torch.no_grad():
+            model.head.bias.add_(random.random() * torch.rand(1) * (1 if model.training else 2))
+        return model
+
+    method = Method(name="phased", summary="Two before.", task=CloudTask, wrap=wrap, check=lambda model, config: None)
+    register(method)
+    return lambda name, *more: clouds(name, "method=phased", "adapter={}", *more)
+
+
+def test_a_run_of_phases_resumes_exactly(phases, tmp_path, stopping):
+    """Inside each phase, between them, and in the main run."""
+    random.seed(5)  # what the process did before makes no difference
+    result = train_recipe(phases("whole"))
+    parts = phases("parts")
+    for at in ("first", "second", ""):
+        stopping()
+        with pytest.raises(Stopped):
+            train_recipe(parts)
+        assert [p.name for p in (tmp_path / "parts" / at / "checkpoints").iterdir()] == ["step-00000002"]
+        assert not (tmp_path / "parts" / at / "result.json").exists()
+    assert train_recipe(parts).train_loss == result.train_loss
+    assert_same(tensors_in(tmp_path / "whole" / "final"), tensors_in(tmp_path / "parts" / "final"))
+
+
+def test_another_run_is_refused_before_a_phase_trains(phases, tmp_path):
+    def files():
+        return {path for path in (tmp_path / "x").rglob("*") if path.is_file()}
+
+    train_recipe(phases("x", "method=head", "adapter={warm_steps: 1}"))
+    before = files()
+    with pytest.raises(ValueError, match=r'x holds another run, method: "head" -> "phased"; train anew'):
+        train_recipe(phases("x"))
+    assert files() == before
+    shutil.rmtree(tmp_path / "x")
+    train_recipe(phases("x"))
+    shutil.rmtree(tmp_path / "x" / "first")
+    before = files()
+    for change, message in (
+        ("training.learning_rate=0.2", r"training\.learning_rate: 0\.1 -> 0\.2"),
+        ("data.scale=2", r"data\.scale: 0\.5 -> 2\.0"),
+        ("data.validation=", r"data\.validation: .* -> null"),
+    ):
+        with pytest.raises(ValueError, match=rf"x holds another run, which differs in\n  {message}\n"):
+            train_recipe(phases("x", change))
+    assert files() == before
+
+
+def test_restarting_forgets_phases(phases, tmp_path, stopping):
+    """All of them, once: an interrupted new run goes on from nothing old. Others' files stay."""
+    more = ("training.learning_rate=0.2",)
+    train_recipe(phases("x", "method=head", "adapter={warm_steps: 1}"))
+    (tmp_path / "x" / "notes").mkdir()
+    (tmp_path / "x" / "notes" / "run.json").write_text("{}")
+    stopping()
+    with pytest.raises(Stopped):
+        train_recipe(phases("x"), resume=False)
+    assert {p.name for p in (tmp_path / "x").iterdir()} == {"first", "notes", "recipe.yaml"}
+    train_recipe(phases("x"))
+    stopping()
+    with pytest.raises(Stopped):
+        train_recipe(phases("x", *more), resume=False)
+    assert {p.name for p in (tmp_path / "x").iterdir()} == {"first", "notes", "recipe.yaml"}
+    train_recipe(phases("x", *more))
+    train_recipe(phases("fresh", *more))
+    assert_same(tensors_in(tmp_path / "fresh" / "final"), tensors_in(tmp_path / "x" / "final"))
+    (tmp_path / "x" / "second" / "mine.txt").write_text("")
+    train_recipe(phases("x", "method=head", "adapter={warm_steps: 1}"), resume=False)
+    assert [p.name for p in (tmp_path / "x" / "second").iterdir()] == ["mine.txt"]
+    assert not (tmp_path / "x" / "first").exists()
+
+
+@pytest.mark.parametrize("name", ["final", "checkpoints", "result.json", "a/b", "..", ""])
+def test_names_of_phases(tmp_path, name):
+    with pytest.raises(ValueError, match="name: must be one for a folder beside"):
+        RunFolder(tmp_path, {}).phase(name)
+
+
 def test_its_recipe_and_run_are_its_own(clouds):
     """Fields of the data are the task's; data, options and settings of the objective decide which run it is."""
     with pytest.raises(ValueError, match=r"data\.max_length: unknown"):
@@ -470,7 +558,7 @@ def test_its_recipe_and_run_are_its_own(clouds):
     train_recipe(clouds("x"))
     with pytest.raises(ValueError, match=r"data\.scale: 0\.5 -> 2\.0"):
         train_recipe(clouds("x", "data.scale=2", "adapter.warm_steps=3"))
-    with pytest.raises(ValueError, match=r"confidence\.weight: 0\.1 -> 0\.3"):
+    with pytest.raises(ValueError, match=r"adapter\.weight: 0\.1 -> 0\.3"):
         train_recipe(clouds("x", "adapter.weight=0.3"))
 
 

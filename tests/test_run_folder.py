@@ -138,6 +138,27 @@ def test_runs_that_say_nothing_of_themselves_and_other_versions(tmp_path, caplog
         run(tmp_path, save_every=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("result.json", "{}", "steps: is needed"),
+        ("result.json", '{"steps": "many", "train_loss": 1, "eval_loss": null}', "steps: must be a whole number"),
+        ("result.json", '["steps"]', "must be a mapping, got"),
+        ("result.json", "", "Expecting value"),
+        ("run.json", '{"versions": {}}', "depends_on: is needed"),
+        ("run.json", '{"depends_on": {', "Expecting property name"),
+        ("log.jsonl", '{"loss": 1.0}\n', "step: is needed"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, text, message):
+    with pytest.raises(Stopped):
+        run(tmp_path, save_every=2, stop=3)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"output: .*{name} is damaged, .*{message}.*; train anew with --restart"):
+        run(tmp_path, save_every=2)
+    run(tmp_path, max_steps=1, resume=False)
+
+
 def test_models_that_stand_in_the_folder_are_not_removed(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "model.safetensors").write_bytes(b"somebody's")

@@ -276,6 +276,15 @@ def test_schedules(tmp_path, schedule, after):
     assert rates == pytest.approx([1e-2 * share for share in [0, 0.5, *after]], rel=1e-9)
 
 
+def test_a_single_step_has_a_rate(tmp_path):
+    """Warm-up begins at 0: a run that is nothing else trained nothing, and said so nowhere."""
+    with pytest.raises(ValueError, match=r"training\.warmup_ratio: .*at a rate of 0, got 1"):
+        run(tmp_path, max_steps=1, warmup_ratio=1.0)
+    assert not list(tmp_path.iterdir())
+    run(tmp_path, max_steps=1, warmup_ratio=0.5)
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["learning_rate"] == 1e-2
+
+
 def test_float16_on_a_cpu(tmp_path):
     """Products are in float16, losses are scaled, and a resumed run is the same."""
     model, seen = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM")), set()

@@ -40,15 +40,22 @@ def dependences(
     parameters = list(model.named_parameters())
     trained = {name: [str(p.dtype), *p.shape] for name, p in parameters if p.requires_grad}
     frozen = [*((name, p) for name, p in parameters if not p.requires_grad), *model.named_buffers()]
-    found = {f"training.{f.name}": getattr(config, f.name) for f in fields(config) if f.name not in _FREE}
-    found |= {"run_format": _FORMAT, "steps": steps, "processes": processes}
-    found |= {"data.train": task.digest(examples)}
-    found |= {"data.validation": None if validation is None else task.digest(validation)}
+    found = settings_and_data(config, task, examples, validation)
+    found |= {"steps": steps, "processes": processes}
     for name, adapter in getattr(model, "peft_config", {}).items():
         found |= options_of(adapter, "adapter" if name == "default" else f"adapter.{name}")
     for objective in objectives:
         found |= {f"{objective.name}.{name}": value for name, value in objective.settings().items()}
     return found | {"model.trained": trained, "model.frozen": digest_tensors(frozen)}
+
+
+def settings_and_data(
+    config: TrainingConfig, task: Task, examples: Sequence[Any], validation: Sequence[Any] | None
+) -> dict[str, Any]:
+    """Those of the `dependences` that are known before there is a model to train."""
+    found = {f"training.{f.name}": getattr(config, f.name) for f in fields(config) if f.name not in _FREE}
+    found |= {"run_format": _FORMAT, "data.train": task.digest(examples)}
+    return found | {"data.validation": None if validation is None else task.digest(validation)}
 
 
 def options_of(config: Any, prefix: str = "adapter") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deftcore._files import replacing_folder
 from deftcore.nn.sharding import is_sharded, whole
 from deftcore.training.objective import Objective
+from deftcore.training.result import TrainResult
 from deftcore.training.run_folder import RunFolder, load_parameters, save_parameters
 
 
@@ -37,10 +38,11 @@ class Keeper:
         accelerator.register_save_state_pre_hook(self._save_trainable)
         accelerator.register_load_state_pre_hook(self._load_trainable)
 
-    def start_over(self) -> None:
-        """Forgets the run that the folder holds."""
+    def start_over(self, main: RunFolder | None = None) -> None:
+        """Forgets the run that the folder holds, and the one that it is a phase of."""
         if self.accelerator.is_main_process:
-            self.folder.clear()
+            for folder in (self.folder, main or self.folder):
+                folder.clear_all()
         self.accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------------ models
@@ -57,7 +59,7 @@ class Keeper:
                 self.save_model(self.model, Path(unused))
         self.accelerator.wait_for_everyone()
 
-    def finish(self, result: dict[str, Any]) -> None:
+    def finish(self, result: TrainResult) -> None:
         """The run has come to its end."""
         state = self._whole()
         if self.accelerator.is_main_process:

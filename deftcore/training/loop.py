@@ -67,6 +67,7 @@ def train(
     save_model: Callable[[Any, Path], None] | None = None,
     depends_on: Mapping[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
+    phase_of: RunFolder | None = None,
 ) -> TrainResult:
     """Trains every parameter that requires a gradient, and the objectives' own.
 
@@ -93,6 +94,8 @@ def train(
         save_model: writes the trained part of the model into a folder.
         depends_on: what else makes this run another one, as plain values by name.
         files: texts to write into `output` once the run may begin, by name.
+        phase_of: the run that this one is a phase of, in a folder inside. What that one's folder holds must be the
+            same run too, or is forgotten too.
 
     Raises:
         ValueError: no examples, an example without labels, validation without any, fewer of either than processes, no
@@ -129,7 +132,11 @@ def train(
     run = _Run(model, examples, validation, config, task, objectives, accelerator, label)
     run.prepare(optimizer, Path(output), depends_on or {}, save_model)
     try:
-        run.folder.check() if resume else run.keeper.start_over()
+        if not resume:
+            run.keeper.start_over(phase_of)
+        elif phase_of is not None:
+            phase_of.check(whole=False)
+        run.folder.check()
         done = run.finished()
         return done if done is not None else run.train(files or {})
     finally:
@@ -212,6 +219,9 @@ class _Run:
         if own:
             optimizer.add_param_group({"params": own, "weight_decay": 0.0})
         warmup = round(config.warmup_ratio * self.total)
+        if warmup and self.total == 1:
+            got = config.warmup_ratio
+            raise ValueError(f"training.warmup_ratio: the only step would be one of warm-up, at a rate of 0, got {got}")
         schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
         self.scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=self.total)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -227,9 +237,9 @@ class _Run:
         if result is None:
             return None
         if self.accelerator.is_main_process:
-            _log.warning("%s: already finished, in %d steps; nothing was trained", self.folder.path, result["steps"])
+            _log.warning("%s: already finished, in %d steps; nothing was trained", self.folder.path, result.steps)
         self.keeper.load_finished()
-        return TrainResult.from_dict(result)
+        return result
 
     def train(self, files: Mapping[str, str]) -> TrainResult:
         config, state = self.config, self.state
@@ -276,7 +286,7 @@ class _Run:
             best_step=state.best_step or None,
             measured=self._measure(),
         )
-        self.keeper.finish(result.to_dict())
+        self.keeper.finish(result)
         return result
 
     def _windows(self, epoch: int, first: int) -> Iterator[list[Batch]]:

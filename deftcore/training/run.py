@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate.utils import set_seed
 from torch import Tensor
 
 from deftcore.models.preflight import check_quantize
 from deftcore.training.device import choose_device
 from deftcore.training.fields import DataFile, OptionalFile, OutputFolder, mistakes
-from deftcore.training.identity import digest_tensors, options_of
+from deftcore.training.identity import digest_tensors, options_of, settings_and_data
 from deftcore.training.loop import TrainResult, train
 from deftcore.training.options import make_config
 from deftcore.training.recipe import Recipe, complete
 from deftcore.training.registry import Setup, all_sections, all_tasks, find
+from deftcore.training.run_folder import RunFolder
 from deftcore.training.task import Batches
 from deftcore.training.wrapping import check_adapter
 
@@ -51,7 +53,7 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     validation = task.read(data.validation, data) if data.validation else None
     task.check(empty, [*examples, *(validation or [])])
 
-    torch.manual_seed(training.seed)  # adapters start from the recipe's seed
+    set_seed(training.seed)  # adapters start from the recipe's seed
     options: dict[str, Any] = _dtype(recipe, method.float32, getattr(empty, "config", None))
     if quantize:
         options["quantize"] = quantize
@@ -66,16 +68,25 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
         **{f"data.{name}": value for name, value in asdict(data).items() if name not in ("train", "validation")},
     }
     base.to(device)
-    run = partial(train, examples=examples, task=task, resume=resume, depends_on=depends_on)
+    run = partial(train, examples=examples, task=task)
 
     def batches(share: float, at_least: int) -> Iterable[Mapping[str, Tensor]]:
         few = examples[: max(int(len(examples) * share), at_least)]
         return Batches(few, training.batch_size, task.collate, shuffle=False, device=device).epoch(0)
 
     def phase(model: Any, name: str, changes: Mapping[str, Any], **options: Any) -> TrainResult:
-        settings, folder = replace(training, **changes), Path(recipe.output) / name
-        result = run(model, config=settings, output=folder, label=f"{recipe.method}, {name}", **options)
-        torch.manual_seed(training.seed)  # what follows is the same after a phase that was done already
+        nonlocal resume
+        known = settings_and_data(training, task, examples, validation)
+        main = RunFolder(Path(recipe.output), {**depends_on, **known})
+        inner, settings = main.phase(name), replace(training, **changes)
+        result = run(
+            model, config=settings, output=inner.path, label=f"{recipe.method}, {name}", resume=resume,
+            depends_on=inner.depends_on, phase_of=main, **options,
+        )  # fmt: skip
+        resume = True  # what was there is forgotten by now
+        # What follows is the same after a phase that was done already.
+        model.train()
+        set_seed(training.seed)
         return result
 
     model = method.wrap(base, config, Setup(batches, phase))
@@ -83,7 +94,8 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     objectives.append(method.objective(model, config))
     make_optimizer = method.optimizer
     return run(
-        model, config=training, output=recipe.output, validation=validation, label=recipe.method,
+        model, config=training, output=recipe.output, validation=validation, label=recipe.method, resume=resume,
+        depends_on=depends_on,
         objective=[each for each in objectives if each is not None],
         optimizer=None if make_optimizer is None else lambda trained: make_optimizer(trained, config, training),
         save_model=task.save, files={"recipe.yaml": yaml.safe_dump(recipe.to_dict(), sort_keys=False)},

@@ -1,7 +1,7 @@
 """The folder of a run: what the run depends on, its checkpoints, log and result, each file written whole or not at all.
 
 A folder holds one run. Its `run.json` says what that run depends on; a run that depends on anything else neither
-continues it nor writes beside it.
+continues it nor writes beside it. Phases, runs that a method trains before, have folders in that of their run.
 """
 
 import hashlib
@@ -10,6 +10,8 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,34 @@ from deftcore import __version__
 from deftcore._files import write_json, write_text
 from deftcore._versions import installed
 from deftcore.nn.sharding import sharded_as
+from deftcore.training.fields import mistakes
+from deftcore.training.result import TrainResult
 
 _log = logging.getLogger(__name__)
 _KEEP_CHECKPOINTS = 2
 _RUN, _RESULT, _LOG, _CHECKPOINTS = "run.json", "result.json", "log.jsonl", "checkpoints"
 _LATER = ("run_format", "task")  # which the first run folders did not have
 _MODELS = ("best", "final", "trained")
+_TRACKED = "tensorboard"
+_PHASE = "phase"  # what makes a phase another run than the one it is a phase of
 _PARAMETERS = "trainable.safetensors"
+_WAYS = "train anew with --restart (resume=False), or choose another output"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
+
+
+@dataclass
+class _Run:
+    """What is in run.json."""
+
+    depends_on: dict[str, Any]
+    versions: dict[str, str]
+
+
+@dataclass
+class _Entry:
+    """What every line of the log has."""
+
+    step: int
 
 
 class RunFolder:
@@ -44,42 +66,52 @@ class RunFolder:
         self.path = path
         self.depends_on: dict[str, Any] = json.loads(json.dumps(depends_on, default=_plain))
 
-    def check(self) -> None:
-        """Whether what is in the folder may be continued.
+    def phase(self, name: str) -> "RunFolder":
+        """That of a phase of this run, by the phase's name: a folder inside this one.
 
         Raises:
-            ValueError: the folder holds another run, or one of which nothing is known.
+            ValueError: the name is not one for a folder, or that of something else in a run's folder.
+        """
+        taken = (_RUN, _RESULT, _LOG, _CHECKPOINTS, _TRACKED, *_MODELS)
+        if Path(name).name != name or name[:1] in ("", ".") or name in taken:
+            raise ValueError(f"name: must be one for a folder beside {', '.join(_MODELS)} ..., got {name!r}")
+        return RunFolder(self.path / name, {**self.depends_on, _PHASE: name})
+
+    def check(self, *, whole: bool = True) -> None:
+        """Whether what is in the folder may be continued.
+
+        Args:
+            whole: whether all that the run depends on is known; otherwise what is known is compared.
+
+        Raises:
+            ValueError: the folder holds another run, or one of which nothing is known; a file of it is damaged.
         """
         known = (self.path / _RUN).exists()
         models = any((self.path / name).exists() for name in _MODELS)  # `begin` would remove them
         if not (self.checkpoints() or self.result() or (models and not known)):
             return
-        ways = "train anew with --restart (resume=False), or choose another output"
-        try:
-            found = json.loads((self.path / _RUN).read_text())
-        except FileNotFoundError:
-            raise ValueError(
-                f"output: {self.path} holds a run without {_RUN}, whose recipe is not known; {ways}"
-            ) from None
+        if not known:
+            raise ValueError(f"output: {self.path} holds a run without {_RUN}, whose recipe is not known; {_WAYS}")
+        found = _read(self.path / _RUN, _Run)
         old, new = found["depends_on"], self.depends_on
         if self.result():  # nothing goes on: what older versions did not write makes no difference
             new = {name: value for name, value in new.items() if name in old or name not in _LATER}
         lines = [
             f"  {name}: {_shown(old, name)} -> {_shown(new, name)}"
-            for name in [*new, *(name for name in old if name not in new)]
+            for name in [*new, *(name for name in old if whole and name not in new)]
             if (name in old, old.get(name)) != (name in new, new.get(name))
         ]
         if {"method"} <= old.keys() & new.keys() and old["method"] != new["method"]:  # then all else differs too
             methods = f"method: {_shown(old, 'method')} -> {_shown(new, 'method')}"
-            raise ValueError(f"output: {self.path} holds another run, {methods}; {ways}")
+            raise ValueError(f"output: {self.path} holds another run, {methods}; {_WAYS}")
         if lines:
             raise ValueError(
                 "\n".join([f"output: {self.path} holds another run, which differs in", *lines])
-                + f"\nContinue it with its own values, {ways}"
+                + f"\nContinue it with its own values, {_WAYS}"
             )
         here = _versions()
         changed = [f"{k} {v} -> {here[k]}" for k, v in found["versions"].items() if here.get(k, v) != v]
-        if changed and not self.result():
+        if changed and whole and not self.result():
             _log.warning(
                 "%s continues under other versions (%s): the last bits may differ", self.path, ", ".join(changed)
             )
@@ -97,16 +129,30 @@ class RunFolder:
         """Forgets the run: its checkpoints, results and log would otherwise be taken for the next one's."""
         for name in (_RUN, _RESULT, _LOG):
             (self.path / name).unlink(missing_ok=True)
-        for name in (_CHECKPOINTS, *_MODELS, "tensorboard"):
+        for name in (_CHECKPOINTS, *_MODELS, _TRACKED):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        write_json(self.path / _RESULT, result)
+    def clear_all(self) -> None:
+        """As `clear`, and forgets the run's phases; what others put into their folders stays."""
+        self.clear()
+        for file in self.path.glob(f"*/{_RUN}"):
+            with suppress(ValueError):  # of somebody else
+                if _PHASE in _read(file, _Run)["depends_on"]:
+                    RunFolder(file.parent, {}).clear()
+            with suppress(OSError):
+                file.parent.rmdir()
 
-    def result(self) -> dict[str, Any] | None:
-        """What the run came to; None before its end."""
+    def finish(self, result: TrainResult) -> None:
+        write_json(self.path / _RESULT, result.to_dict())
+
+    def result(self) -> TrainResult | None:
+        """What the run came to; None before its end.
+
+        Raises:
+            ValueError: the file that says it is damaged.
+        """
         file = self.path / _RESULT
-        return json.loads(file.read_text()) if file.exists() else None
+        return TrainResult.from_dict(_read(file, TrainResult)) if file.exists() else None
 
     # ------------------------------------------------------------------ checkpoints and log
 
@@ -131,12 +177,32 @@ class RunFolder:
         file = self.path / _LOG
         if file.exists():
             whole = file.read_text().split("\n")[:-1]  # a killed run may have left half a line
-            lines = [line for line in whole if json.loads(line)["step"] <= step]
+            lines = [line for line in whole if _parse(line, file, _Entry)["step"] <= step]
             write_text(file, "".join(f"{line}\n" for line in lines))
 
     def append_log(self, entry: Mapping[str, Any]) -> None:
         with (self.path / _LOG).open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def _read(file: Path, kind: Any) -> dict[str, Any]:
+    return _parse(file.read_text(errors="replace"), file, kind)
+
+
+def _parse(text: str, file: Path, kind: Any) -> dict[str, Any]:
+    """The JSON object in a text of a file.
+
+    Raises:
+        ValueError: it is none, or its fields are not those of `kind`.
+    """
+    try:
+        found = json.loads(text)
+        wrong = mistakes("", kind, found)
+    except ValueError as error:
+        wrong = [str(error)]
+    if wrong:
+        raise ValueError(f"output: {file} is damaged, {'; '.join(wrong).lstrip(': ')}; {_WAYS}")
+    return found
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:
