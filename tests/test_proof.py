@@ -3,6 +3,8 @@
 import json
 import sys
 import threading
+from dataclasses import asdict
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 from deftcore import ops
 from deftcore._files import add_to_table, cache_folder, read_table
 from deftcore.cli import main
-from deftcore.ops import kernels, proof, proof_cases
+from deftcore.ops import kernels, proof, proof_cases, timing
 from deftcore.ops.proof import Place, ProofError, Verdict, prove, remembered
 
 PLACE = Place("cpu", "a GPU, a driver")
@@ -163,9 +165,7 @@ def test_another_driver_or_build_is_another_place(monkeypatch, tmp_path):
     words = []
     for driver, module in (("driver 580", b"one"), ("driver 581", b"one"), ("driver 581", b"two")):
         (tmp_path / "module").write_bytes(module)
-        monkeypatch.setattr(
-            proof.importlib.util, "find_spec", lambda name: type("", (), {"origin": tmp_path / "module"})
-        )
+        monkeypatch.setattr(proof.importlib.util, "find_spec", lambda name: Mock(origin=tmp_path / "module"))
         monkeypatch.setattr(proof, "_driver", lambda driver=driver: driver)
         proof._build.cache_clear()
         words.append(Place.of(torch.device("cuda", 0)).words)
@@ -378,3 +378,87 @@ def test_a_few_wrong_bits_are_seen():
     assert proof_cases._compare(ours, plain, exact)[0].startswith("differs by ")
     ours[3, 4] = torch.nan
     assert proof_cases._compare(ours, plain, exact)[0].startswith("differs by ")
+
+
+# ---------------------------------------------------------------------------- proved, and the faster
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A GPU on which a call takes as many seconds as it returns; the number of calls made."""
+    calls = []
+
+    def seconds(call, device):
+        calls.append(1)
+        return call()
+
+    monkeypatch.setattr(timing, "runs_cuda", lambda x: True)
+    monkeypatch.setattr(timing, "seconds", seconds)
+    monkeypatch.setattr(timing, "_pays", {})
+    return calls
+
+
+def test_the_faster_is_taken_and_remembered(clock, monkeypatch):
+    x = torch.empty(0)
+    for op, ours, theirs, pays in (("a", 1.0, 2.0, True), ("b", 2.0, 1.0, False), ("c", 1.0, 1.0, True)):
+        for known in ({}, {}):  # the second time from the file
+            monkeypatch.setattr(timing, "_pays", known)
+            assert timing.native_pays(op, x, (4, 8), lambda ours=ours: ours, lambda theirs=theirs: theirs) == pays
+    assert len(clock) == 3 * 12
+    timing.native_pays("a", x, (8, 8), lambda: 1.0, lambda: 2.0)
+    timing.native_pays("a", x.half(), (4, 8), lambda: 1.0, lambda: 2.0)
+    assert len(clock) == 5 * 12
+
+
+def test_where_nothing_is_timed(clock, monkeypatch):
+    def choose(op="op"):
+        return timing.native_pays(op, torch.empty(0), (1,), lambda: 2.0, lambda: 1.0)
+
+    for mode in ("all", "off"):
+        monkeypatch.setenv("DEFTCORE_CUDA_KERNELS", mode)
+        assert choose()
+    monkeypatch.setenv("DEFTCORE_CUDA_KERNELS", "proved")
+    with monkeypatch.context() as captures:
+        captures.setattr(timing, "capturing", lambda device: True)
+        assert choose()
+    assert clock == []
+    assert not choose()
+    monkeypatch.setattr(timing, "capturing", lambda device: True)
+    assert not choose()  # known by now
+
+    def no_memory():
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(timing, "capturing", lambda device: False)
+    assert timing.native_pays("big", torch.empty(0), (1,), lambda: 2.0, no_memory)
+    assert list(read_table("cost_model.json").values()) == [2.0]
+
+
+@emulated
+@pytest.mark.parametrize("native_is_faster", [True, False])
+def test_both_ways_give_the_product(native_is_faster, monkeypatch):
+    """Also of an op that adds in place, which is timed on copies."""
+    for op in ("linear_4bit", "grouped_delta", "dequantize_4bit", "quantize_4bit"):
+        add_to_table("proved.json", {proof._key(op, PLACE): asdict(Verdict(op, "", 0.0, PLACE.words, ""))})
+    monkeypatch.setattr(kernels, "KERNELS", ("linear_4bit", "grouped_delta", "dequantize_4bit", "quantize_4bit"))
+    monkeypatch.setattr(Place, "of", lambda device: PLACE)
+    monkeypatch.setattr(timing, "_pays", {})
+    order, calls = [1.0, 2.0] if native_is_faster else [2.0, 1.0], []
+
+    def seconds(call, device):
+        call()
+        calls.append(1)
+        return order[(len(calls) - 1) % 2]
+
+    monkeypatch.setattr(timing, "seconds", seconds)
+    q, x, bias = ops.quantize_4bit(torch.randn(24, 128)), torch.randn(3, 128), torch.randn(24)
+    ran = Mock(side_effect=kernels.native.cuda.linear_4bit)
+    monkeypatch.setattr(kernels.native.cuda, "linear_4bit", ran)
+    for _ in range(2):
+        torch.testing.assert_close(ops.linear_4bit(x, q, bias), x @ q.dequantize().t() + bias)
+    assert ran.call_count == (6 + 2 if native_is_faster else 6)
+    a, b = torch.randn(4, 128), torch.randn(24, 4)
+    x, index = torch.randn(2, 20, 128), torch.tensor([0, -1])
+    y = ops.grouped_delta_linear(x, torch.zeros(24, 128), [ops.LowRankDelta(a, b)], index)
+    torch.testing.assert_close(y, torch.stack([x[0] @ a.t() @ b.t(), torch.zeros(20, 24)]), rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2 * 12

@@ -10,7 +10,7 @@ from deftcore.cli.shared import command, show
 @command(example="deftcore gpu-check --again")
 @click.option("--device", default="cuda", help="Which GPU: cuda is the current one, cuda:1 the second.")
 @click.option("--again", is_flag=True, help="Run the kernels whose verdict is known, too.")
-@click.option("--timeout", default=60.0, help="Seconds for one kernel.")
+@click.option("--timeout", default=180.0, help="Seconds for one kernel.")
 def gpu_check(device: str, again: bool, timeout: float, as_json: bool) -> None:
     """Prove the CUDA kernels on this machine's GPU.
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from deftcore._files import add_to_table, read_table
 from deftcore._versions import TESTED, installed
 from deftcore.nn.shadow import shadow
-from deftcore.ops.kernels import native
+from deftcore.ops.kernels import KERNELS, cuda_enabled, native, runs_cuda
 from deftcore.ops.quantized import QuantizedTensor
 
 _FILE = "verified.json"
@@ -85,7 +85,7 @@ class Proofs:
     def _verdict(self, case: Case, original: type, fused: type) -> Verdict:
         versions, build = _versions(), _build()
         parts = (case.label, case.dtype, self._code(original), self._code(fused), _structure(case.module), versions,
-                 build, native.isa_name(), _device(case.module))  # fmt: skip
+                 build, native.isa_name(), _kernels(_device(case.module)))  # fmt: skip
         key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:24]
         try:
             return Verdict(**self._known[key])
@@ -299,6 +299,14 @@ def _build() -> str:
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".so", ".pyd"))
     stats = [(str(p.relative_to(folder)), s.st_size, s.st_mtime_ns) for p in files for s in (p.stat(),)]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+def _kernels(device: str) -> str:
+    """A device and, where it is a GPU, which one and what is on there."""
+    if not runs_cuda(torch.empty(0, device=device)):
+        return device
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "emulated"
+    return f"{device} {name} {[kernel for kernel in KERNELS if cuda_enabled(kernel, torch.device(device))]}"
 
 
 def _device(unit: nn.Module) -> str:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from deftcore.ops._library import define, flatten_tokens
 from deftcore.ops.checks import check_bias, check_float, check_like, check_shape
-from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, runs_cuda, stream
+from deftcore.ops.kernels import DTYPE_CODES, address, backend, capturing, give_workspace, native, runs_cuda, stream
 from deftcore.ops.quant4 import check_weight, linear_4bit
 from deftcore.ops.quantized import QuantizedTensor
+from deftcore.ops.timing import bucket_of, native_pays
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,8 @@ def _add_deltas_impl(
     per_row = x.shape[1:-1].numel()
     index = adapter_index.to(device=x.device, dtype=torch.int64)
     index = index.contiguous() if per_row == 1 else index.repeat_interleave(per_row)
-    kernels = backend("grouped_delta", x)
-    if kernels is None or (not runs_cuda(x) and per_row >= _MANY_TOKENS):
+    kernels, many = backend("grouped_delta", x), per_row >= _MANY_TOKENS
+    if kernels is None or (many and not runs_cuda(x)):
         _add_by_adapter(out, flat, index, starts, tensors)
         return
     flat, t = flat.contiguous(), [address(tensor) for tensor in tensors]
@@ -245,12 +246,25 @@ def _add_deltas_impl(
         scatter_rows=t[3], low_start=first + 2 * step, low_in=t[4], low_out=t[5], count=count, inputs=inputs,
         outputs=out.shape[1],
     )  # fmt: skip
-    args = native.GroupedDelta(
-        bank=bank, x=address(flat), adapter=address(index), y=address(out), workspace=0, tokens=tokens, most=most,
-        dtype=DTYPE_CODES[x.dtype],
-    )  # fmt: skip
-    _held = give_workspace(args, kernels.grouped_delta_workspace(args), x)
-    kernels.grouped_delta(args, stream(x))
+
+    def run(out: Tensor) -> None:
+        args = native.GroupedDelta(
+            bank=bank, x=address(flat), adapter=address(index), y=address(out), workspace=0, tokens=tokens, most=most,
+            dtype=DTYPE_CODES[x.dtype],
+        )  # fmt: skip
+        _held = give_workspace(args, kernels.grouped_delta_workspace(args), x)
+        kernels.grouped_delta(args, stream(x))
+
+    def library(out: Tensor) -> None:
+        _add_by_adapter(out, flat, index, starts, tensors)
+
+    sizes = (bucket_of(tokens), inputs, out.shape[1], count, most)
+    # The library's way waits for the device, which a captured graph cannot.
+    choose = many and not capturing(x.device)
+    if choose and not native_pays("grouped_delta", x, sizes, lambda: run(out.clone()), lambda: library(out.clone())):
+        library(out)
+    else:
+        run(out)
 
 
 def _add_by_adapter(out: Tensor, flat: Tensor, index: Tensor, starts: Tensor, tensors: list[Tensor]) -> None:

@@ -117,8 +117,9 @@ def _unproved(device: torch.device) -> dict[str, str]:
     place = Place.of(device)
     found, why = remembered(KERNELS, place), ""
     if len(found) < len(KERNELS):
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if capturing or torch.compiler.is_compiling():  # off from here on: what was captured or traced must stay true
+        if (
+            capturing(device) or torch.compiler.is_compiling()
+        ):  # off from here on: what was captured or traced must stay true
             why = "not proved before a CUDA graph or torch.compile came; run `deftcore gpu-check` first"
         else:
             try:
@@ -175,6 +176,11 @@ def _native_for(op: str, x: Tensor) -> ModuleType | None:
 def runs_cuda(x: Tensor) -> bool:
     """Whether the native kernels for x are the CUDA ones, which want 16-byte aligned addresses."""
     return x.device.type == ("cpu" if _EMULATED else "cuda")
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured on a device's current stream: nothing can be measured or waited for."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def machine_name(like: Tensor) -> str:

@@ -7,7 +7,6 @@ read. Results are kept in the cache folder in cost_model.json, under a key of ev
 
 import logging
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from deftcore._files import add_to_table, read_table
-from deftcore.ops.kernels import machine_name, native
+from deftcore.ops.kernels import capturing, machine_name, native
+from deftcore.ops.timing import COST_MODEL, bucket_of, seconds
 
 logger = logging.getLogger("deftcore")
 
@@ -25,7 +25,6 @@ PATHS = {"auto": AUTO, "sparse": SPARSE, "dense": DENSE}
 MAX_TOKENS: int = native.max_sparse_tokens
 _COLD_BYTES = 96 << 20  # more than a last-level cache holds
 _REPEATS = 5
-_FILE = "cost_model.json"
 _known: dict[tuple, float] = {}
 
 
@@ -57,7 +56,7 @@ def break_even_density(
         table = _load()
         key = f"{machine_name(like)} {neurons}x{width} {str(like.dtype)[6:]}{kind and ' ' + kind} tokens={bucket}"
         if key not in table:
-            if like.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if capturing(like.device):
                 return 0.0
 
             def plain_weight() -> Tensor:
@@ -65,14 +64,9 @@ def break_even_density(
 
             table[key] = _measure(like, bucket, neurons, sparse, dense, make_weight or plain_weight, inputs)
             logger.info("cost model: %s: sparse below density %.2f", key, table[key])
-            add_to_table(_FILE, {key: table[key]})
+            add_to_table(COST_MODEL, {key: table[key]})
         _known[quick] = table[key]
     return _known[quick]
-
-
-def bucket_of(tokens: int) -> int:
-    """The number of tokens, a power of two, that stands for this one in the measurements."""
-    return 1 << max(tokens - 1, 0).bit_length()
 
 
 def _measure(
@@ -96,29 +90,13 @@ def _measure(
     for repeat in range(_REPEATS + 1):
         for case, (run, a) in enumerate(cases):
             weight = weights[(repeat + case) % copies]
-            seconds = _seconds(partial(run, a, weight), like.device)
+            taken = seconds(partial(run, a, weight), like.device)
             if repeat:  # the first round warms up
-                times[case].append(seconds)
+                times[case].append(taken)
     dense_time, full_time, quarter_time = map(statistics.median, times)
     per_density = max((full_time - quarter_time) / 0.75, 1e-12)
     fixed = full_time - per_density
     return min(max((dense_time - fixed) / per_density, 0.0), 1.0)
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call; on a GPU the device's own, the call's launches waiting behind a kernel that sleeps."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.cuda.device(device):
-        torch.cuda._sleep(2_000_000)  # cycles, about a millisecond: longer than Python takes to launch
-        start_event.record()
-        call()
-        end_event.record()
-        end_event.synchronize()
-    return start_event.elapsed_time(end_event) / 1e3
 
 
 def most_active(like: Tensor, neurons: int, density: float) -> int:
@@ -134,6 +112,6 @@ def most_active(like: Tensor, neurons: int, density: float) -> int:
 
 def _load() -> dict[str, float]:
     try:
-        return {str(key): min(max(float(value), 0.0), 1.0) for key, value in read_table(_FILE).items()}
+        return {str(key): min(max(float(value), 0.0), 1.0) for key, value in read_table(COST_MODEL).items()}
     except (ValueError, TypeError):
         return {}  # damaged: measured again

@@ -31,8 +31,8 @@ from deftcore._files import add_to_table, cache_folder, read_table
 
 logger = logging.getLogger("deftcore")
 
-LIMIT = 60.0  # seconds for one kernel
-_START_LIMIT = 300.0  # for PyTorch, a context and, on a GPU newer than the build, compiling every kernel
+LIMIT = 180.0  # seconds for one kernel; on a GPU newer than the build the driver compiles it first
+_START_LIMIT = 120.0  # for PyTorch and a context
 _FILE = "proved.json"
 # The child sees what this process can import, wherever it took that from.
 _COMMAND = (sys.executable, "-c", "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); "

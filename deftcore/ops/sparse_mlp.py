@@ -20,6 +20,7 @@ from deftcore.ops.sparse_down import (
     row_major,
 )
 from deftcore.ops.sparse_mlp4 import check_weights, mlp_4bit
+from deftcore.ops.timing import bucket_of
 
 
 def sparse_mlp(
@@ -150,7 +151,7 @@ def _mlp_capacity(x: Tensor, tokens: int, neurons: int, width: int, gated: bool,
     """`_capacity` of a whole MLP, which on a GPU is measured itself: its few launches count as much as its bytes."""
     if path != AUTO or x.device.type != "cuda":
         return capacity_of(x, tokens, neurons, width, path)
-    tokens = paths.bucket_of(min(tokens, MAX_TOKENS))
+    tokens = bucket_of(min(tokens, MAX_TOKENS))
     ones = x.new_ones(tokens, width)
 
     def run(case: str, weights: Tensor, path: str) -> Tensor:
