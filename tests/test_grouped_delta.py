@@ -100,6 +100,9 @@ def test_empty_strided_and_repeatable():
         0,
         40,
     )
+    nothing = [slice_delta(1, (0, 24), 3), low_rank((0, 24), 2)]
+    index = torch.tensor([0, 1])
+    assert ops.grouped_delta_linear(torch.ones(2, 24), base[:0], nothing, index).shape == (2, 0)
     wide = torch.randn(6, 2, 48)
     x, index = wide[:, :, ::2], torch.tensor([0, 1, 0, 1, 0, -1])
     first = ops.grouped_delta_linear(x, base, deltas, index)

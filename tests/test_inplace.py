@@ -94,7 +94,8 @@ def test_outputs_change_in_place(name, layout):
         return sum(results), torch.autograd.grad(sum(results), u)[0]
 
     for ours, wanted in zip(run(True), run(False), strict=True):
-        torch.testing.assert_close(ours, wanted)
+        # PyTorch's own sums over an output and over its copy may round differently, and what is left of them is small.
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=2.4e-7 * wanted.abs().max().item() + 1e-6)
 
 
 def test_outputs_made_without_gradients_change_in_place():

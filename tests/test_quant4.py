@@ -279,7 +279,7 @@ def test_copies():
 
 LINEARS = [  # M, K, block: regular, blocks across rows, odd rows, fewer columns than a block, the long row
     (24, 128, 64), (40, 320, 32), (9, 192, 64), (4, 96, 64), (8, 32, 64), (64, 512, 1024), (13, 72, 64), (5, 7, 64),
-    (1, 1, 32), (3, 100, 128), (16, 4096, 256), (100, 1056, 32),
+    (1, 1, 32), (3, 100, 128), (16, 4096, 256), (100, 1056, 32), (300, 1024, 64),
 ]  # fmt: skip
 TOKENS = [1, 2, 3, 4, 5, 7, 8, 16, 17, 64, 130]
 
@@ -353,6 +353,23 @@ def test_linear_forms():
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.linear_4bit(x, q).dtype == torch.bfloat16
     assert torch.equal(ops.linear_4bit(x, q), ops.linear_4bit(x, q)), "repeats are bit-equal"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_views_at_odd_addresses(dtype):
+    """Packed bytes, activations and a bias that are views into the middle of a buffer."""
+    for case in ((24, 128), (10, 72)):
+        q, expected = ops.quantize_4bit(torch.randn(case)), {}
+        expected = q.dequantize(dtype), q.dequantize(torch.float64)
+        q.packed = torch.cat((q.packed[:1], q.packed))[1:]
+        assert q.packed.data_ptr() % 2 == 1
+        assert torch.equal(q.dequantize(dtype), expected[0])
+        x = torch.randn(3 * case[1] + 1).to(dtype)[1:].view(3, -1)
+        bias = torch.randn(case[0] + 1).to(dtype)[1:]
+        y = ops.linear_4bit(x, q, bias)
+        assert relative(y, x.double() @ expected[1].t() + bias.double()) < 2 * LIMITS[dtype]
+    w = torch.randn(70 * 128 + 1).to(dtype)[1:].view(70, 128)
+    assert torch.equal(ops.quantize_4bit(w).packed, ops.quantize_4bit(w.clone()).packed)
 
 
 def test_many_passes_over_tokens():

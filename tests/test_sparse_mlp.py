@@ -64,6 +64,28 @@ def test_mlps_equal_dense(activation, dtype, tokens):
             assert (y.double() - ref).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_more_than_a_turn(tokens, dtype):
+    """More shares of neurons than a sum takes at once, and more columns than a block."""
+    for neurons, width in ((8500, 8), (300, 1032), (70, 2064)):
+        w, a = torch.randn(neurons, width).to(dtype), activations(tokens, neurons, 0.3, dtype)
+        y, ref = ops.sparse_down(a, w, path="sparse"), a.double() @ w.double()
+        assert_close_to_ref(y, (a.float() @ w.float()).to(dtype), ref, a.double().abs() @ w.double().abs())
+    for neurons, width in ((1200, 64), (300, 1032)):
+        x = torch.randn(tokens, width).to(dtype)
+        gate, up, down = ((torch.randn(neurons, width) / width**0.5).to(dtype) for _ in range(3))
+        for w_gate in (None, gate):
+            args = [None if t is None else t.double() for t in (x, w_gate, up, down, None, None)]
+            ref = sparse_mlp_ref(*args, "relu", 0.0)
+            if w_gate is None:
+                y = ops.sparse_mlp(x, up, down, path="sparse")
+            else:
+                y = ops.sparse_gated_mlp(x, gate, up, down, activation="relu", path="sparse")
+            limit = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+            assert (y.double() - ref).abs().max() <= limit * ref.abs().max()
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 64])
 def test_none_and_one_active(tokens):
     """I2."""
@@ -203,11 +225,15 @@ def test_layouts(path):
     bundled = ops.bundle_rows(up, down)
     assert bundled[0].stride() == (24, 1)
     torch.testing.assert_close(y, ops.sparse_gated_mlp(x, gate, *bundled, activation="relu", path=path))
+    shifted = torch.cat((gate[:, :1], gate), 1)[:, 1:]  # at odd addresses, as its rows
+    torch.testing.assert_close(y, ops.sparse_gated_mlp(x, shifted, *bundled, activation="relu", path=path))
     columns = down.t().contiguous().t()  # column-major
     torch.testing.assert_close(y, ops.sparse_gated_mlp(x, gate, up, columns, activation="relu", path=path))
     assert ops.sparse_down(torch.empty(0, 30), down, path=path).shape == (0, 12)
     assert ops.sparse_down(torch.empty(2, 0), torch.empty(0, 12), path=path).tolist() == [[0.0] * 12] * 2
+    assert ops.sparse_down(torch.ones(2, 30), torch.empty(30, 0), path=path).shape == (2, 0)
     assert ops.sparse_mlp(torch.empty(0, 12), up, down, path=path).shape == (0, 12)
+    assert ops.sparse_mlp(torch.empty(2, 0), up[:, :0], down[:, :0], path=path).shape == (2, 0)
     strided = torch.randn(5, 60)[:, ::2]
     torch.testing.assert_close(ops.sparse_down(strided, down, path=path), strided @ down, rtol=1e-5, atol=1e-5)
 

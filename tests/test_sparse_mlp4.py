@@ -52,6 +52,17 @@ def test_gated(dtype, neurons, width, block, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_wide_rows(dtype, layout):
+    """More columns than a block takes at once, of W_up as of W_down."""
+    gate, up, w_down = quantised(32, 2112), quantised(32, 2112), down(layout, 32, 2112)
+    for tokens in (2, 5):
+        x = torch.randn(tokens, 2112).to(dtype)
+        y = ops.sparse_gated_mlp(x, gate, up, w_down, activation="relu", path="sparse")
+        assert relative(y, gated64(x, gate, up, w_down, "relu", 0.0)) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_down_and_plain(dtype, layout, double_quant):
@@ -103,6 +114,23 @@ def test_inactive_nibbles_are_not_read(tokens):
         scales[torch.ones(neurons, dtype=torch.bool).index_fill_(0, torch.tensor([3, 40]), False)] = float("nan")
     assert expected.isfinite().all()
     assert torch.equal(run(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+def test_views_at_odd_addresses(dtype, path):
+    """Activations and packed bytes that are views into the middle of a buffer."""
+    gate, up, w_down = (quantised(96, 128) for _ in range(3))
+    x = torch.randn(3 * 128 + 1).to(dtype)[1:].view(3, 128)
+    a, expected = torch.randn(2, 97).to(dtype)[:, 1:].relu(), gated64(x, gate, up, w_down, "relu", 0.0)
+    for moved in ((), (gate, up), (w_down,)):
+        for w in moved:
+            w.packed = torch.cat((w.packed[:1], w.packed))[1:]
+            assert w.packed.data_ptr() % 2 == 1
+        y = ops.sparse_gated_mlp(x, gate, up, w_down, activation="relu", path=path)
+        assert relative(y, expected) <= LIMITS[dtype]
+        y = ops.sparse_down(a, w_down, path=path)
+        assert relative(y, a.double() @ w_down.dequantize(torch.float64)) <= LIMITS[dtype]
 
 
 @pytest.mark.parametrize("path", ["auto", "sparse", "dense"])

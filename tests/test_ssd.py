@@ -59,6 +59,7 @@ def compare(tensors, seq_idx=None, **options):
         {}, {"length": 1}, {"length": 32}, {"length": 65}, {"groups": 1}, {"groups": 4}, {"head_dim": 16, "states": 16},
         {"head_dim": 33, "states": 17, "length": 40}, {"heads": 1, "groups": 1, "states": 1, "head_dim": 1},
         {"heads": 6, "groups": 2}, {"packed": True}, {"wide_d": True}, {"states": 128, "length": 9},
+        {"head_dim": 80, "states": 20, "length": 34},
     ],
 )  # fmt: skip
 def test_matches_float64(dtype, sizes):
@@ -158,7 +159,9 @@ def test_views_and_what_is_kept():
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("empty", [{"batch": 0}, {"length": 0}, {"length": 0, "head_dim": 64, "states": 128}])
+@pytest.mark.parametrize(
+    "empty", [{"batch": 0}, {"length": 0}, {"length": 0, "head_dim": 64, "states": 128}, {"head_dim": 0}]
+)
 def test_empty(empty):
     tensors, _ = inputs(**empty)
     leaves = [t.detach().requires_grad_() for t in tensors]
@@ -167,6 +170,7 @@ def test_empty(empty):
     torch.testing.assert_close(last, tensors[8])
     (out.sum() + last.sum()).backward()
     assert torch.equal(leaves[8].grad, torch.ones_like(leaves[8]))
+    assert not any(leaf.grad.any() for leaf in leaves[:8])
 
 
 def test_many_sequences():

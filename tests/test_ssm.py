@@ -85,7 +85,8 @@ def compare(tensors, softplus=True, seed=3):
         {}, {"length": 1}, {"length": 32}, {"length": 33}, {"length": 64, "channels": 16, "states": 16},
         {"channels": 1, "states": 1}, {"channels": 17, "states": 16, "length": 70}, {"groups": 1},
         {"groups": 4, "channels": 36}, {"states": 128, "length": 9}, {"fixed": "B"}, {"fixed": "C"}, {"fixed": "BC"},
-        {"batch": 3, "channels": 40, "length": 5},
+        {"batch": 3, "channels": 40, "length": 5}, {"channels": 130, "states": 17, "length": 34},
+        {"groups": 2, "channels": 140, "states": 9, "length": 33},
     ],
 )  # fmt: skip
 def test_matches_float64(dtype, layout, sizes):

@@ -165,10 +165,11 @@ size_t ssd_backward_workspace(const SsdBackwardArgs& back) {
 
 void ssd_backward(const SsdBackwardArgs& back, Stream stream) {
   const SsdArgs& args = back.forward;
-  if (args.batch == 0 || args.heads * args.head_dim == 0 || args.length == 0) return;
+  if (args.batch == 0 || args.heads == 0 || args.length == 0) return;
   const size_t bytes = static_cast<size_t>(args.batch * args.length * args.heads) * sizeof(float);
   set_zero(back.grad_step, bytes, stream);  // the kernel adds
   set_zero(back.grad_log_decay, bytes, stream);
+  if (args.head_dim == 0) return;
   dispatch_dtype(args.dtype, [&](auto t) {
     launch(backward_kernel<decltype(t)>, scan_grid(args), kScanThreads, 0, stream, back, channel_floats(args));
   });

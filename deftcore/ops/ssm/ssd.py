@@ -148,7 +148,7 @@ def ssd_backward(
     if kernels is None:
         return _ssd_backward_ref(grad_out, grad_last, x, step, log_decay, b, c, d, first)
     grad_out = collapsible(grad_out)
-    grad_x, grad_step, grad_decay = x.new_empty(x.shape), torch.zeros_like(step), torch.zeros_like(step)
+    grad_x, grad_step, grad_decay = x.new_empty(x.shape), torch.empty_like(step), torch.empty_like(step)
     grad_b, grad_c = torch.zeros_like(b), torch.zeros_like(c)
     grad_d = torch.zeros_like(d) if d is not None and want_d else b.new_empty(0)
     grad_first = grad_last.to(torch.float32).clone(memory_format=torch.contiguous_format)
