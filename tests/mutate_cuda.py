@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,7 @@ FAMILIES = {
     "sparse_mlp": ("sparse_mlp.cu", "sparse_mlp4.cu"),
 }
 SEEDS = ("0", "1")
+FAILED = ": failed: "  # in what tests/native/check.h prints
 
 
 class Mutation(NamedTuple):
@@ -93,21 +95,21 @@ class Build:
     def output(self, *command):
         return subprocess.run(command, cwd=self.folder, check=True, capture_output=True, text=True).stdout
 
-    def run(self, command, limit=None):
-        """Return code and output; None where the time was up."""
-        try:
-            done = subprocess.run(
-                command,
-                cwd=self.folder,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=limit,
-                errors="replace",
-                text=True,
-            )
-        except subprocess.TimeoutExpired:
-            return None, ""
-        return done.returncode, done.stdout
+    def run(self, command, limit=None, stop=None):
+        """Return code and output, up to a line with `stop`; no code where the time was up."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        with subprocess.Popen(command, cwd=self.folder, **pipes) as process:
+            timer = threading.Timer(limit or 3600, process.kill)
+            timer.start()
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if stop and stop in line:
+                    process.kill()
+                    break
+            late = not timer.is_alive()
+            timer.cancel()
+        return None if late else process.returncode, "".join(lines)
 
     def compile_copy(self, source, result):
         command = [word for word in self.compile[source.name] if word != "-MD"]
@@ -133,8 +135,8 @@ def death(code, output):
         return f"sanitizer: {found[1]}"
     if found := re.search(r"what\(\):\s+(?:\S+:\d+: )?(.*)", output):
         return "emulator: " + re.sub(r"/\S+/", "", found[1])
-    if found := re.search(r"(\d+) checks failed", output):
-        return f"{found[1]} checks"
+    if found := re.search(r"(\w+\.cpp:\d+)" + FAILED + "(.*)", output):
+        return f"value: {found[2]} at {found[1]}"
     return f"exit {code}" if code else ""
 
 
@@ -142,7 +144,7 @@ def run_test(build, program, limit):
     """How the program dies, with the seed that showed it; empty where it passes under all."""
     environment = ["env", "OMP_NUM_THREADS=1", "ASAN_OPTIONS=symbolize=0:" + os.environ.get("ASAN_OPTIONS", "")]
     for seed in SEEDS:
-        if how := death(*build.run([*environment, f"DEFTCORE_EMULATE_SEED={seed}", program], limit)):
+        if how := death(*build.run([*environment, f"DEFTCORE_EMULATE_SEED={seed}", program], limit, stop=FAILED)):
             return how if seed == SEEDS[0] else f"{how} (seed {seed})"
     return ""
 

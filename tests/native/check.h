@@ -35,6 +35,7 @@ constexpr int kSkipped = 77;
 
 template <class Body>
 int run_tests(Body&& body) {
+  std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);  // a failed check is seen though the program crashes later
   try {
     body();
   } catch (const std::invalid_argument& error) {

@@ -15,6 +15,8 @@ void test_down(int64_t tokens, int64_t neurons, int64_t width, int64_t stride) {
   for (int64_t i = 0; i < neurons; ++i) {
     if (i % 3 == 0) {
       expected_rows += tokens > 0;
+      // Later tokens, of other blocks on a GPU, have fewer.
+      for (int64_t m = 4; m < tokens && 3 * i < 2 * neurons; ++m) a[static_cast<size_t>(m * neurons + i)] = 0.0f;
       continue;
     }
     for (int64_t m = 0; m < tokens; ++m) a[static_cast<size_t>(m * neurons + i)] = m % 2 ? 0.0f : -0.0f;
