@@ -92,7 +92,7 @@ MISTAKES = [
     ([*TRAIN, "data.train=empty.txt"], "empty.txt is empty"),
     ([*TRAIN, "output=file"], "output: must be a folder to write to"),
     ([*TRAIN, "output=file/x"], "output: must be a folder to write to"),
-    ([*TRAIN, "--device", "tpu"], "device: must be auto or what this machine has (cpu"),
+    ([*TRAIN, "--device", "tpu"], "device (--device): must be auto or what this machine has (cpu"),
     ([*TRAIN, "method=qlora", "quantize.skip=[lm_hd]"], "quantize.skip: no module named 'lm_hd'; near: lm_head"),
     ([*TRAIN, "method=s2ft", "adapter={targets: [fc]}"], "adapter: targets: must be among o, down, v"),
     ([*TRAIN, "method=mamba-lora"], "MambaLoraConfig is for mamba, falcon_mamba, mamba2 models, got 'llama'"),
@@ -126,7 +126,7 @@ MISTAKES = [
     ([*DENSITY, "--adapter", "full"], "adapter: must be the folder of an adapter, full has no adapter_config.json"),
     ([*DENSITY, "--adapter", "nope"], "adapter: must be the folder of an adapter"),
     ([*DENSITY, "--quantize", "int8"], "Invalid value for '--quantize': 'int8' is not one of 'nf4', 'fp4'"),
-    ([*DENSITY, "--device", ""], "device: must be auto or what this machine has"),
+    ([*DENSITY, "--device", ""], "device (--device): must be auto or what this machine has"),
     ([*DENSITY, "--bogus"], "No such option '--bogus'"),
     ([*DENSITY, "--adaptr", "x"], "No such option '--adaptr'. Did you mean '--adapter'?"),
     (["density", "bse", "base/data.txt"], "model: no such folder: bse"),
@@ -171,7 +171,7 @@ MISTAKES = [
     ([*GENERATE, "--temperature", "-1"], "temperature: must be at least 0, got -1.0"),
     ([*GENERATE, "--top-p", "0", "--seed", "-1"], "seed: must be at least 0, got -1; top_p: must be above 0, got 0.0"),
     ([*GENERATE, "--adapter", "full"], "adapter: must be the folder of an adapter"),
-    ([*GENERATE, "--device", "tpu"], "device: must be auto or what this machine has"),
+    ([*GENERATE, "--device", "tpu"], "device (--device): must be auto or what this machine has"),
     ([*GENERATE, "--chat"], "chat: the tokenizer of base has no chat template"),
     (["generate", "bse", "hello"], "model: no such folder: bse"),
     (["generate"], "Missing argument 'MODEL'"),
@@ -307,25 +307,39 @@ def test_exports_are_what_they_say(place, tmp_path, monkeypatch, capsys):
 class Gpu:
     """A machine with an accelerator, as far as the choice goes."""
 
-    def __init__(self, monkeypatch, kind="cuda"):
+    def __init__(self, monkeypatch, kind="cuda", count=2):
         device = None if kind is None else torch.device(kind)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: device)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
         monkeypatch.delenv("LOCAL_RANK", raising=False)
         monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
 
 
 def test_choice_of_device(monkeypatch):
     Gpu(monkeypatch, None)
-    assert choose_device() == choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"device: must be auto or what this machine has \(cpu\), got 'cuda'"):
-        choose_device("cuda")
+    assert choose_device() == choose_device("cpu") == choose_device("cpu:0") == torch.device("cpu")
+    must = r"device \(--device\): must be"
+    for wanted in ("cuda", "cuda:0", "meta", "gpu", ""):
+        with pytest.raises(ValueError, match=rf"{must} auto or what this machine has \(cpu\), got '{wanted}'$"):
+            choose_device(wanted)
+    Gpu(monkeypatch, "mps", 1)
+    assert choose_device() == choose_device("mps") == choose_device("mps:0") == torch.device("mps", 0)
     Gpu(monkeypatch)
     assert choose_device() == choose_device("cuda") == torch.device("cuda", 0)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
     assert choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"what this machine has \(cpu, cuda\), got 'cuda:x'"):
-        choose_device("cuda:x")
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert choose_device() == torch.device("cuda", 3)
+    for wanted in ("cuda:2", "cuda:x", "mps", "mps:0"):
+        with pytest.raises(ValueError, match=rf"this machine has \(cpu, cuda:0, cuda:1\), got '{wanted}'$"):
+            choose_device(wanted)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device() == choose_device("cuda") == choose_device("cuda:1") == torch.device("cuda", 1)
+    assert choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match=rf"{must} cuda, each process takes its own, got 'cuda:0' in process 1 of a"):
+        choose_device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    for wanted in ("auto", "cuda"):
+        with pytest.raises(ValueError, match=rf"\(cpu, cuda:0, cuda:1\), got '{wanted}' in process 2 of a launch"):
+            choose_device(wanted)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert choose_device() == torch.device("cpu")
 
@@ -344,6 +358,13 @@ class Moved(Exception):
         ([*DENSITY, "--device", "cpu"], "cpu"),
         (EXPORT, "cuda:0"),
         (LYAPUNOV, "cuda:0"),
+        ([*TRAIN, "device=cpu", "--device", "cuda:1"], "cuda:1"),
+        ([*TRAIN, "device=cuda:1"], "cuda:1"),
+        ([*DENSITY, "--device", "cuda:1"], "cuda:1"),
+        ([*EXPORT, "--device", "cuda:1"], "cuda:1"),
+        ([*LYAPUNOV, "--device", "cuda:1"], "cuda:1"),
+        (GENERATE, "cuda:0"),
+        ([*GENERATE, "--device", "cuda:1"], "cuda:1"),
     ],
 )
 def test_every_task_uses_the_accelerator(place, monkeypatch, arguments, device):

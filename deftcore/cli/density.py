@@ -22,7 +22,7 @@ from deftcore.cli.shared import (
 @quantize_option("Load the base into 4 bits, as QLoRA trained on it.")
 @length_option(512)
 @batch_option
-@device_option
+@device_option()
 def density(
     model: str, data: str, adapter: str, quantize: str | None, max_length: int, batch_size: int, device: str,
     as_json: bool,

@@ -31,7 +31,7 @@ from deftcore.cli.shared import (
 @click.option(
     "--merge", type=click.Choice(["16bit", "4bit"]), show_default="no", help="Merge an adapter over a 4-bit base."
 )
-@device_option
+@device_option()
 def export(
     model: str, output: str, adapter: str, skip: list[str], quantize: str | None, merge: str | None, device: str,
     as_json: bool,

@@ -29,7 +29,7 @@ from deftcore.cli.shared import (
 @click.option("--top-p", default=1.0, help="Sample from the likeliest tokens that hold this share of the probability.")
 @click.option("--seed", default=0, help="Of the sampling.")
 @click.option("--chat", is_flag=True, help="Put prompts into the model's chat template, and keep the conversation.")
-@device_option
+@device_option()
 def generate(
     model: str, prompt: str | None, adapter: str, quantize: str | None, max_new_tokens: int, temperature: float,
     top_p: float, seed: int, chat: bool, device: str, as_json: bool,

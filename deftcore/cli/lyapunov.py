@@ -32,7 +32,7 @@ from deftcore.cli.shared import (
 @length_option(256)
 @batch_option
 @click.option("--learning-rate", default=2e-4, help="Of the fine-tuning, constant.")
-@device_option
+@device_option()
 def lyapunov(
     model: str, data: str, output: str, precisions: list[str], steps: list[int], against: str, seeds: int,
     max_length: int, batch_size: int, learning_rate: float, device: str, as_json: bool,

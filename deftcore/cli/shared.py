@@ -11,11 +11,6 @@ Decorator = Callable[[Callable[..., Any]], Any]
 
 model_argument = click.argument("model")
 data_argument = click.argument("data")
-device_option = click.option(
-    "--device",
-    default="auto",
-    help="Where to compute: cpu, cuda, cuda:1 ...; auto: an accelerator, where there is one.",
-)
 adapter_option = click.option("--adapter", default="", show_default="none", help="Folder of a PEFT adapter.")
 batch_option = click.option("--batch-size", default=4, help="Sequences at a time.")
 
@@ -33,6 +28,12 @@ def command(*, example: str) -> Decorator:
 
 def quantize_option(text: str) -> Decorator:
     return click.option("--quantize", type=click.Choice(["nf4", "fp4"]), show_default="none", help=text)
+
+
+def device_option(default: str = "auto", *, shown: bool | str = True) -> Decorator:
+    """Of what `deftcore.training.device.choose_device` takes."""
+    text = "Where to compute: cpu, cuda, cuda:1 ...; auto: an accelerator, where there is one."
+    return click.option("--device", default=default, show_default=shown, help=text)
 
 
 def length_option(default: int) -> Decorator:

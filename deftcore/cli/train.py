@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from deftcore.cli.shared import command, hush, show
+from deftcore.cli.shared import command, device_option, hush, show
 
 
 @command(
@@ -15,7 +15,7 @@ from deftcore.cli.shared import command, hush, show
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--restart", is_flag=True, help="Forget the run that the output folder holds.")
-@click.option("--device", default="", show_default="the recipe's", help="Where to compute: auto, cpu, cuda, cuda:1 ...")
+@device_option("", shown="the recipe's")
 def train(recipe: str, overrides: tuple[str, ...], restart: bool, device: str, as_json: bool) -> None:
     """Train from a recipe.
 

@@ -112,14 +112,17 @@ def train(
     # An earlier run in this process may have had another precision or device.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     constant = any(getattr(module, "constant_buffers", False) for module in model.modules())
+    device = next(model.parameters()).device
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        cpu=next(model.parameters()).device.type == "cpu",
+        cpu=device.type == "cpu",
         # Packed weights and original slices are buffers, and never change: no reason to send them before every forward.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not constant)],
         log_with=[name for name in config.logger if name != "jsonl"] or None,
         project_config=ProjectConfiguration(logging_dir=str(Path(output) / "tensorboard")),
     )
+    if accelerator.num_processes == 1:
+        accelerator.state.device = device  # Accelerate would take the current one of its kind
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # There Accelerate would compute in float32 without a word.
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")

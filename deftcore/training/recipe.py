@@ -39,7 +39,7 @@ class Recipe:
     model: Needed  # a local Transformers folder or a hub id, or what another task loads
     output: Needed  # the run's folder
     data: DataConfig
-    device: Text = "auto"  # the machine's accelerator where there is one; or "cpu", "cuda" ...
+    device: Text = "auto"  # the machine's accelerator where there is one; or "cpu", "cuda", "cuda:1" ...
     method: Annotated[Text, _registered(all_methods)] = "lora"
     task: Annotated[str | None, _registered(all_tasks)] = None  # kind of data; None is the method's own
     adapter: dict[str, Any] = field(default_factory=dict)  # fields of the method's config
