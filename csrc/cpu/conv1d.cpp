@@ -13,8 +13,11 @@ struct Chunk {
   int64_t batch, start, steps;
 };
 
+// Of a sequence: one where it has no steps, since `first` has a gradient even then.
+int64_t chunks_of(const CausalConv1dArgs& args) { return std::max<int64_t>(chunk_count(args.length), 1); }
+
 Chunk chunk_of(const CausalConv1dArgs& args, int64_t index) {
-  const int64_t per_batch = chunk_count(args.length), start = index % per_batch * kScanChunk;
+  const int64_t per_batch = chunks_of(args), start = index % per_batch * kScanChunk;
   return {index / per_batch, start, std::min(args.length - start, kScanChunk)};
 }
 
@@ -144,7 +147,7 @@ void backward_block(const CausalConv1dBackwardArgs& back, const Chunk& chunk, co
 template <int kTaps, class T>
 void backward(const CausalConv1dBackwardArgs& back) {
   const CausalConv1dArgs& args = back.forward;
-  const int64_t chunks = args.batch * chunk_count(args.length);
+  const int64_t chunks = args.batch * chunks_of(args);
   const int64_t blocks = (args.channels + kWidth - 1) / kWidth;
   const bool by_block = back.grad_weight != nullptr || back.grad_bias != nullptr;
   const int parts = parts_for(args.batch * args.length * args.channels * 8);
@@ -213,7 +216,7 @@ void dispatch_taps(const CausalConv1dArgs& args, Fn&& fn) {
 // ----------------------------------------------------------------------------
 
 void DEFTCORE_KERNEL(causal_conv1d)(const CausalConv1dArgs& args) {
-  const int64_t chunks = args.batch * chunk_count(args.length);
+  const int64_t chunks = args.batch * chunks_of(args);
   dispatch_dtype(args.dtype, [&](auto t) {
     dispatch_taps(args, [&](auto taps) {
       for_range(chunks, args.batch * args.length * args.channels * 8,

@@ -122,6 +122,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(CausalConv1dUpdateArgs
 // ----------------------------------------------------------------------------
 
 void causal_conv1d(const CausalConv1dArgs& args, Stream stream) {
+  check_args(args, "causal_conv1d");
   const int64_t items = args.batch * args.length * args.channels;
   if (items == 0) return;
   dispatch_dtype(args.dtype, [&](auto t) {
@@ -130,19 +131,21 @@ void causal_conv1d(const CausalConv1dArgs& args, Stream stream) {
 }
 
 void causal_conv1d_backward(const CausalConv1dBackwardArgs& back, Stream stream) {
+  check_args(back, "causal_conv1d_backward");
   const CausalConv1dArgs& args = back.forward;
-  if (args.batch * args.length * args.channels == 0) return;
   const int64_t items = args.batch * (args.length + args.width - 1) * args.channels;
   const int64_t sums = args.batch * ceil_div(args.length, kSumSteps) * args.channels;
+  if (items == 0) return;
   dispatch_dtype(args.dtype, [&](auto t) {
     using T = decltype(t);
     launch(input_kernel<T>, blocks_for(items, kThreads), kThreads, 0, stream, back);
-    if (back.grad_weight == nullptr && back.grad_bias == nullptr) return;
+    if (sums == 0 || (back.grad_weight == nullptr && back.grad_bias == nullptr)) return;
     launch(sums_kernel<T>, blocks_for(sums, kThreads), kThreads, 0, stream, back);
   });
 }
 
 void causal_conv1d_update(const CausalConv1dUpdateArgs& args, Stream stream) {
+  check_args(args, "causal_conv1d_update");
   const int64_t items = args.batch * args.channels;
   if (items == 0) return;
   dispatch_dtype(args.dtype, [&](auto t) {

@@ -74,7 +74,7 @@ __device__ void stage_x(const T* x, int64_t cols, int tokens, int64_t first, int
   }
 }
 
-// How much of x a block stages at once: at most kMostBytes, in whole chunks.
+// How much of x a block stages at once: at most kMostBytes, in whole chunks, of which rows without columns have one.
 struct Stage {
   int chunks;
   size_t bytes;
@@ -84,7 +84,7 @@ template <int kMostBytes, int kCount, class T>
 Stage stage_of(int64_t cols) {
   constexpr int kChunkBytes = kCount * kStagedChunk<T> * static_cast<int>(sizeof(T));
   static_assert(kChunkBytes <= kMostBytes, "a chunk of x fits");
-  const int chunks = static_cast<int>(std::min<int64_t>(ceil_div(cols, kChunk), kMostBytes / kChunkBytes));
+  const int chunks = static_cast<int>(std::clamp<int64_t>(ceil_div(cols, kChunk), 1, kMostBytes / kChunkBytes));
   return {chunks, static_cast<size_t>(chunks) * kChunkBytes};
 }
 

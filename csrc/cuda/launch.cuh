@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "deftcore/checks.h"
 #include "deftcore/ops.h"
 
 namespace deftcore::cuda {

@@ -149,6 +149,7 @@ void gated_act_backward(const GatedActBackwardArgs& args, Stream stream) {
 size_t grouped_delta_workspace(const GroupedDeltaArgs& args) { return factor_floats(args) * sizeof(float); }
 
 void grouped_delta(const GroupedDeltaArgs& args, Stream stream) {
+  check_args(args, "grouped_delta");
   constexpr int64_t kMaxTokens = 65535;  // of a launch: a grid's second dimension
   if (args.most == 0 || args.bank.outputs == 0) return;
   dispatch_dtype(args.dtype, [&](auto t) {

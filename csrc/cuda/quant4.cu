@@ -184,6 +184,7 @@ void gemv(const Linear4bitArgs& args, Stream stream) {
 }  // namespace
 
 void quantize_4bit(const Quantize4bitArgs& args, Stream stream) {
+  check_args(args, "quantize_4bit");
   if (args.count == 0) return;
   Book book{};
   const float* code = code_book(args.type);
@@ -199,6 +200,7 @@ void quantize_4bit(const Quantize4bitArgs& args, Stream stream) {
 }
 
 void dequantize_4bit(const Dequantize4bitArgs& args, Stream stream) {
+  check_args(args, "dequantize_4bit");
   const Quant4& q = args.w;
   const int64_t count = q.rows * q.cols;
   if (count == 0) return;
@@ -219,6 +221,7 @@ int64_t linear_4bit_tokens(const Quant4& w, DType dtype) {
 }
 
 void linear_4bit(const Linear4bitArgs& args, Stream stream) {
+  check_args(args, "linear_4bit");
   require(args.tokens <= linear_4bit_tokens(args.w, args.dtype) && aligned16(args.x), "linear_4bit",
           "more than linear_4bit_tokens, or x is not 16-byte aligned");
   if (args.tokens == 0 || args.w.rows == 0) return;

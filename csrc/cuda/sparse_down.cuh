@@ -152,7 +152,7 @@ Cut cut_for(int64_t neurons, int64_t tokens) {
   const int count = tokens <= 2 ? static_cast<int>(tokens) : kTokens;
   const int64_t groups = ceil_div(tokens, count), least = ceil_div(neurons, kShare);
   const int64_t wanted = (count < kTokens ? 2 : 1) * multiprocessors() / groups;
-  return {static_cast<int>(wanted > least ? wanted : least), static_cast<int>(groups), count};
+  return {static_cast<int>(std::max<int64_t>({wanted, least, 1})), static_cast<int>(groups), count};
 }
 
 // As blocks_for; one where there is no column, for the count of active neurons.

@@ -176,6 +176,7 @@ size_t sparse_down_workspace(const SparseDownArgs& args) { return buffers_of(arg
 size_t sparse_mlp_workspace(const SparseMlpArgs& args) { return buffers_of(args).bytes; }
 
 void sparse_down(const SparseDownArgs& args, Stream stream) {
+  check_args(args, "sparse_down");
   dispatch_dtype(args.dtype, [&](auto t) {
     using T = decltype(t);
     share_and_reduce<T, T>({static_cast<const T*>(args.a), nullptr, nullptr, static_cast<const T*>(args.w_down_t), 0,
@@ -186,6 +187,7 @@ void sparse_down(const SparseDownArgs& args, Stream stream) {
 }
 
 void sparse_mlp(const SparseMlpArgs& args, Stream stream) {
+  check_args(args, "sparse_mlp");
   dispatch_dtype(args.dtype, [&](auto t) { sparse_mlp_impl<decltype(t)>(args, stream); });
 }
 

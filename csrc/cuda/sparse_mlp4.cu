@@ -19,7 +19,7 @@ __device__ void multiply_up(const SparseMlp4bitArgs& args, const Share& share, i
   const T *x = static_cast<const T*>(args.x) + share.token * args.width, *low = static_cast<const T*>(args.up_low),
           *lora = static_cast<const T*>(args.up_lora);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int chunks = static_cast<int>(ceil_div(q.cols, kChunk));
+  const int chunks = max(static_cast<int>(ceil_div(q.cols, kChunk)), 1);  // the first has the low-rank term, too
   load_books(q, books);
   for (int stage = 0; stage < chunks; stage += stage_chunks) {
     const int here = min(stage_chunks, chunks - stage);
@@ -203,6 +203,7 @@ void sparse_mlp_4bit_impl(const SparseMlp4bitArgs& args, Stream stream) {
 size_t sparse_mlp_4bit_workspace(const SparseMlp4bitArgs& args) { return buffers_of(args).bytes; }
 
 void sparse_mlp_4bit(const SparseMlp4bitArgs& args, Stream stream) {
+  check_args(args, "sparse_mlp_4bit");
   require(args.w_up.packed == nullptr || (aligned16(args.w_up.packed) && aligned16(args.x)), "sparse_mlp_4bit",
           "w_up and x must be 16-byte aligned");
   dispatch_dtype(args.dtype, [&](auto t) { sparse_mlp_4bit_impl<decltype(t)>(args, stream); });

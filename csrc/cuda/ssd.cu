@@ -153,6 +153,7 @@ __global__ void __launch_bounds__(kScanThreads) backward_kernel(SsdBackwardArgs 
 // ----------------------------------------------------------------------------
 
 void ssd(const SsdArgs& args, Stream stream) {
+  check_args(args, "ssd");
   if (args.batch == 0 || args.heads * args.head_dim == 0) return;
   dispatch_dtype(args.dtype,
                  [&](auto t) { launch(forward_kernel<decltype(t)>, scan_grid(args), kScanThreads, 0, stream, args); });
@@ -164,6 +165,7 @@ size_t ssd_backward_workspace(const SsdBackwardArgs& back) {
 }
 
 void ssd_backward(const SsdBackwardArgs& back, Stream stream) {
+  check_args(back, "ssd_backward");
   const SsdArgs& args = back.forward;
   if (args.batch == 0 || args.heads == 0 || args.length == 0) return;
   const size_t bytes = static_cast<size_t>(args.batch * args.length * args.heads) * sizeof(float);

@@ -264,6 +264,7 @@ __global__ void update_kernel(StateUpdateArgs args) {
 // ----------------------------------------------------------------------------
 
 void selective_scan(const SelectiveScanArgs& args, Stream stream) {
+  check_args(args, "selective_scan");
   if (args.batch == 0 || args.channels == 0) return;
   dispatch_dtype(args.dtype,
                  [&](auto t) { launch(scan_kernel<decltype(t)>, scan_grid(args), kScanThreads, 0, stream, args); });
@@ -272,6 +273,7 @@ void selective_scan(const SelectiveScanArgs& args, Stream stream) {
 size_t selective_scan_backward_workspace(const SelectiveScanBackwardArgs& back) { return lay_out(back).bytes; }
 
 void selective_scan_backward(const SelectiveScanBackwardArgs& back, Stream stream) {
+  check_args(back, "selective_scan_backward");
   const SelectiveScanArgs& args = back.forward;
   if (args.batch == 0 || args.channels == 0 || args.length == 0) return;
   const int64_t rows = args.batch * args.length * args.groups, warps = warps_of(args);
@@ -288,6 +290,7 @@ void selective_scan_backward(const SelectiveScanBackwardArgs& back, Stream strea
 }
 
 void selective_state_update(const StateUpdateArgs& args, Stream stream) {
+  check_args(args, "selective_state_update");
   const int64_t rows = args.batch * args.heads * args.head_dim;
   if (rows == 0) return;
   constexpr int kUpdateThreads = 128;

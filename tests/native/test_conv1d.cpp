@@ -45,7 +45,7 @@ struct Problem {
 double sigmoid(double v) { return 1 / (1 + std::exp(-v)); }
 
 void test_conv(Problem p) {
-  std::vector<float> out(p.x.size());
+  std::vector<float> out(p.x.size(), NAN);
   CausalConv1dArgs args{p.tensor(p.x, p.length),
                         p.tensor(out, p.length),
                         p.tensor(p.first, p.width - 1),
@@ -80,7 +80,7 @@ void test_conv(Problem p) {
       }
     }
   }
-  std::vector<float> gx(dx.size()), gfirst(dfirst.size()), gweight(dweight.size()), gbias(dbias.size());
+  std::vector<float> gx(dx.size(), NAN), gfirst(dfirst.size(), NAN), gweight(dweight.size()), gbias(dbias.size());
   args.out = p.tensor(p.grad, p.length);
   device::causal_conv1d_backward(
       {args, p.tensor(gx, p.length), p.tensor(gfirst, p.width - 1), gweight.data(), gbias.data()}, nullptr);
@@ -94,7 +94,7 @@ void test_conv(Problem p) {
 
   // Step by step, in a window one longer than needed, the rows' own in reverse order.
   if (p.packed) return;
-  std::vector<float> window(at(p.batch * p.channels * p.width)), stepped(out.size());
+  std::vector<float> window(at(p.batch * p.channels * p.width)), stepped(out.size(), NAN);
   std::vector<int64_t> slots;
   for (int64_t i = 0; i < p.batch; ++i) slots.push_back(p.batch - 1 - i);
   for (int64_t i = 0; i < p.batch; ++i) {
@@ -143,5 +143,7 @@ int main() {
     test_conv(Problem(1, 3, 33, 7, false));
     test_conv(Problem(3, 40, 16, 16, true));
     test_conv(Problem(0, 4, 8, 2, false));
+    test_conv(Problem(2, 0, 8, 4, false));
+    test_conv(Problem(2, 5, 0, 4, false));
   });
 }

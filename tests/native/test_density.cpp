@@ -42,7 +42,7 @@ void test_math() {
 void test_kernels(int64_t rows, int64_t width, int64_t skip) {
   const auto size = static_cast<size_t>(rows * width);
   const float tau = 0.25f;
-  std::vector<float> zs = random_floats(size + static_cast<size_t>(skip), 1), as(zs.size()), dzs(zs.size()),
+  std::vector<float> zs = random_floats(size + static_cast<size_t>(skip), 1), as(zs.size(), NAN), dzs(zs.size(), NAN),
                      das = random_floats(zs.size(), 2);
   float *z = zs.data() + skip, *a = as.data() + skip, *dz = dzs.data() + skip, *da = das.data() + skip;
   if (size > 0) z[0] = tau;  // not counted

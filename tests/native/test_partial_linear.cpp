@@ -1,5 +1,7 @@
 // gated_act and grouped_delta against double-precision formulas, on exactly sized buffers so that the sanitizers see
 // any overrun.
+#include <algorithm>
+
 #include "check.h"
 #include "deftcore/ops.h"
 
@@ -11,10 +13,10 @@ namespace {
 void test_gated(int64_t rows, int64_t width, int64_t gap) {
   const size_t count = static_cast<size_t>(rows * width);
   const int64_t stride = 2 * (width + gap);
-  const std::vector<float> gate_up = random_floats(static_cast<size_t>(rows * stride), 1),
+  const std::vector<float> gate_up = random_floats(static_cast<size_t>(std::max<int64_t>(rows, 1) * stride), 1),
                            grad = random_floats(count, 3);
   const float *gate = gate_up.data(), *up = gate + width + gap;
-  std::vector<float> a(count), grad_gate(count), grad_up = grad;
+  std::vector<float> a(count, NAN), grad_gate(count, NAN), grad_up = grad;
   device::gated_act({gate, up, a.data(), rows, width, stride, stride, DType::kFloat32, Activation::kSilu}, nullptr);
   device::gated_act_backward({gate, up, grad_up.data(), grad_gate.data(), grad_up.data(), rows, width, stride, stride,
                               DType::kFloat32, Activation::kSilu},
@@ -81,6 +83,8 @@ void test_grouped(int64_t tokens, int64_t inputs, int64_t outputs) {
 
 int main() {
   return run_tests([] {
+    test_gated(3, 0, 0);
+    test_gated(0, 16, 0);
     for (const int64_t width : {1, 7, 16, 33, 1024, 1025}) {
       for (const int64_t gap : {0, 1, 4}) test_gated(3, width, gap);
       for (const int64_t tokens : {0, 1, 4, 13}) test_grouped(tokens, width, 37);

@@ -14,8 +14,8 @@ struct Matrix {
   Matrix(int64_t rows, int64_t cols, int64_t block) {
     const int64_t count = rows * cols;
     w = random_floats(static_cast<size_t>(count), 1);
-    packed.resize(static_cast<size_t>((count + 1) / 2));
-    absmax.resize(static_cast<size_t>((count + block - 1) / block));
+    packed.assign(static_cast<size_t>((count + 1) / 2), 0xa5);
+    absmax.assign(static_cast<size_t>((count + block - 1) / block), NAN);
     device::quantize_4bit({w.data(), packed.data(), absmax.data(), count, block, DType::kFloat32, QuantType::kNf4},
                           nullptr);
     view = {packed.data(), kNf4Code, absmax.data(), nullptr, nullptr, 0.0f, rows, cols, block};
@@ -74,12 +74,19 @@ void test_edges() {
   CHECK(std::isnan(absmax[1]));
 }
 
+// The codes also from inside a wider buffer, where they start at any byte.
 void test_dequantize(const Matrix& w) {
-  std::vector<float> out(static_cast<size_t>(w.view.rows * w.view.cols), NAN);
-  device::dequantize_4bit({w.view, out.data(), DType::kFloat32}, nullptr);
-  for (int64_t i = 0; i < w.view.rows; ++i) {
-    for (int64_t j = 0; j < w.view.cols; ++j) {
-      CHECK(static_cast<double>(out[static_cast<size_t>(i * w.view.cols + j)]) == w.at(i, j));
+  for (const size_t offset : {0, 1, 2, 4}) {
+    std::vector<uint8_t> buffer(offset);
+    buffer.insert(buffer.end(), w.packed.begin(), w.packed.end());
+    Quant4 view = w.view;
+    view.packed = buffer.data() + offset;
+    std::vector<float> out(static_cast<size_t>(w.view.rows * w.view.cols), NAN);
+    device::dequantize_4bit({view, out.data(), DType::kFloat32}, nullptr);
+    for (int64_t i = 0; i < w.view.rows; ++i) {
+      for (int64_t j = 0; j < w.view.cols; ++j) {
+        CHECK(static_cast<double>(out[static_cast<size_t>(i * w.view.cols + j)]) == w.at(i, j));
+      }
     }
   }
 }
@@ -121,13 +128,14 @@ void test_linear(const Matrix& w, int64_t tokens, int64_t rank) {
 
 int main() {
   return run_tests([] {
-    const int64_t shapes[][3] = {{5, 7, 32},    {3, 5, 32},    {3, 33, 64},     {8, 32, 64},   {4, 96, 64},
-                                 {70, 128, 64}, {20, 544, 32}, {9, 1024, 1024}, {300, 32, 32}, {3, 2080, 32}};
+    const int64_t shapes[][3] = {{5, 7, 32},    {3, 5, 32},    {3, 33, 64},   {8, 32, 64},
+                                 {4, 96, 64},   {70, 128, 64}, {20, 544, 32}, {9, 1024, 1024},
+                                 {300, 32, 32}, {3, 2080, 32}, {0, 64, 64},   {7, 0, 32}};
     for (const auto& s : shapes) {
       Matrix w(s[0], s[1], s[2]);
       test_quantize(w);
       test_dequantize(w);
-      for (int64_t tokens : {1, 3, 8, 13, 17, 70}) test_linear(w, tokens, tokens % 2 ? 0 : 5);
+      for (int64_t tokens : {0, 1, 3, 8, 13, 17, 70}) test_linear(w, tokens, tokens % 2 ? 0 : 5);
       w.nest();
       test_dequantize(w);
       test_linear(w, 3, 0);
@@ -140,7 +148,7 @@ int main() {
     test_edges();
     bool thrown = false;
     try {
-      cpu::quantize_4bit({nullptr, nullptr, nullptr, 0, 48, DType::kFloat32, QuantType::kNf4}, nullptr);
+      device::quantize_4bit({nullptr, nullptr, nullptr, 0, 48, DType::kFloat32, QuantType::kNf4}, nullptr);
     } catch (const std::invalid_argument&) {
       thrown = true;
     }

@@ -1,10 +1,35 @@
 // sparse_down and sparse_mlp against plain loops in double, on exactly sized buffers.
+#include <algorithm>
+
 #include "check.h"
 #include "deftcore/ops.h"
 
 using namespace deftcore;
 
 namespace {
+
+// Tokens that read rows together.
+#if defined(DEFTCORE_TEST_CUDA)
+constexpr int64_t kTogether = 4;
+#else
+constexpr int64_t kTogether = kMaxSparseTokens;
+#endif
+
+// The most neurons that are active in any of the tokens that read together.
+template <class IsActive>
+int64_t active_set(int64_t tokens, int64_t neurons, IsActive&& is_active) {
+  int64_t most = 0;
+  for (int64_t first = 0; first < tokens; first += kTogether) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < neurons; ++i) {
+      bool any = false;
+      for (int64_t m = first; m < std::min(first + kTogether, tokens); ++m) any = any || is_active(m, i);
+      count += any;
+    }
+    most = std::max(most, count);
+  }
+  return most;
+}
 
 void test_down(int64_t tokens, int64_t neurons, int64_t width, int64_t stride) {
   std::vector<float> a = random_floats(static_cast<size_t>(tokens * neurons), 1);
@@ -84,6 +109,12 @@ void test_gated(int64_t tokens, int64_t neurons, int64_t width, int64_t gap) {
             1e-4 * static_cast<double>(neurons) * std::sqrt(static_cast<double>(width)));
     }
   }
+  CHECK(rows_read ==
+        active_set(tokens, neurons, [&](int64_t m, int64_t i) { return dot(gate, args.gate_stride, m, i) > 0; }));
+  y.assign(y.size(), 42.0f);
+  args.capacity = rows_read - 1;
+  device::sparse_mlp(args, nullptr);
+  for (float v : y) CHECK(v == 42.0f);
 }
 
 // Without a gate: its biases, and the pre-activation computed here or by the caller.
@@ -91,7 +122,7 @@ void test_plain(int64_t tokens, int64_t neurons, int64_t width) {
   const auto floats = [](int64_t n, unsigned seed) { return random_floats(static_cast<size_t>(n), seed); };
   const std::vector<float> x = floats(tokens * width, 1), up = floats(neurons * width, 2),
                            down = floats(neurons * width, 3), b_up = floats(neurons, 4), b_down = floats(width, 5);
-  std::vector<float> z, y(x.size()), ref;
+  std::vector<float> z, y(x.size(), NAN), ref;
   for (int64_t m = 0; m < tokens; ++m) {
     std::vector<double> sums(b_down.begin(), b_down.end());
     for (int64_t i = 0; i < neurons; ++i) {
@@ -120,23 +151,25 @@ void test_plain(int64_t tokens, int64_t neurons, int64_t width) {
 }
 
 // 4-bit weights, rows or columns of blocks, with low-rank terms; gated or, where `activated`, a plain MLP from its
-// activation on.
-void test_mlp4(int64_t tokens, int64_t neurons, int64_t width, int64_t block, bool columns, bool activated) {
+// activation on. W_down's codes start at any byte.
+void test_mlp4(int64_t tokens, int64_t neurons, int64_t width, int64_t block, bool columns, bool activated,
+               size_t down_offset = 0) {
   const size_t count = static_cast<size_t>(neurons * width);
   const int64_t rank = 3;
   std::vector<uint8_t> packed[2];
   std::vector<float> absmax[2];
   for (int i = 0; i < 2; ++i) {
     const std::vector<float> w = random_floats(count, 10 + static_cast<unsigned>(i));
-    packed[i].resize(count / 2);
+    const size_t offset = i == 1 ? down_offset : 0;
+    packed[i].resize(offset + count / 2);
     absmax[i].resize(count / static_cast<size_t>(block));
-    device::quantize_4bit(
-        {w.data(), packed[i].data(), absmax[i].data(), neurons * width, block, DType::kFloat32, QuantType::kNf4},
-        nullptr);
+    device::quantize_4bit({w.data(), packed[i].data() + offset, absmax[i].data(), neurons * width, block,
+                           DType::kFloat32, QuantType::kNf4},
+                          nullptr);
   }
   Quant4 up{packed[0].data(), kNf4Code, absmax[0].data(), nullptr, nullptr, 0.0f, neurons, width, block, false};
   Quant4 down = up;
-  down.packed = packed[1].data();
+  down.packed = packed[1].data() + down_offset;
   down.absmax = absmax[1].data();
   down.column_blocks = columns;
   if (activated) up.packed = nullptr;
@@ -162,6 +195,9 @@ void test_mlp4(int64_t tokens, int64_t neurons, int64_t width, int64_t block, bo
   const auto value = [](const std::vector<float>& v, int64_t i) {
     return static_cast<double>(v[static_cast<size_t>(i)]);
   };
+  CHECK(rows_read == active_set(tokens, neurons, [&](int64_t m, int64_t i) {
+          return activated ? value(z, m * neurons + i) != 0 : value(z, m * neurons + i) > 0;
+        }));
   for (int64_t m = 0; m < tokens; ++m) {
     std::vector<double> ref(bias.begin(), bias.end()), low(static_cast<size_t>(rank));
     for (int64_t i = 0; i < neurons; ++i) {
@@ -177,29 +213,40 @@ void test_mlp4(int64_t tokens, int64_t neurons, int64_t width, int64_t block, bo
     for (int64_t j = 0; j < width; ++j) CHECK(close(value(y, m * width + j), ref[static_cast<size_t>(j)], 1e-3));
     for (int64_t r = 0; r < rank; ++r) CHECK(close(value(down_low, m * rank + r), low[static_cast<size_t>(r)], 1e-3));
   }
+  y.assign(y.size(), 42.0f);
+  down_low.assign(down_low.size(), 42.0f);
+  args.capacity = rows_read - 1;
+  device::sparse_mlp_4bit(args, nullptr);
+  for (float v : y) CHECK(v == 42.0f);
+  for (float v : down_low) CHECK(v == 42.0f);
 }
 
 }  // namespace
 
 int main() {
   return run_tests([] {
-    const int64_t shapes[][3] = {{7, 5, 5},     {70, 0, 0},      {64, 64, 64},   {66, 64, 65},
+    const int64_t shapes[][3] = {{7, 5, 5},     {70, 0, 0},      {0, 5, 5},      {64, 64, 64}, {66, 64, 65},
                                  {65, 63, 130}, {200, 129, 129}, {33, 300, 600}, {600, 12, 12}};
     for (const auto& s : shapes) {
       for (int64_t tokens : {0, 1, 2, 6, 7, 64}) test_down(tokens, s[0], s[1], s[2]);
     }
-    for (int64_t tokens : {1, 5, 13}) {
+    for (int64_t tokens : {0, 1, 5, 13, 64}) {
       test_gated(tokens, 50, 33, 0);
       test_gated(tokens, 128, 64, 4);
+      test_gated(tokens, 0, 33, 0);
+      test_gated(tokens, 50, 0, 0);
       test_plain(tokens, 65, 33);
       test_plain(tokens, 64, 64);
+      test_plain(tokens, 0, 33);
     }
-    for (int64_t tokens : {1, 2, 9, 64}) {
+    for (int64_t tokens : {0, 1, 2, 9, 64}) {
       for (bool columns : {false, true}) {
-        test_mlp4(tokens, 64, 64, 32, columns, false);
+        for (size_t offset : {0, 1, 2}) test_mlp4(tokens, 64, 64, 32, columns, false, offset);
         test_mlp4(tokens, 128, 192, 64, columns, false);
         test_mlp4(tokens, 256, 384, 128, columns, false);
         test_mlp4(tokens, 64, 96, 32, columns, true);
+        test_mlp4(tokens, 0, 64, 32, columns, false);
+        test_mlp4(tokens, 64, 0, 32, columns, false);
       }
       test_mlp4(tokens, 64, 66, 32, true, true);
     }
@@ -208,7 +255,7 @@ int main() {
     bad.tokens = 65;
     bool thrown = false;
     try {
-      cpu::sparse_down(bad, nullptr);
+      device::sparse_down(bad, nullptr);
     } catch (const std::invalid_argument&) {
       thrown = true;
     }

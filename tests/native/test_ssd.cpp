@@ -63,14 +63,15 @@ struct Problem {
 };
 
 void test_scan(Problem p) {
-  std::vector<float> out(p.x.size()), last(p.first.size());
+  std::vector<float> out(p.x.size(), NAN), last(p.first.size(), NAN);
   SsdArgs args = p.args(out, last);
   device::ssd(args, nullptr);
   std::vector<double> expected(out.size());
   p.total(&expected);
   for (size_t i = 0; i < out.size(); ++i) CHECK(close(out[i], expected[i], 1e-4));
+  if (p.length == 0) CHECK(last == p.first);
 
-  std::vector<float> ones(out.size(), 1.0f), dx(out.size()), dstep(p.step.size(), NAN), ddecay(p.step.size(), NAN),
+  std::vector<float> ones(out.size(), 1.0f), dx(out.size(), NAN), dstep(p.step.size(), NAN), ddecay(p.step.size(), NAN),
       db(p.b.size()), dc(p.c.size()), dd(p.d.size()), dfirst(last.size(), 1.0f);
   args.out = p.tensor(ones);
   SsdBackwardArgs back{args,      p.tensor(dx), dstep.data(),  ddecay.data(), db.data(),
@@ -92,7 +93,7 @@ void test_scan(Problem p) {
 
 // One step of the scan by the update: dt is the step, a its logarithmic decay over it.
 void test_update(Problem p) {
-  std::vector<float> out(p.x.size()), last(p.first.size()), stepped(p.x.size());
+  std::vector<float> out(p.x.size()), last(p.first.size()), stepped(p.x.size(), NAN);
   device::ssd(p.args(out, last), nullptr);
   std::vector<float> a(at(p.heads)), state = p.first, z = random_floats(p.x.size(), 8);
   for (int64_t i = 0; i < p.batch; ++i) {  // decays differ between rows: one row at a time

@@ -69,15 +69,16 @@ struct Problem {
 void test_scan(Problem p) {
   const size_t size = p.u.size(), plane = p.first.size();
   const auto chunk_rows = static_cast<size_t>((p.length + kScanChunk - 1) / kScanChunk);
-  std::vector<float> out(size), last(plane), chunks(chunk_rows * plane);
+  std::vector<float> out(size, NAN), last(plane, NAN), chunks(chunk_rows * plane, NAN);
   SelectiveScanArgs args = p.args(out, last, chunks);
   device::selective_scan(args, nullptr);
   std::vector<double> expected(size);
   p.total(&expected);
   for (size_t i = 0; i < size; ++i) CHECK(close(out[i], expected[i], 1e-4));
+  if (p.length == 0) CHECK(last == p.first);
 
-  std::vector<float> ones(size, 1.0f), du(size), ddelta(size), dz(size), da(p.a.size()), db(p.b.size()), dc(p.c.size()),
-      dd(p.d.size()), dbias(p.bias.size()), dfirst(plane, 1.0f), again(size);
+  std::vector<float> ones(size, 1.0f), du(size, NAN), ddelta(size, NAN), dz(size, NAN), da(p.a.size()), db(p.b.size()),
+      dc(p.c.size()), dd(p.d.size()), dbias(p.bias.size()), dfirst(plane, 1.0f), again(size, NAN);
   args.out = p.tensor(ones);
   SelectiveScanBackwardArgs back{args,      p.tensor(du), p.tensor(ddelta), p.tensor(dz), p.tensor(again), da.data(),
                                  db.data(), dc.data(),    dd.data(),        dbias.data(), dfirst.data(),   nullptr};
@@ -110,5 +111,7 @@ int main() {
     test_scan(Problem(2, 34, 70, 3, 1));
     test_scan(Problem(2, 35, 6, 9, 2, true));
     test_scan(Problem(0, 4, 8, 2, 1));
+    test_scan(Problem(2, 0, 8, 2, 1));
+    test_scan(Problem(2, 5, 0, 2, 1));
   });
 }

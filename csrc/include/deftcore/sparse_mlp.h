@@ -5,7 +5,8 @@
 
 namespace deftcore {
 
-// Tokens that one call handles; the union of their active neurons is the list of rows read.
+// Tokens that one call handles. The union of their active neurons is the list of rows read; on CUDA, where four tokens
+// share reads, each four have their own.
 inline constexpr int64_t kMaxSparseTokens = 64;
 
 // y = a W_down^T + bias, W_down stored neuron-major.
@@ -15,7 +16,7 @@ struct SparseDownArgs {
   const void* bias;      // [width] or null
   void* y;               // [tokens, width], contiguous, out
   void* workspace;       // 64-byte aligned
-  int64_t* rows_read;    // [1], out: size of the active set; above `capacity` y was not written
+  int64_t* rows_read;    // [1], out: length of the (longest) list; above `capacity` no other output was written
   int64_t tokens, neurons, width, w_stride;
   int64_t capacity;  // most active neurons worth the sparse path; `neurons` for no limit
   DType dtype;
@@ -37,7 +38,7 @@ struct SparseMlpArgs {
   const void* b_down;    // [width] or null
   void* y;               // [tokens, width], contiguous, out
   void* workspace;       // 64-byte aligned
-  int64_t* rows_read;    // [1], out: size of the active set; above `capacity` y was not written
+  int64_t* rows_read;    // [1], out: length of the (longest) list; above `capacity` no other output was written
   int64_t tokens, neurons, width;
   int64_t gate_stride, up_stride, down_stride;
   int64_t capacity;  // as in SparseDownArgs
@@ -64,7 +65,7 @@ struct SparseMlp4bitArgs {
   const void* b_down;     // [width] or null
   void* y;                // [tokens, width], contiguous, out
   void* workspace;        // 64-byte aligned
-  int64_t* rows_read;     // [1], out: size of the active set; above `capacity` y was not written
+  int64_t* rows_read;     // [1], out: length of the (longest) list; above `capacity` no other output was written
   int64_t tokens, neurons, width, up_rank, down_rank;
   int64_t capacity;  // as in SparseDownArgs
   DType dtype;

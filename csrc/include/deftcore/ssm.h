@@ -43,7 +43,7 @@ struct SelectiveScanArgs {
 struct SelectiveScanBackwardArgs {
   SelectiveScanArgs forward;  // `out` holds the gradient of out; `chunks` what the forward wrote; `last` is not read
   ScanTensor grad_u, grad_delta, grad_z;  // of the forward's dtype; grad_z null without z; may stand in their inputs
-  ScanTensor out_again;                   // out, computed once more; or null
+  ScanTensor out_again;                   // out, computed once more; null without z, or where not wanted
   float* grad_a;                          // [states, channels] or null; zeroed by the caller, as are the next
   float* grad_b;                          // as b, or null
   float* grad_c;                          // as c, or null

@@ -183,7 +183,7 @@ def conv_backward(
         return grad_x, grad_taps, grad_bias, grad_first
     grad_taps = torch.zeros_like(taps) if wanted[1] else empty
     grad_bias = torch.zeros_like(bias) if bias is not None and wanted[2] else empty.clone()
-    grad_first = torch.zeros_like(first) if first is not None and wanted[3] else x.new_empty(0)
+    grad_first = torch.empty_like(first) if first is not None and wanted[3] else x.new_empty(0)
     args = native.CausalConv1dBackward(
         forward=_native_args(x, grad, taps, bias, first, sequence, silu), grad_x=strided(grad_x),
         grad_first=strided(grad_first if grad_first.numel() else None),

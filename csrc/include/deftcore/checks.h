@@ -1,14 +1,14 @@
-// What each op demands of its arguments, as far as a kernel would crash otherwise; the Python layer checks the rest.
+// What each op demands of its arguments on any device, as far as a kernel would crash otherwise; the Python layer
+// checks the rest.
 #pragma once
 
 #include "deftcore/ops.h"
 
-namespace deftcore::cpu {
-namespace {
+namespace deftcore {
 
 // An op whose arguments have no check of their own takes all.
 template <class Args>
-void check(const Args&, const char*) {}
+void check_args(const Args&, const char*) {}
 
 // int32 neuron numbers and int64 offsets.
 template <class Args>
@@ -40,10 +40,10 @@ inline void check_taps(int64_t width, const char* op) {
 
 // ----------------------------------------------------------------------------
 
-inline void check(const SparseDownArgs& args, const char* op) { check_sparse(args, op); }
-inline void check(const SparseMlpArgs& args, const char* op) { check_sparse(args, op); }
+inline void check_args(const SparseDownArgs& args, const char* op) { check_sparse(args, op); }
+inline void check_args(const SparseMlpArgs& args, const char* op) { check_sparse(args, op); }
 
-inline void check(const SparseMlp4bitArgs& args, const char* op) {
+inline void check_args(const SparseMlp4bitArgs& args, const char* op) {
   check_sparse(args, op);
   const auto check_rows = [&](const Quant4& q, bool columns) {
     check_quant(q, op);
@@ -55,48 +55,47 @@ inline void check(const SparseMlp4bitArgs& args, const char* op) {
   check_rows(args.w_down_t, true);
 }
 
-inline void check(const Quantize4bitArgs& args, const char* op) {
+inline void check_args(const Quantize4bitArgs& args, const char* op) {
   require(is_block_size(args.block_size) && args.block_size <= kMaxBlock, op,
           "block_size must be a power of two in 32..4096");
 }
 
-inline void check(const Dequantize4bitArgs& args, const char* op) { check_quant(args.w, op); }
-inline void check(const Linear4bitArgs& args, const char* op) { check_quant(args.w, op); }
+inline void check_args(const Dequantize4bitArgs& args, const char* op) { check_quant(args.w, op); }
+inline void check_args(const Linear4bitArgs& args, const char* op) { check_quant(args.w, op); }
 
-inline void check(const GroupedDeltaArgs& args, const char* op) {
+inline void check_args(const GroupedDeltaArgs& args, const char* op) {
   require(args.tokens >= 0 && args.most >= 0, op, "tokens and most must not be negative");
 }
 
-inline void check(const SelectiveScanArgs& args, const char* op) {
+inline void check_args(const SelectiveScanArgs& args, const char* op) {
   check_states(args.states, op);
   require(args.groups >= 1 && args.channels % args.groups == 0, op, "groups must divide channels");
 }
 
-inline void check(const SelectiveScanBackwardArgs& args, const char* op) {
-  check(args.forward, op);
+inline void check_args(const SelectiveScanBackwardArgs& args, const char* op) {
+  check_args(args.forward, op);
   const bool empty = args.forward.batch == 0 || args.forward.length == 0 || args.forward.channels == 0;
   require(args.forward.chunks != nullptr || empty, op, "chunks are needed");
 }
 
-inline void check(const StateUpdateArgs& args, const char* op) {
+inline void check_args(const StateUpdateArgs& args, const char* op) {
   check_heads(args.heads, args.groups, op);
   require(args.a_state == 0 || args.a_state == 1, op, "a's stride over states must be 0 or 1");
 }
 
-inline void check(const CausalConv1dArgs& args, const char* op) { check_taps(args.width, op); }
-inline void check(const CausalConv1dBackwardArgs& args, const char* op) { check(args.forward, op); }
+inline void check_args(const CausalConv1dArgs& args, const char* op) { check_taps(args.width, op); }
+inline void check_args(const CausalConv1dBackwardArgs& args, const char* op) { check_args(args.forward, op); }
 
-inline void check(const CausalConv1dUpdateArgs& args, const char* op) {
+inline void check_args(const CausalConv1dUpdateArgs& args, const char* op) {
   check_taps(args.width, op);
   require(args.window >= args.width - 1, op, "the window must hold width - 1 steps");
 }
 
-inline void check(const SsdArgs& args, const char* op) {
+inline void check_args(const SsdArgs& args, const char* op) {
   check_states(args.states, op);
   check_heads(args.heads, args.groups, op);
 }
 
-inline void check(const SsdBackwardArgs& args, const char* op) { check(args.forward, op); }
+inline void check_args(const SsdBackwardArgs& args, const char* op) { check_args(args.forward, op); }
 
-}  // namespace
-}  // namespace deftcore::cpu
+}  // namespace deftcore
