@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deftcore import ops
+from deftcore.ops.ssm import ssd
+from deftcore.ops.ssm.chunked import ssd_chunked, ssd_chunked_backward
 from deftcore.ops.ssm.ssd import mamba_chunk_scan_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -377,3 +379,35 @@ def test_update_with_one_state_in_any_layout():
         state = torch.ones(2, 3, 4, 1)
         results.append((ops.selective_state_update(state, x, x, rates, b, b, dt_softplus=True), state))
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "groups", "optional", "cut"),
+    [(2, 37, 2, True, True), (1, 1, 1, False, False), (2, 130, 4, True, True), (1, 64, 1, False, True),
+     (1, 65, 2, True, False), (2, 0, 2, True, False), (0, 5, 1, False, False)],
+)  # fmt: skip
+def test_chunked_products_are_the_definition(batch, length, groups, optional, cut):
+    """Both directions in float64, to rounding, where sequences begin in the middle too."""
+    heads, head_dim, states = 4, 3, 5
+
+    def draw(*shape):
+        return torch.randn(shape, dtype=torch.float64)
+
+    x, step, log_decay = (
+        draw(batch, length, heads, head_dim),
+        draw(batch, length, heads),
+        -draw(batch, length, heads).abs(),
+    )
+    b, c = draw(batch, length, groups, states), draw(batch, length, groups, states)
+    if cut:
+        log_decay = log_decay.masked_fill(torch.rand(batch, length, 1) < 0.1, -torch.inf)
+    d, first = (draw(heads * head_dim), draw(batch, heads, head_dim, states)) if optional else (None, None)
+    inputs = (x, step, log_decay, b, c, d, first)
+    out, held = ssd._ssd_ref(*inputs)
+    for ours, wanted in zip(ssd_chunked(*inputs), (out, held[:, -1]), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+    grads = draw(*out.shape), draw(batch, heads, head_dim, states)
+    found = ssd_chunked_backward(*grads, *inputs, True)
+    for ours, wanted in zip(found, ssd._ssd_backward_ref(*grads, *inputs), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+    assert ssd_chunked_backward(*grads, *inputs, False)[5].numel() == 0

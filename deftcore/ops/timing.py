@@ -45,7 +45,7 @@ def native_pays(
             try:
                 ratio = _ratio(native, library, x.device)
             except torch.OutOfMemoryError:
-                return True
+                return _pays.setdefault(quick, True)
             logger.info("cost model: %s: the kernel takes %.2f of PyTorch's time", key, ratio)
             add_to_table(COST_MODEL, {key: ratio})
         _pays[quick] = ratio <= 1

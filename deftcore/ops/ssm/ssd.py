@@ -1,5 +1,6 @@
 """The scan of Mamba-2 (Dao and Gu, arXiv 2405.21060): one step and one decay per head, in mamba_ssm's signature."""
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -8,10 +9,12 @@ from torch import Tensor
 
 from deftcore.ops._library import define
 from deftcore.ops.checks import check_float, check_shape
-from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, has_kernel, native, stream
+from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, stream
 from deftcore.ops.ssm._layout import wide_dtype
+from deftcore.ops.ssm.chunked import ssd_chunked, ssd_chunked_backward
 from deftcore.ops.ssm.conv1d import check_sequence
 from deftcore.ops.ssm.scan import MAX_STATES
+from deftcore.ops.timing import bucket_of, native_pays
 
 
 def mamba_chunk_scan(
@@ -130,13 +133,28 @@ def ssd_forward(
 ) -> tuple[Tensor, Tensor]:
     """out [B, L, H, P] and the last state [B, H, P, N]."""
     kernels = backend("mamba_chunk_scan", x)
-    if kernels is None:
+    if x.dtype == torch.float64:
         out, states = _ssd_ref(x, step, log_decay, b, c, d, first)
         return out, states[:, -1].clone()
-    out = x.new_empty(x.shape)
-    last = b.new_empty((x.shape[0], *x.shape[2:], b.shape[3]))
-    kernels.ssd(_native_args(x, step, log_decay, b, c, d, first, out, last), stream(x))
-    return out, last
+
+    def library() -> tuple[Tensor, Tensor]:
+        return ssd_chunked(x, step, log_decay, b, c, d, first)
+
+    if kernels is None:
+        return library()
+
+    def run() -> tuple[Tensor, Tensor]:
+        out = x.new_empty(x.shape)
+        last = b.new_empty((x.shape[0], *x.shape[2:], b.shape[3]))
+        kernels.ssd(_native_args(x, step, log_decay, b, c, d, first, out, last), stream(x))
+        return out, last
+
+    return run() if native_pays("mamba_chunk_scan", x, _sizes(x, b), run, library) else library()
+
+
+def _sizes(x: Tensor, b: Tensor) -> tuple[int, ...]:
+    """What the times depend on."""
+    return (bucket_of(x.shape[0]), bucket_of(x.shape[1]), *x.shape[2:], *b.shape[2:])
 
 
 def ssd_backward(
@@ -145,8 +163,25 @@ def ssd_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients in the order of the inputs."""
     kernels = backend("mamba_chunk_scan", x)
-    if kernels is None:
+    if x.dtype == torch.float64:
         return _ssd_backward_ref(grad_out, grad_last, x, step, log_decay, b, c, d, first)
+
+    def library() -> tuple[Tensor, ...]:
+        return ssd_chunked_backward(grad_out, grad_last, x, step, log_decay, b, c, d, first, want_d)
+
+    if kernels is None:
+        return library()
+
+    def run() -> tuple[Tensor, ...]:
+        return _native_backward(kernels, grad_out, grad_last, x, step, log_decay, b, c, d, first, want_d)
+
+    return run() if native_pays("mamba_chunk_scan_backward", x, _sizes(x, b), run, library) else library()
+
+
+def _native_backward(
+    kernels: ModuleType, grad_out: Tensor, grad_last: Tensor, x: Tensor, step: Tensor, log_decay: Tensor, b: Tensor,
+    c: Tensor, d: Tensor | None, first: Tensor | None, want_d: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     grad_out = collapsible(grad_out)
     grad_x, grad_step, grad_decay = x.new_empty(x.shape), torch.empty_like(step), torch.empty_like(step)
     grad_b, grad_c = torch.zeros_like(b), torch.zeros_like(c)
@@ -198,8 +233,7 @@ def _ssd_grad_fake(
     grad_out: Tensor, grad_last: Tensor, x: Tensor, step: Tensor, log_decay: Tensor, b: Tensor, c: Tensor,
     d: Tensor | None, first: Tensor | None, want_d: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    runs = has_kernel("mamba_chunk_scan", x)
-    grad_d = torch.empty_like(d) if d is not None and (want_d or not runs) else b.new_empty(0)
+    grad_d = torch.empty_like(d) if d is not None and (want_d or x.dtype == torch.float64) else b.new_empty(0)
     return (
         x.new_empty(x.shape), torch.empty_like(step), torch.empty_like(step), torch.empty_like(b), torch.empty_like(c),
         grad_d, b.new_empty((x.shape[0], *x.shape[2:], b.shape[3])),

@@ -1,0 +1,126 @@
+"""Mamba-2's scan by matrix products over chunks (Dao and Gu, arXiv 2405.21060, section 6): what a library can do best.
+
+In a chunk of Q steps y = (M * C B^T) X + e * (C h^T), with X = step x, h the state before the chunk, M[t, s] the decay
+from step s to step t and e[t] the one from the chunk's start; the states before the chunks are the same sum over
+chunks. Letters of the products: b batch, k chunk, t and s step, g group, r head in its group, p head dim, n state.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_STEPS = 64  # of a chunk
+
+
+class _Chunks(NamedTuple):
+    """The op's inputs by chunks, and what both directions take from them."""
+
+    x: Tensor  # [b k s g r p]
+    step: Tensor  # [b k s g r 1]
+    b: Tensor  # [b k s g n]
+    c: Tensor  # [b k t g n]
+    decay: Tensor  # M [b k g r t s]
+    start: Tensor  # e [b k t g r 1]
+    end: Tensor  # decay from step s to the chunk's end [b k s g r 1]
+    products: Tensor  # C B^T [b k g 1 t s]
+    between: Tensor  # decay from the end of chunk j - 1 to the start of chunk k [b g r k j], 0: before all
+    states: Tensor  # before each chunk, and after the last [b k g r p n]
+
+    @classmethod
+    def of(cls, x: Tensor, step: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, first: Tensor | None) -> "_Chunks":
+        groups = b.shape[2]
+        x, step, log_decay = (_cut(t.to(b.dtype)).unflatten(3, (groups, -1)) for t in (x, step, log_decay))
+        b, c, step = _cut(b), _cut(c), step.unsqueeze(-1)
+        log_decay = log_decay.movedim(2, -1)
+        decay = _decays(log_decay)
+        end = decay[..., -1, :].movedim(-1, 2).unsqueeze(-1)
+        start = log_decay.cumsum(-1).exp().movedim(-1, 2).unsqueeze(-1)
+        between = _decays(F.pad(log_decay.sum(-1).movedim(1, -1), (1, 0)))
+        added = torch.einsum("bksgrp,bksgn->bkgrpn", end * step * x, b)
+        before = added.new_zeros(len(x), 1, *added.shape[2:])
+        if first is not None:
+            before = first.unflatten(1, (groups, -1)).unsqueeze(1)
+        held = torch.einsum("bgrkj,bjgrpn->bkgrpn", between, torch.cat((before, added), 1))
+        products = torch.einsum("bktgn,bksgn->bkgts", c, b).unsqueeze(3)
+        return cls(x, step, b, c, decay, start, end, products, between, held)
+
+
+def ssd_chunked(
+    x: Tensor, step: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, d: Tensor | None, first: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `ssd_forward`: out [B, L, H, P] and the last state [B, H, P, N]."""
+    k = _Chunks.of(x, step, log_decay, b, c, first)
+    y = torch.einsum("bkgrts,bksgrp->bktgrp", k.decay * k.products, k.step * k.x)
+    y += k.start * torch.einsum("bktgn,bkgrpn->bktgrp", k.c, k.states[:, :-1])
+    y = _joined(y, x)
+    y = y if d is None else y + d.view(x.shape[2:]) * x.to(y.dtype)
+    return y.to(x.dtype), k.states[:, -1].flatten(1, 2).contiguous()
+
+
+def ssd_chunked_backward(
+    grad_out: Tensor, grad_last: Tensor, x: Tensor, step: Tensor, log_decay: Tensor, b: Tensor, c: Tensor,
+    d: Tensor | None, first: Tensor | None, want_d: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As `ssd_backward`: gradients in the order of the inputs, d's only where it is wanted."""
+    k, groups = _Chunks.of(x, step, log_decay, b, c, first), b.shape[2]
+    grad = grad_out.to(b.dtype)
+    dy = _cut(grad).unflatten(3, (groups, -1))
+    moved, from_start = k.step * k.x, k.start * dy
+    # Gradients of the states: those before the chunks, through time, to what each chunk adds.
+    of_states = torch.einsum("bktgrp,bktgn->bkgrpn", from_start, k.c)
+    of_states = torch.cat((of_states, grad_last.to(b.dtype).unflatten(1, (groups, -1)).unsqueeze(1)), 1)
+    of_states = torch.einsum("bgrkj,bkgrpn->bjgrpn", k.between, of_states)
+    of_added, before = of_states[:, 1:], k.states[:, :-1]
+
+    pairs = k.decay * torch.einsum("bktgrp,bksgrp->bkgrts", dy, moved)
+    of_products = pairs.sum(3)
+    seen = k.end * torch.einsum("bksgn,bkgrpn->bksgrp", k.b, of_added)
+    of_moved = torch.einsum("bkgrts,bktgrp->bksgrp", k.decay * k.products, dy) + seen
+    of_b = torch.einsum("bkgts,bktgn->bksgn", of_products, k.c)
+    of_b += torch.einsum("bksgrp,bkgrpn->bksgn", k.end * moved, of_added)
+    of_c = torch.einsum("bkgts,bksgn->bktgn", of_products, k.b)
+    of_c += torch.einsum("bktgrp,bkgrpn->bktgn", from_start, before)
+
+    # A step's decay is in every pair (t, s) that it stands between, in the way from the start to t, from s to the end.
+    crossed = _sums_from(pairs * k.products, -2).tril(-1).sum(-1)
+    to_later = (from_start * torch.einsum("bktgn,bkgrpn->bktgrp", k.c, before)).sum(-1).movedim(2, -1)
+    from_earlier = (seen * moved).sum(-1).movedim(2, -1)
+    whole = (of_added * before).sum((-1, -2)) * k.start[:, :, -1, ..., 0]
+    of_decay = crossed + _sums_from(to_later, -1) + (from_earlier.cumsum(-1) - from_earlier) + whole.unsqueeze(-1)
+
+    grad_x = _joined(k.step * of_moved, x)
+    grad_d = b.new_empty(0)
+    if d is not None:
+        grad_x = grad_x + d.view(x.shape[2:]) * grad
+    if d is not None and want_d:
+        grad_d = (grad * x.to(b.dtype)).sum((0, 1)).reshape(-1)
+    return (
+        grad_x.to(x.dtype), _joined((of_moved * k.x).sum(-1), step), _joined(of_decay.movedim(-1, 2), step),
+        _joined(of_b, b), _joined(of_c, c), grad_d, of_states[:, 0].flatten(1, 2).contiguous(),
+    )  # fmt: skip
+
+
+def _cut(x: Tensor) -> Tensor:
+    """[B, L, ...] as [B, chunks, steps, ...], with zeros behind: no decay, nothing added."""
+    padded = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % _STEPS))
+    return padded.unflatten(1, (-1, _STEPS)) if x.shape[1] else padded.view(len(x), 0, _STEPS, *x.shape[2:])
+
+
+def _joined(x: Tensor, like: Tensor) -> Tensor:
+    """The opposite: of like's shape."""
+    return x.flatten(1, 2)[:, : like.shape[1]].reshape(like.shape).contiguous()
+
+
+def _decays(log_decay: Tensor) -> Tensor:
+    """exp(log_decay[s + 1] + ... + log_decay[t]) at [..., t, s], 0 for s > t; sums, as a difference of -inf is NaN."""
+    size = log_decay.shape[-1]
+    lower = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).tril(-1)
+    sums = torch.where(lower, log_decay.unsqueeze(-1), 0).cumsum(-2)
+    return sums.exp().tril()
+
+
+def _sums_from(x: Tensor, dim: int) -> Tensor:
+    """Sums over all that comes at or after a place."""
+    return x.flip(dim).cumsum(dim).flip(dim)
