@@ -2,7 +2,8 @@
 # Builds, tests and measures the CUDA kernels on one GPU in under nine minutes, offline, with what a CUDA image has:
 #   bash bench/gpu_check.sh
 # Needs nvcc, cmake, ninja and a Python with torch, pybind11, scikit-build-core and pytest.
-# Writes bench/results/<device>.json: device, driver, versions, commit, the outcome of every test, every figure.
+# Writes bench/results/<device>.json: device, driver, versions, commit, each kernel's proof, the outcome of every test,
+# every figure.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
@@ -12,6 +13,10 @@ export PYTHONPATH="$work/site:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" DEFTCORE_CU
 echo "== build"
 DEFTCORE_CUDA=on python3 -m pip install -q --no-build-isolation --no-deps --target "$work/site" . || exit 1
 cp -r tests bench pyproject.toml "$work/" && cd "$work" || exit 1  # the source folder must not shadow the install
+
+echo "== proof"
+timeout 200 python3 -m deftcore gpu-check --json >"$work/proof.json"
+grep '"reason"' "$work/proof.json" | sort | uniq -c
 
 echo "== tests"
 timeout 240 python3 -m pytest tests/test_cuda.py -m cuda -q --junitxml "$work/tests.xml" -p no:cacheprovider
@@ -44,11 +49,12 @@ driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=c
 commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
 cases = xml.parse(work / "tests.xml").getroot().iter("testcase") if (work / "tests.xml").exists() else []
 outcome = {c.get("name"): next((child.tag for child in c if child.tag in ("failure", "error", "skipped")), "passed") for c in cases}
-figures = work / "figures.json"
+figures, proof = work / "figures.json", work / "proof.json"
 device = torch.cuda.get_device_name()
 result = {
     "device": device, "driver": driver.stdout.strip(), "torch": torch.__version__, "cuda": torch.version.cuda,
     "commit": commit, "pytest_exit": tests, "tests": outcome, "compute_sanitizer": sanitizer,
+    "proof": json.loads(proof.read_text() or "null") if proof.exists() else None,
     "figures": json.loads(figures.read_text()) if figures.exists() else None,
 }
 path = Path("bench/results") / f"{device.lower().replace(' ', '-')}.json"

@@ -6,10 +6,12 @@ import torch.nn.functional as F
 from conftest import assert_close_to_ref
 
 from deftcore import ops
+from deftcore._files import read_table
 from deftcore.ops import DeltaBank, LowRankDelta, SliceDelta
 from deftcore.ops.density import ACTIVATIONS, SURROGATES, act_density_ref
 from deftcore.ops.gated_linear import gated_act_ref, gated_linear_ref
-from deftcore.ops.kernels import cuda_enabled
+from deftcore.ops.kernels import KERNELS, cuda_enabled, gpu
+from deftcore.ops.proof import Place, prove
 from deftcore.ops.sparse_mlp import sparse_mlp_ref
 
 pytestmark = pytest.mark.cuda
@@ -416,3 +418,29 @@ def test_fused_blocks(kind):
         grads = torch.autograd.grad(out.sum() + last.sum(), leaves_of(side))
         results.append([t.detach().cpu().double() for t in (out, last, *grads)])
     agree(results[1], results[0], torch.float32)
+
+
+# ---------------------------------------------------------------------------- proof, and the faster way
+
+
+def test_every_kernel_is_proved():
+    found = prove(KERNELS, Place.of(gpu()), again=True)
+    assert {kernel: verdict.reason for kernel, verdict in found.items() if verdict.reason} == {}
+
+
+def test_the_faster_way_gives_the_same(monkeypatch):
+    """Timed on the device, at the first call; the second takes what was found."""
+    from test_ssd import inputs
+
+    monkeypatch.setenv("DEFTCORE_CUDA_KERNELS", "proved")
+    q, x = ops.quantize_4bit(torch.randn(96, 128)), torch.randn(4, 128)
+    for _ in range(2):
+        y = ops.linear_4bit(x.cuda(), q.to("cuda")).cpu()
+        torch.testing.assert_close(y, x @ q.dequantize().t(), rtol=1e-4, atol=1e-4)
+    tensors, _ = inputs(length=70)
+    tensors[6] = None
+    for _ in range(2):
+        check_op(lambda *t: ops.mamba_chunk_scan(*t[:5], 64, *t[5:], None, True, return_final_states=True), tensors,
+                 torch.float32)  # fmt: skip
+    timed = " ".join(read_table("cost_model.json"))
+    assert all(f" {name} " in timed for name in ("linear_4bit", "mamba_chunk_scan", "mamba_chunk_scan_backward"))
