@@ -117,9 +117,8 @@ def _unproved(device: torch.device) -> dict[str, str]:
     place = Place.of(device)
     found, why = remembered(KERNELS, place), ""
     if len(found) < len(KERNELS):
-        if (
-            capturing(device) or torch.compiler.is_compiling()
-        ):  # off from here on: what was captured or traced must stay true
+        if capturing(device) or torch.compiler.is_compiling():
+            # Off from here on: what was captured or traced must stay true.
             why = "not proved before a CUDA graph or torch.compile came; run `deftcore gpu-check` first"
         else:
             try:

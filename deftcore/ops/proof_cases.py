@@ -37,10 +37,12 @@ class Case:
 
 
 class _Numbers:
-    """Draws of one kernel's cases: the same ones on every device."""
+    """Draws of one kernel's cases, and the device's number of multiprocessors, by which some kernels cut their work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._generator = device, torch.Generator().manual_seed(0)
+        gpu = device.type == "cuda"
+        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if gpu else 3
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Normal numbers that every dtype holds."""
@@ -65,17 +67,20 @@ class _Numbers:
 def _act_density(draw: _Numbers) -> Iterator[Case]:
     for activation in ACTIVATIONS:
         for surrogate in SURROGATES:
-            mask = draw.below(3, 3) > 0
-            yield Case(
-                f"{activation}, {surrogate}",
-                lambda z, f=activation, s=surrogate, m=mask: ops.act_density(z, f, mask=m, surrogate=s),
-                [draw.normal(3, 17, scale=3.0)], gradients=True,
-            )  # fmt: skip
-    yield Case("wide", lambda z: ops.act_density(z, "gelu"), [draw.normal(5, 2049, scale=3.0)], gradients=True)
+            for width in (17, 64):
+                mask = draw.below(3, 3) > 0
+                yield Case(
+                    f"{activation}, {surrogate}, {width}",
+                    lambda z, f=activation, s=surrogate, m=mask: ops.act_density(z, f, mask=m, surrogate=s),
+                    [draw.normal(3, width, scale=3.0)], gradients=True,
+                )  # fmt: skip
+    for width in (2049, 4096):
+        z = draw.normal(5, width, scale=3.0)
+        yield Case(f"gelu, {width}", lambda z: ops.act_density(z, "gelu"), [z], gradients=True)
 
 
 def _density(draw: _Numbers) -> Iterator[Case]:
-    for shape in ((1, 1), (37, 101), (2, 4099)):
+    for shape in ((1, 1), (37, 101), (2, 4099), (5, 2048)):
         mask = draw.below(2, shape[0]) > 0
         for m in (None, mask):
             yield Case(f"{shape}", lambda a, m=m: ops.density(a, mask=m), [draw.zeroed(*shape, 0.3)])
@@ -98,7 +103,7 @@ def _gated_act(draw: _Numbers) -> Iterator[Case]:
 
 
 def _sparse_down(draw: _Numbers) -> Iterator[Case]:
-    for tokens, neurons, width in ((1, 67, 17), (4, 259, 64), (5, 130, 333), (64, 70, 72)):
+    for tokens, neurons, width in ((1, 67, 17), (4, 259, 64), (5, 130, 333), (64, 70, 72), (2, 40, 2064)):
         for density in (0.0, 0.3, 1.0):
             yield Case(
                 f"{tokens} tokens, density {density}",
@@ -118,7 +123,7 @@ def _sparse_mlp(draw: _Numbers) -> Iterator[Case]:
 
     for activation in ("relu", "silu"):
         for tokens in (1, 3):
-            for neurons, width in ((70, 33), (200, 64)):
+            for neurons, width in ((70, 33), (200, 64), (40, 2064)):
                 up, down = (draw.normal(neurons, width, scale=width**-0.5) for _ in range(2))
                 gate = draw.normal(neurons, width, scale=width**-0.5)
                 x, biases = draw.normal(tokens, width), (draw.normal(neurons), draw.normal(width))
@@ -145,6 +150,10 @@ def _sparse_mlp_4bit(draw: _Numbers) -> Iterator[Case]:
                     f"{quant_type}, block {block}, {label}, {tokens} tokens",
                     lambda x, w=weights: mlp_4bit(x, w, None, None, relu, 0.0, sparse), [x],
                 )  # fmt: skip
+    wide = [draw.quantized(40, 2112, double_quant=False) for _ in range(3)]
+    for tokens in (1, 4):
+        yield Case(f"wide, {tokens} tokens", lambda x: mlp_4bit(x, wide, None, None, relu, 0.0, sparse),
+                   [draw.normal(tokens, 2112)])  # fmt: skip
     low = [draw.normal(*shape, scale=0.2) for shape in ((9, 128), (160, 9), (9, 128), (160, 9), (160, 9), (128, 9))]
     yield Case("LoRA", lambda x, *low: mlp_4bit(x, (gate, up, down), None, None, relu, 0.0, sparse, LowRank4(*low)),
                [draw.normal(3, 128), *low])  # fmt: skip
@@ -180,10 +189,13 @@ def _dequantize_4bit(draw: _Numbers) -> Iterator[Case]:
 
 
 def _linear_4bit(draw: _Numbers) -> Iterator[Case]:
-    for quant_type, rows, cols, block in (("nf4", 24, 128, 64), ("fp4", 40, 96, 32), ("nf4", 5, 7, 64)):
+    many = 64 * draw.processors + 5  # rows from which a warp takes several, and columns that are staged in parts
+    for quant_type, rows, cols, block in (
+        ("nf4", 24, 128, 64), ("fp4", 40, 96, 32), ("nf4", 5, 7, 64), ("nf4", many, 64, 64), ("fp4", 3, 20544, 64),
+    ):  # fmt: skip
         for double in (False, True):
             q = draw.quantized(rows, cols, quant_type=quant_type, block_size=block, double_quant=double)
-            for tokens in (1, 3, 5, 16):
+            for tokens in (1, 2, 3, 8, 13):
                 x, bias = draw.normal(tokens, cols), draw.normal(rows)
                 a, b = draw.normal(9, cols, scale=cols**-0.5), draw.normal(rows, 9)
                 label = f"{quant_type}, {rows} x {cols}, double_quant {double}, {tokens} tokens"
@@ -203,7 +215,7 @@ def _grouped_delta(draw: _Numbers) -> Iterator[Case]:
         index = torch.tensor([0, 1, 2, 3, -1, 0, 2], device=x.device)
         return ops.grouped_delta_linear(x, base, deltas, index)
 
-    for rows, cols in ((70, 130), (1, 40), (300, 48)):
+    for rows, cols in ((70, 130), (1, 40), (300, 48), (1100, 16)):
         inputs = [draw.normal(*shape) for shape in ((7, 3, cols), (rows, cols), (5, rows), (1, cols), (9, cols))]
         yield Case(f"{rows} x {cols}", run, [*inputs, draw.normal(rows, 9)])
 
@@ -219,6 +231,7 @@ def _selective_scan(draw: _Numbers) -> Iterator[Case]:
 
     for batch, channels, length, states, groups, rows in (
         (2, 20, 37, 5, 0, True), (1, 36, 1, 16, 4, False), (1, 33, 70, 16, 0, True), (2, 6, 40, 40, 2, False),
+        (1, 130, 40, 16, 0, True),
     ):  # fmt: skip
         coefficients = (batch, groups, states, length) if groups else (batch, states, length)
         shapes = ((batch, channels, length), (batch, channels, length), (channels, states), coefficients, coefficients)
@@ -238,6 +251,7 @@ def _mamba_chunk_scan(draw: _Numbers) -> Iterator[Case]:
 
     for batch, length, heads, head_dim, states, groups in (
         (2, 37, 4, 5, 6, 2), (1, 1, 2, 16, 16, 1), (1, 65, 2, 33, 17, 1), (1, 40, 3, 16, 64, 3),
+        (1, 70, 2, 80, 20, 1),
     ):  # fmt: skip
         coefficients = (batch, length, groups, states)
         shapes = ((batch, length, heads, head_dim), (batch, length, heads), (heads,), coefficients, coefficients)
