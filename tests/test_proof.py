@@ -354,8 +354,8 @@ def test_cases_reach_every_function(function, monkeypatch):
     """A function that does nothing fails its kernel, and no other."""
     kernel = KERNEL_OF.get(function, function.removesuffix("_backward"))
     monkeypatch.setattr(kernels.native.cuda, function, lambda args, stream: None)
-    reason, _ = proof_cases.check(kernel, torch.device("cpu"))
-    assert reason.startswith("differs by ")
+    reason = proof_cases._report(kernel, torch.device("cpu"))["reason"]
+    assert reason.startswith(("differs by ", "failed, ValueError: w: has values that are not finite"))
     other = "density" if kernel != "density" else "gated_act"
     assert proof_cases.check(other, torch.device("cpu"))[0] == ""
 
