@@ -255,17 +255,21 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m bench.cuda_static")
     parser.add_argument("build", type=Path, help="a build folder with CUDA")
     parser.add_argument("--all", action="store_true", help="a line per instance, not per template")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every instance's figures to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same figures to this file")
     args = parser.parse_args()
     kernels, ptx = read(args.build)
     print("local memory in bytes of a thread, shared memory in bytes of a block; accesses are instructions x bytes")
-    for arch in sorted({k.arch for k in kernels}):
+    archs = sorted({k.arch for k in kernels})
+    for arch in archs:
         print(f"\n{arch}\n")
         print(table_of([k for k in kernels if k.arch == arch], args.all))
     print(f"\nPTX: {', '.join(ptx) or 'none'}")
     found = faults(kernels, ptx)
     if args.json:
-        rows = [vars(k) | {"barriers": len(k.barriers), "occupancy": k.occupancy} for k in kernels]
+        shown = (
+            kernels if args.all else [k for arch in archs for k, _, _ in worst([k for k in kernels if k.arch == arch])]
+        )
+        rows = [vars(k) | {"barriers": len(k.barriers), "occupancy": k.occupancy} for k in shown]
         write_json(args.json, {"kernels": rows, "ptx": ptx, "faults": found})
     sys.exit("\n".join(found) or 0)
 

@@ -1,65 +1,63 @@
 #!/usr/bin/env bash
-# Builds, tests and measures the CUDA kernels on one GPU in under nine minutes, offline, with what a CUDA image has:
-#   bash bench/gpu_check.sh
-# Needs nvcc, cmake, ninja and a Python with torch, pybind11, scikit-build-core and pytest.
-# Writes bench/results/<device>.json: device, driver, versions, commit, each kernel's proof, the outcome of every test,
-# every figure.
+# Builds, proves, tests and measures the CUDA kernels on one GPU in under nine minutes, offline, with what a CUDA image
+# has:
+#   bash bench/gpu_check.sh [FOLDER]
+# Needs nvcc, cmake, ninja and a Python with torch, pybind11, pytest and rich. Peers that are not installed are left out.
+# Writes FOLDER/<device>.json, bench/results by default, anew after every step: one that hangs is stopped and costs its
+# own figures alone. Holds device, driver, versions, commit, the verdict on every kernel, what the compiler made of it,
+# every test's outcome and every figure.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
+results=$(realpath "${1:-bench/results}")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export PYTHONPATH="$work/site:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" DEFTCORE_CUDA_KERNELS=all DEFTCORE_CACHE="$work/cache" MAX_JOBS=16
+export PYTHONPATH=$work DEFTCORE_CACHE=$work/cache
+mkdir -p "$results"
 
-echo "== build"
-DEFTCORE_CUDA=on python3 -m pip install -q --no-build-isolation --no-deps --target "$work/site" . || exit 1
-cp -r tests bench pyproject.toml "$work/" && cd "$work" || exit 1  # the source folder must not shadow the install
+# step NAME SECONDS COMMAND...: runs it for at most so long, and writes down how it ended.
+step() {
+  local name=$1 limit=$2 start=$SECONDS status
+  shift 2
+  printf '\n== %s\n' "$name"
+  timeout -s INT -k 10 "$limit" "$@"
+  status=$?
+  echo "$name $status $((SECONDS - start))" >>"$work/steps"
+  python3 -m bench.gpu_report "$work" "$results"
+  return "$status"
+}
 
-echo "== proof"
-timeout 200 python3 -m deftcore gpu-check --json >"$work/proof.json"
-grep '"reason"' "$work/proof.json" | sort | uniq -c
+cp -r deftcore tests bench pyproject.toml "$work"
+rm -f "$work"/deftcore/_C.*.so  # of another build
+python3 - "$(git rev-parse HEAD)" >"$work/machine.json" <<'PY' || exit 1
+import json, subprocess, sys, torch
+query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+driver = subprocess.run(query, capture_output=True, text=True).stdout.split()
+print(json.dumps({"device": torch.cuda.get_device_name(), "driver": " ".join(driver[:1]), "torch": torch.__version__,
+                  "cuda": torch.version.cuda, "commit": sys.argv[1]}))
+PY
 
-echo "== tests"
-timeout 240 python3 -m pytest tests/test_cuda.py -m cuda -q --junitxml "$work/tests.xml" -p no:cacheprovider
-tests=$?
+cmake -S . -B "$work/build" -G Ninja -DDEFTCORE_CUDA=on -DDEFTCORE_BUILD_PYTHON=ON \
+  -Dpybind11_DIR="$(python3 -m pybind11 --cmakedir)" -DPython_EXECUTABLE="$(command -v python3)" || exit 1
+step build 170 ninja -C "$work/build" _C || exit 1
+cp "$work"/build/_C.*.so "$work/deftcore"
+cd "$work" || exit 1
 
-echo "== compute-sanitizer"
-sanitizer="not found"
+step static 120 python3 -m bench.cuda_static build --json static.json >static.log 2>&1 &
+static=$!
+
+step proof 60 sh -c 'python3 -m deftcore gpu-check --timeout 30 --json >proof.json'
+
+step tests 110 python3 -m pytest tests/test_cuda.py -m cuda -q --junitxml tests.xml -p no:cacheprovider
+
 if command -v compute-sanitizer >/dev/null; then
-  timeout 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
+  step compute-sanitizer 50 compute-sanitizer --tool memcheck --error-exitcode 9 \
     python3 -m pytest tests/test_cuda.py -m cuda -q -x -p no:cacheprovider \
-    -k "bundled or poisoned or side_stream or density or 4bit or gated_linear or grouped or scan or conv1d or steps" >"$work/sanitizer.log" 2>&1
-  sanitizer="exit $?"
-  tail -n 3 "$work/sanitizer.log"
+    -k "bundled or poisoned or side_stream or density or 4bit or gated_linear or grouped or scan or conv1d or steps"
 fi
 
-echo "== benchmarks"
-timeout 200 python3 -m bench --device cuda --quick --only linear_4bit quantise sparse_4bit sparse_down gated act_density \
-  overhead selective_scan mamba_chunk_scan mamba_mixer mamba_decode s2ft_serving s2ft_training \
-  --output "$work/figures.json"
+wait "$static"
+step benchmarks $((530 - SECONDS)) python3 -m bench --device cuda --quick --output figures.json --only linear_4bit qlora \
+  quantise sparse_4bit sparse_down gated act_density gated_linear s2ft_serving s2ft_training selective_scan \
+  mamba_chunk_scan conv1d state_update mamba_mixer mamba_decode overhead
 
-cd "$OLDPWD" && python3 - "$work" "$tests" "$sanitizer" <<'PY'
-import json, subprocess, sys
-import xml.etree.ElementTree as xml
-from pathlib import Path
-
-import torch
-
-work, tests, sanitizer = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
-commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-cases = xml.parse(work / "tests.xml").getroot().iter("testcase") if (work / "tests.xml").exists() else []
-outcome = {c.get("name"): next((child.tag for child in c if child.tag in ("failure", "error", "skipped")), "passed") for c in cases}
-figures, proof = work / "figures.json", work / "proof.json"
-device = torch.cuda.get_device_name()
-result = {
-    "device": device, "driver": driver.stdout.strip(), "torch": torch.__version__, "cuda": torch.version.cuda,
-    "commit": commit, "pytest_exit": tests, "tests": outcome, "compute_sanitizer": sanitizer,
-    "proof": json.loads(proof.read_text() or "null") if proof.exists() else None,
-    "figures": json.loads(figures.read_text()) if figures.exists() else None,
-}
-path = Path("bench/results") / f"{device.lower().replace(' ', '-')}.json"
-path.write_text(json.dumps(result, indent=1))
-failed = [name for name, how in outcome.items() if how != "passed"]
-print(f"{path}: {len(outcome)} tests, not passed: {failed or 'none'}; compute-sanitizer: {sanitizer}")
-sys.exit(bool(failed) or tests)
-PY
+python3 -m bench.gpu_report "$work" "$results"

@@ -1,6 +1,7 @@
 """What every benchmark family uses: alternating sides, medians, cold weights."""
 
 import ctypes
+import importlib
 import statistics
 import time
 
@@ -65,6 +66,16 @@ def _graph_clock(run):
         return start.elapsed_time(end) / 1e3 / GRAPH_CALLS
 
     return seconds
+
+
+def optional(module, name):
+    """What a peer calls this, or None where the package is not there or cannot be loaded."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # one that was built for another PyTorch fails in many ways
+        if not isinstance(error, ModuleNotFoundError):
+            console.print(f"{module} does not load, its columns are left out: {error}")
+        return None
 
 
 class Rotating:

@@ -159,6 +159,35 @@ def run_for_memory(device, method, width, layers, length, batch, dtype):
         print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024)
 
 
+def bench_gated_linear(device, quick):
+    """A gated MLP's down projection with its activation inside, against PyTorch's three steps; the weight is frozen."""
+    rows = []
+    cases = [(t, d) for t in ((512,) if quick else (128, 512, 2048)) for d in (torch.float32, torch.bfloat16)]
+    for tokens, dtype in track(cases, "gated_linear", console=console):
+        gate, up = (torch.randn(tokens, mlp_width(2048)).to(device, dtype).requires_grad_() for _ in range(2))
+        weight = (torch.randn(2048, mlp_width(2048)) / 50).to(device, dtype)
+        grad = torch.randn(tokens, 2048).to(device, dtype)
+        calls = {
+            "ours": lambda g=gate, u=up, w=weight: ops.gated_linear(g, u, w),
+            "torch": lambda g=gate, u=up, w=weight: F.linear(F.silu(g) * u, w),
+        }
+        for what in ("forward", "both"):
+
+            def side(run, leaves=(gate, up), grad=grad, what=what):
+                if what == "forward":
+                    with torch.no_grad():
+                        return run()
+                return torch.autograd.grad(run(), leaves, grad)
+
+            times = alternate({n: lambda run=run, f=side: f(run) for n, run in calls.items()}, 5, device)
+            ours, theirs = times["ours"]["seconds"], times["torch"]["seconds"]
+            rows.append(
+                {"what": what, "dtype": str(dtype)[6:], "tokens": tokens, "ours_ms": ours * 1e3,
+                 "torch_ms": theirs * 1e3, "ratio": theirs / ours}
+            )  # fmt: skip
+    return rows
+
+
 # ---------------------------------------------------------------------------- adapters
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from rich.progress import track
 
 import deftcore
-from bench.harness import alternate, console
+from bench.harness import alternate, console, optional
 from deftcore import ops
 
 STATES = 16
@@ -50,17 +50,15 @@ def ours(x):
     return ops.selective_scan(x["u"], x["delta"], x["A"], x["B"], x["C"], x["D"], x["z"], None, True)
 
 
-def has_mambapy():
-    try:
-        import mambapy.pscan  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def mamba_ssm_scan():
+    scan = optional("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
+    return scan and (lambda x: scan(*(x[k] for k in ("u", "delta", "A", "B", "C", "D", "z")), None, True))
 
 
 def bench_scan(device, quick):
     """Peers where they take seconds, ours up to 8192 steps; forward, and forward with backward."""
     rate, rows = vector_rate() if device == "cpu" else None, []
+    mambapy, mamba_ssm = optional("mambapy.pscan", "pscan"), mamba_ssm_scan()
     cases = [(1, n, 1536) for n in ((256, 1024) if quick else (64, 256, 512, 1024, 2048, 4096, 8192))]
     cases += [] if quick else [(1, 1024, 5120), (8, 512, 1536), (8, 512, 5120)]
     for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
@@ -73,8 +71,10 @@ def bench_scan(device, quick):
                 peers = batch == 1 and width == 1536 and dtype == torch.float32
                 if peers and length <= (1024 if what == "forward" else 512):
                     sides["transformers"] = transformers_scan(False)
-                if peers and length <= 1024 and has_mambapy():
+                if peers and length <= 1024 and mambapy:
                     sides["mambapy"] = transformers_scan(True)
+                if device == "cuda" and mamba_ssm:
+                    sides["mamba_ssm"] = mamba_ssm
 
                 def side(run, x=x, leaves=leaves, grad=grad, what=what):
                     if what == "forward":
@@ -214,6 +214,7 @@ def bench_chunk_scan(device, quick):
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
     rows = []
+    triton_scan = optional("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
     for length in (512,) if quick else (256, 1024, 2048):
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(1, length, 24, 64, dtype=dtype, device=device, requires_grad=True)
@@ -227,6 +228,10 @@ def bench_chunk_scan(device, quick):
                     x, dt, a, b, c, 256, D=d, dt_softplus=True
                 ).to(x.dtype),
             }
+            if device == "cuda" and triton_scan:
+                calls["mamba_ssm"] = lambda x=x, dt=dt, b=b, c=c: triton_scan(
+                    x, dt, a, b, c, 256, D=d, dt_softplus=True
+                )
             for what in ("forward", "both"):
 
                 def side(run, leaves=(x, dt, b, c), grad=grad, what=what):
@@ -240,5 +245,106 @@ def bench_chunk_scan(device, quick):
                 rows.append(
                     {"what": what, "dtype": str(dtype)[6:], "length": length, "ours_ms": 1e3 * seconds["ours"],
                      "ratio": seconds["transformers"] / seconds["ours"]}
+                    | {f"over_{name}": seconds[name] / seconds["ours"] for name in seconds if name == "mamba_ssm"}
+                )  # fmt: skip
+    return rows
+
+
+# ---------------------------------------------------------------------------- the convolution, one step
+
+
+def bench_conv1d(device, quick):
+    """Four taps and SiLU, against PyTorch's grouped convolution and causal_conv1d where it is installed."""
+    rows, theirs = [], optional("causal_conv1d", "causal_conv1d_fn") if device == "cuda" else None
+    lengths = (1024,) if quick else (256, 1024, 4096)
+    cases = [(n, d) for n in lengths for d in (torch.float32, torch.bfloat16)]
+    for length, dtype in track(cases, "causal_conv1d", console=console):
+        width, taps = 1536, 4
+        x = torch.randn(1, length, width).to(device, dtype).transpose(1, 2).requires_grad_()  # as in_proj gives it
+        w, bias = (torch.randn(*shape).to(device, dtype).requires_grad_() for shape in ((width, taps), (width,)))
+        grad = torch.randn(1, length, width).to(device, dtype).transpose(1, 2)
+        calls = {
+            "ours": lambda x=x, w=w, b=bias: ops.causal_conv1d(x, w, b, activation="silu"),
+            "torch": lambda x=x, w=w, b=bias: F.silu(
+                F.conv1d(x, w.unsqueeze(1), b, padding=taps - 1, groups=width)[..., : x.shape[-1]]
+            ),
+        }
+        if theirs:
+            calls["causal_conv1d"] = lambda x=x, w=w, b=bias: theirs(x, w, b, activation="silu")
+        for what in ("forward", "both"):
+
+            def side(run, leaves=(x, w, bias), grad=grad, what=what):
+                if what == "forward":
+                    with torch.no_grad():
+                        return run()
+                return torch.autograd.grad(run(), leaves, grad)
+
+            times = alternate({n: lambda run=run, f=side: f(run) for n, run in calls.items()}, 5, device)
+            seconds = {name: t["seconds"] for name, t in times.items()}
+            moved = x.nbytes * (2 if what == "forward" else 5)  # in and out; for both x again, its gradient, out's
+            rows.append(
+                {"what": what, "dtype": str(dtype)[6:], "length": length, "width": width,
+                 "ours_ms": 1e3 * seconds["ours"], "ratio": seconds["torch"] / seconds["ours"],
+                 "gb_per_s": moved / seconds["ours"] / 1e9}
+                | {f"over_{name}": seconds[name] / seconds["ours"] for name in seconds if name == "causal_conv1d"}
+            )  # fmt: skip
+    return rows
+
+
+def step_in_torch(state, x, dt, a, b, c, d, z):
+    """selective_state_update as Transformers writes it for Mamba."""
+    dt = F.softplus(dt).unsqueeze(-1).float()
+    state.copy_(torch.exp(dt * a) * state + dt * b.unsqueeze(1).float() * x.unsqueeze(-1).float())
+    out = (state.to(x.dtype) @ c.unsqueeze(-1)).squeeze(-1) + (d * x).to(x.dtype)
+    return out * F.silu(z)
+
+
+def conv_step_in_torch(x, window, w, bias):
+    """causal_conv1d_update as Transformers writes it."""
+    window.copy_(window.roll(-1, -1))
+    window[..., -1] = x
+    return F.silu((window * w).sum(-1) + bias)
+
+
+@torch.no_grad()
+def bench_state_update(device, quick):
+    """One step of scan and of convolution, state in place, against PyTorch, mamba_ssm and causal_conv1d."""
+    rows, width, taps = [], 5120, 4
+    on_gpu = device == "cuda"
+    scan_step = optional("mamba_ssm.ops.triton.selective_state_update", "selective_state_update") if on_gpu else None
+    conv_step = optional("causal_conv1d", "causal_conv1d_update") if on_gpu else None
+    for batch in (1, 64) if quick else (1, 8, 64):
+        for dtype in (torch.float32, torch.bfloat16):
+
+            def random(*shape, dtype=dtype):
+                return torch.randn(*shape).to(device, dtype)
+
+            a = -torch.arange(1.0, STATES + 1, device=device).repeat(width, 1)
+            x, z, d = random(batch, width), random(batch, width), torch.ones(width, device=device)
+            dt, b, c = random(batch, width) - 4, random(batch, STATES), random(batch, STATES)
+            state, window = random(batch, width, STATES, dtype=torch.float32), random(batch, width, taps)
+            w, bias = random(width, taps), random(width)
+            args = (state, x, dt, a, b, c, d, z)
+            kinds = {
+                "scan": {
+                    "ours": lambda s=args: ops.selective_state_update(*s, dt_softplus=True),
+                    "torch": lambda s=args: step_in_torch(*s),
+                    "mamba_ssm": scan_step and (lambda s=args: scan_step(*s, dt_softplus=True)),
+                },
+                "convolution": {
+                    "ours": lambda s=(x, window, w, bias): ops.causal_conv1d_update(*s, "silu"),
+                    "torch": lambda s=(x, window, w, bias): conv_step_in_torch(*s),
+                    "causal_conv1d": conv_step and (lambda s=(x, window, w, bias): conv_step(*s, "silu")),
+                },
+            }
+            for kind, sides in kinds.items():
+                times = alternate({name: run for name, run in sides.items() if run}, 15, device)
+                seconds = {name: t["seconds"] for name, t in times.items()}
+                moved = 2 * (state.nbytes if kind == "scan" else window.nbytes)
+                rows.append(
+                    {"what": kind, "dtype": str(dtype)[6:], "batch": batch, "width": width,
+                     "ours_ms": 1e3 * seconds["ours"], "ratio": seconds["torch"] / seconds["ours"],
+                     "gb_per_s": moved / seconds["ours"] / 1e9}
+                    | {f"over_{n}": seconds[n] / seconds["ours"] for n in seconds if n not in ("ours", "torch")}
                 )  # fmt: skip
     return rows

@@ -7,14 +7,14 @@ import inspect
 import json
 from pathlib import Path
 
-from bench.markdown import by_shape, by_tokens, direction, milliseconds, optional, pivot, spread, table, times
+from bench import mamba_tables
+from bench.markdown import by_shape, by_tokens, direction, milliseconds, pivot, spread, table, times
 from bench.targets import AVX2, AVX512, CUDA, LARGE, standing
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 KINDS = {AVX512: "CPU with AVX-512", AVX2: "CPU with AVX2 alone", CUDA: "NVIDIA GPU"}
-MAMBA = {"mamba": "Mamba", "mamba2": "Mamba-2"}
 DENSITIES = [0.05, 0.1, 0.2, 0.5, 1.0]
 
 HEAD = """# Benchmarks
@@ -199,62 +199,13 @@ def s2ft_serving(results, _):
 against {r["lora_ms"]:.0f} ms for merging and unmerging LoRA."""
 
 
-def selective_scan(results, _):
-    """State size 16, channels-last tensors, against Transformers' PyTorch loop and mambapy with an allocator that keeps
-    freed memory (as it comes, they are several times slower). The bound is the multiply-add pipes' alone."""
-    header = ["`selective_scan`", "batch x length x width", "us a token", "share of the arithmetic bound"]
+def gated_linear(results, _):
+    """5440 to 2048, SiLU, a frozen weight, against PyTorch's activation, product and projection."""
     yield table(
-        [*header, "over Transformers", "over mambapy"],
+        ["`gated_linear`", "tokens", "ms", "over PyTorch"],
         (
-            [
-                f"{direction(r)}, {r['dtype']}",
-                f"{r['batch']} x {r['length']} x {r['width']}",
-                f"{r['us_per_token']:.1f}",
-                optional(r, "share_of_bound", "{:.2f}"),
-                optional(r, "over_transformers", "{:.1f}x"),
-                optional(r, "over_mambapy", "{:.1f}x"),
-            ]
-            for r in results["selective_scan"]
-        ),
-    )
-
-
-def mamba_chunk_scan(results, _):
-    """24 heads of 64, state size 128, against Transformers' chunked form."""
-    yield table(
-        ["`mamba_chunk_scan`", "length", "ms", "over Transformers"],
-        (
-            [f"{direction(r)}, {r['dtype']}", r["length"], f"{r['ours_ms']:.1f}", times("ratio")(r)]
-            for r in results["mamba_chunk_scan"]
-        ),
-    )
-
-
-def mamba_mixer(results, _):
-    """A frozen mixer, patched, beside its matrix products alone and Transformers' mixer."""
-    yield table(
-        ["", "width", "length", "ms", "products, ms", "over Transformers"],
-        (
-            [
-                f"{MAMBA[r['kind']]}, {direction(r)}, {r['dtype']}",
-                r["hidden"],
-                r["length"],
-                f"{r['ours_ms']:.1f}",
-                f"{r['products_ms']:.1f}",
-                optional(r, "over_transformers", "{:.1f}x"),
-            ]
-            for r in results["mamba_mixer"]
-        ),
-    )
-
-
-def mamba_decode(results, _):
-    """One token through a model of 4 layers with a filled cache, float32; the weights are read either way."""
-    yield table(
-        ["", "width", "batch", "ms a token", "over Transformers"],
-        (
-            [MAMBA[r["kind"]], r["hidden"], r["batch"], f"{r['ours_ms']:.2f}", times("ratio")(r)]
-            for r in results["mamba_decode"]
+            [f"{direction(r)}, {r['dtype']}", r["tokens"], f"{r['ours_ms']:.2f}", times("ratio")(r)]
+            for r in results["gated_linear"]
         ),
     )
 
@@ -281,12 +232,15 @@ FAMILIES = {
     "Sparse MLP over 4-bit weights": sparse_4bit,
     "LoRA over 4-bit weights": qlora,
     "Quantising": quantise,
+    "Gated down projection": gated_linear,
     "S2FT training": s2ft_training,
     "Serving many adapters": s2ft_serving,
-    "Selective scan": selective_scan,
-    "Mamba-2's scan": mamba_chunk_scan,
-    "Mamba blocks": mamba_mixer,
-    "Mamba decoding": mamba_decode,
+    "Selective scan": mamba_tables.selective_scan,
+    "Mamba-2's scan": mamba_tables.mamba_chunk_scan,
+    "Causal convolution": mamba_tables.conv1d,
+    "One step of Mamba": mamba_tables.state_update,
+    "Mamba blocks": mamba_tables.mamba_mixer,
+    "Mamba decoding": mamba_tables.mamba_decode,
     "A LoRA step": train_step,
     "Calls on tiny tensors": overhead,
 }

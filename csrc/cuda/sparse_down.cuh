@@ -103,6 +103,20 @@ __device__ float value_of(const float (&values)[kCount], int m) {
   return mine;
 }
 
+// A thread's sums of neighbouring columns, 16 bytes at a time where there are so many.
+template <int kPack>
+__device__ void store_sums(const float (&sum)[kPack], float* out) {
+  if constexpr (kPack % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kPack; i += 4) {
+      *reinterpret_cast<float4*>(out + i) = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) out[i] = sum[i];
+  }
+}
+
 // ---------------------------------------------------------------------------- reduce
 
 constexpr int kReduceColumns = 32, kReduceParts = 32;

@@ -104,16 +104,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) share_kernel(ShareArgs<T
 #pragma unroll
     for (int m = 0; m < kCount; ++m) {
       if (m >= share.tokens) break;
-      float* out = args.partial + (blockIdx.y * args.tokens + share.token + m) * args.width + j;
-      if constexpr (kPack % 4 == 0) {
-#pragma unroll
-        for (int i = 0; i < kPack; i += 4) {
-          *reinterpret_cast<float4*>(out + i) = make_float4(sum[m][i], sum[m][i + 1], sum[m][i + 2], sum[m][i + 3]);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kPack; ++i) out[i] = sum[m][i];
-      }
+      store_sums(sum[m], args.partial + (blockIdx.y * args.tokens + share.token + m) * args.width + j);
     }
   }
 }

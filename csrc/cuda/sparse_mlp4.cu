@@ -142,8 +142,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 #pragma unroll
     for (int m = 0; m < kCount; ++m) {
       if (m >= share.tokens) break;
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) b.partial[(row + m) * q.cols + j + i] = sum[m][i];
+      store_sums(sum[m], b.partial + (row + m) * q.cols + j);
     }
   }
   if (blockIdx.x != 0) return;

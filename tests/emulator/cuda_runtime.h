@@ -159,7 +159,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const emulator::Shape shape{{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, config->dynamicSmemBytes};
   if (const char* error = emulator::beyond_limits(shape, emulator::address(kernel))) return emulator::status_of(error);
   auto call = [kernel, values = std::tuple<Params...>(static_cast<Params>(args)...)] { std::apply(kernel, values); };
-  return emulator::submit(config->stream, [shape, call]() mutable {
+  return emulator::submit(config->stream, [shape, kernel, call]() mutable {
+    if (emulator::on_launch != nullptr) emulator::on_launch(shape, emulator::address(kernel));
     return emulator::run(shape, [](void* data) { (*static_cast<decltype(call)*>(data))(); }, &call);
   });
 }

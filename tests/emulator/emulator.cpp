@@ -342,6 +342,8 @@ void clean_up() {
 
 }  // namespace
 
+void (*on_launch)(const Shape&, void (*)()) = nullptr;
+
 const char* run(const Shape& shape, void (*body)(void*), void* data) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);

@@ -51,6 +51,9 @@ Limits& limits_of(void (*kernel)());
 // Why there can be no such launch of the kernel, or null.
 const char* beyond_limits(const Shape& shape, void (*kernel)());
 
+// Told of every launch that runs, where it is set.
+extern void (*on_launch)(const Shape& shape, void (*kernel)());
+
 // Runs body(data), a call of a kernel, as every thread of every block. Returns what went wrong, or null; the text lives
 // until the next launch.
 const char* run(const Shape& shape, void (*body)(void*), void* data);

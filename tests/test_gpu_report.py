@@ -1,0 +1,60 @@
+"""bench/gpu_report.py: the result file of a run whose steps may have been stopped anywhere."""
+
+import json
+
+import pytest
+
+from bench.gpu_report import main
+
+TESTS = """<testsuites><testsuite><testcase name="a"/><testcase name="b"><failure/></testcase>
+<testcase name="c"><skipped/></testcase></testsuite></testsuites>"""
+PROOF = {"place": "here", "kernels": {"density": {"reason": ""}, "ssd": {"reason": "differs"}}}
+
+
+@pytest.fixture
+def work(tmp_path):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "machine.json").write_text(json.dumps({"device": "NVIDIA X1 80GB", "commit": "abc"}))
+    (folder / "steps").write_text("build 0 71\n")
+    return folder
+
+
+def result_of(work):
+    status = main(work, work.parent)
+    return json.loads((work.parent / "nvidia-x1-80gb.json").read_text()), status
+
+
+def test_after_the_first_step(work):
+    result, status = result_of(work)
+    assert (result["device"], result["commit"]) == ("NVIDIA X1 80GB", "abc")
+    assert result["steps"] == {"build": {"exit": 0, "seconds": 71}}
+    assert result["compute_sanitizer"] == "not run"
+    assert [result[key] for key in ("proof", "static", "pytest_exit", "figures")] == [None] * 4
+    assert result["tests"] == {}
+    assert status == 0
+
+
+def test_after_all_steps(work, capsys):
+    (work / "steps").write_text("build 0 71\nproof 1 20\ntests 1 60\ncompute-sanitizer 9 30\nbenchmarks 0 150\n")
+    (work / "proof.json").write_text(json.dumps(PROOF))
+    (work / "tests.xml").write_text(TESTS)
+    (work / "figures.json").write_text('{"density": []}')
+    result, status = result_of(work)
+    assert result["proof"] == PROOF
+    assert (result["pytest_exit"], result["tests"]) == (1, {"a": "passed", "b": "failure", "c": "skipped"})
+    assert result["compute_sanitizer"] == "exit 9"
+    assert result["figures"] == {"density": []}
+    assert status == 1
+    assert "kernel ssd: differs; b failure" in capsys.readouterr().out
+
+
+def test_files_that_were_cut_off_do_not_cost_the_others(work):
+    (work / "steps").write_text("build 0 71\ntests 137 110\n")
+    (work / "proof.json").write_text('{"place": ')
+    (work / "tests.xml").write_text(TESTS[:30])
+    (work / "figures.json").write_text('{"density": []}')
+    result, status = result_of(work)
+    assert (result["proof"], result["tests"], result["figures"]) == (None, {}, {"density": []})
+    assert result["steps"]["tests"] == {"exit": 137, "seconds": 110}
+    assert status == 1
