@@ -1,5 +1,6 @@
 """Proof before use: what passes is on and remembered, what fails is off and named, and nobody's process ends."""
 
+import itertools
 import json
 import sys
 import threading
@@ -434,31 +435,67 @@ def test_where_nothing_is_timed(clock, monkeypatch):
     assert list(read_table("cost_model.json").values()) == [2.0]
 
 
-@emulated
-@pytest.mark.parametrize("native_is_faster", [True, False])
-def test_both_ways_give_the_product(native_is_faster, monkeypatch):
-    """Also of an op that adds in place, which is timed on copies."""
-    for op in ("linear_4bit", "grouped_delta", "dequantize_4bit", "quantize_4bit"):
-        add_to_table("proved.json", {proof._key(op, PLACE): asdict(Verdict(op, "", 0.0, PLACE.words, ""))})
-    monkeypatch.setattr(kernels, "KERNELS", ("linear_4bit", "grouped_delta", "dequantize_4bit", "quantize_4bit"))
+TIMED = ("linear_4bit", "grouped_delta", "mamba_chunk_scan")
+
+
+@pytest.fixture(params=[True, False], ids=["native is faster", "native is slower"])
+def race(request, monkeypatch):
+    """The emulated device, its kernels proved, and a clock by which native code is always faster, or never."""
+    verdicts = {proof._key(name, PLACE): asdict(Verdict(name, "", 0.0, PLACE.words, "")) for name in TIMED}
+    add_to_table("proved.json", verdicts)
+    monkeypatch.setattr(kernels, "KERNELS", TIMED)
     monkeypatch.setattr(Place, "of", lambda device: PLACE)
     monkeypatch.setattr(timing, "_pays", {})
-    order, calls = [1.0, 2.0] if native_is_faster else [2.0, 1.0], []
+    times = itertools.cycle([1.0, 2.0] if request.param else [2.0, 1.0])
 
     def seconds(call, device):
         call()
-        calls.append(1)
-        return order[(len(calls) - 1) % 2]
+        return next(times)
 
     monkeypatch.setattr(timing, "seconds", seconds)
+    return request.param
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often a native function ran, by name."""
+    found = {}
+    for name in ("linear_4bit", "grouped_delta", "ssd", "ssd_backward"):
+        found[name] = Mock(side_effect=getattr(kernels.native.cuda, name))
+        monkeypatch.setattr(kernels.native.cuda, name, found[name])
+    return lambda name: found[name].call_count
+
+
+@emulated
+def test_both_ways_give_the_product(race, calls):
     q, x, bias = ops.quantize_4bit(torch.randn(24, 128)), torch.randn(3, 128), torch.randn(24)
-    ran = Mock(side_effect=kernels.native.cuda.linear_4bit)
-    monkeypatch.setattr(kernels.native.cuda, "linear_4bit", ran)
     for _ in range(2):
         torch.testing.assert_close(ops.linear_4bit(x, q, bias), x @ q.dequantize().t() + bias)
-    assert ran.call_count == (6 + 2 if native_is_faster else 6)
+    assert calls("linear_4bit") == 6 + 2 * race
+
+
+@emulated
+def test_what_is_added_in_place_is_timed_on_copies(race, calls):
     a, b = torch.randn(4, 128), torch.randn(24, 4)
     x, index = torch.randn(2, 20, 128), torch.tensor([0, -1])
     y = ops.grouped_delta_linear(x, torch.zeros(24, 128), [ops.LowRankDelta(a, b)], index)
     torch.testing.assert_close(y, torch.stack([x[0] @ a.t() @ b.t(), torch.zeros(20, 24)]), rtol=1e-4, atol=1e-4)
-    assert len(calls) == 2 * 12
+    assert calls("grouped_delta") == 6 + race
+    few = ops.grouped_delta_linear(x[:, :1], torch.zeros(24, 128), [ops.LowRankDelta(a, b)], index)
+    torch.testing.assert_close(few, y[:, :1], rtol=1e-4, atol=1e-4)
+    assert calls("grouped_delta") == 7 + race  # decoding is native
+
+
+@emulated
+def test_forward_and_backward_of_a_scan_choose_for_themselves(race, calls):
+    shapes = ((1, 70, 2, 5), (1, 70, 2), (2,), (1, 70, 1, 6), (1, 70, 1, 6), (2,))
+    x, dt, a, b, c, d = (torch.randn(shape) for shape in shapes)
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, dt, -a.exp(), b, c, d)]
+        y = ops.mamba_chunk_scan(*leaves[:5], 64, leaves[5], dt_softplus=True)
+        grads.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for ours, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-4, atol=1e-4)
+    assert calls("ssd") == 6 + race
+    assert calls("ssd_backward") == 6 + race
