@@ -1,10 +1,15 @@
 """bench/gpu_report.py: the result file of a run whose steps may have been stopped anywhere."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+from bench import gpu_report
 from bench.gpu_report import main
+
+BENCH = Path(gpu_report.__file__).parent
 
 TESTS = """<testsuites><testsuite><testcase name="a"/><testcase name="b"><failure/></testcase>
 <testcase name="c"><skipped/></testcase></testsuite></testsuites>"""
@@ -58,3 +63,10 @@ def test_files_that_were_cut_off_do_not_cost_the_others(work):
     assert (result["proof"], result["tests"], result["figures"]) == (None, {}, {"density": []})
     assert result["steps"]["tests"] == {"exit": 137, "seconds": 110}
     assert status == 1
+
+
+def test_every_family_that_takes_a_device_is_measured():
+    families = re.findall(r'"(\w+)": lambda: (.*)', (BENCH / "__main__.py").read_text())
+    on_a_gpu = {name for name, call in families if "args.device" in call and not name.endswith("_tuned_allocator")}
+    script = (BENCH / "gpu_check.sh").read_text().replace("\\\n", " ")
+    assert set(re.search(r"python3 -m bench --device cuda .*--only (.*)", script)[1].split()) == on_a_gpu

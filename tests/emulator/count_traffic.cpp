@@ -1,5 +1,6 @@
 // Bytes that each op's kernels move at a small shape of real models' proportions, beside the least that its header
 // names: build with DEFTCORE_CUDA=emulate and DEFTCORE_BUILD_BENCH=ON, run count_traffic. Prints markdown.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -73,6 +74,7 @@ class Tensors {
 };
 
 bool g_failed = false;
+std::vector<std::string> g_shown;
 
 double kilobytes(int64_t bytes) { return static_cast<double>(bytes) / 1e3; }
 
@@ -80,6 +82,7 @@ double kilobytes(int64_t bytes) { return static_cast<double>(bytes) / 1e3; }
 // the least would be a wrong statement.
 template <class Run>
 void show(const std::string& name, double most, Run&& run) {
+  g_shown.push_back(name.substr(0, name.find(',')));
   Tensors tensors;
   run(tensors);
   const std::vector<traffic::Launch> launches = traffic::take();
@@ -365,6 +368,17 @@ void mamba2_ops() {
   });
 }
 
+// Every op of ops.h that CUDA has must have been shown.
+void check_complete() {
+#define DEFTCORE_NAME(op, Args, room, devices, device) DEFTCORE_IF_##devices##_##device(#op, )
+  for (const char* op : {DEFTCORE_OPS(DEFTCORE_NAME, cuda)}) {
+    if (std::find(g_shown.begin(), g_shown.end(), op) != g_shown.end()) continue;
+    std::fprintf(stderr, "%s: has no case here\n", op);
+    g_failed = true;
+  }
+#undef DEFTCORE_NAME
+}
+
 }  // namespace
 
 int main() {
@@ -386,5 +400,6 @@ int main() {
   mamba_ops();
   conv1d_ops();
   mamba2_ops();
+  check_complete();
   return g_failed;
 }
