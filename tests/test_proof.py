@@ -150,6 +150,13 @@ def test_of_several_at_once_one_proves(runs):
     assert found[0] == found[1] == found[2]
 
 
+def test_a_process_that_was_stopped_is_not_waited_for_without_end(runs, monkeypatch):
+    monkeypatch.setattr(proof, "_WAIT", 0.3)
+    with proof._one_at_a_time():
+        assert reasons(prove(["good"], PLACE)) == {"good": ""}
+    assert runs() == ["good"]
+
+
 def test_a_folder_that_cannot_be_written(runs, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DEFTCORE_CACHE", str(tmp_path / "file" / "cache"))

@@ -16,13 +16,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cache
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -33,9 +34,10 @@ logger = logging.getLogger("deftcore")
 
 LIMIT = 180.0  # seconds for one kernel; on a GPU newer than the build the driver compiles it first
 _START_LIMIT = 120.0  # for PyTorch and a context
+_WAIT = 600.0  # for another process that proves
 _FILE = "proved.json"
 # The child sees what this process can import, wherever it took that from.
-_COMMAND = (sys.executable, "-c", "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); "
+_COMMAND = (sys.executable or "python3", "-c", "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); "
             "from deftcore.ops.proof_cases import main; main(sys.argv[1:])")  # fmt: skip
 
 
@@ -185,10 +187,22 @@ def _one_at_a_time() -> Iterator[None]:
         try:
             cache_folder().mkdir(parents=True, exist_ok=True)
             file = held.enter_context((cache_folder() / "proved.lock").open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _take(file)
         except OSError as error:
             logger.info("proof: no lock, %s", error)
         yield
+
+
+def _take(file: IO[str]) -> None:
+    """Locks a file; whoever holds it may have been stopped, and is not waited for without end."""
+    given_up = time.monotonic() + _WAIT
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > given_up:
+                raise
+            time.sleep(0.1)
 
 
 # ---------------------------------------------------------------------------- what a verdict depends on
