@@ -258,7 +258,10 @@ def main():
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same figures to this file")
     args = parser.parse_args()
     kernels, ptx = read(args.build)
-    print("local memory in bytes of a thread, shared memory in bytes of a block; accesses are instructions x bytes")
+    print(
+        "Bytes of local memory are a thread's; of shared memory a block's, without what a launch adds (which lowers the"
+    )
+    print("occupancy further). Accesses to global memory are instructions x bytes.")
     archs = sorted({k.arch for k in kernels})
     for arch in archs:
         print(f"\n{arch}\n")
