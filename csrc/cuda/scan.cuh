@@ -63,8 +63,10 @@ struct Owner {
 template <class Args>
 __device__ Owner owner_of(const Args& args) {
   const int64_t& channels = part_channels(args);
-  const int64_t blocks = ceil_div(channels, kScanThreads);
-  const int64_t part = blockIdx.x / blocks % parts_of(args), batch = blockIdx.x / blocks / parts_of(args);
+  // In 32 bits, as the grid's own numbers are: 64 cost the scans 20 to 60 registers.
+  const auto blocks = static_cast<unsigned>(ceil_div(channels, kScanThreads));
+  const auto parts = static_cast<unsigned>(parts_of(args));
+  const unsigned part = blockIdx.x / blocks % parts, batch = blockIdx.x / blocks / parts;
   const int64_t offset = blockIdx.x % blocks * kScanThreads + threadIdx.x;
   const bool active = offset < channels;
   return {batch, part, group_of(args, part), part * channels + (active ? offset : 0), active};
