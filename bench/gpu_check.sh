@@ -47,7 +47,7 @@ static=$!
 
 step proof 60 sh -c 'python3 -m deftcore gpu-check --timeout 30 --json >proof.json'
 
-step tests 110 python3 -m pytest tests/test_cuda.py -m cuda -q --junitxml tests.xml -p no:cacheprovider
+step tests 150 python3 -m pytest tests/test_cuda.py -m cuda -q --junitxml tests.xml -p no:cacheprovider
 
 if command -v compute-sanitizer >/dev/null; then
   step compute-sanitizer 50 compute-sanitizer --tool memcheck --error-exitcode 9 \
