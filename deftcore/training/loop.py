@@ -121,8 +121,8 @@ def train(
         log_with=[name for name in config.logger if name != "jsonl"] or None,
         project_config=ProjectConfiguration(logging_dir=str(Path(output) / "tensorboard")),
     )
-    if accelerator.num_processes == 1:
-        accelerator.state.device = device  # Accelerate would take the current one of its kind
+    if accelerator.num_processes == 1:  # Accelerate would take the current one of its kind
+        PartialState().device = accelerator.state.device = device  # what is made later copies the former
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # There Accelerate would compute in float32 without a word.
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
