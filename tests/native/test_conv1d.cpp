@@ -139,7 +139,7 @@ int main() {
   return run_tests([] {
     test_conv(Problem(1, 1, 1, 1, false));
     test_conv(Problem(2, 35, 6, 4, false));
-    test_conv(Problem(2, 67, 19, 4, true));
+    test_conv(Problem(2, 67, 70, 4, true));
     test_conv(Problem(1, 3, 33, 7, false));
     test_conv(Problem(3, 40, 16, 16, true));
     test_conv(Problem(0, 4, 8, 2, false));

@@ -135,7 +135,7 @@ int main() {
       Matrix w(s[0], s[1], s[2]);
       test_quantize(w);
       test_dequantize(w);
-      for (int64_t tokens : {0, 1, 3, 8, 13, 17, 70}) test_linear(w, tokens, tokens % 2 ? 0 : 5);
+      for (int64_t tokens : {0, 1, 3, 8, 14, 17, 70}) test_linear(w, tokens, tokens % 2 ? 0 : 5);
       w.nest();
       test_dequantize(w);
       test_linear(w, 3, 0);
