@@ -37,6 +37,9 @@ struct StreamHere {
 #define DEFTCORE_DYNAMIC_SHARED(T, name) extern __shared__ T name[]
 #endif
 
+// Most shared memory of a block, its own variables and what the launch adds, for which a kernel need not opt in.
+inline constexpr size_t kSharedBytes = 48 << 10;
+
 // Every kernel starts here. `shared` is the dynamic shared memory in bytes.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, StreamHere here, const Args&... args) {

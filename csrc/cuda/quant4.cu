@@ -156,6 +156,7 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(Linear4bitArgs args, int
 // ---------------------------------------------------------------------------- launch
 
 constexpr int kStageBytes = 40 << 10;  // of x: five blocks fit the shared memory of an H100's multiprocessor
+static_assert(kStageBytes + sizeof(Books) <= kSharedBytes, "x and the books fit a block");
 
 template <class T, int kCount, int kRows>
 void gemv_rows(const Linear4bitArgs& args, Stream stream) {

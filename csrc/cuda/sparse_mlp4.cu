@@ -7,7 +7,11 @@
 namespace deftcore::cuda {
 namespace {
 
-constexpr int kUpStageBytes = 20 << 10;  // of x; with the block's own 10 KB under the 48 that need no opting in
+constexpr int kUpStageBytes = 20 << 10;  // of x
+// A block's own: its votes, list, h and dots, the code book of W_down, and the books of W_up.
+constexpr size_t kOwnBytes = kWarps * sizeof(int) + kShare * (sizeof(int32_t) + 2 * kTokens * sizeof(float)) +
+                             16 * sizeof(float) + sizeof(Books);
+static_assert(kUpStageBytes + kOwnBytes <= kSharedBytes, "x and the block's own fit");
 
 // h[k, m] *= x[m] . W_up[list[k]] + up_low[m] . up_lora[list[k]]. Every thread of the block calls it.
 template <class T, int kCount>
