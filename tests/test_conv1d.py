@@ -66,9 +66,9 @@ def compare(tensors, seq_idx, silu=True):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {}, {"length": 1}, {"length": 2}, {"length": 32}, {"length": 65, "channels": 33}, {"width": 1}, {"width": 2},
-        {"width": 7, "length": 5}, {"packed": True}, {"packed": True, "length": 90, "width": 3}, {"channels": 1},
-        {"width": 16, "length": 130, "batch": 1},
+        {}, {"length": 0}, {"length": 1}, {"length": 2}, {"length": 32}, {"length": 65, "channels": 33}, {"width": 1},
+        {"width": 2}, {"width": 7, "length": 5}, {"packed": True}, {"packed": True, "length": 90, "width": 3},
+        {"channels": 1}, {"width": 16, "length": 130, "batch": 1},
     ],
 )  # fmt: skip
 def test_matches_float64(dtype, layout, sizes):
