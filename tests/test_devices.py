@@ -9,6 +9,7 @@ from second_device import DEVICE, second_device
 from test_mamba import model_of
 from test_package import save_base
 
+from deftcore.cli import generation
 from deftcore.cli.main import main
 from deftcore.training.keeper import Keeper
 
@@ -49,6 +50,7 @@ def run(tmp_path, monkeypatch, capsys):
     # What PyTorch has for every accelerator, but not for a stand-in: random state, autocast.
     monkeypatch.setattr(torch, "lazy", SimpleNamespace(device_count=lambda: 0), raising=False)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
     start = torch.autocast.__init__
     monkeypatch.setattr(torch.autocast, "__init__", lambda self, device_type, *a, **k: start(self, "cpu", *a, **k))
 
@@ -89,8 +91,9 @@ def test_train_density_export_generate(run, tmp_path, method):
         run(device, "export", "base", out, *adapted)
         files.append({path.name: path.read_bytes() for path in (tmp_path / out).rglob("*") if path.is_file()})
     assert files[0] == files[1]
-    write = ["generate", "out", "hello", "--max-new-tokens", "5"]
-    assert run("auto", *write)["text"] == run("cpu", *write)["text"]
+    for given in (["out"], ["base", *adapted]):
+        write = ["generate", *given, "hello", "--max-new-tokens", "5"]
+        assert run("auto", *write)["text"] == run("cpu", *write)["text"]
 
 
 class Stopped(Exception):
@@ -115,6 +118,14 @@ def test_a_run_resumes_exactly(run, monkeypatch):
         found = run("auto", *options, f"output={first}") | {"seconds": 0}
         assert first == "cpu" or found == whole
         close(found, whole)
+
+
+def test_layers_are_proved_where_they_run(run, monkeypatch):
+    run("cpu", "train", "r.yaml")
+    seen = []
+    monkeypatch.setattr(generation, "patch", lambda model: seen.append({p.device for p in model.parameters()}))
+    run("auto", "generate", "base", "hello", "--max-new-tokens", "2", "--adapter", "run/final")
+    assert seen == [{DEVICE}]
 
 
 def test_lyapunov(run):

@@ -65,7 +65,7 @@ class Writer:
             loaded: Any = load_sparse(model)
         else:
             loaded = load_model(model, quantize=quantize)
-            loaded = load_adapter(loaded, adapter) if adapter else loaded
+            loaded = (load_adapter(loaded, adapter) if adapter else loaded).to(where)  # the proof is of this device
             with contextlib.suppress(ValueError):  # nothing in it that native ops would run
                 patch(loaded)
         self.model = loaded.to(where).eval()
