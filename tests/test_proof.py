@@ -13,7 +13,7 @@ import torch
 from deftcore import ops
 from deftcore._files import add_to_table, cache_folder, read_table
 from deftcore.cli import main
-from deftcore.ops import kernels, proof, proof_cases, timing
+from deftcore.ops import kernels, proof, proof_cases, proof_child, timing
 from deftcore.ops.proof import Place, ProofError, Verdict, prove, remembered
 
 PLACE = Place("cpu", "a GPU, a driver")
@@ -362,10 +362,10 @@ def test_cases_reach_every_function(function, monkeypatch):
     """A function that does nothing fails its kernel, and no other."""
     kernel = KERNEL_OF.get(function, function.removesuffix("_backward"))
     monkeypatch.setattr(kernels.native.cuda, function, lambda args, stream: None)
-    reason = proof_cases._report(kernel, torch.device("cpu"))["reason"]
+    reason = proof_child._report(kernel, torch.device("cpu"))["reason"]
     assert reason.startswith(("differs by ", "failed, ValueError: w: has values that are not finite"))
     other = "density" if kernel != "density" else "gated_act"
-    assert proof_cases.check(other, torch.device("cpu"))[0] == ""
+    assert proof_child.check(other, torch.device("cpu"))[0] == ""
 
 
 KERNEL_OF = {
@@ -381,11 +381,11 @@ def test_a_few_wrong_bits_are_seen():
     exact = torch.randn(50, 50, dtype=torch.float64)
     plain = exact.float()
     ours = plain.clone()
-    assert proof_cases._compare(ours, plain, exact)[0] == ""
+    assert proof_child._compare(ours, plain, exact)[0] == ""
     ours[3, 4] += 1e-3 * exact.abs().max()
-    assert proof_cases._compare(ours, plain, exact)[0].startswith("differs by ")
+    assert proof_child._compare(ours, plain, exact)[0].startswith("differs by ")
     ours[3, 4] = torch.nan
-    assert proof_cases._compare(ours, plain, exact)[0].startswith("differs by ")
+    assert proof_child._compare(ours, plain, exact)[0].startswith("differs by ")
 
 
 # ---------------------------------------------------------------------------- proved, and the faster

@@ -1,8 +1,8 @@
 """Proof before use: a CUDA kernel is on where it gave its reference's values on this very GPU.
 
-The kernels run on small inputs (`proof_cases`) in a child process, one after the other, each with a time limit: a fault
-or a hang there hurts nobody, and what is left goes on in a new child. Verdicts are kept in the cache folder, under
-everything that they depend on: GPU, driver, CUDA, PyTorch, and the build.
+The kernels run on small inputs (`proof_cases`) in a child process (`proof_child`), one after the other, each with a
+time limit: a fault or a hang there hurts nobody, and what is left goes on in a new child. Verdicts are kept in the
+cache folder, under everything that they depend on: GPU, driver, CUDA, PyTorch, and the build.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ _WAIT = 600.0  # for another process that proves
 _FILE = "proved.json"
 # The child sees what this process can import, wherever it took that from.
 _COMMAND = (sys.executable or "python3", "-c", "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); "
-            "from deftcore.ops.proof_cases import main; main(sys.argv[1:])")  # fmt: skip
+            "from deftcore.ops.proof_child import main; main(sys.argv[1:])")  # fmt: skip
 
 
 class ProofError(RuntimeError):

@@ -1,17 +1,9 @@
-"""What proves a CUDA kernel: small inputs of every dtype on which it runs against its PyTorch reference.
-
-This is the child process of `proof`. Every case runs three times over the same numbers: with the kernel, with PyTorch
-in the same dtype, and with PyTorch in float64. With w the last, a value passes where the kernel's |ours - w| is at most
-twice the largest |PyTorch's - w|, plus two roundings of the dtype at |w| and 128 of float32 at the largest |w|.
-Gradients are compared where the kernel computes them.
+"""What proves a CUDA kernel: small inputs on which it runs against its PyTorch reference, in every dtype, at odd sizes,
+on packed rows, on rows enough to fill the device, forward and backward.
 """
 
-import faulthandler
-import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -19,11 +11,8 @@ from torch import Tensor
 
 from deftcore import ops
 from deftcore.ops.density import ACTIVATIONS, SURROGATES
-from deftcore.ops.kernels import DTYPE_CODES, only
 from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.sparse_mlp4 import LowRank4, mlp_4bit
-
-EPS32 = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -36,7 +25,7 @@ class Case:
     gradients: bool = False
 
 
-class _Numbers:
+class Numbers:
     """Draws of one kernel's cases, and the device's number of multiprocessors, by which some kernels cut their work."""
 
     def __init__(self, device: torch.device) -> None:
@@ -64,7 +53,7 @@ class _Numbers:
 # ---------------------------------------------------------------------------- activations
 
 
-def _act_density(draw: _Numbers) -> Iterator[Case]:
+def _act_density(draw: Numbers) -> Iterator[Case]:
     for activation in ACTIVATIONS:
         for surrogate in SURROGATES:
             for width in (17, 64):
@@ -79,7 +68,7 @@ def _act_density(draw: _Numbers) -> Iterator[Case]:
         yield Case(f"gelu, {width}", lambda z: ops.act_density(z, "gelu"), [z], gradients=True)
 
 
-def _density(draw: _Numbers) -> Iterator[Case]:
+def _density(draw: Numbers) -> Iterator[Case]:
     for shape in ((1, 1), (37, 101), (2, 4099), (5, 2048)):
         mask = draw.below(2, shape[0]) > 0
         for m in (None, mask):
@@ -87,7 +76,7 @@ def _density(draw: _Numbers) -> Iterator[Case]:
     yield Case("threshold", lambda a: ops.density(a, tau=0.5), [draw.normal(9, 33)])
 
 
-def _gated_act(draw: _Numbers) -> Iterator[Case]:
+def _gated_act(draw: Numbers) -> Iterator[Case]:
     def run(both: Tensor, activation: str) -> Tensor:
         gate, up = both.chunk(2, dim=1)
         one = torch.eye(gate.shape[1], dtype=both.dtype, device=both.device)
@@ -102,7 +91,7 @@ def _gated_act(draw: _Numbers) -> Iterator[Case]:
 # ---------------------------------------------------------------------------- sparse products
 
 
-def _sparse_down(draw: _Numbers) -> Iterator[Case]:
+def _sparse_down(draw: Numbers) -> Iterator[Case]:
     for tokens, neurons, width in ((1, 67, 17), (4, 259, 64), (5, 130, 333), (64, 70, 72), (2, 40, 2064)):
         for density in (0.0, 0.3, 1.0):
             yield Case(
@@ -114,7 +103,7 @@ def _sparse_down(draw: _Numbers) -> Iterator[Case]:
                [draw.normal(3, 90), draw.normal(90, 24)])  # fmt: skip
 
 
-def _sparse_mlp(draw: _Numbers) -> Iterator[Case]:
+def _sparse_mlp(draw: Numbers) -> Iterator[Case]:
     def run(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str, *biases: Tensor) -> Tensor:
         options: dict[str, Any] = {"activation": activation, "tau": 0.0, "path": "sparse"}
         if gate is None:
@@ -134,7 +123,7 @@ def _sparse_mlp(draw: _Numbers) -> Iterator[Case]:
                 )
 
 
-def _sparse_mlp_4bit(draw: _Numbers) -> Iterator[Case]:
+def _sparse_mlp_4bit(draw: Numbers) -> Iterator[Case]:
     sparse, relu = 1, ACTIVATIONS["relu"]
     for quant_type, block, double in (("nf4", 32, False), ("fp4", 64, False), ("nf4", 64, True)):
         neurons, width = 160, 2 * block
@@ -162,7 +151,7 @@ def _sparse_mlp_4bit(draw: _Numbers) -> Iterator[Case]:
 # ---------------------------------------------------------------------------- 4 bits
 
 
-def _quantize_4bit(draw: _Numbers) -> Iterator[Case]:
+def _quantize_4bit(draw: Numbers) -> Iterator[Case]:
     def run(w: Tensor, quant_type: str, block: int) -> tuple[Tensor, Tensor]:
         low = w.float() if w.dtype == torch.float64 else w
         q = ops.quantize_4bit(low, quant_type=quant_type, block_size=block, double_quant=False)
@@ -176,7 +165,7 @@ def _quantize_4bit(draw: _Numbers) -> Iterator[Case]:
                 yield Case(label, lambda w, q=quant_type, b=block: run(w, q, b), [draw.normal(*shape)])
 
 
-def _dequantize_4bit(draw: _Numbers) -> Iterator[Case]:
+def _dequantize_4bit(draw: Numbers) -> Iterator[Case]:
     for quant_type in ("nf4", "fp4"):
         for block in (32, 64, 1024):
             for double in (False, True):
@@ -188,7 +177,7 @@ def _dequantize_4bit(draw: _Numbers) -> Iterator[Case]:
     yield Case("columns", lambda x: columns.dequantize(x.dtype), [draw.normal(1)])
 
 
-def _linear_4bit(draw: _Numbers) -> Iterator[Case]:
+def _linear_4bit(draw: Numbers) -> Iterator[Case]:
     many = 64 * draw.processors + 5  # rows from which a warp takes several, and columns that are staged in parts
     for quant_type, rows, cols, block in (
         ("nf4", 24, 128, 64), ("fp4", 40, 96, 32), ("nf4", 5, 7, 64), ("nf4", many, 64, 64), ("fp4", 3, 20544, 64),
@@ -204,7 +193,7 @@ def _linear_4bit(draw: _Numbers) -> Iterator[Case]:
                            gradients=True)  # fmt: skip
 
 
-def _grouped_delta(draw: _Numbers) -> Iterator[Case]:
+def _grouped_delta(draw: Numbers) -> Iterator[Case]:
     def run(x: Tensor, base: Tensor, columns: Tensor, row: Tensor, a: Tensor, b: Tensor) -> Tensor:
         deltas: list[Any] = [
             ops.SliceDelta(1, torch.arange(5, device=x.device) * 3, columns),
@@ -223,7 +212,7 @@ def _grouped_delta(draw: _Numbers) -> Iterator[Case]:
 # ---------------------------------------------------------------------------- state-space models
 
 
-def _selective_scan(draw: _Numbers) -> Iterator[Case]:
+def _selective_scan(draw: Numbers) -> Iterator[Case]:
     def run(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *rest: Tensor, rows: bool) -> Any:
         u, delta = (t.transpose(1, 2).contiguous().transpose(1, 2) if rows else t for t in (u, delta))
         d, z, bias, first = rest or [None] * 4
@@ -242,7 +231,7 @@ def _selective_scan(draw: _Numbers) -> Iterator[Case]:
             yield Case(label, lambda *t, rows=rows: run(*t, rows=rows), inputs, gradients=True)
 
 
-def _mamba_chunk_scan(draw: _Numbers) -> Iterator[Case]:
+def _mamba_chunk_scan(draw: Numbers) -> Iterator[Case]:
     def run(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *rest: Tensor, seq_idx: Tensor | None) -> Any:
         d, z, bias, first = rest or [None] * 4
         return ops.mamba_chunk_scan(
@@ -263,7 +252,7 @@ def _mamba_chunk_scan(draw: _Numbers) -> Iterator[Case]:
             yield Case(label, lambda *t, s=seq_idx: run(*t, seq_idx=s), inputs, gradients=True)
 
 
-def _causal_conv1d(draw: _Numbers) -> Iterator[Case]:
+def _causal_conv1d(draw: Numbers) -> Iterator[Case]:
     def run(x: Tensor, weight: Tensor, *rest: Tensor, rows: bool, seq_idx: Tensor | None) -> Any:
         x = x.transpose(1, 2).contiguous().transpose(1, 2) if rows else x
         bias, first = rest or (None, None)
@@ -288,7 +277,7 @@ def _causal_conv1d(draw: _Numbers) -> Iterator[Case]:
                                              draw.normal(20)])  # fmt: skip
 
 
-def _selective_state_update(draw: _Numbers) -> Iterator[Case]:
+def _selective_state_update(draw: Numbers) -> Iterator[Case]:
     slots = torch.tensor([2, -1, 0], device=draw.device)
 
     def step(state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *rest: Tensor) -> Any:
@@ -311,98 +300,10 @@ def _selective_state_update(draw: _Numbers) -> Iterator[Case]:
             yield Case(label, step, [draw.normal(*shape) for shape in (*shapes, *more)])
 
 
-CASES: dict[str, Callable[[_Numbers], Iterator[Case]]] = {
+CASES: dict[str, Callable[[Numbers], Iterator[Case]]] = {
     "act_density": _act_density, "density": _density, "sparse_down": _sparse_down, "sparse_mlp": _sparse_mlp,
     "sparse_mlp_4bit": _sparse_mlp_4bit, "quantize_4bit": _quantize_4bit, "dequantize_4bit": _dequantize_4bit,
     "linear_4bit": _linear_4bit, "gated_act": _gated_act, "grouped_delta": _grouped_delta,
     "selective_scan": _selective_scan, "mamba_chunk_scan": _mamba_chunk_scan, "causal_conv1d": _causal_conv1d,
     "selective_state_update": _selective_state_update,
 }  # fmt: skip
-
-
-# ---------------------------------------------------------------------------- comparison
-
-
-def check(kernel: str, device: torch.device) -> tuple[str, float]:
-    """Why the kernel must stay off (empty: it need not), and the largest error by the largest value."""
-    worst = 0.0
-    with only():
-        for case in CASES[kernel](_Numbers(device)):
-            exact = _results(case, torch.float64)
-            for dtype in DTYPE_CODES:
-                plain = _results(case, dtype)
-                with only(kernel):
-                    ours = _results(case, dtype)
-                for our, their, right in zip(ours, plain, exact, strict=True):
-                    reason, difference = _compare(our, their, right)
-                    if reason:
-                        return f"{reason} ({case.label}, {str(dtype)[6:]})", difference
-                    worst = max(worst, difference)
-    return "", worst
-
-
-def _results(case: Case, dtype: torch.dtype) -> list[Tensor]:
-    inputs = [None if x is None else x.to(dtype).requires_grad_(case.gradients) for x in case.inputs]
-    found = case.run(*inputs)
-    outputs = [found] if isinstance(found, Tensor) else list(found)
-    if case.gradients:
-        ends = [y for y in outputs if y.requires_grad]
-        weights = [_Numbers(y.device).normal(*y.shape).to(y.dtype) for y in ends]
-        leaves = [x for x in inputs if x is not None]
-        outputs += [g for g in torch.autograd.grad(ends, leaves, weights, allow_unused=True) if g is not None]
-    return [y.detach() for y in outputs]
-
-
-def _compare(ours: Tensor, plain: Tensor, exact: Tensor) -> tuple[str, float]:
-    """The reason against a value (empty: none) and its largest error by the largest value."""
-    if ours.shape != plain.shape or ours.dtype != plain.dtype:
-        return f"gives {tuple(ours.shape)} {ours.dtype}, not {tuple(plain.shape)} {plain.dtype}", math.inf
-    if not ours.numel():
-        return "", 0.0
-    wide = exact.double()
-    error, size = (ours.double() - wide).abs().nan_to_num(nan=math.inf), float(wide.abs().max())
-    allowed = torch.zeros_like(wide)
-    if ours.is_floating_point():
-        allowed = 2 * torch.finfo(ours.dtype).eps * wide.abs() + 128 * EPS32 * size
-        allowed += 2 * (plain.double() - wide).abs().max()
-    difference = float(error.max()) / max(size, 1e-30)
-    place = (error - allowed).argmax()
-    if error.flatten()[place] <= allowed.flatten()[place]:
-        return "", difference
-    return f"differs by {error.flatten()[place]:.3g}, {allowed.flatten()[place]:.3g} is rounding", difference
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Runs kernels in their order, reporting each on a pipe; ends at the first that fails, as the device may be lost.
-
-    Args:
-        arguments: number of the pipe, device, seconds for one kernel, kernels.
-    """
-    pipe, device, limit = Connection(int(arguments[0]), readable=False), torch.device(arguments[1]), float(arguments[2])
-    faulthandler.enable()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        libraries: Any = torch.backends
-        for library in (libraries.cuda.matmul, libraries.cudnn.conv):
-            library.fp32_precision = "ieee"  # TF32 would be no measure
-    torch.ones(1, device=device).item()
-    pipe.send_bytes(b"{}")
-    for kernel in arguments[3:]:
-        faulthandler.dump_traceback_later(limit + 10, exit=True)  # should nobody be left who would end it
-        message = _report(kernel, device)
-        pipe.send_bytes(json.dumps(message).encode())
-        if message["reason"]:
-            return
-
-
-def _report(kernel: str, device: torch.device) -> dict[str, Any]:
-    try:
-        reason, difference = check(kernel, device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except Exception as error:
-        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if isinstance(error, MemoryError) or "out of memory" in str(error):  # whoever has the memory is to blame
-            return {"reason": "unknown", "unknown": f"{kernel}: {said}"}
-        return {"reason": f"failed, {said}", "difference": None}
-    return {"reason": reason, "difference": difference if math.isfinite(difference) else None}
