@@ -1,10 +1,13 @@
-// Fused activation + density surrogate + active count (DEFT), and the density metric.
+// Fused activation + density surrogate + active count (DEFT), and the density metric. Bound by memory; what each op
+// must at least move through it stands beside its arguments, here and in the other families: count_traffic
+// (tests/emulator) prints what the CUDA kernels do move.
 #pragma once
 
 #include "deftcore/common.h"
 
 namespace deftcore {
 
+// Least traffic: z and a once.
 struct ActDensityArgs {
   const void* z;          // [rows, width], contiguous
   const uint8_t* mask;    // [rows], 0 leaves the row out of sum and count; null counts every row
@@ -22,6 +25,7 @@ struct ActDensityArgs {
                   tau)
 };
 
+// Least traffic: z, grad_a and grad_z once.
 struct ActDensityBackwardArgs {
   const void* z;          // [rows, width], contiguous
   const void* grad_a;     // [rows, width], or null for zero
@@ -37,6 +41,7 @@ struct ActDensityBackwardArgs {
   DEFTCORE_FIELDS(z, grad_a, grad_sum, mask, grad_z, rows, width, dtype, activation, surrogate, surrogate_param)
 };
 
+// Least traffic: a once.
 struct DensityArgs {
   const void* a;          // [rows, width], contiguous
   const uint8_t* mask;    // [rows] or null

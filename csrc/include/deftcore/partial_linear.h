@@ -5,7 +5,7 @@
 
 namespace deftcore {
 
-// a = f(gate) * up. Rows may lie in wider buffers.
+// a = f(gate) * up. Rows may lie in wider buffers. Least traffic: gate, up and a once.
 struct GatedActArgs {
   const void* gate;  // [rows, width]
   const void* up;    // [rows, width]
@@ -17,7 +17,7 @@ struct GatedActArgs {
   DEFTCORE_FIELDS(gate, up, a, rows, width, gate_stride, up_stride, dtype, activation)
 };
 
-// grad_gate = grad * up * f'(gate), grad_up = grad * f(gate).
+// grad_gate = grad * up * f'(gate), grad_up = grad * f(gate). Least traffic: all five once.
 struct GatedActBackwardArgs {
   const void* gate;  // [rows, width]
   const void* up;    // [rows, width]
@@ -52,7 +52,8 @@ struct DeltaBank {
                   low_in, low_out, count, inputs, outputs)
 };
 
-// y[t] += delta[adapter[t]] x[t]; a number outside 0..count - 1 is no delta.
+// y[t] += delta[adapter[t]] x[t]; a number outside 0..count - 1 is no delta. Least traffic: each delta that a token
+// names once, x, y in and out.
 struct GroupedDeltaArgs {
   DeltaBank bank;
   const void* x;           // [tokens, inputs], contiguous

@@ -9,6 +9,7 @@ namespace deftcore {
 // Largest block that is quantised.
 inline constexpr int64_t kMaxBlock = 4096;
 
+// Least traffic: w, packed and absmax once.
 struct Quantize4bitArgs {
   const void* w;    // [count]
   uint8_t* packed;  // [ceil(count / 2)], out
@@ -20,6 +21,7 @@ struct Quantize4bitArgs {
   DEFTCORE_FIELDS(w, packed, absmax, count, block_size, dtype, type)
 };
 
+// Least traffic: packed bytes and scales once, out once.
 struct Dequantize4bitArgs {
   Quant4 w;
   void* out;  // [rows, cols], contiguous
@@ -30,6 +32,7 @@ struct Dequantize4bitArgs {
 
 // linear_4bit:           y [tokens, rows] = x [tokens, cols] W^T + low lora^T + bias, lora [rows, rank]
 // linear_4bit_backward:  y [tokens, cols] = x [tokens, rows] W   + low lora,          lora [rank, cols]
+// Least traffic: packed bytes and scales once, whatever the number of tokens; x, low, lora, bias, y.
 struct Linear4bitArgs {
   Quant4 w;
   const void* x;     // contiguous

@@ -9,7 +9,7 @@ namespace deftcore {
 // share reads, each four have their own.
 inline constexpr int64_t kMaxSparseTokens = 64;
 
-// y = a W_down^T + bias, W_down stored neuron-major.
+// y = a W_down^T + bias, W_down stored neuron-major. Least traffic: a, the active rows of W_down, y.
 struct SparseDownArgs {
   const void* a;         // [tokens, neurons], contiguous
   const void* w_down_t;  // [neurons, width], row stride w_stride
@@ -27,7 +27,7 @@ struct SparseDownArgs {
 
 // Plain MLP (w_gate null):  y = f(x W_up^T + b_up) W_down^T + b_down
 // Gated MLP:                y = (f(x W_gate^T) * (x W_up^T)) W_down^T; only rows with |f| > tau of W_up, W_down are
-// read
+// read. Least traffic: x, all of the first projection where z is not given, the active rows of the others, y.
 struct SparseMlpArgs {
   const void* x;         // [tokens, width], contiguous
   const void* z;         // [tokens, neurons] pre-activation computed by the caller, or null
@@ -53,6 +53,7 @@ struct SparseMlpArgs {
 // The MLP from its pre-activation on, over 4-bit weights; the caller computes z = x W^T of the first projection.
 //   y = h W_down^T + b_down,  h = f(z), times (x W_up^T + up_low up_lora^T) when W_up is there
 // Only rows of W_up, up_lora, W_down and down_lora with |f(z)| > tau are read. Low-rank terms are optional.
+// Least traffic: x, z, the packed bytes and scales of those rows, y.
 struct SparseMlp4bitArgs {
   const void* x;          // [tokens, width], contiguous; gated MLP only
   const void* z;          // [tokens, neurons], contiguous

@@ -21,6 +21,7 @@ struct ScanTensor {
 //   h_t = exp(step_t a) h_{t-1} + step_t b_t u_t,   y_t = c_t . h_t + d u_t,   out_t = y_t silu(z_t)
 // b and c are float [batch, length, groups, states], channel j in group j groups / channels; or one [channels, states]
 // for all batches and times where their `fixed` flag is set. States are float [batch, states, channels].
+// Least traffic: u, delta, z, b, c and out once, the states of first, last and chunks; none between the steps.
 struct SelectiveScanArgs {
   ScanTensor u, delta, z, out;
   const float* a;           // [states, channels]
@@ -39,7 +40,7 @@ struct SelectiveScanArgs {
                   groups, dtype, softplus, fixed_b, fixed_c)
 };
 
-// Gradients of the above. Null outputs are not computed.
+// Gradients of the above. Null outputs are not computed. Least traffic: the inputs, chunks and every gradient once.
 struct SelectiveScanBackwardArgs {
   SelectiveScanArgs forward;  // `out` holds the gradient of out; `chunks` what the forward wrote; `last` is not read
   ScanTensor grad_u, grad_delta, grad_z;  // of the forward's dtype; grad_z null without z; may stand in their inputs
@@ -58,6 +59,7 @@ struct SelectiveScanBackwardArgs {
 
 // out_t = f(bias + sum_k weight[k] x_{t - width + 1 + k}), f silu or the identity. x before the start is `first`'s last
 // steps, else 0. Where `sequence` is given, no tap reaches a step of another number; `first` belongs to step 0's.
+// Least traffic: x and out once.
 struct CausalConv1dArgs {
   ScanTensor x, out;
   ScanTensor first;         // [batch, width - 1, channels] or null
@@ -71,6 +73,7 @@ struct CausalConv1dArgs {
   DEFTCORE_FIELDS(x, out, first, weight, bias, sequence, batch, length, channels, width, dtype, silu)
 };
 
+// Least traffic: x, the gradient of out and grad_x once.
 struct CausalConv1dBackwardArgs {
   CausalConv1dArgs forward;  // `out` holds the gradient of out
   ScanTensor grad_x;         // may not stand in x or out
@@ -84,6 +87,7 @@ inline constexpr int64_t kMaxConvWidth = 16;
 
 // Mamba-2: heads of `head_dim` channels with one step and one decay each.
 //   h_t = exp(log_decay_t) h_{t-1} + step_t x_t b_t^T,   y_t = h_t c_t + d x_t
+// Least traffic: x, step, log_decay, b, c and out once, the states of first and last; none between the steps.
 struct SsdArgs {
   ScanTensor x, out;       // channels are heads * head_dim
   const float* step;       // [batch, length, heads]
@@ -99,6 +103,7 @@ struct SsdArgs {
   DEFTCORE_FIELDS(x, out, step, log_decay, b, c, d, first, last, batch, length, heads, head_dim, states, groups, dtype)
 };
 
+// Least traffic: the inputs and every gradient once.
 struct SsdBackwardArgs {
   SsdArgs forward;        // `out` holds the gradient of out; `last` is not read
   ScanTensor grad_x;      // may stand in out
@@ -119,7 +124,8 @@ struct HeadTensor {
   int64_t batch, head, channel;
 };
 
-// One step of either scan: state = exp(step a) state + step b x, out = (c . state + d x) silu(z), in place.
+// One step of either scan: state = exp(step a) state + step b x, out = (c . state + d x) silu(z), in place. Least
+// traffic: the named slots' states in and out, everything else once.
 struct StateUpdateArgs {
   void* state;           // [slots, heads, head_dim, states], contiguous
   const int64_t* slots;  // [batch], row b's state; negative: out is 0, no state is touched. Null: row b has slot b
@@ -141,6 +147,7 @@ struct StateUpdateArgs {
 };
 
 // x [batch, channels, length] after `state` [batch, channels, window]: out as causal_conv1d's, and the window moves on.
+// Least traffic: x, out, and the windows in and out.
 struct CausalConv1dUpdateArgs {
   ScanTensor x, out;
   void* state;           // contiguous, in x's dtype; window >= width - 1
