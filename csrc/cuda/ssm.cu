@@ -23,7 +23,7 @@ __device__ float step_at(const SelectiveScanArgs& args, float delta, int64_t cha
 }
 
 template <class T>
-__global__ void __launch_bounds__(kScanThreads) scan_kernel(SelectiveScanArgs args) {
+__global__ void __launch_bounds__(kScanThreads, kMinBlocks) scan_kernel(SelectiveScanArgs args) {
   __shared__ Tile u, step, y;
   const Owner own = owner_of(args);
   const int lane = static_cast<int>(threadIdx.x);
