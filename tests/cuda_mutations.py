@@ -166,7 +166,7 @@ BY_FILE = {
             "if (threadIdx.x == 0 && n0 + i < args.states) {",
         ),
         ("mask", "if (threadIdx.x % kWarp == 0) atomicAdd(back.grad_log_decay", "atomicAdd(back.grad_log_decay"),
-        ("mask", "dy[t][lane] = own.active ? read_at", "dy[t][lane] = true ? read_at"),
+        ("mask", "      if (!own.active) continue;\n", ""),
         ("tail", "return n < args.states ? x[", "return n <= args.states ? x["),
         ("tail", "n < args.states; ++n) args.last[plane + n]", "n < args.states - 1; ++n) args.last[plane + n]"),
         ("arithmetic", "to_decay += g[i] * history[t][i];", "to_decay += g[i] * history[t + 1][i];"),

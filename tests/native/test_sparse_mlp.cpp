@@ -251,7 +251,7 @@ int main() {
       }
       test_mlp4(tokens, 64, 66, 32, true, true);
     }
-    test_mlp4(5, 64, 1088, 32, false, false);
+    test_mlp4(5, 64, 1984, 32, false, false);
     SparseDownArgs bad{};
     bad.tokens = 65;
     bool thrown = false;
