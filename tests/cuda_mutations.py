@@ -271,7 +271,7 @@ BY_FILE = {
         ("tail", "if (part != 0 || i >= total) return;", "if (part != 0 || i > total) return;"),
         ("arithmetic", "most = max(most, totals[g]);", "most += totals[g];"),
         ("arithmetic", "bias != nullptr ? to_float(bias[i % width])", "bias != nullptr ? to_float(bias[i / tokens])"),
-        ("host", "room.take<float>(cut.shares * tokens * rank)", "room.take<float>(tokens * rank)"),
+        ("host", "room.take<float>(cut.shares * tokens * width)", "room.take<float>(tokens * width)"),
         ("host", "groups = ceil_div(tokens, count)", "groups = tokens / count"),
     ],
 }
