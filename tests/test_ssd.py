@@ -5,6 +5,8 @@ import torch
 from conftest import assert_close_to_ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from deftcore import ops
 from deftcore.ops.ssm import ssd
@@ -411,3 +413,51 @@ def test_chunked_products_are_the_definition(batch, length, groups, optional, cu
     for ours, wanted in zip(found, ssd._ssd_backward_ref(*grads, *inputs), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
     assert ssd_chunked_backward(*grads, *inputs, False)[5].numel() == 0
+
+
+def test_chunked_products_carry_the_state_over_many_chunks():
+    """Longer than a block of chunks, with decays so slow that the first block is felt behind it."""
+    batch, length, heads = 1, 2 * 64 * 64 + 70, 2
+
+    def draw(*shape):
+        return torch.randn(shape, dtype=torch.float64)
+
+    inputs = (
+        draw(batch, length, heads, 1), draw(batch, length, heads) / 64, -draw(batch, length, heads).abs() / 4096,
+        draw(batch, length, 1, 2), draw(batch, length, 1, 2), None, draw(batch, heads, 1, 2),
+    )  # fmt: skip
+    out, held = ssd._ssd_ref(*inputs)
+    assert held[:, -1].sub(ssd._ssd_ref(*inputs[:-1], None)[1][:, -1]).abs().max() > 1e-3
+    grads = draw(*out.shape), draw(batch, heads, 1, 2)
+    found = (*ssd_chunked(*inputs), *ssd_chunked_backward(*grads, *inputs, False))
+    wanted = (out, held[:, -1], *ssd._ssd_backward_ref(*grads, *inputs))
+    for ours, theirs in zip(found, wanted, strict=True):
+        scale = theirs.abs().max().item() if theirs.numel() else 1.0
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12 * scale)
+
+
+def test_chunked_products_take_memory_linear_in_the_length():
+    class Made(TorchDispatchMode):
+        """Elements of all tensors that operations make."""
+
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            self.elements += sum(t.numel() for t in tree_leaves(made) if isinstance(t, torch.Tensor))
+            return made
+
+    def elements(length):
+        def make(*shape):
+            return torch.empty(shape, device="meta")
+
+        inputs = (
+            make(1, length, 2, 1), make(1, length, 2), make(1, length, 2), make(1, length, 1, 2),
+            make(1, length, 1, 2), None, make(1, 2, 1, 2),
+        )  # fmt: skip
+        with Made() as made:
+            ssd_chunked(*inputs)
+            ssd_chunked_backward(make(1, length, 2, 1), make(1, 2, 1, 2), *inputs, False)
+        return made.elements
+
+    assert elements(2**21) <= 16.1 * elements(2**17)

@@ -2,7 +2,8 @@
 
 In a chunk of Q steps y = (M * C B^T) X + e * (C h^T), with X = step x, h the state before the chunk, M[t, s] the decay
 from step s to step t and e[t] the one from the chunk's start; the states before the chunks are the same sum over
-chunks. Letters of the products: b batch, k chunk, t and s step, g group, r head in its group, p head dim, n state.
+chunks, a block of them at a time, so that nothing grows faster than the length.
+Letters of the products: b batch, k chunk, t and s step, g group, r head in its group, p head dim, n state.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _STEPS = 64  # of a chunk
+_CHUNKS = 64  # of a block
 
 
 class _Chunks(NamedTuple):
@@ -25,7 +27,7 @@ class _Chunks(NamedTuple):
     start: Tensor  # e [b k t g r 1]
     end: Tensor  # decay from step s to the chunk's end [b k s g r 1]
     products: Tensor  # C B^T [b k g 1 t s]
-    between: Tensor  # decay from the end of chunk j - 1 to the start of chunk k [b g r k j], 0: before all
+    whole: Tensor  # logarithm of the decay over a chunk [b g r k]
     states: Tensor  # before each chunk, and after the last [b k g r p n]
 
     @classmethod
@@ -37,14 +39,14 @@ class _Chunks(NamedTuple):
         decay = _decays(log_decay)
         end = decay[..., -1, :].movedim(-1, 2).unsqueeze(-1)
         start = log_decay.cumsum(-1).exp().movedim(-1, 2).unsqueeze(-1)
-        between = _decays(F.pad(log_decay.sum(-1).movedim(1, -1), (1, 0)))
+        whole = log_decay.sum(-1).movedim(1, -1)
         added = torch.einsum("bksgrp,bksgn->bkgrpn", end * step * x, b)
         before = added.new_zeros(len(x), 1, *added.shape[2:])
         if first is not None:
             before = first.unflatten(1, (groups, -1)).unsqueeze(1)
-        held = torch.einsum("bgrkj,bjgrpn->bkgrpn", between, torch.cat((before, added), 1))
+        states = _carried(before, added, whole)
         products = torch.einsum("bktgn,bksgn->bkgts", c, b).unsqueeze(3)
-        return cls(x, step, b, c, decay, start, end, products, between, held)
+        return cls(x, step, b, c, decay, start, end, products, whole, states)
 
 
 def ssd_chunked(
@@ -70,8 +72,8 @@ def ssd_chunked_backward(
     moved, from_start = k.step * k.x, k.start * dy
     # Gradients of the states: those before the chunks, through time, to what each chunk adds.
     of_states = torch.einsum("bktgrp,bktgn->bkgrpn", from_start, k.c)
-    of_states = torch.cat((of_states, grad_last.to(b.dtype).unflatten(1, (groups, -1)).unsqueeze(1)), 1)
-    of_states = torch.einsum("bgrkj,bkgrpn->bjgrpn", k.between, of_states)
+    last = grad_last.to(b.dtype).unflatten(1, (groups, -1)).unsqueeze(1)
+    of_states = _carried(last, of_states.flip(1), k.whole.flip(-1)).flip(1)
     of_added, before = of_states[:, 1:], k.states[:, :-1]
 
     pairs = k.decay * torch.einsum("bktgrp,bksgrp->bkgrts", dy, moved)
@@ -111,6 +113,16 @@ def _cut(x: Tensor) -> Tensor:
 def _joined(x: Tensor, like: Tensor) -> Tensor:
     """The opposite: of like's shape."""
     return x.flatten(1, 2)[:, : like.shape[1]].reshape(like.shape).contiguous()
+
+
+def _carried(first: Tensor, added: Tensor, whole: Tensor) -> Tensor:
+    """States [b k+1 g r p n]: first, and after each chunk what is left of the one before it and what was added."""
+    states = [first]
+    for more, logs in zip(added.split(_CHUNKS, 1), whole.split(_CHUNKS, -1), strict=True):
+        between = _decays(F.pad(logs, (1, 0)))[..., 1:, :]
+        block = torch.cat((states[-1][:, -1:], more), 1)
+        states.append(torch.einsum("bgrkj,bjgrpn->bkgrpn", between, block))
+    return torch.cat(states, 1)
 
 
 def _decays(log_decay: Tensor) -> Tensor:
