@@ -1,19 +1,22 @@
 """Files that appear whole or not at all, and the folder in which deftcore keeps what it measured or made."""
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _log = logging.getLogger("deftcore")
+_WAIT = 5.0  # seconds for another process that adds to a table; one that was stopped is not waited for without end
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing_file(target: str | os.PathLike) -> Iterator[Path]:
     """A path beside `target`, of the same suffix, to write to: the file takes target's place when the block ends well.
 
@@ -33,7 +36,7 @@ def replacing_file(target: str | os.PathLike) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing_folder(target: str | os.PathLike, *, discard: bool = True) -> Iterator[Path]:
     """A new folder beside `target` that takes its place when the block ends well.
 
@@ -95,10 +98,52 @@ def read_table(name: str) -> dict[str, Any]:
 
 
 def add_to_table(name: str, entries: dict[str, Any]) -> None:
-    """Adds entries to such a file. A folder that cannot be written is only logged."""
+    """Adds entries to such a file, one process at a time. A folder that cannot be written is only logged."""
+    with _adding(name):
+        _add(name, entries)
+
+
+def first_in_table(name: str, key: str, value: float) -> float:
+    """The number that such a file has under a key; `value`, which is then added, where it has none.
+
+    So that of several processes that measured the same thing at once all go by what one of them found.
+    """
+    with _adding(name):
+        kept = read_table(name).get(key)
+        if isinstance(kept, float):
+            return kept
+        _add(name, {key: value})
+    return value
+
+
+def _add(name: str, entries: dict[str, Any]) -> None:
     path = cache_folder() / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, dict(sorted((read_table(name) | entries).items())))
     except OSError as error:
         _log.info("%s: not kept, %s", name, error)
+
+
+@contextlib.contextmanager
+def _adding(name: str) -> Iterator[None]:
+    """Between reading a table and replacing it: nobody else does. Where there are no locks it goes without."""
+    with contextlib.ExitStack() as held:
+        try:
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((cache_folder() / f"{name}.lock").open("w"))
+            given_up = time.monotonic() + _WAIT
+            while not _taken(file) and time.monotonic() < given_up:
+                time.sleep(0.01)
+            held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # a process forked meanwhile has the file open too
+        except OSError as error:
+            _log.info("%s: no lock, %s", name, error)
+        yield
+
+
+def _taken(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

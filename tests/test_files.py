@@ -1,10 +1,20 @@
 """Files appear whole or not at all; the cache folder is where the user says."""
 
 import stat
+import subprocess
+import sys
 
 import pytest
 
-from deftcore._files import add_to_table, cache_folder, read_table, replacing_file, replacing_folder, write_json
+from deftcore._files import (
+    add_to_table,
+    cache_folder,
+    first_in_table,
+    read_table,
+    replacing_file,
+    replacing_folder,
+    write_json,
+)
 
 
 def names(folder):
@@ -59,11 +69,31 @@ def test_tables(tmp_path, monkeypatch):
     add_to_table("t.json", {"b": 1})
     add_to_table("t.json", {"a": 2, "b": 3})
     assert read_table("t.json") == {"a": 2, "b": 3}
+    assert first_in_table("t.json", "c", 0.5) == 0.5
+    assert first_in_table("t.json", "c", 0.75) == 0.5
     (cache_folder() / "t.json").write_text("[1")
     assert read_table("t.json") == {}
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("DEFTCORE_CACHE", str(tmp_path / "taken"))
     add_to_table("t.json", {"a": 1})  # only logged
+    assert first_in_table("t.json", "a", 1.0) == 1.0
     monkeypatch.delenv("DEFTCORE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == tmp_path / "xdg" / "deftcore"
+
+
+def test_processes_add_to_one_table(tmp_path, monkeypatch):
+    """None loses what another one adds at the same time."""
+    monkeypatch.setenv("DEFTCORE_CACHE", str(tmp_path))
+    code = """if True:
+        import sys
+        from deftcore._files import add_to_table
+        sys.stdin.read()
+        for i in range(60):
+            add_to_table("t.json", {f"{sys.argv[1]} {i}": 1})
+    """
+    started = [subprocess.Popen([sys.executable, "-c", code, name], stdin=subprocess.PIPE) for name in ("a", "b", "c")]
+    for process in started:
+        process.stdin.close()
+    assert [process.wait(60) for process in started] == [0, 0, 0]
+    assert len(read_table("t.json")) == 180

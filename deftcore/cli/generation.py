@@ -62,13 +62,13 @@ class Writer:
         if chat and not self.tokenizer.chat_template:
             raise ValueError(f"chat: the tokenizer of {model} has no chat template")
         if sparse:
-            loaded: Any = load_sparse(model)
+            loaded: Any = load_sparse(model).to(where)
         else:
             loaded = load_model(model, quantize=quantize)
             loaded = (load_adapter(loaded, adapter) if adapter else loaded).to(where)  # the proof is of this device
             with contextlib.suppress(ValueError):  # nothing in it that native ops would run
                 patch(loaded)
-        self.model = loaded.to(where).eval()
+        self.model = loaded.eval()
         self.where, self.chat, self.max_new_tokens = where, chat, max_new_tokens
         self.messages: list[dict[str, str]] = []
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}

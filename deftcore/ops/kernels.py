@@ -183,9 +183,12 @@ def capturing(device: torch.device) -> bool:
 
 
 def machine_name(like: Tensor) -> str:
-    """What a measurement on like's device depends on: the processor and how it is used, and versions."""
+    """What a measurement on like's device depends on: the processor and how it is used, and versions.
+
+    On a GPU it is what a kernel's proof depends on, the driver and the build with it.
+    """
     if like.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(like.device)} torch-{torch.__version__} deftcore-{native.version}"
+        return Place.of(like.device).words
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

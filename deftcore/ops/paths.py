@@ -6,7 +6,6 @@ read. Results are kept in the cache folder in cost_model.json, under a key of ev
 """
 
 import logging
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deftcore._files import add_to_table, read_table
+from deftcore._files import first_in_table, read_table
 from deftcore.ops.kernels import capturing, machine_name, native
-from deftcore.ops.timing import COST_MODEL, bucket_of, seconds
+from deftcore.ops.timing import COST_MODEL, bucket_of, medians
 
 logger = logging.getLogger("deftcore")
 
@@ -24,7 +23,6 @@ AUTO, SPARSE, DENSE = 0, 1, 2
 PATHS = {"auto": AUTO, "sparse": SPARSE, "dense": DENSE}
 MAX_TOKENS: int = native.max_sparse_tokens
 _COLD_BYTES = 96 << 20  # more than a last-level cache holds
-_REPEATS = 5
 _known: dict[tuple, float] = {}
 
 
@@ -62,9 +60,9 @@ def break_even_density(
             def plain_weight() -> Tensor:
                 return torch.full((neurons, width), 0.01, dtype=like.dtype, device=like.device)
 
-            table[key] = _measure(like, bucket, neurons, sparse, dense, make_weight or plain_weight, inputs)
-            logger.info("cost model: %s: sparse below density %.2f", key, table[key])
-            add_to_table(COST_MODEL, {key: table[key]})
+            found = _measure(like, bucket, neurons, sparse, dense, make_weight or plain_weight, inputs)
+            logger.info("cost model: %s: sparse below density %.2f", key, found)
+            table[key] = _share(first_in_table(COST_MODEL, key, found))
         _known[quick] = table[key]
     return _known[quick]
 
@@ -86,17 +84,14 @@ def _measure(
         inputs[1][:, ::4] = 1
     full, quarter = inputs
     cases: list[tuple[Callable[[Any, Any], Tensor], Any]] = [(dense, full), (sparse, full), (sparse, quarter)]
-    times: list[list[float]] = [[] for _ in cases]
-    for repeat in range(_REPEATS + 1):
-        for case, (run, a) in enumerate(cases):
-            weight = weights[(repeat + case) % copies]
-            taken = seconds(partial(run, a, weight), like.device)
-            if repeat:  # the first round warms up
-                times[case].append(taken)
-    dense_time, full_time, quarter_time = map(statistics.median, times)
+
+    def calls(repeat: int) -> list[Callable[[], Tensor]]:
+        return [partial(run, a, weights[(repeat + case) % copies]) for case, (run, a) in enumerate(cases)]
+
+    dense_time, full_time, quarter_time = medians(calls, like.device)
     per_density = max((full_time - quarter_time) / 0.75, 1e-12)
     fixed = full_time - per_density
-    return min(max((dense_time - fixed) / per_density, 0.0), 1.0)
+    return _share((dense_time - fixed) / per_density)
 
 
 def most_active(like: Tensor, neurons: int, density: float) -> int:
@@ -110,8 +105,12 @@ def most_active(like: Tensor, neurons: int, density: float) -> int:
     return neurons if density >= 1 else int(density * neurons)
 
 
+def _share(value: float) -> float:
+    return min(max(value, 0.0), 1.0)
+
+
 def _load() -> dict[str, float]:
     try:
-        return {str(key): min(max(float(value), 0.0), 1.0) for key, value in read_table(COST_MODEL).items()}
+        return {str(key): _share(float(value)) for key, value in read_table(COST_MODEL).items()}
     except (ValueError, TypeError):
         return {}  # damaged: measured again

@@ -1,21 +1,23 @@
-"""Which of two ways is the faster, by the device's own clock: what is measured is kept in the cost model."""
+"""How long calls take, by the device's own clock, and which of two is the faster: that is kept in the cost model."""
 
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deftcore._files import add_to_table, read_table
+from deftcore._files import first_in_table, read_table
 from deftcore.ops.kernels import capturing, machine_name, runs_cuda, switch
 
 logger = logging.getLogger("deftcore")
 
 COST_MODEL = "cost_model.json"
+_WARM_UPS = 2  # one loads code and memory, the other tells how long the launches take
 _REPEATS = 5
+_FASTEST = 3e9  # cycles a second, more than a GPU has
 _pays: dict[tuple, bool] = {}
 
 
@@ -25,7 +27,7 @@ def native_pays(
     """Whether a CUDA kernel is no slower than PyTorch's form of the same product, both of which are timed once.
 
     It is taken to be on a CPU, where DEFTCORE_CUDA_KERNELS is "all", and, unless the answer is known, while a CUDA
-    graph is captured and where PyTorch's form has no memory.
+    graph is captured. Where PyTorch's form has no memory the kernel pays, from then on.
 
     Args:
         op: name of the kernel.
@@ -43,11 +45,12 @@ def native_pays(
             if capturing(x.device):
                 return True
             try:
-                ratio = _ratio(native, library, x.device)
+                ours, theirs = medians(lambda _: (native, library), x.device)
+                ratio = ours / max(theirs, 1e-9)
             except torch.OutOfMemoryError:
-                return _pays.setdefault(quick, True)
+                ratio = 0.0  # kept too, or a run that is continued could take the other way
             logger.info("cost model: %s: the kernel takes %.2f of PyTorch's time", key, ratio)
-            add_to_table(COST_MODEL, {key: ratio})
+            ratio = first_in_table(COST_MODEL, key, ratio)
         _pays[quick] = ratio <= 1
     return _pays[quick]
 
@@ -57,28 +60,46 @@ def bucket_of(tokens: int) -> int:
     return 1 << max(tokens - 1, 0).bit_length()
 
 
-def _ratio(native: Callable[[], Any], library: Callable[[], Any], device: torch.device) -> float:
-    times: list[list[float]] = [[], []]
-    for repeat in range(_REPEATS + 1):
-        for call, found in zip((native, library), times, strict=True):
-            taken = seconds(call, device)
-            if repeat:  # the first round warms up
-                found.append(taken)
-    ours, theirs = map(statistics.median, times)
-    return ours / max(theirs, 1e-9)
+def medians(calls: Callable[[int], Sequence[Callable[[], Any]]], device: torch.device) -> list[float]:
+    """Seconds of some calls that take turns: the median of each, without the rounds that warm up.
+
+    Args:
+        calls: gives those of a round, by its number; each time the same ones, if with other inputs.
+    """
+    for round_number in range(_WARM_UPS):
+        launches = [_host_seconds(call, device) for call in calls(round_number)]
+    times = []
+    for round_number in range(_WARM_UPS, _WARM_UPS + _REPEATS):
+        pairs = zip(calls(round_number), launches, strict=True)
+        times.append([seconds(call, device, launch) for call, launch in pairs])
+    return [statistics.median(found) for found in zip(*times, strict=True)]
 
 
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call; on a GPU the device's own, the call's launches waiting behind a kernel that sleeps."""
+def seconds(call: Callable[[], Any], device: torch.device, launch: float) -> float:
+    """Seconds of one call; on a GPU the device's own.
+
+    There the call's launches wait behind a kernel that sleeps for longer than `launch`, the seconds that the host takes
+    for them. A call that itself waits for the device ends the sleep: what it launches after that is not hidden.
+    """
     if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+        return _host_seconds(call, device)
     start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.device(device):
-        torch.cuda._sleep(2_000_000)  # cycles, about a millisecond: longer than Python takes to launch
+        torch.cuda._sleep(int(1.5 * _FASTEST * launch) + 1_000_000)
         start_event.record()
         call()
         end_event.record()
         end_event.synchronize()
     return start_event.elapsed_time(end_event) / 1e3
+
+
+def _host_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds until a call returns; on a GPU that is idle before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    taken = time.perf_counter() - start
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return taken
