@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import sys
 import threading
 from dataclasses import asdict
@@ -35,10 +36,14 @@ for kernel in kernels:
     reason, unknown = "", ""
     if kernel == "hangs":
         time.sleep(1000)
+    if kernel.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, kernel))
     if kernel == "crashes":
         os.kill(os.getpid(), signal.SIGSEGV)
     if kernel == "ends":
         sys.exit(3)
+    if kernel == "group" and os.getpgrp() != os.getpid():
+        reason = "ends with its parent's group"
     if kernel == "slow":
         time.sleep(0.5)
     if kernel == "wrong":
@@ -47,7 +52,7 @@ for kernel in kernels:
         reason = os.environ["DEFTCORE_CUDA_KERNELS"]
     if kernel == "no memory":
         unknown = "out of memory"
-    pipe.send_bytes(json.dumps({"reason": reason, "difference": 0.5, "unknown": unknown}).encode())
+    pipe.send_bytes(json.dumps({"reason": reason, "difference": None if kernel == "exact" else 0.5, "unknown": unknown}).encode())
     if reason:
         break
 """
@@ -90,8 +95,9 @@ def test_one_child_proves_all(runs):
     assert reasons(found) == {"pid": "", "good": "", "pid of the same": ""}
 
 
-def test_what_fails_is_named_and_the_rest_goes_on(runs):
+def test_what_fails_is_named_and_the_rest_goes_on(runs, monkeypatch):
     seen = []
+    monkeypatch.setattr(proof, "LIMIT", 3)
     found = prove(["good", "wrong", "hangs", "crashes", "ends", "last"], PLACE, limit=3, report=seen.append)
     assert reasons(found) == {
         "good": "", "wrong": "differs by 2", "hangs": "timed out after 3 s", "crashes": "crashed with signal SIGSEGV",
@@ -99,6 +105,7 @@ def test_what_fails_is_named_and_the_rest_goes_on(runs):
     }  # fmt: skip
     assert seen == list(found.values())
     assert runs() == ["good", "wrong", "hangs", "crashes", "ends", "last"]
+    assert remembered(list(found), PLACE) == found
     assert found["good"].place == PLACE.words
     assert found["crashes"].difference is None
 
@@ -139,6 +146,25 @@ def test_no_verdict_without_a_run(runs, monkeypatch):
     assert reasons(prove(["good"], PLACE)) == {"good": ""}
 
 
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_who_stops_the_child_says_nothing_about_a_kernel(runs, name):
+    with pytest.raises(ProofError, match=f"the child process was sent {name}"):
+        prove(["good", name, "last"], PLACE)
+    assert remembered(["good", name, "last"], PLACE).keys() == {"good"}
+
+
+def test_the_child_is_out_of_reach_of_the_terminal(runs):
+    """Ctrl-C goes to a whole process group."""
+    assert reasons(prove(["group"], PLACE)) == {"group": ""}
+
+
+def test_a_short_limit_is_of_this_run_alone(runs, monkeypatch):
+    assert reasons(prove(["hangs", "good"], PLACE, limit=0.5)) == {"hangs": "timed out after 0.5 s", "good": ""}
+    assert remembered(["hangs", "good"], PLACE).keys() == {"good"}
+    monkeypatch.setattr(proof, "LIMIT", 0.5)
+    assert reasons(prove(["hangs"], PLACE, limit=0.5)) == reasons(remembered(["hangs"], PLACE))
+
+
 def test_of_several_at_once_one_proves(runs):
     found = []
     threads = [threading.Thread(target=lambda: found.append(prove(["slow", "good"], PLACE))) for _ in range(3)]
@@ -155,6 +181,21 @@ def test_a_process_that_was_stopped_is_not_waited_for_without_end(runs, monkeypa
     with proof._one_at_a_time():
         assert reasons(prove(["good"], PLACE)) == {"good": ""}
     assert runs() == ["good"]
+
+
+def test_a_fork_meanwhile_does_not_keep_the_lock(monkeypatch):
+    """A forked process has the lock's open file too, as a duplicate of its descriptor has it."""
+    take, copies = proof._take, []
+    monkeypatch.setattr(proof, "_take", lambda file: (take(file), copies.append(os.dup(file.fileno()))))
+    monkeypatch.setattr(proof, "_WAIT", 0.0)
+    try:
+        for _ in range(2):
+            with proof._one_at_a_time():
+                pass
+        assert len(copies) == 2  # the second time too
+    finally:
+        for copy in copies:
+            os.close(copy)
 
 
 def test_a_folder_that_cannot_be_written(runs, tmp_path, monkeypatch):
@@ -296,6 +337,9 @@ def test_gpu_check(gpu, runs, capsys, monkeypatch):
     assert main(["info"]) == 0
     assert "kernel new: cpu on, cuda unproved" in capsys.readouterr().out
     assert main(["gpu-check"]) == 0
+    monkeypatch.setattr(kernels, "KERNELS", ("exact",))
+    assert main(["gpu-check"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["exact", "passed"]
 
 
 # ---------------------------------------------------------------------------- the emulator as the GPU
@@ -328,7 +372,7 @@ def test_broken_kernels_stay_off(monkeypatch, capsys):
     assert lines["density"].startswith("differs by ")
     assert lines["gated_act"] == "timed out after 10 s"
     assert lines["grouped_delta"] == "crashed with signal SIGSEGV"
-    assert lines["causal_conv1d"] == "failed, RuntimeError: an illegal memory access was encountered"
+    assert lines["causal_conv1d"].startswith("failed, RuntimeError: an illegal memory access was encountered (")
     assert all(lines[kernel].startswith("passed") for kernel in some[4:])
     a = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     monkeypatch.setattr(proof, "_COMMAND", ("/nonexistent",))
@@ -386,6 +430,85 @@ def test_a_few_wrong_bits_are_seen():
     assert proof_child._compare(ours, plain, exact)[0].startswith("differs by ")
     ours[3, 4] = torch.nan
     assert proof_child._compare(ours, plain, exact)[0].startswith("differs by ")
+
+
+def test_no_error_is_allowed_by_values_that_are_not_finite():
+    """Where PyTorch's own float16 overflows, or float64 does, a case shows nothing: it passes no kernel."""
+    half, exact = torch.tensor([1.0, torch.inf]).half(), torch.tensor([1.0, 1e6], dtype=torch.float64)
+    for ours, plain, right in (
+        (torch.tensor([torch.nan, 0.0]).half(), half, exact),
+        (half, half, exact),
+        (half, half, torch.tensor([1.0, torch.inf], dtype=torch.float64)),
+        (half, torch.tensor([1.0, torch.nan]).half(), exact),
+    ):
+        with pytest.raises(ArithmeticError, match="PyTorch's own result in torch.float16 or float64 is not finite"):
+            proof_child._compare(ours, plain, right)
+
+
+@pytest.fixture
+def doubles(monkeypatch):
+    """A kernel "doubles" whose case calls one function, whatever is switched on; to be given that function."""
+
+    def given(run):
+        monkeypatch.setattr(kernels, "HAS_CUDA", True)
+        case = proof_cases.Case("one", run, (torch.ones(2, dtype=torch.float64),), gradients=False)
+        monkeypatch.setitem(proof_cases.CASES, "density", lambda numbers: [case])
+        return proof_child._report("density", torch.device("cpu"))
+
+    return given
+
+
+def raises(error, *, of_kernel):
+    def run(x):
+        if kernels.cuda_enabled("density") == of_kernel:
+            raise error
+        return 2 * x
+
+    return run
+
+
+def test_what_the_reference_raises_is_not_the_kernels_fault(doubles):
+    assert doubles(lambda x: 2 * x)["reason"] == ""
+    error = RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED when calling cublasSgemm")
+    assert doubles(raises(error, of_kernel=True))["reason"] == f"failed, RuntimeError: {error} (one, float32)"
+    message = doubles(raises(error, of_kernel=False))
+    assert message == {"reason": "unknown", "unknown": f"density: RuntimeError: {error}"}
+
+
+def test_fewer_results_than_the_references(doubles):
+    found = doubles(lambda x: (x,) if kernels.cuda_enabled("density") else (x, 2 * x))
+    assert found["reason"] == "gives 1 tensors, not 2 (one, float32)"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_others_have_is_nobodys_fault(doubles, error):
+    for of_kernel in (True, False):
+        assert doubles(raises(error, of_kernel=of_kernel))["unknown"].startswith("density: ")
+
+
+def test_a_fault_that_the_device_reports_late_is_the_kernels(doubles, monkeypatch):
+    """Also where the kernel's own run has raised something else by then."""
+
+    def synchronize(device):
+        if kernels.cuda_enabled("density"):
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(proof_child, "Numbers", Mock())
+    for run in (lambda x: 2 * x, raises(torch.OutOfMemoryError(), of_kernel=True)):
+        doubles(run)
+        message = proof_child._report("density", torch.device("cuda"))
+        assert message["reason"].startswith("failed, RuntimeError: an illegal memory access was encountered")
 
 
 # ---------------------------------------------------------------------------- proved, and the faster

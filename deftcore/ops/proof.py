@@ -1,4 +1,4 @@
-"""Proof before use: a CUDA kernel is on where it gave its reference's values on this very GPU.
+"""Proof before use: a CUDA kernel is on where it gave its reference's values on a GPU of this model.
 
 The kernels run on small inputs (`proof_cases`) in a child process (`proof_child`), one after the other, each with a
 time limit: a fault or a hang there hurts nobody, and what is left goes on in a new child. Verdicts are kept in the
@@ -36,6 +36,8 @@ LIMIT = 180.0  # seconds for one kernel; on a GPU newer than the build the drive
 _START_LIMIT = 120.0  # for PyTorch and a context
 _WAIT = 600.0  # for another process that proves
 _FILE = "proved.json"
+# Signals that a process gets for what it did itself; any other was sent to it.
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP)
 # The child sees what this process can import, wherever it took that from.
 _COMMAND = (sys.executable or "python3", "-c", "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); "
             "from deftcore.ops.proof_child import main; main(sys.argv[1:])")  # fmt: skip
@@ -96,11 +98,11 @@ def prove(
 
     Args:
         again: runs all.
-        limit: seconds for one kernel.
+        limit: seconds for one kernel. That it took longer is kept only where they are at least the usual `LIMIT`.
         report: is called with each verdict as it comes.
 
     Raises:
-        ProofError: a child could not be started, or had no memory.
+        ProofError: a child could not be started, was stopped from outside, had no memory, or a reference failed.
     """
     found = {}
     with _one_at_a_time():
@@ -111,10 +113,11 @@ def prove(
         if left:
             logger.warning("proving the CUDA kernels on %s, once; this takes some seconds", place.device)
         while left:  # a child ends at the first kernel that fails
-            for reason, difference in _in_child(tuple(left), place.device, limit):
+            for reason, difference, keep in _in_child(tuple(left), place.device, limit):
                 date = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 verdict = Verdict(left.pop(0), reason, difference, place.words, date)
-                add_to_table(_FILE, {_key(verdict.kernel, place): asdict(verdict)})
+                if keep:
+                    add_to_table(_FILE, {_key(verdict.kernel, place): asdict(verdict)})
                 report(verdict)
                 found[verdict.kernel] = verdict
     return found
@@ -123,8 +126,8 @@ def prove(
 # ---------------------------------------------------------------------------- the child
 
 
-def _in_child(kernels: Sequence[str], device: str, limit: float) -> Iterator[tuple[str, float | None]]:
-    """(reason, difference) of kernels in their order, up to the first that fails."""
+def _in_child(kernels: Sequence[str], device: str, limit: float) -> Iterator[tuple[str, float | None, bool]]:
+    """(reason, difference, whether to keep them) of kernels in their order, up to the first that fails."""
     receiver, sender = Pipe(duplex=False)
     arguments = ["\n".join(sys.path), str(sender.fileno()), device, str(limit), *kernels]
     with tempfile.TemporaryFile() as output:
@@ -132,6 +135,7 @@ def _in_child(kernels: Sequence[str], device: str, limit: float) -> Iterator[tup
             child = subprocess.Popen(
                 [*_COMMAND, *arguments], pass_fds=[sender.fileno()], stdin=subprocess.DEVNULL, stdout=output,
                 stderr=output, env=os.environ | {"DEFTCORE_CUDA_KERNELS": "off"},
+                start_new_session=True,  # Ctrl-C is for this process, which ends the child
             )  # fmt: skip
         except OSError as error:
             raise ProofError(f"no child process: {error}") from error
@@ -145,11 +149,11 @@ def _in_child(kernels: Sequence[str], device: str, limit: float) -> Iterator[tup
                 verdict, silent = _next(receiver, child, limit)
                 if silent:
                     logger.info("%s %s: %s", kernel, silent, _last_line(output))
-                    yield silent, None
+                    yield silent, None, child.poll() is not None or limit >= LIMIT  # alive: it timed out
                     return
                 if verdict.get("unknown"):
                     raise ProofError(verdict["unknown"])
-                yield verdict["reason"], verdict["difference"]
+                yield verdict["reason"], verdict["difference"], True
                 if verdict["reason"]:
                     return
         finally:
@@ -160,7 +164,11 @@ def _in_child(kernels: Sequence[str], device: str, limit: float) -> Iterator[tup
 
 
 def _next(receiver: Connection, child: subprocess.Popen, limit: float) -> tuple[dict[str, Any], str]:
-    """The child's next message, or why there is none."""
+    """The child's next message, or why there is none.
+
+    Raises:
+        ProofError: somebody else ended it.
+    """
     try:
         if not receiver.poll(limit):
             return {}, f"timed out after {limit:g} s"
@@ -170,8 +178,12 @@ def _next(receiver: Connection, child: subprocess.Popen, limit: float) -> tuple[
     try:
         status = child.wait(10)
     except subprocess.TimeoutExpired:
-        return {}, "fell silent"
-    return {}, f"crashed with signal {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        raise ProofError("the child process fell silent") from None
+    if status >= 0:
+        return {}, f"ended with status {status}"
+    if -status not in _CRASHES:
+        raise ProofError(f"the child process was sent {signal.Signals(-status).name}")
+    return {}, f"crashed with signal {signal.Signals(-status).name}"
 
 
 def _last_line(output: Any) -> str:
@@ -188,6 +200,8 @@ def _one_at_a_time() -> Iterator[None]:
             cache_folder().mkdir(parents=True, exist_ok=True)
             file = held.enter_context((cache_folder() / "proved.lock").open("w"))
             _take(file)
+            # Closing alone would leave it locked to a process that another thread has forked meanwhile.
+            held.callback(fcntl.flock, file, fcntl.LOCK_UN)
         except OSError as error:
             logger.info("proof: no lock, %s", error)
         yield

@@ -23,24 +23,53 @@ EPS32 = torch.finfo(torch.float32).eps
 
 
 def check(kernel: str, device: torch.device) -> tuple[str, float]:
-    """Why the kernel must stay off (empty: it need not), and the largest error by the largest value."""
+    """Why the kernel must stay off (empty: it need not), and the largest error by the largest value.
+
+    What is raised here is not the kernel's: its reference failed, or there is no memory.
+    """
     worst = 0.0
     with only():
         for case in CASES[kernel](Numbers(device)):
-            exact = _results(case, torch.float64)
+            exact = _results(case, torch.float64, device)
             for dtype in DTYPE_CODES:
-                plain = _results(case, dtype)
-                with only(kernel):
-                    ours = _results(case, dtype)
+                plain = _results(case, dtype, device)
+                where = f"{case.label}, {str(dtype)[6:]}"
+                try:
+                    with only(kernel):
+                        ours = _results(case, dtype, device)
+                except Exception as error:
+                    if _lacks_memory(error):
+                        raise
+                    return f"failed, {_words(error)} ({where})", math.inf
+                if len(ours) != len(plain):
+                    return f"gives {len(ours)} tensors, not {len(plain)} ({where})", math.inf
                 for our, their, right in zip(ours, plain, exact, strict=True):
                     reason, difference = _compare(our, their, right)
                     if reason:
-                        return f"{reason} ({case.label}, {str(dtype)[6:]})", difference
+                        return f"{reason} ({where})", difference
                     worst = max(worst, difference)
     return "", worst
 
 
-def _results(case: Case, dtype: torch.dtype) -> list[Tensor]:
+def _lacks_memory(error: Exception) -> bool:
+    """Whoever has the memory is to blame. CUDA's libraries have words of their own for it."""
+    words = ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _results(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    try:
+        return _outputs_and_gradients(case, dtype)
+    finally:  # a fault that the device reports late belongs here, whatever was raised by then
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def _outputs_and_gradients(case: Case, dtype: torch.dtype) -> list[Tensor]:
     inputs = [None if x is None else x.detach().to(dtype).requires_grad_(case.gradients) for x in case.inputs]
     found = case.run(*inputs)
     outputs = [found] if isinstance(found, Tensor) else list(found)
@@ -53,12 +82,18 @@ def _results(case: Case, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _compare(ours: Tensor, plain: Tensor, exact: Tensor) -> tuple[str, float]:
-    """The reason against a value (empty: none) and its largest error by the largest value."""
+    """The reason against a value (empty: none) and its largest error by the largest value.
+
+    Raises:
+        ArithmeticError: what it is compared with has values that are not finite, which would allow any error.
+    """
     if ours.shape != plain.shape or ours.dtype != plain.dtype:
         return f"gives {tuple(ours.shape)} {ours.dtype}, not {tuple(plain.shape)} {plain.dtype}", math.inf
     if not ours.numel():
         return "", 0.0
     wide = exact.double()
+    if not (wide.isfinite().all() and plain.isfinite().all()):
+        raise ArithmeticError(f"PyTorch's own result in {plain.dtype} or float64 is not finite")
     error, size = (ours.double() - wide).abs().nan_to_num(nan=math.inf), float(wide.abs().max())
     allowed = torch.zeros_like(wide)
     if ours.is_floating_point():
@@ -97,11 +132,6 @@ def main(arguments: Sequence[str]) -> None:
 def _report(kernel: str, device: torch.device) -> dict[str, Any]:
     try:
         reason, difference = check(kernel, device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
     except Exception as error:
-        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if isinstance(error, MemoryError) or "out of memory" in str(error):  # whoever has the memory is to blame
-            return {"reason": "unknown", "unknown": f"{kernel}: {said}"}
-        return {"reason": f"failed, {said}", "difference": None}
+        return {"reason": "unknown", "unknown": f"{kernel}: {_words(error)}"}
     return {"reason": reason, "difference": difference if math.isfinite(difference) else None}
