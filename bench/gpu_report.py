@@ -33,6 +33,13 @@ def outcomes(path):
     return {case.get("name"): next((c.tag for c in case if c.tag in bad), "passed") for case in cases}
 
 
+def proof(work):
+    """What `deftcore gpu-check` printed, or where it was stopped, the verdicts that it had kept by then."""
+    kept = (read(work / "cache" / "proved.json") or {}).values()
+    so_far = {"kernels": {verdict["kernel"]: verdict for verdict in kept}} if kept else None
+    return read(work / "proof.json") or so_far
+
+
 def report(work):
     """The result file's content. Steps that were stopped for their time have the exit status 124 or 137."""
     lines = (work / "steps").read_text().splitlines()
@@ -41,7 +48,7 @@ def report(work):
     return {
         **(read(work / "machine.json") or {}),
         "steps": steps,
-        "proof": read(work / "proof.json") or read(work / "cache" / "proved.json"),
+        "proof": proof(work),
         "static": read(work / "static.json"),
         "pytest_exit": steps["tests"]["exit"] if "tests" in steps else None,
         "tests": outcomes(work / "tests.xml"),

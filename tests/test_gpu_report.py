@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from bench import gpu_report
 from bench.gpu_report import main
+from deftcore.ops import proof
 
 BENCH = Path(gpu_report.__file__).parent
 
@@ -63,6 +65,18 @@ def test_files_that_were_cut_off_do_not_cost_the_others(work):
     assert (result["proof"], result["tests"], result["figures"]) == (None, {}, {"density": []})
     assert result["steps"]["tests"] == {"exit": 137, "seconds": 110}
     assert status == 1
+
+
+def test_a_proof_that_was_stopped_leaves_its_verdicts(work, monkeypatch, capsys):
+    (work / "steps").write_text("build 0 71\nproof 124 60\n")
+    (work / "proof.json").write_text("")
+    monkeypatch.setenv("DEFTCORE_CACHE", str(work / "cache"))
+    monkeypatch.setattr(proof, "_in_child", lambda *_: iter([("differs", 1.0, True)]))
+    verdict = asdict(proof.prove(["ssd"], proof.Place("cpu", "here"))["ssd"])
+    result, status = result_of(work)
+    assert result["proof"] == {"kernels": {"ssd": verdict}}
+    assert status == 1
+    assert "kernel ssd: differs" in capsys.readouterr().out
 
 
 def test_every_family_that_takes_a_device_is_measured():

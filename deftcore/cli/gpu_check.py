@@ -23,7 +23,7 @@ def gpu_check(device: str, again: bool, timeout: float | None, as_json: bool) ->
     """
     import torch
 
-    from deftcore.ops.kernels import HAS_CUDA, KERNELS, gpu, has_gpu
+    from deftcore.ops.kernels import HAS_CUDA, KERNELS, gpu, has_gpu, too_old
     from deftcore.ops.proof import LIMIT, Place, Verdict, prove
 
     if not HAS_CUDA:
@@ -33,7 +33,10 @@ def gpu_check(device: str, again: bool, timeout: float | None, as_json: bool) ->
     limit = LIMIT if timeout is None else timeout
     if not limit > 0:
         raise ValueError(f"--timeout: must be above 0, got {limit}")
-    place = Place.of(gpu(torch.device(device)))
+    where = gpu(torch.device(device))
+    if why := too_old(where):
+        raise RuntimeError(why)
+    place = Place.of(where)
 
     def report(verdict: Verdict) -> None:
         known = "" if verdict.difference is None else f", largest difference {verdict.difference:.1e}"

@@ -83,10 +83,10 @@ def collect() -> dict[str, Any]:
 
 def _cuda_states() -> dict[str, str]:
     """Which CUDA kernels are on, and why the others are not, as far as it is known: nothing is proved here."""
-    from deftcore.ops.kernels import KERNELS, gpu, has_gpu, switch, why_off
+    from deftcore.ops.kernels import KERNELS, gpu, has_gpu, switch, too_old, why_off
     from deftcore.ops.proof import Place, remembered
 
-    if not has_gpu() or switch() != "proved":
+    if not has_gpu() or switch() != "proved" or too_old(gpu()):
         reasons = {kernel: why_off(kernel) for kernel in KERNELS}
         return {kernel: f"off, {reason}" if reason else "on, unproved" for kernel, reason in reasons.items()}
     states = dict.fromkeys(KERNELS, "unproved: at first use, or by `deftcore gpu-check`")

@@ -44,7 +44,7 @@ native = _import_native()
 HAS_CUDA = hasattr(native, "cuda")
 # A build for tests has CUDA kernels that take CPU addresses (tests/emulator); here they stand in for the CPU's own.
 _EMULATED = hasattr(native, "emulated") and os.environ.get("DEFTCORE_EMULATE") == "1"
-_unproved_on: dict[torch.device, dict[str, str]] = {}
+_off_on: dict[torch.device, dict[str, str]] = {}  # kernels that are off on a device, and why
 _only: frozenset[str] | None = None
 
 
@@ -69,8 +69,9 @@ def gpu(device: torch.device | int | None = None) -> torch.device:
 def cuda_enabled(op: str, device: torch.device | int | None = None) -> bool:
     """Whether the CUDA kernel of an op is built and switched on.
 
-    On are those that gave their reference's values on this very GPU: found out at first use, in a child process, and
-    kept. The variable DEFTCORE_CUDA_KERNELS makes it none ("off") or all, unproved ones too ("all"); it is "proved".
+    On are those that gave their reference's values on a GPU of this model: found out at first use, in a child process,
+    and kept. The variable DEFTCORE_CUDA_KERNELS makes it none ("off") or all, unproved ones too ("all"); it is
+    "proved".
 
     Args:
         op: one of `deftcore.ops.kernels.KERNELS`; any other is never on.
@@ -99,27 +100,37 @@ def why_off(op: str, device: torch.device | int | None = None) -> str:
         return "there is no such kernel"
     if not HAS_CUDA:
         return "not built"
-    if mode == "all":
-        return ""
     if mode == "off":
         return "DEFTCORE_CUDA_KERNELS=off"
-    if device not in _unproved_on:
+    if device not in _off_on:
         if not has_gpu():
             return "no GPU"
+        if mode == "all":
+            return ""
         device = gpu(device)
-        if device not in _unproved_on:
-            _unproved_on[device] = _unproved(device)
-    return _unproved_on[device].get(op, "")
+        if device not in _off_on:
+            _off_on[device] = _reasons_off(device)
+    return "" if mode == "all" else _off_on[device].get(op, "")
 
 
-def _unproved(device: torch.device) -> dict[str, str]:
+def too_old(device: torch.device) -> str:
+    """Why no kernel can run on a GPU, proved or not; empty where one can."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0):
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} has {major}.{minor}"
+
+
+def _reasons_off(device: torch.device) -> dict[str, str]:
     """Kernels that are off on a GPU, and why; this may run them all."""
+    if why := too_old(device):
+        return dict.fromkeys(KERNELS, why)
     place = Place.of(device)
     found, why = remembered(KERNELS, place), ""
     if len(found) < len(KERNELS):
-        if capturing(device) or torch.compiler.is_compiling():
-            # Off from here on: what was captured or traced must stay true.
-            why = "not proved before a CUDA graph or torch.compile came; run `deftcore gpu-check` first"
+        if capturing(device):
+            # Off from here on: what was captured must stay true.
+            why = "not proved before a CUDA graph came; run `deftcore gpu-check` first"
         else:
             try:
                 found = prove(KERNELS, place)
@@ -179,7 +190,10 @@ def runs_cuda(x: Tensor) -> bool:
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is captured on a device's current stream: nothing can be measured or waited for."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # "current" is a stream of the current device
+        return torch.cuda.is_current_stream_capturing()
 
 
 def machine_name(like: Tensor) -> str:
