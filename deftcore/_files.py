@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _log = logging.getLogger("deftcore")
-_WAIT = 5.0  # seconds for another process that adds to a table; one that was stopped is not waited for without end
+_WAIT = 5.0  # seconds for another process that adds to a table
 
 
 @contextlib.contextmanager
@@ -99,7 +99,7 @@ def read_table(name: str) -> dict[str, Any]:
 
 def add_to_table(name: str, entries: dict[str, Any]) -> None:
     """Adds entries to such a file, one process at a time. A folder that cannot be written is only logged."""
-    with _adding(name):
+    with one_at_a_time(f"{name}.lock", _WAIT):
         _add(name, entries)
 
 
@@ -108,7 +108,7 @@ def first_in_table(name: str, key: str, value: float) -> float:
 
     So that of several processes that measured the same thing at once all go by what one of them found.
     """
-    with _adding(name):
+    with one_at_a_time(f"{name}.lock", _WAIT):
         kept = read_table(name).get(key)
         if isinstance(kept, float):
             return kept
@@ -126,18 +126,21 @@ def _add(name: str, entries: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _adding(name: str) -> Iterator[None]:
-    """Between reading a table and replacing it: nobody else does. Where there are no locks it goes without."""
+def one_at_a_time(lock: str, wait: float) -> Iterator[None]:
+    """Holds a file of the cache folder locked.
+
+    Who holds it may have been stopped: after `wait` seconds, and where there are no locks, it goes on without.
+    """
     with contextlib.ExitStack() as held:
         try:
             cache_folder().mkdir(parents=True, exist_ok=True)
-            file = held.enter_context((cache_folder() / f"{name}.lock").open("w"))
-            given_up = time.monotonic() + _WAIT
+            file = held.enter_context((cache_folder() / lock).open("w"))
+            given_up = time.monotonic() + wait
             while not _taken(file) and time.monotonic() < given_up:
                 time.sleep(0.01)
             held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # a process forked meanwhile has the file open too
         except OSError as error:
-            _log.info("%s: no lock, %s", name, error)
+            _log.info("%s: not locked, %s", lock, error)
         yield
 
 
