@@ -1,15 +1,18 @@
 """Files appear whole or not at all; the cache folder is where the user says."""
 
+import fcntl
 import stat
 import subprocess
 import sys
 
 import pytest
 
+from deftcore import _files
 from deftcore._files import (
     add_to_table,
     cache_folder,
     first_in_table,
+    one_at_a_time,
     read_table,
     replacing_file,
     replacing_folder,
@@ -97,3 +100,22 @@ def test_processes_add_to_one_table(tmp_path, monkeypatch):
         process.stdin.close()
     assert [process.wait(60) for process in started] == [0, 0, 0]
     assert len(read_table("t.json")) == 180
+
+
+def test_who_was_stopped_with_the_lock_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEFTCORE_CACHE", str(tmp_path))
+    monkeypatch.setattr(_files, "_WAIT", 0.1)
+    with one_at_a_time("t.json.lock", 1.0):
+        add_to_table("t.json", {"a": 1})
+        assert not _free(tmp_path / "t.json.lock")
+    assert _free(tmp_path / "t.json.lock")
+    assert read_table("t.json") == {"a": 1}
+
+
+def _free(path):
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
