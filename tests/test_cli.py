@@ -212,6 +212,19 @@ def test_without_a_network_a_missing_model_is_one_line(place):
     assert done.stderr.startswith("deftcore: model: no such folder: bse")
 
 
+@pytest.mark.parametrize("arguments", [["methods"], ["info"], ["methods", "--help"], ["--help"]], ids=" ".join)
+def test_nobody_reads_on(arguments):
+    """As behind `| head -1`: no failure, and no word of it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, "-m", "deftcore", *arguments]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=100, check=False)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_unwritable_output_is_refused(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setattr(

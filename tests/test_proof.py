@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import signal
+import subprocess
 import sys
 import threading
 import warnings
@@ -42,6 +44,8 @@ for kernel in kernels:
         time.sleep(1000)
     if kernel.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, kernel))
+    if kernel == "real-time signal":
+        os.kill(os.getpid(), signal.SIGRTMIN + 1)
     if kernel == "crashes":
         os.kill(os.getpid(), signal.SIGSEGV)
     if kernel == "ends":
@@ -138,6 +142,25 @@ def test_a_damaged_table_is_as_good_as_none(runs):
     runs()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"reason": None}, {"reason": 0}, {"difference": "0.5"}, {"difference": []}, {"date": None}, {"place": "a GPU"},
+     {"kernel": "other"}, {"kernel": ["good"]}],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_verdict_is_none(gpu, runs, monkeypatch, change):
+    """It is made anew where it is needed, and nobody passes by it."""
+    prove(["good"], PLACE)
+    ((key, entry),) = read_table("proved.json").items()
+    add_to_table("proved.json", {key: entry | change})
+    assert remembered(["good"], PLACE) == {}
+    monkeypatch.setattr(kernels, "KERNELS", ("good",))
+    assert main(["info"]) == 0
+    assert main(["gpu-check"]) == 0
+    assert runs() == ["good", "good"]
+    assert remembered(["good"], PLACE)["good"].reason == ""
+
+
 def test_no_verdict_without_a_run(runs, monkeypatch):
     """What stopped the proof says nothing about a kernel: nothing is kept of it."""
     for kernel, says in (("no start", "ended with status 1 before it began: no start at all"), ("no memory", "memory")):
@@ -151,11 +174,61 @@ def test_no_verdict_without_a_run(runs, monkeypatch):
     assert reasons(prove(["good"], PLACE)) == {"good": ""}
 
 
+def test_without_a_temporary_folder_or_descriptors_first_use_warns_once(gpu, runs, monkeypatch):
+    monkeypatch.setattr(kernels, "KERNELS", ("good", "other"))
+    for module, name in ((proof.tempfile, "TemporaryFile"), (proof, "Pipe"), (proof.fcntl, "fcntl")):
+        with monkeypatch.context() as lacks:
+            lacks.setattr(module, name, Mock(side_effect=OSError("nothing is left")))
+            lacks.setattr(kernels, "_off_on", {})
+            with pytest.warns(UserWarning, match="could not be proved, no child process: nothing is left") as caught:
+                assert not any(kernels.cuda_enabled(op) for op in ("good", "other", "good"))
+            assert len(caught) == 1
+    assert runs() == []
+    assert kernels.cuda_enabled("good")
+
+
+def test_what_is_no_folder_in_the_import_path(runs, tmp_path, monkeypatch):
+    """An import passes over what is no str; a text with a zero in it cannot be told to a child."""
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path, None, b"folder"])
+    assert reasons(prove(["good"], PLACE)) == {"good": ""}
+    monkeypatch.setattr(sys, "path", [*sys.path, "a\0b"])
+    with pytest.raises(ProofError, match="no child process"):
+        prove(["other"], PLACE)
+
+
+CLOSED = """
+import json, os, sys
+numbers, child = json.loads(sys.argv[1]), sys.argv[2]
+from deftcore.ops import proof
+proof._COMMAND = (sys.executable, "-c", child)
+for number in numbers:
+    os.close(number)
+found = proof.prove(["good", "wrong"], proof.Place("cpu", "a GPU"))
+os._exit(0 if [verdict.reason for verdict in found.values()] == ["", "differs by 2"] else 1)
+"""
+
+
+@pytest.mark.parametrize("locks", [True, False])
+@pytest.mark.parametrize("numbers", [[0, 1, 2], [1, 2]], ids=str)
+def test_standard_streams_may_be_closed(runs, monkeypatch, numbers, locks):
+    """As a service's are: what is opened first has their numbers then, the pipe too."""
+    if not locks:
+        monkeypatch.setenv("DEFTCORE_CACHE", "/dev/null/cache")
+    command = [sys.executable, "-c", CLOSED, json.dumps(numbers), CHILD]
+    assert subprocess.run(command, timeout=120, check=False).returncode == 0
+    assert runs() == ["good", "wrong"]
+
+
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
 def test_who_stops_the_child_says_nothing_about_a_kernel(runs, name):
     with pytest.raises(ProofError, match=f"the child process was sent {name}"):
         prove(["good", name, "last"], PLACE)
     assert remembered(["good", name, "last"], PLACE).keys() == {"good"}
+
+
+def test_a_signal_without_a_name(runs):
+    with pytest.raises(ProofError, match=f"the child process was sent signal {signal.SIGRTMIN + 1}"):
+        prove(["real-time signal"], PLACE)
 
 
 def test_the_child_is_out_of_reach_of_the_terminal(runs):
@@ -378,7 +451,12 @@ def test_gpu_check(gpu, runs, capsys, monkeypatch):
     assert "kernel good: cpu on, cuda on, proved, " in text
     assert main(["gpu-check", "--again", "--timeout", "9"]) == 1
     assert runs() == ["good", "wrong"]
-    assert main(["gpu-check", "--timeout", "0"]) == 2
+    for seconds in ("0", "-1", "nan", "inf", "1e10", "86401"):
+        assert main(["gpu-check", "--again", "--timeout", seconds]) == 2
+        error = capsys.readouterr().err
+        assert error == f"deftcore: --timeout: must be above 0 and at most 86400, a day, got {float(seconds)}\n"
+    assert main(["gpu-check", "--again", "--timeout", "86400"]) == 1
+    assert runs() == ["good", "wrong"]
     monkeypatch.setattr(kernels, "KERNELS", ("good", "new"))
     assert main(["info"]) == 0
     assert "kernel new: cpu on, cuda unproved" in capsys.readouterr().out

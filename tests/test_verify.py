@@ -300,6 +300,11 @@ def test_verdicts_are_kept(monkeypatch):
     add_to_table("verified.json", {key: {"what": 1} for key in read_table("verified.json")})
     deftcore.patch(lora(tiny_model("llama")))
     assert len(made) == 6
+    for change in ({"difference": "0.0"}, {"reason": None}, {"what": 1}):
+        add_to_table("verified.json", {key: entry | change for key, entry in read_table("verified.json").items()})
+        assert verify.verdicts() == {"proved": [], "refused": []}
+        deftcore.patch(lora(tiny_model("llama")))
+    assert len(made) == 9
     assert [p.name for p in cache_folder().iterdir()] == ["verified.json"]
 
 

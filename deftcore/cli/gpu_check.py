@@ -6,6 +6,8 @@ import click
 
 from deftcore.cli.shared import command, show
 
+_DAY = 24 * 60 * 60  # seconds
+
 
 @command(example="deftcore gpu-check --again")
 @click.option("--device", default="cuda", help="Which GPU: cuda is the current one, cuda:1 the second.")
@@ -31,8 +33,8 @@ def gpu_check(device: str, again: bool, timeout: float | None, as_json: bool) ->
     if not has_gpu():
         raise RuntimeError("no GPU: PyTorch finds none that it can use (torch.cuda.is_available() is False)")
     limit = LIMIT if timeout is None else timeout
-    if not limit > 0:
-        raise ValueError(f"--timeout: must be above 0, got {limit}")
+    if not 0 < limit <= _DAY:
+        raise ValueError(f"--timeout: must be above 0 and at most {_DAY}, a day, got {limit}")
     where = gpu(torch.device(device))
     if why := too_old(where):
         raise RuntimeError(why)

@@ -35,8 +35,8 @@ class _App(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.exceptions.Exit, click.Abort):  # are RuntimeErrors
-            raise
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # the first two are RuntimeErrors; click ends without a word where nobody reads on
         except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
             if ctx.params["verbose"]:
                 raise

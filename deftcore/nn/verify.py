@@ -60,6 +60,11 @@ class Verdict:
     versions: str
     build: str
 
+    def __post_init__(self) -> None:
+        texts = (self.what, self.reason, self.versions, self.build)
+        if not (all(isinstance(text, str) for text in texts) and isinstance(self.difference, float)):
+            raise TypeError(f"a verdict has texts and a number, got {self}")
+
 
 class Proofs:
     """The verdicts of one call of `patch`: looked up, or made and kept."""
@@ -89,7 +94,7 @@ class Proofs:
         key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:24]
         try:
             return Verdict(**self._known[key])
-        except (KeyError, TypeError):  # absent, or of another layout
+        except (KeyError, TypeError):  # absent, of another layout, or damaged
             reason, difference = _compare(case, fused)
             self._known[key] = asdict(verdict := Verdict(case.label, reason, difference, versions, build))
             self._new[key] = self._known[key]

@@ -74,13 +74,20 @@ class Verdict:
     place: str
     date: str
 
+    def __post_init__(self) -> None:
+        texts = (self.kernel, self.reason, self.place, self.date)
+        if not (all(isinstance(text, str) for text in texts) and isinstance(self.difference, float | None)):
+            raise TypeError(f"a verdict has texts and a number, got {self}")
+
 
 def remembered(kernels: Sequence[str], place: Place) -> dict[str, Verdict]:
     """The verdicts that are kept, by kernel."""
     table, found = read_table(_FILE), {}
     for kernel in kernels:
-        with contextlib.suppress(KeyError, TypeError):  # absent, or of another layout
-            found[kernel] = Verdict(**table[_key(kernel, place)])
+        with contextlib.suppress(KeyError, TypeError):  # absent, of another layout, or damaged
+            verdict = Verdict(**table[_key(kernel, place)])
+            if (verdict.kernel, verdict.place) == (kernel, place.words):
+                found[kernel] = verdict
     return found
 
 
@@ -128,39 +135,54 @@ def prove(
 
 def _in_child(kernels: Sequence[str], device: str, limit: float) -> Iterator[tuple[str, float | None, bool]]:
     """(reason, difference, whether to keep them) of kernels in their order, up to the first that fails."""
-    receiver, sender = Pipe(duplex=False)
-    arguments = ["\n".join(sys.path), str(sender.fileno()), device, str(limit), *kernels]
-    with tempfile.TemporaryFile() as output:
+    with contextlib.ExitStack() as held:
         try:
-            child = subprocess.Popen(
-                [*_COMMAND, *arguments], pass_fds=[sender.fileno()], stdin=subprocess.DEVNULL, stdout=output,
-                stderr=output, env=os.environ | {"DEFTCORE_CUDA_KERNELS": "off"},
-                start_new_session=True,  # Ctrl-C is for this process, which ends the child
-            )  # fmt: skip
-        except OSError as error:
+            output = held.enter_context(tempfile.TemporaryFile())
+            child, receiver = _start(held, output, [device, str(limit), *kernels])
+        except (OSError, ValueError) as error:  # ValueError: a path that no command can have
             raise ProofError(f"no child process: {error}") from error
-        finally:
-            sender.close()
-        try:
-            _, silent = _next(receiver, child, _START_LIMIT)
+        _, silent = _next(receiver, child, _START_LIMIT)
+        if silent:
+            raise ProofError(f"the child process {silent} before it began: {_last_line(output)}")
+        for kernel in kernels:
+            verdict, silent = _next(receiver, child, limit)
             if silent:
-                raise ProofError(f"the child process {silent} before it began: {_last_line(output)}")
-            for kernel in kernels:
-                verdict, silent = _next(receiver, child, limit)
-                if silent:
-                    logger.info("%s %s: %s", kernel, silent, _last_line(output))
-                    yield silent, None, child.poll() is not None or limit >= LIMIT  # alive: it timed out
-                    return
-                if verdict.get("unknown"):
-                    raise ProofError(verdict["unknown"])
-                yield verdict["reason"], verdict["difference"], True
-                if verdict["reason"]:
-                    return
-        finally:
-            receiver.close()
-            child.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to a process
-                child.wait(10)
+                logger.info("%s %s: %s", kernel, silent, _last_line(output))
+                yield silent, None, child.poll() is not None or limit >= LIMIT  # alive: it timed out
+                return
+            if verdict.get("unknown"):
+                raise ProofError(verdict["unknown"])
+            yield verdict["reason"], verdict["difference"], True
+            if verdict["reason"]:
+                return
+
+
+def _start(
+    held: contextlib.ExitStack, output: IO[bytes], arguments: Sequence[str]
+) -> tuple[subprocess.Popen, Connection]:
+    """A child, which writes to `output`, and what it sends its messages by: ended and closed with `held`."""
+    receiver, sender = Pipe(duplex=False)
+    held.enter_context(receiver)
+    with sender:
+        # Where standard streams are closed the pipe may have their numbers, over which the child's own are laid.
+        number = fcntl.fcntl(sender.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+    importable = "\n".join(path for path in sys.path if isinstance(path, str))  # an import passes over others, too
+    try:
+        child = subprocess.Popen(
+            [*_COMMAND, importable, str(number), *arguments], pass_fds=[number], stdin=subprocess.DEVNULL,
+            stdout=output, stderr=output, env=os.environ | {"DEFTCORE_CUDA_KERNELS": "off"},
+            start_new_session=True,  # Ctrl-C is for this process, which ends the child
+        )  # fmt: skip
+    finally:
+        os.close(number)
+    held.callback(_end, child)
+    return child, receiver
+
+
+def _end(child: subprocess.Popen) -> None:
+    child.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to a process
+        child.wait(10)
 
 
 def _next(receiver: Connection, child: subprocess.Popen, limit: float) -> tuple[dict[str, Any], str]:
@@ -181,12 +203,13 @@ def _next(receiver: Connection, child: subprocess.Popen, limit: float) -> tuple[
         raise ProofError("the child process fell silent") from None
     if status >= 0:
         return {}, f"ended with status {status}"
+    names = {each.value: each.name for each in signal.Signals}  # of real-time signals the first and the last alone
     if -status not in _CRASHES:
-        raise ProofError(f"the child process was sent {signal.Signals(-status).name}")
-    return {}, f"crashed with signal {signal.Signals(-status).name}"
+        raise ProofError(f"the child process was sent {names.get(-status, f'signal {-status}')}")
+    return {}, f"crashed with signal {names[-status]}"
 
 
-def _last_line(output: Any) -> str:
+def _last_line(output: IO[bytes]) -> str:
     output.seek(0)
     lines = output.read().decode(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "no word")
