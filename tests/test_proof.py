@@ -521,7 +521,7 @@ def test_first_use_of_a_kernel(monkeypatch, caplog):
 @emulated
 @pytest.mark.parametrize("compiled", [True, False], ids=["torch.compile", "FakeTensorMode alone"])
 def test_first_use_while_a_trace_is_made(compiled, monkeypatch):
-    """The child proves the kernel while this process traces; the kernel is on from then on, and runs."""
+    """A trace asks for no kernel; the first run proves it, and it runs."""
     monkeypatch.setattr(kernels, "KERNELS", ("causal_conv1d",))
     calls = Mock(side_effect=kernels.native.cuda.causal_conv1d)
     monkeypatch.setattr(kernels.native.cuda, "causal_conv1d", calls)
@@ -533,7 +533,7 @@ def test_first_use_while_a_trace_is_made(compiled, monkeypatch):
     else:
         with FakeTensorMode() as mode:
             assert conv(mode.from_tensor(x), mode.from_tensor(weight)).shape == x.shape
-        assert len(remembered(kernels.KERNELS, Place.of(kernels.gpu()))) == 1
+    assert not remembered(kernels.KERNELS, Place.of(kernels.gpu()))  # a trace is the same with and without kernels
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         found = conv(x, weight)

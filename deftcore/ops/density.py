@@ -163,7 +163,8 @@ def _act_density_impl(
     kernels = backend("act_density", z)
     if kernels is None:
         names = _Names.of(activation, surrogate)
-        return act_density_ref(z, names.activation, mask, names.surrogate, param, tau)
+        a, total, count = act_density_ref(z, names.activation, mask, names.surrogate, param, tau)
+        return a.contiguous(), total, count
     z = z.contiguous()
     mask = None if mask is None else mask.contiguous()
     a = torch.empty_like(z)
@@ -254,7 +255,8 @@ def _act_density_backward_impl(
     kernels = backend("act_density", z)
     if kernels is None:
         names = _Names.of(activation, surrogate)
-        return act_density_backward_ref(z, grad_a, grad_sum, mask, names.activation, names.surrogate, param)
+        grad = act_density_backward_ref(z, grad_a, grad_sum, mask, names.activation, names.surrogate, param)
+        return grad.contiguous()
     z = z.contiguous()
     grad_a = None if grad_a is None else grad_a.to(z.dtype).contiguous()
     grad_sum = None if grad_sum is None else grad_sum.float()

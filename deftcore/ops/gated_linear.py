@@ -72,7 +72,7 @@ def _rows_of(x: Tensor) -> Tensor:
 def _gated_act_impl(gate: Tensor, up: Tensor, activation: int) -> Tensor:
     kernels = backend("gated_act", gate)
     if kernels is None:
-        return gated_act_ref(gate, up, _NAMES[activation])
+        return gated_act_ref(gate, up, _NAMES[activation]).contiguous()
     a = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     g, u = _rows_of(gate), _rows_of(up)
     args = native.GatedAct(
@@ -105,7 +105,8 @@ def _slopes(gate: Tensor, up: Tensor, grad: Tensor, activation: int) -> tuple[Te
     """Gradients of gate and up; `grad` [tokens, F], contiguous, is overwritten."""
     kernels = backend("gated_act", gate)
     if kernels is None:
-        return gated_act_backward_ref(gate, up, grad, _NAMES[activation])
+        grad_gate, grad_up = gated_act_backward_ref(gate, up, grad, _NAMES[activation])
+        return grad_gate.contiguous(), grad_up.contiguous()
     grad_gate = torch.empty_like(grad)
     g, u = _rows_of(gate), _rows_of(up)
     args = native.GatedActBackward(

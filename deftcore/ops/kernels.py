@@ -170,11 +170,6 @@ def backend(op: str, x: Tensor) -> ModuleType | None:
     return found
 
 
-def has_kernel(op: str, x: Tensor) -> bool:
-    """Whether `backend` gives native functions, without its warning."""
-    return _native_for(op, x) is not None
-
-
 def _native_for(op: str, x: Tensor) -> ModuleType | None:
     if x.dtype not in DTYPE_CODES:
         return None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deftcore.ops._library import define
 from deftcore.ops.checks import check_float, check_integers, check_like, check_shape
-from deftcore.ops.kernels import DTYPE_CODES, address, backend, has_kernel, native, stream
+from deftcore.ops.kernels import DTYPE_CODES, address, backend, native, stream
 from deftcore.ops.ssm._layout import empty_like, strided, wide_dtype
 
 MAX_WIDTH: int = native.max_conv_width
@@ -161,11 +161,10 @@ def conv_forward(
     x: Tensor, taps: Tensor, bias: Tensor | None, first: Tensor | None, sequence: Tensor | None, silu: bool
 ) -> Tensor:
     """out of x [B, C, L], taps [W, C], bias [C], first [B, C, W - 1] and sequence [B, L]."""
-    kernels = backend("causal_conv1d", x)
+    kernels, out = backend("causal_conv1d", x), empty_like(x)
     if kernels is None:
         total, _, _ = _conv_ref(x, taps, bias, first, sequence)
-        return (F.silu(total) if silu else total).to(x.dtype)
-    out = empty_like(x)
+        return out.copy_(F.silu(total) if silu else total)
     kernels.causal_conv1d(_native_args(x, out, taps, bias, first, sequence, silu), stream(x))
     return out
 
@@ -178,12 +177,14 @@ def conv_backward(
     kernels, empty = backend("causal_conv1d", x), taps.new_empty(0)
     grad_x = empty_like(x) if grad_x is None else grad_x
     if kernels is None:
-        into_x, grad_taps, grad_bias, grad_first = _conv_backward_ref(grad, x, taps, bias, first, sequence, silu)
-        grad_x.copy_(into_x)
-        return grad_x, grad_taps, grad_bias, grad_first
+        into_x, *rest = _conv_backward_ref(grad, x, taps, bias, first, sequence, silu)
+        grad_taps, grad_bias, grad_first = (
+            g if need else g.new_empty(0) for g, need in zip(rest, wanted[1:], strict=True)
+        )
+        return grad_x.copy_(into_x), grad_taps, grad_bias, grad_first
     grad_taps = torch.zeros_like(taps) if wanted[1] else empty
     grad_bias = torch.zeros_like(bias) if bias is not None and wanted[2] else empty.clone()
-    grad_first = torch.empty_like(first) if first is not None and wanted[3] else x.new_empty(0)
+    grad_first = x.new_empty(first.shape if first is not None and wanted[3] else 0)
     args = native.CausalConv1dBackward(
         forward=_native_args(x, grad, taps, bias, first, sequence, silu), grad_x=strided(grad_x),
         grad_first=strided(grad_first if grad_first.numel() else None),
@@ -206,7 +207,7 @@ def _native_args(
 def _conv_fake(
     x: Tensor, taps: Tensor, bias: Tensor | None, first: Tensor | None, sequence: Tensor | None, silu: bool
 ) -> Tensor:
-    return empty_like(x) if has_kernel("causal_conv1d", x) else x.new_empty(x.shape)
+    return empty_like(x)
 
 
 def _conv_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -224,12 +225,10 @@ def _conv_grad_fake(
     grad: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, first: Tensor | None, sequence: Tensor | None,
     silu: bool, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    runs = has_kernel("causal_conv1d", x)
-    empty = taps.new_empty(0)
     return (
-        empty_like(x), torch.empty_like(taps) if wanted[1] or not runs else empty,
-        torch.empty_like(bias) if bias is not None and (wanted[2] or not runs) else empty.clone(),
-        torch.empty_like(first) if first is not None and (wanted[3] or not runs) else x.new_empty(0),
+        empty_like(x), taps.new_empty(taps.shape if wanted[1] else 0),
+        taps.new_empty(bias.shape if bias is not None and wanted[2] else 0),
+        x.new_empty(first.shape if first is not None and wanted[3] else 0),
     )  # fmt: skip
 
 

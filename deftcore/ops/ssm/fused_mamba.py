@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deftcore.ops._library import define, flatten_tokens
 from deftcore.ops.checks import check_float, check_number, check_shape
-from deftcore.ops.kernels import has_kernel, native
+from deftcore.ops.kernels import native
 from deftcore.ops.ssm import projection
 from deftcore.ops.ssm._layout import unflatten_tokens, wide_dtype
 from deftcore.ops.ssm._mixer import (
@@ -184,12 +184,11 @@ def _mamba_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, keep = _Inputs(*args[:-1]), args[-1]
     x_proj, _, out_proj = m.projections()
     batch, length = m.xz.shape[:2]
-    native_runs = has_kernel("selective_scan", m.xz)
-    chunks = (batch, -(-length // native.scan_chunk), *m.a.shape) if keep and native_runs else (0,)
+    chunks = (batch, -(-length // native.scan_chunk), *m.a.shape) if keep else (0,)
     return (
         m.xz.new_empty((batch, length, out_proj.outputs)), m.a.new_empty((batch, *m.a.shape)),
         m.xz.new_empty((batch, length, x_proj.outputs) if keep else (0,)),
-        m.a.new_empty(chunks) if native_runs else m.xz.new_empty(0),
+        m.a.new_empty(chunks),
     )  # fmt: skip
 
 

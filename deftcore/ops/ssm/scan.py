@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deftcore.ops._library import define
 from deftcore.ops.checks import check_float, check_like, check_shape
-from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, has_kernel, native, stream
+from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, stream
 from deftcore.ops.ssm._layout import empty_like, strided, wide_dtype
 
 MAX_STATES = 256
@@ -117,13 +117,13 @@ def scan_forward(
     delta_bias: Tensor | None, first: Tensor | None, softplus: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """out [B, D, L], the last state [B, N, D], and with `keep` states for the backward, every `scan_chunk` steps."""
-    kernels = backend("selective_scan", u)
+    kernels, out = backend("selective_scan", u), empty_like(u)
     batch, channels, length = u.shape
     states = a.shape[0]
     if kernels is None:
-        out, last = _scan_ref(u, delta, a, b, c, d, z, delta_bias, first, softplus)[:2]
-        return out, last, u.new_empty(0)
-    out = empty_like(u)
+        found, last, h, _ = _scan_ref(u, delta, a, b, c, d, z, delta_bias, first, softplus)
+        chunks = h[:, : length : native.scan_chunk].contiguous() if keep else a.new_empty(0)
+        return out.copy_(found), last, chunks
     last = a.new_empty((batch, states, channels))
     chunks = a.new_empty((batch, -(-length // native.scan_chunk), states, channels) if keep else (0,))
     args = _native_args(u, delta, a, b, c, d, z, delta_bias, first, softplus, out, last, chunks)
@@ -147,12 +147,8 @@ def _native_args(
 
 def _scan_fake(u: Tensor, delta: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, length = u.shape
-    wide = wide_dtype(u)
-    last = u.new_empty((batch, a.shape[0], channels), dtype=wide)
-    if not has_kernel("selective_scan", u):
-        return u.new_empty(u.shape), last, u.new_empty(0)
-    shape = (batch, -(-length // native.scan_chunk), a.shape[0], channels) if rest[-1] else (0,)
-    return empty_like(u), last, u.new_empty(shape, dtype=torch.float32)
+    chunks = (batch, -(-length // native.scan_chunk), a.shape[0], channels) if rest[-1] else (0,)
+    return empty_like(u), a.new_empty((batch, a.shape[0], channels)), a.new_empty(chunks)
 
 
 def _scan_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -182,15 +178,20 @@ def scan_backward(
     receives the forward's out.
     """
     kernels = backend("selective_scan", u)
-    if kernels is None:
-        found = _scan_backward_ref(grad_out, grad_last, u, delta, a, b, c, d, z, delta_bias, first, softplus, again)
-        for to, place in zip(into or (), (0, 1, 6), strict=False):
-            if to is not None:
-                to.copy_(found[place])
-        return found
     grad_u, grad_delta, grad_z = (empty_like(u), empty_like(delta), None) if into is None else into
     if z is not None and grad_z is None:
         grad_z = empty_like(z)
+    if kernels is None:
+        found = _scan_backward_ref(grad_out, grad_last, u, delta, a, b, c, d, z, delta_bias, first, softplus, again)
+        for to, place in ((grad_u, 0), (grad_delta, 1), (grad_z, 6)):
+            if to is not None:
+                to.copy_(found[place])
+        of_z = u.new_empty(0) if grad_z is None else grad_z
+        sums = [
+            g if need else a.new_empty(0)
+            for g, need in zip((*found[2:6], found[7]), (*wanted[2:6], wanted[7]), strict=True)
+        ]
+        return grad_u, grad_delta, *sums[:4], of_z, sums[4], found[8]
     sums = [
         torch.zeros_like(x) if x is not None and need else None
         for x, need in zip((a, b, c, d, delta_bias), (*wanted[2:6], wanted[7]), strict=True)
@@ -216,17 +217,13 @@ def _scan_grad_fake(
     z: Tensor | None, delta_bias: Tensor | None, first: Tensor | None, chunks: Tensor, softplus: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    native_runs = has_kernel("selective_scan", u)
-
     def like(x: Tensor | None, need: bool) -> Tensor:
-        kept = x is not None and (need or not native_runs)
-        return torch.empty_like(x) if kept else a.new_empty(0)  # type: ignore[arg-type]
+        return a.new_empty(x.shape if x is not None and need else 0)
 
     wide = [like(x, need) for x, need in zip((a, b, c, d), wanted[2:6], strict=True)]
-    grad_z = u.new_empty(0) if z is None else (empty_like(z) if native_runs else z.new_empty(z.shape))
-    grad_u, grad_delta = (empty_like(x) if native_runs else x.new_empty(x.shape) for x in (u, delta))
+    grad_z = u.new_empty(0) if z is None else empty_like(z)
     shape = (u.shape[0], a.shape[0], u.shape[1])
-    return grad_u, grad_delta, *wide, grad_z, like(delta_bias, wanted[7]), a.new_empty(shape)
+    return empty_like(u), empty_like(delta), *wide, grad_z, like(delta_bias, wanted[7]), a.new_empty(shape)
 
 
 # ---------------------------------------------------------------------------- references

@@ -135,7 +135,7 @@ def ssd_forward(
     kernels = backend("mamba_chunk_scan", x)
     if x.dtype == torch.float64:
         out, states = _ssd_ref(x, step, log_decay, b, c, d, first)
-        return out, states[:, -1].clone()
+        return out.contiguous(), states[:, -1].clone()
 
     def library() -> tuple[Tensor, Tensor]:
         return ssd_chunked(x, step, log_decay, b, c, d, first)
@@ -164,7 +164,8 @@ def ssd_backward(
     """Gradients in the order of the inputs."""
     kernels = backend("mamba_chunk_scan", x)
     if x.dtype == torch.float64:
-        return _ssd_backward_ref(grad_out, grad_last, x, step, log_decay, b, c, d, first)
+        *found, grad_d, grad_first = _ssd_backward_ref(grad_out, grad_last, x, step, log_decay, b, c, d, first)
+        return *found, grad_d if want_d else grad_d.new_empty(0), grad_first
 
     def library() -> tuple[Tensor, ...]:
         return ssd_chunked_backward(grad_out, grad_last, x, step, log_decay, b, c, d, first, want_d)
@@ -233,7 +234,7 @@ def _ssd_grad_fake(
     grad_out: Tensor, grad_last: Tensor, x: Tensor, step: Tensor, log_decay: Tensor, b: Tensor, c: Tensor,
     d: Tensor | None, first: Tensor | None, want_d: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    grad_d = torch.empty_like(d) if d is not None and (want_d or x.dtype == torch.float64) else b.new_empty(0)
+    grad_d = b.new_empty(d.shape if d is not None and want_d else 0)
     return (
         x.new_empty(x.shape), torch.empty_like(step), torch.empty_like(step), torch.empty_like(b), torch.empty_like(c),
         grad_d, b.new_empty((x.shape[0], *x.shape[2:], b.shape[3])),
@@ -307,8 +308,9 @@ def _ssd_backward_ref(
     into = (g * bt).sum(-1)
     skip = 0 if d is None else d.view(heads, head_dim) * dy
     return (
-        (step.unsqueeze(-1) * into + skip).to(x.dtype), (into * wide).sum(-1),
-        decay * (g * h[:, :-1]).sum((-1, -2)), by_group((g * (step.unsqueeze(-1) * wide).unsqueeze(-1)).sum(3)),
+        (step.unsqueeze(-1) * into + skip).to(x.dtype).contiguous(), (into * wide).sum(-1).contiguous(),
+        (decay * (g * h[:, :-1]).sum((-1, -2))).contiguous(),
+        by_group((g * (step.unsqueeze(-1) * wide).unsqueeze(-1)).sum(3)),
         by_group((h[:, 1:] * dy.unsqueeze(-1)).sum(3)),
         b.new_empty(0) if d is None else (dy * wide).sum((0, 1)).reshape(-1), carry.contiguous(),
     )  # fmt: skip

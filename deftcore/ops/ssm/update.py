@@ -163,7 +163,7 @@ def _conv_update_impl(
 ) -> Tensor:
     kernels = backend("causal_conv1d", x)
     if kernels is None:
-        return _conv_through_window(x, state, taps, bias, None, slots, silu)
+        return _conv_through_window(x, state, taps, bias, None, slots, silu).contiguous()
     out = x.new_empty(x.shape)
     held = state.contiguous()
     args = native.CausalConv1dUpdate(
@@ -183,7 +183,7 @@ def _scan_update_impl(
 ) -> Tensor:  # fmt: skip
     kernels = backend("selective_state_update", x)
     if kernels is None or state.dtype not in DTYPE_CODES:
-        return _scan_step(state, x, dt, a, b, c, d, z, bias, softplus, slots)
+        return _scan_step(state, x, dt, a, b, c, d, z, bias, softplus, slots).contiguous()
     batch, heads, head_dim = x.shape
     out, held = x.new_empty(x.shape), state.contiguous()
     a_step = 0 if a.shape[2] == 1 else a.stride(2)  # a dimension of 1 can have any stride
