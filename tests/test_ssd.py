@@ -1,5 +1,7 @@
 """mamba_chunk_scan and selective_state_update."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import assert_close_to_ref
@@ -413,6 +415,51 @@ def test_chunked_products_are_the_definition(batch, length, groups, optional, cu
     for ours, wanted in zip(found, ssd._ssd_backward_ref(*grads, *inputs), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
     assert ssd_chunked_backward(*grads, *inputs, False)[5].numel() == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["x", "step", "log_decay", "b", "c", "first", "grad_out", "grad_last"])
+def test_what_is_not_finite_stays_in_its_head_and_sequence(name, value):
+    """It reaches what it does by the definition of each sequence alone: no earlier step, gradients no later one."""
+    length, heads, begins = 150, 4, (0, 20, 70, 150)
+
+    def draw(*shape):
+        return torch.randn(shape, dtype=torch.float64)
+
+    given = {
+        "x": draw(1, length, heads, 3), "step": draw(1, length, heads), "log_decay": -draw(1, length, heads).abs(),
+        "b": draw(1, length, 2, 5), "c": draw(1, length, 2, 5), "first": draw(1, heads, 3, 5),
+        "grad_out": draw(1, length, heads, 3), "grad_last": draw(1, heads, 3, 5),
+    }  # fmt: skip
+    place = (0, 1) if name in ("first", "grad_last") else (0, 40, 1)
+    given[name][place].view(-1)[-1] = abs(value) if name == "log_decay" else value  # -inf there begins a sequence
+    given["log_decay"][:, list(begins[1:-1])] = -torch.inf
+    *tensors, first, grad_out, grad_last = given.values()
+    found = ssd_chunked(*tensors, None, first)
+    found += ssd_chunked_backward(grad_out, grad_last, *tensors, None, first, False)
+    parts = []
+    for start, stop in pairwise(begins):
+        own = [t[:, start:stop] for t in tensors]
+        own_first = first if start == 0 else torch.zeros_like(first)
+        own_last = grad_last if stop == length else torch.zeros_like(first)
+        out, held = ssd._ssd_ref(*own, None, own_first)
+        parts.append(
+            (out, held[:, -1], *ssd._ssd_backward_ref(grad_out[:, start:stop], own_last, *own, None, own_first))
+        )
+    wanted = [torch.cat(ts, 1) if ts[0].dim() and len(ts[0]) else ts[0] for ts in zip(*parts, strict=True)]
+    wanted[1], wanted[8] = parts[-1][1], parts[0][8]
+    reached = 0
+    for i, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
+        if i == 4:  # the gradient of a decay of 0 is 0
+            theirs[:, list(begins[1:-1])] = 0
+        flaws = ~theirs.isfinite()
+        if theirs.dim() == 4:  # of one head or group the same
+            flaws = flaws.flatten(2).any(2) if i in (1, 8) else flaws.any(3)
+            flaws = flaws.view(*flaws.shape, *[1] * (4 - flaws.dim())).expand_as(theirs)
+        assert torch.equal(ours.isnan(), flaws), i
+        torch.testing.assert_close(ours[~flaws], theirs[~flaws], rtol=1e-11, atol=1e-11)
+        reached += int(flaws.sum())
+    assert reached
 
 
 def test_chunked_products_carry_the_state_over_many_chunks():

@@ -3,6 +3,8 @@
 In a chunk of Q steps y = (M * C B^T) X + e * (C h^T), with X = step x, h the state before the chunk, M[t, s] the decay
 from step s to step t and e[t] the one from the chunk's start; the states before the chunks are the same sum over
 chunks, a block of them at a time, so that nothing grows faster than the length.
+A product sums over all steps of a chunk, and 0 times NaN is NaN: what is not finite enters as 0, and the steps of its
+head that it reaches, which are later ones of its own sequence, are set to NaN.
 Letters of the products: b batch, k chunk, t and s step, g group, r head in its group, p head dim, n state.
 """
 
@@ -14,6 +16,28 @@ from torch import Tensor
 
 _STEPS = 64  # of a chunk
 _CHUNKS = 64  # of a block
+
+
+class _Flaws(NamedTuple):
+    """Where the op's inputs are not finite, [B, L, H], and what that reaches."""
+
+    x: Tensor
+    step: Tensor
+    decay: Tensor
+    b: Tensor
+    c: Tensor
+    begins: Tensor  # of a sequence: a decay of 0
+    states: Tensor  # before each step, and after the last [B, L + 1, H]
+
+    @classmethod
+    def of(cls, x: Tensor, step: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, first: Tensor | None) -> "_Flaws":
+        begins, heads = log_decay == -torch.inf, step.shape[2]
+        in_decay = ~(log_decay.isfinite() | begins)
+        in_x, in_b, in_c = (_flawed(t, heads) for t in (x, b, c))
+        in_step = ~step.isfinite()
+        in_first = begins.new_zeros(len(x), heads) if first is None else ~first.isfinite().all(-1).all(-1)
+        states = _reached(in_x | in_step | in_b | in_decay, begins, in_first)
+        return cls(in_x, in_step, in_decay, in_b, in_c, begins, states)
 
 
 class _Chunks(NamedTuple):
@@ -33,8 +57,11 @@ class _Chunks(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, step: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, first: Tensor | None) -> "_Chunks":
         groups = b.shape[2]
-        x, step, log_decay = (_cut(t.to(b.dtype)).unflatten(3, (groups, -1)) for t in (x, step, log_decay))
-        b, c, step = _cut(b), _cut(c), step.unsqueeze(-1)
+        log_decay = torch.where(log_decay < torch.inf, log_decay, 0)
+        x, step, log_decay = (
+            _cut(t.to(b.dtype)).unflatten(3, (groups, -1)) for t in (_finite(x), _finite(step), log_decay)
+        )
+        b, c, step = _cut(_finite(b)), _cut(_finite(c)), step.unsqueeze(-1)
         log_decay = log_decay.movedim(2, -1)
         decay = _decays(log_decay)
         end = decay[..., -1, :].movedim(-1, 2).unsqueeze(-1)
@@ -43,9 +70,9 @@ class _Chunks(NamedTuple):
         added = torch.einsum("bksgrp,bksgn->bkgrpn", end * step * x, b)
         before = added.new_zeros(len(x), 1, *added.shape[2:])
         if first is not None:
-            before = first.unflatten(1, (groups, -1)).unsqueeze(1)
+            before = _finite(first).unflatten(1, (groups, -1)).unsqueeze(1)
         states = _carried(before, added, whole)
-        products = torch.einsum("bktgn,bksgn->bkgts", c, b).unsqueeze(3)
+        products = torch.einsum("bktgn,bksgn->bkgts", c, b).tril().unsqueeze(3)
         return cls(x, step, b, c, decay, start, end, products, whole, states)
 
 
@@ -53,12 +80,12 @@ def ssd_chunked(
     x: Tensor, step: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, d: Tensor | None, first: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As `ssd_forward`: out [B, L, H, P] and the last state [B, H, P, N]."""
-    k = _Chunks.of(x, step, log_decay, b, c, first)
+    k, flaws = (kind.of(x, step, log_decay, b, c, first) for kind in (_Chunks, _Flaws))
     y = torch.einsum("bkgrts,bksgrp->bktgrp", k.decay * k.products, k.step * k.x)
     y += k.start * torch.einsum("bktgn,bkgrpn->bktgrp", k.c, k.states[:, :-1])
-    y = _joined(y, x)
+    y = _marked(_joined(y, x), flaws.states[:, 1:] | flaws.c)
     y = y if d is None else y + d.view(x.shape[2:]) * x.to(y.dtype)
-    return y.to(x.dtype), k.states[:, -1].flatten(1, 2).contiguous()
+    return y.to(x.dtype), _marked(k.states[:, -1].flatten(1, 2), flaws.states[:, -1]).contiguous()
 
 
 def ssd_chunked_backward(
@@ -66,17 +93,17 @@ def ssd_chunked_backward(
     d: Tensor | None, first: Tensor | None, want_d: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As `ssd_backward`: gradients in the order of the inputs, d's only where it is wanted."""
-    k, groups = _Chunks.of(x, step, log_decay, b, c, first), b.shape[2]
-    grad = grad_out.to(b.dtype)
-    dy = _cut(grad).unflatten(3, (groups, -1))
+    k, flaws = (kind.of(x, step, log_decay, b, c, first) for kind in (_Chunks, _Flaws))
+    grad, groups = grad_out.to(b.dtype), b.shape[2]
+    dy = _cut(_finite(grad)).unflatten(3, (groups, -1))
     moved, from_start = k.step * k.x, k.start * dy
     # Gradients of the states: those before the chunks, through time, to what each chunk adds.
     of_states = torch.einsum("bktgrp,bktgn->bkgrpn", from_start, k.c)
-    last = grad_last.to(b.dtype).unflatten(1, (groups, -1)).unsqueeze(1)
+    last = _finite(grad_last).to(b.dtype).unflatten(1, (groups, -1)).unsqueeze(1)
     of_states = _carried(last, of_states.flip(1), k.whole.flip(-1)).flip(1)
     of_added, before = of_states[:, 1:], k.states[:, :-1]
 
-    pairs = k.decay * torch.einsum("bktgrp,bksgrp->bkgrts", dy, moved)
+    pairs = k.decay * torch.einsum("bktgrp,bksgrp->bkgrts", dy, moved).tril()
     of_products = pairs.sum(3)
     seen = k.end * torch.einsum("bksgn,bkgrpn->bksgrp", k.b, of_added)
     of_moved = torch.einsum("bkgrts,bktgrp->bksgrp", k.decay * k.products, dy) + seen
@@ -92,16 +119,50 @@ def ssd_chunked_backward(
     whole = (of_added * before).sum((-1, -2)) * k.start[:, :, -1, ..., 0]
     of_decay = crossed + _sums_from(to_later, -1) + (from_earlier.cumsum(-1) - from_earlier) + whole.unsqueeze(-1)
 
-    grad_x = _joined(k.step * of_moved, x)
+    in_dy = _flawed(grad, step.shape[2])
+    came = _reached(
+        ((in_dy | flaws.c | flaws.decay) & ~flaws.begins).flip(1), flaws.begins.flip(1),
+        ~grad_last.isfinite().all(-1).all(-1),
+    ).flip(1)  # fmt: skip
+    adjoint = in_dy | flaws.c | came[:, 1:]  # the gradients of the states after each step
+
+    grad_x = _marked(_joined(k.step * of_moved, x), adjoint | flaws.b | flaws.step)
     grad_d = b.new_empty(0)
     if d is not None:
         grad_x = grad_x + d.view(x.shape[2:]) * grad
     if d is not None and want_d:
         grad_d = (grad * x.to(b.dtype)).sum((0, 1)).reshape(-1)
     return (
-        grad_x.to(x.dtype), _joined((of_moved * k.x).sum(-1), step), _joined(of_decay.movedim(-1, 2), step),
-        _joined(of_b, b), _joined(of_c, c), grad_d, of_states[:, 0].flatten(1, 2).contiguous(),
+        grad_x.to(x.dtype), _marked(_joined((of_moved * k.x).sum(-1), step), adjoint | flaws.b | flaws.x),
+        _marked(_joined(of_decay.movedim(-1, 2), step),
+                (adjoint | flaws.states[:, :-1] | flaws.decay) & ~flaws.begins),
+        _marked(_joined(of_b, b), (adjoint | flaws.x | flaws.step).unflatten(2, (groups, -1)).any(3)),
+        _marked(_joined(of_c, c), (in_dy | flaws.states[:, 1:]).unflatten(2, (groups, -1)).any(3)),
+        grad_d, _marked(of_states[:, 0].flatten(1, 2), came[:, 0]).contiguous(),
     )  # fmt: skip
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x.isfinite(), x, 0)
+
+
+def _flawed(x: Tensor, heads: int) -> Tensor:
+    """Which heads of x [B, L, heads or groups, ...] have something that is not finite, [B, L, H]."""
+    found = ~x.isfinite().all(-1)
+    return found if found.shape[2] == heads else found.repeat_interleave(heads // found.shape[2], 2)
+
+
+def _reached(flaws: Tensor, begins: Tensor, first: Tensor) -> Tensor:
+    """Whether a flaw came at or before each step, no farther back than its sequence begins: [B, L + 1, H]."""
+    flaws = torch.cat((first.unsqueeze(1), flaws), 1)
+    place = torch.arange(flaws.shape[1], dtype=torch.int32, device=flaws.device).view(-1, 1)
+    last_begin = torch.where(F.pad(begins, (0, 0, 1, 0)), place, 0).cummax(1).values
+    return torch.where(flaws, place, -1).cummax(1).values >= last_begin
+
+
+def _marked(x: Tensor, flaws: Tensor) -> Tensor:
+    """x with NaN at flaws, which have its first dimensions."""
+    return x.masked_fill(flaws.view(*flaws.shape, *[1] * (x.dim() - flaws.dim())), torch.nan)
 
 
 def _cut(x: Tensor) -> Tensor:
