@@ -80,7 +80,8 @@ def ssd_chunked(
     x: Tensor, step: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, d: Tensor | None, first: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As `ssd_forward`: out [B, L, H, P] and the last state [B, H, P, N]."""
-    k, flaws = (kind.of(x, step, log_decay, b, c, first) for kind in (_Chunks, _Flaws))
+    inputs = x, step, log_decay, b, c, first
+    k, flaws = _Chunks.of(*inputs), _Flaws.of(*inputs)
     y = torch.einsum("bkgrts,bksgrp->bktgrp", k.decay * k.products, k.step * k.x)
     y += k.start * torch.einsum("bktgn,bkgrpn->bktgrp", k.c, k.states[:, :-1])
     y = _marked(_joined(y, x), flaws.states[:, 1:] | flaws.c)
@@ -93,7 +94,8 @@ def ssd_chunked_backward(
     d: Tensor | None, first: Tensor | None, want_d: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As `ssd_backward`: gradients in the order of the inputs, d's only where it is wanted."""
-    k, flaws = (kind.of(x, step, log_decay, b, c, first) for kind in (_Chunks, _Flaws))
+    inputs = x, step, log_decay, b, c, first
+    k, flaws = _Chunks.of(*inputs), _Flaws.of(*inputs)
     grad, groups = grad_out.to(b.dtype), b.shape[2]
     dy = _cut(_finite(grad)).unflatten(3, (groups, -1))
     moved, from_start = k.step * k.x, k.start * dy

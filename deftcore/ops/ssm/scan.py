@@ -187,11 +187,11 @@ def scan_backward(
             if to is not None:
                 to.copy_(found[place])
         of_z = u.new_empty(0) if grad_z is None else grad_z
-        sums = [
+        needed = [
             g if need else a.new_empty(0)
             for g, need in zip((*found[2:6], found[7]), (*wanted[2:6], wanted[7]), strict=True)
         ]
-        return grad_u, grad_delta, *sums[:4], of_z, sums[4], found[8]
+        return grad_u, grad_delta, *needed[:4], of_z, needed[4], found[8]
     sums = [
         torch.zeros_like(x) if x is not None and need else None
         for x, need in zip((a, b, c, d, delta_bias), (*wanted[2:6], wanted[7]), strict=True)
