@@ -301,3 +301,13 @@ def test_fuzz_density(shape, dtype, mask_shape, tau):
         assert ":" in str(error)
     else:
         assert 0 <= share <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [1, 16, 17, 2049])
+def test_relu_keeps_subnormal_numbers(dtype, width):
+    z = torch.full((3, width), 3 * torch.finfo(dtype).smallest_normal / 128).to(dtype).requires_grad_()
+    a = ops.act_density(z, "relu")[0]
+    assert 0 < a.min() < torch.finfo(dtype).smallest_normal
+    assert torch.equal(a, z)
+    assert torch.equal(torch.autograd.grad(a.sum(), z)[0], torch.ones_like(z))

@@ -53,18 +53,23 @@ void act_density_piece(const ActDensityArgs& args, SumCount& acc, int64_t row, i
     sum = sum + math::surrogate<kS>(value, p);
     count += __builtin_popcount(active_bits(value, tau));
   };
+  const auto put = [](T* to, Vec value) {
+    if constexpr (kF == Activation::kRelu) {
+      store_exact(to, value);
+    } else {
+      store(to, value);
+    }
+  };
   for (; i + kWidth <= n; i += kWidth) {
     const Vec value = math::activate<kF>(load(z + i));
-    if constexpr (kF == Activation::kRelu) {
-      store_exact(a + i, value);
-    } else {
-      store(a + i, value);
-    }
+    put(a + i, value);
     if (counted) observe(value);
   }
   if (i < n) {
     const Vec value = math::activate<kF>(load_tail(z + i, n - i));
-    store_tail(a + i, value, n - i);
+    T tail[kWidth];
+    put(tail, value);
+    std::memcpy(a + i, tail, static_cast<size_t>(n - i) * sizeof(T));
     if (counted) observe(value);
   }
   acc.sum += static_cast<double>(reduce_add(sum));
