@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from deftcore.methods.lora.merging import merge
     from deftcore.methods.lora.patch import patch, unpatch
     from deftcore.methods.mamba.lora import MambaLoraConfig
+    from deftcore.methods.natural_galore.groups import galore_param_groups
+    from deftcore.methods.natural_galore.optimizer import NaturalGaLore
     from deftcore.methods.s2ft.config import S2ftConfig
     from deftcore.methods.s2ft.delta import DeltaAdapter, DeltaHost, extract_adapter, fuse
     from deftcore.methods.s2ft.selection import select_channels
@@ -33,9 +35,11 @@ _HOMES = {
     "DeltaHost": "deftcore.methods.s2ft.delta",
     "DensityLoss": "deftcore.methods.deft.objective",
     "MambaLoraConfig": "deftcore.methods.mamba.lora",
+    "NaturalGaLore": "deftcore.methods.natural_galore.optimizer",
     "S2ftConfig": "deftcore.methods.s2ft.config",
     "extract_adapter": "deftcore.methods.s2ft.delta",
     "fuse": "deftcore.methods.s2ft.delta",
+    "galore_param_groups": "deftcore.methods.natural_galore.groups",
     "load_quantized": "deftcore.models.quantized_files",
     "load_sparse": "deftcore.methods.deft.files",
     "merge": "deftcore.methods.lora.merging",
@@ -55,9 +59,11 @@ __all__ = [
     "DeltaHost",
     "DensityLoss",
     "MambaLoraConfig",
+    "NaturalGaLore",
     "S2ftConfig",
     "extract_adapter",
     "fuse",
+    "galore_param_groups",
     "load_quantized",
     "load_sparse",
     "merge",

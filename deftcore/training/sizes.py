@@ -11,9 +11,9 @@ from deftcore.nn.sharding import is_sharded
 
 
 def describe(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Two lines: what is trained of how many parameters, and the bytes that weights, gradients and AdamW's two moments
-    take on this process; the state of another optimizer is not known. Tensors that share memory count once; 4-bit
-    matrices count by the weights that they stand for.
+    """Two lines: what is trained of how many parameters, and the bytes that weights, gradients and optimizer state take
+    on this process; state is known of AdamW, and of optimizers that have `estimate_state_bytes`. Tensors that share
+    memory count once; 4-bit matrices count by the weights that they stand for.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     count = sum(p.numel() for p in trained)
@@ -24,11 +24,11 @@ def describe(model: nn.Module, optimizer: Optimizer) -> list[str]:
         "weights": sum(_memory([*model.parameters(), *model.buffers(), *trained]).values()),
         "gradients": gradients,
     }
-    rest = "activations"
     if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
         parts["optimizer state"] = 2 * gradients
-    else:
-        rest = "optimizer state and activations"
+    elif hasattr(optimizer, "estimate_state_bytes"):
+        parts["optimizer state"] = optimizer.estimate_state_bytes().total
+    rest = "activations" if "optimizer state" in parts else "optimizer state and activations"
     return [
         f"trains {count:,} of {total:,} parameters ({100 * count / total:.3g} %, {_bytes(gradients)})",
         f"memory: {' + '.join(f'{_bytes(size)} {name}' for name, size in parts.items())} = "

@@ -32,7 +32,8 @@ def check_lora(model: Any, config: Any) -> None:
     check_by_peft(model, config)
 
 
-def _wrap_full(model: Any, config: None, setup: Setup) -> Any:
+def wrap_full(model: Any, config: Any, setup: Setup) -> Any:
+    """The model itself, its mixers fused where it has such."""
     return patch(model) if concerns(model) else model
 
 
@@ -91,7 +92,7 @@ register(
     Method(
         name="full",
         summary="Every weight of the model, in float32.",
-        wrap=_wrap_full,
+        wrap=wrap_full,
         check=lambda model, config: None,
         float32=True,
     )
