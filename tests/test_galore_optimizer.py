@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import tiny_batch, tiny_model
+from second_device import DEVICE, second_device
 from test_natural_galore import F64, close, gradients, make, reference_adam, run
 
 import deftcore
@@ -25,7 +26,7 @@ VARIANTS = [
 ]
 
 
-def mixed(dtype=torch.float32, **options):
+def mixed(dtype=torch.float32, device="cpu", **options):
     """A module with a matrix of each form, a convolution, vectors and a scalar; and its optimizer."""
     torch.manual_seed(3)
     model = torch.nn.Module()
@@ -38,6 +39,7 @@ def mixed(dtype=torch.float32, **options):
         torch.nn.Parameter(torch.randn(()).to(dtype)),
     )
     model.free = torch.nn.Parameter(torch.randn(5, 4).to(dtype))
+    model.to(device)
     free = [model.free]
     others = [p for p in model.parameters() if p is not model.free]
     group = {"params": others, "rank": 3, "update_proj_gap": 5, **options}
@@ -49,8 +51,8 @@ def train(model, optimizer, steps, first=0):
     for t in range(first, first + steps):
         generator = torch.Generator().manual_seed(t)
         for p in model.parameters():
-            g = torch.randn(p.shape, generator=generator) + p.detach().float() / 3
-            p.grad = g.to(p.dtype)
+            g = torch.randn(p.shape, generator=generator) + p.detach().cpu().float() / 3
+            p.grad = g.to(p.dtype).to(p.device)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -280,6 +282,26 @@ def test_stochastic_rounding_of_odd_values():
     y = round_stochastically(x, seed=1)
     assert ((y >= low) & (y <= high)).all()
     assert not torch.equal(y, round_stochastically(x, seed=2))
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_on_another_device(options):
+    """All of the state lies where the weights lie; a file from there goes on here."""
+    options = {**options, "flatten": True, "stochastic_rounding": True}
+    want, optimizer = mixed(torch.bfloat16, **options)
+    train(want, optimizer, 7)
+    with second_device() as operations:
+        model, away = mixed(torch.bfloat16, **options, device=DEVICE)
+        train(model, away, 4)
+        assert {x.device for x in tensors_of(away)} == {DEVICE}
+        weights, state = ({k: v.cpu() for k, v in model.state_dict().items()}, copy.deepcopy(away.state_dict()))
+    assert operations.away > 100
+    here, again = mixed(torch.bfloat16, **options)
+    here.load_state_dict(weights)
+    again.load_state_dict(state)
+    train(here, again, 3, first=4)
+    for p, q in zip(want.parameters(), here.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 # ---------------------------------------------------------------------------- options
