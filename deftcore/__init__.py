@@ -12,9 +12,14 @@ from deftcore._versions import warn_untested
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from deftcore.methods.ba_lora.config import BaLoraConfig
+    from deftcore.methods.ba_lora.penalty import BaLoraPenalty
     from deftcore.methods.deft.files import load_sparse, save_sparse
     from deftcore.methods.deft.objective import DensityLoss
+    from deftcore.methods.kasa.config import KasaFactoredConfig
+    from deftcore.methods.kasa.penalty import KasaPenalty
     from deftcore.methods.lora.bottleneck import BottleneckConfig
+    from deftcore.methods.lora.exporting import export_lora
     from deftcore.methods.lora.merging import merge
     from deftcore.methods.lora.patch import patch, unpatch
     from deftcore.methods.mamba.lora import MambaLoraConfig
@@ -30,13 +35,18 @@ if TYPE_CHECKING:
     from deftcore.nn.quantization import quantize
 
 _HOMES = {
+    "BaLoraConfig": "deftcore.methods.ba_lora.config",
+    "BaLoraPenalty": "deftcore.methods.ba_lora.penalty",
     "BottleneckConfig": "deftcore.methods.lora.bottleneck",
     "DeltaAdapter": "deftcore.methods.s2ft.delta",
     "DeltaHost": "deftcore.methods.s2ft.delta",
     "DensityLoss": "deftcore.methods.deft.objective",
+    "KasaFactoredConfig": "deftcore.methods.kasa.config",
+    "KasaPenalty": "deftcore.methods.kasa.penalty",
     "MambaLoraConfig": "deftcore.methods.mamba.lora",
     "NaturalGaLore": "deftcore.methods.natural_galore.optimizer",
     "S2ftConfig": "deftcore.methods.s2ft.config",
+    "export_lora": "deftcore.methods.lora.exporting",
     "extract_adapter": "deftcore.methods.s2ft.delta",
     "fuse": "deftcore.methods.s2ft.delta",
     "galore_param_groups": "deftcore.methods.natural_galore.groups",
@@ -54,13 +64,18 @@ _HOMES = {
 }
 
 __all__ = [
+    "BaLoraConfig",
+    "BaLoraPenalty",
     "BottleneckConfig",
     "DeltaAdapter",
     "DeltaHost",
     "DensityLoss",
+    "KasaFactoredConfig",
+    "KasaPenalty",
     "MambaLoraConfig",
     "NaturalGaLore",
     "S2ftConfig",
+    "export_lora",
     "extract_adapter",
     "fuse",
     "galore_param_groups",

@@ -1,11 +1,13 @@
 """Shared helpers. The compiled module must be installed: tests never import a source tree that is not built."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DEFTCORE_CUDA_KERNELS", "all")  # the tests compare by themselves; test_proof.py sets it
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +37,19 @@ def _no_lucky_memory(request):
     torch.use_deterministic_algorithms(filled, warn_only=True)  # of which only the filling matters
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--parity", metavar="FOLDER", help="values of the authors' own code (.npz), to compare with")
+
+
+@pytest.fixture
+def parity(request):
+    """Reads a file of the folder that `--parity` names; without one the test is skipped."""
+    folder = request.config.getoption("--parity")
+    if not folder:
+        pytest.skip("compares with the values of others; --parity names their folder")
+    return lambda name: np.load(Path(folder) / name)
 
 
 def pytest_collection_modifyitems(items):

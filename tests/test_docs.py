@@ -77,7 +77,7 @@ def test_paths_exist(page):
 def test_a_room_has_its_page(room):
     """Title, source, equations, an example, where things are."""
     text = text_of(room)
-    assert re.match(r"[\w ,0-9]+: ", text)
+    assert re.match(r"[\w ,0-9-]+: ", text)
     assert "arXiv" in text
     assert {"equations", "example", "where-things-are", "costs-and-limits"} <= anchors(room)
     assert "python" in [language for language, _ in FENCE.findall(text)]

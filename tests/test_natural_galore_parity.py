@@ -1,14 +1,10 @@
 """Natural GaLore and GaLore against values of the published code, and of an independent computation in float64.
 
-The files are not part of the project: DEFTCORE_PARITY names the folder that holds them.
+The files are not part of the project: `--parity` names the folder that holds them.
 """
 
-import os
 import re
-from functools import cache
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,17 +13,8 @@ from deftcore.methods.natural_galore.optimizer import NaturalGaLore
 from deftcore.methods.natural_galore.subspace import Subspace
 from deftcore.ops import galore
 
-FOLDER = os.environ.get("DEFTCORE_PARITY", "")
-pytestmark = [
-    pytest.mark.skipif(not FOLDER, reason="needs DEFTCORE_PARITY, the folder of the published codes' values"),
-    pytest.mark.filterwarnings("ignore:NaturalGaLore. the state:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:NaturalGaLore. the state:UserWarning")
 MATRICES = ("tall", "wide", "square")
-
-
-@cache
-def values(file):
-    return dict(np.load(Path(FOLDER) / f"{file}.npz"))
 
 
 def from_file(data, key, dtype):
@@ -44,10 +31,10 @@ def from_file(data, key, dtype):
     return find
 
 
-def follow(file, run, matrix, monkeypatch, dtype=torch.float64, find=None, **options):
+def follow(data, run, matrix, monkeypatch, dtype=torch.float64, find=None, **options):
     """Trains as the run did, in its subspaces or those of `find`: the weights after each step, every N, the state at
     the end, and all values of the run."""
-    data, key = values(file), f"{run}.{matrix}."
+    data, key = dict(data), f"{run}.{matrix}."
     hp = {name.removeprefix("hp."): value.item() for name, value in data.items() if name.startswith("hp.")}
     monkeypatch.setattr(refreshing, "find_subspace", find or from_file(data, f"{run}.{matrix}", dtype))
     natural, seen = galore.natural_gradient, []
@@ -82,11 +69,11 @@ def options_of(run):
 
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("run", ["gap5_wd0_f64", "gap5_wd0.1_f64", "gap1000_wd0_f64", "gap5_wd0_f32"])
-def test_galore_torch(run, matrix, monkeypatch):
+def test_galore_torch(parity, run, matrix, monkeypatch):
     """galore-torch 1.0's GaLoreAdamW, in its own subspaces."""
     dtype = torch.float32 if run.endswith("f32") else torch.float64
     options = options_of(run) | {"proj_type": "std"}
-    weights, _, state, wanted = follow("galore_torch_adamw", run, matrix, monkeypatch, dtype, **options)
+    weights, _, state, wanted = follow(parity("galore_torch_adamw.npz"), run, matrix, monkeypatch, dtype, **options)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
     assert off(weights, wanted["W_after"]) <= tolerance
     assert off(state["exp_avg"], wanted["M_final"]) <= tolerance
@@ -94,10 +81,10 @@ def test_galore_torch(run, matrix, monkeypatch):
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
-def test_galore_torch_with_our_own_subspace(matrix, monkeypatch):
+def test_galore_torch_with_our_own_subspace(parity, matrix, monkeypatch):
     """One subspace, so that the signs of its vectors do not matter; theirs is a float32 SVD."""
     options = {"proj_type": "std", "update_proj_gap": 1000, "find": refreshing.find_subspace}
-    weights, _, _, wanted = follow("galore_torch_adamw", "gap1000_wd0_f64", matrix, monkeypatch, **options)
+    weights, _, _, wanted = follow(parity("galore_torch_adamw.npz"), "gap1000_wd0_f64", matrix, monkeypatch, **options)
     assert off(weights, wanted["W_after"]) <= 5e-7
 
 
@@ -109,11 +96,17 @@ def test_galore_torch_with_our_own_subspace(matrix, monkeypatch):
         "natural_gap1000_s6_f64", "natural_gap5_s20_f32",
     ],
 )  # fmt: skip
-def test_the_authors_two_sided_form(run, matrix, monkeypatch):
+def test_the_authors_two_sided_form(parity, run, matrix, monkeypatch):
     """SubSpaceAdamW in its Tucker factors."""
     dtype = torch.float32 if run.endswith("f32") else torch.float64
     weights, seen, state, wanted = follow(
-        "natural_galore_authors_tucker", run, matrix, monkeypatch, dtype, projection="two_sided", **options_of(run)
+        parity("natural_galore_authors_tucker.npz"),
+        run,
+        matrix,
+        monkeypatch,
+        dtype,
+        projection="two_sided",
+        **options_of(run),
     )
     assert off(weights, wanted["W_after"]) <= (5e-5 if dtype == torch.float32 else 1e-12)
     assert ("N" in wanted) == bool(seen)
@@ -145,9 +138,11 @@ def same_signs(space):
 
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("run", RUNS)
-def test_one_sided(run, matrix, monkeypatch):
+def test_one_sided(parity, run, matrix, monkeypatch):
     """An independent computation of the specification's form, in its subspaces."""
-    weights, seen, state, wanted = follow("natural_galore_onesided_oracle", run, matrix, monkeypatch, **options_of(run))
+    weights, seen, state, wanted = follow(
+        parity("natural_galore_onesided_oracle.npz"), run, matrix, monkeypatch, **options_of(run)
+    )
     found = {"W_after": weights, "M_final": state["exp_avg"], "V_final": state["exp_avg_sq"]}
     if seen:
         found |= {"N": torch.stack(seen), "H_final": in_order(state)}
@@ -158,8 +153,8 @@ def test_one_sided(run, matrix, monkeypatch):
 
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("run", RUNS)
-def test_one_sided_in_our_own_subspaces(run, matrix, monkeypatch):
+def test_one_sided_in_our_own_subspaces(parity, run, matrix, monkeypatch):
     find = refreshing.find_subspace
     options = options_of(run) | {"find": lambda *a, **k: same_signs(find(*a, **k))}
-    weights, _, _, wanted = follow("natural_galore_onesided_oracle", run, matrix, monkeypatch, **options)
+    weights, _, _, wanted = follow(parity("natural_galore_onesided_oracle.npz"), run, matrix, monkeypatch, **options)
     assert off(weights, wanted["W_after"]) <= 1e-9

@@ -334,6 +334,20 @@ def test_serving_example():
     assert lines["nines"].endswith("-> [9, 9, 9, 9, 9, 9, 9, 9]")
 
 
+def test_spectral_example():
+    """KaSA and BA-LoRA learn under the Trainer, and are the same model as plain LoRA."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parents[1] / "examples" / "spectral_adapters.py")],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if "as plain LoRA" in line]
+    assert [line.split(":")[0] for line in lines] == ["KaSA", "BA-LoRA"]
+    for line in lines:
+        assert "after 29 comes 30" in line
+        assert float(line.rsplit(maxsplit=1)[1]) < 1e-4
+
+
 def test_quickstart_small(tmp_path):
     """The whole quickstart at a size for tests."""
     from deftcore.cli.quickstart.base_model import Settings

@@ -15,6 +15,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 
+from deftcore.methods.ba_lora.config import BaLoraConfig
+from deftcore.methods.kasa.config import KasaFactoredConfig
 from deftcore.methods.lora.bottleneck import BottleneckConfig
 from deftcore.methods.mamba.lora import MambaLoraConfig
 from deftcore.methods.s2ft.config import S2ftConfig
@@ -35,6 +37,7 @@ class Case:
         return self.config(task_type="CAUSAL_LM", **(self.options | more))
 
 
+KASA = {"r": 2, "target_modules": ["q_proj", "down_proj"]}
 MAMBA = {"r": 2, "init_lora_weights": False}
 CASES = {
     "bottleneck": Case(BottleneckConfig, "llama", {"reduction_factor": 4}, merges=False),
@@ -44,6 +47,8 @@ CASES = {
         S2ftConfig, "llama", {"channel_ratio": 0.2, "targets": ["o", "down"], "storage": "split"},
         several=False, layers=False,
     ),
+    "ba-lora": Case(BaLoraConfig, "llama", KASA),
+    "kasa": Case(KasaFactoredConfig, "llama", KASA),
     "mamba": Case(MambaLoraConfig, "mamba", MAMBA),
     "mamba split": Case(MambaLoraConfig, "mamba", MAMBA | {"split": True}),
     "mamba2": Case(MambaLoraConfig, "mamba2", MAMBA | {"split": True}),

@@ -1,6 +1,7 @@
 """FSDP2: adapters, updates and checkpoints of a sharded model are those of the whole one. Two processes over Gloo."""
 
 import socket
+from functools import partial
 
 import peft
 import pytest
@@ -9,6 +10,8 @@ from conftest import tiny_batch, tiny_model
 from s2ft_models import scaled, train, trainable, wrap
 from safetensors.torch import load_file
 
+from deftcore.methods.ba_lora.config import BaLoraConfig
+from deftcore.methods.kasa.config import KasaFactoredConfig
 from deftcore.methods.lora.bottleneck import BottleneckConfig
 from deftcore.methods.s2ft.delta import DeltaAdapter, extract_adapter
 from deftcore.nn.sharding import whole
@@ -42,15 +45,32 @@ def lora():
     return peft.get_peft_model(tiny_model("llama"), config)
 
 
+def beside_a_pair(config):
+    """KaSA or BA-LoRA, whose files hold a frozen pair too."""
+    torch.manual_seed(0)
+    options = {"r": 2, "target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]}
+    model = peft.get_peft_model(tiny_model("llama"), config(task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
 class NoTokenizer:
     def save_pretrained(self, folder):
         pass
 
 
-MAKE = {"s2ft": s2ft, "bottleneck": bottleneck}
-
-
-WHOLE = {"lora": lora, "full": lambda: tiny_model("llama")}  # saved by the training pipeline
+MAKE = {
+    "s2ft": s2ft, "bottleneck": bottleneck, "kasa": partial(beside_a_pair, KasaFactoredConfig),
+    "ba-lora": partial(beside_a_pair, BaLoraConfig),
+}  # fmt: skip
+WHOLE = {
+    "lora": lora,
+    "kasa pipeline": MAKE["kasa"],
+    "full": lambda: tiny_model("llama"),
+}  # saved by the training pipeline
 
 
 def even_batch():
@@ -138,7 +158,7 @@ def test_the_pipeline_writes_whole_models(folder):
         model = train(make(), even_batch(), 2)
         again = (
             peft.PeftModel.from_pretrained(tiny_model("llama"), folder / name)
-            if name == "lora"
+            if name != "full"
             else t.LlamaForCausalLM.from_pretrained(folder / name)
         )
         found = again.state_dict()

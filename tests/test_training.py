@@ -482,12 +482,12 @@ MISTAKES = [
     ("data.max_length=1", "data.max_length: must be at least 2, got 1"),
     ("data.train=", "data.train: is needed"),
     ("model=", "model: is needed"),
-    ("method=loora", "method: no method 'loora'; did you mean lora or qlora?"),
+    ("method=loora", "method: no method 'loora'; did you mean lora or qlora or ba-lora?"),
     ("method=full", "adapter: method full has no adapter, got r"),
     ("deft=3", "deft: must be a mapping, got 3"),
     ("deft.surrogate=l3", "deft.surrogate: must be one of l0, tanh, l1, got 'l3'"),
     ("quantize.block_size=33", "quantize.block_size: must be one of 32, 64"),
-    ("quantize.block_size=32", "quantize: goes with method qlora or qs2ft, got 'lora'"),
+    ("quantize.block_size=32", "quantize: goes with method qlora, qba-lora, qkasa or qs2ft, got 'lora'"),
     ("nonsense", "override: must be key=value, got 'nonsense'"),
 ]
 

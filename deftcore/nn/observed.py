@@ -1,5 +1,7 @@
 """Activations that are watched: what `deftcore.DensityLoss` puts in their place."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +34,25 @@ class Tally:
     blind: bool = False  # the last training forward ran without a graph
     active: Tensor | int = 0
     elements: Tensor | int = 0
+
+
+class _Aside:
+    depth = 0
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Forwards within are not observed: a teacher's, of the same model, between a forward and what is made of it."""
+    _Aside.depth += 1
+    try:
+        yield
+    finally:
+        _Aside.depth -= 1
+
+
+def is_aside() -> bool:
+    """Whether `aside` is in force."""
+    return _Aside.depth > 0
 
 
 class Recorder:
@@ -93,7 +114,7 @@ class ObservedActivation(nn.Module):
                 self._record(z, mask, total, active)
             return a
         a = self.inner(z)
-        if recorder.open:
+        if recorder.open and not is_aside():
             self._record(z, mask, None, active_count(a, mask, tau))
         return a
 

@@ -5,6 +5,7 @@ from deftcore.ops.density import act_density, density
 from deftcore.ops.gated_linear import gated_linear
 from deftcore.ops.grouped_delta import DeltaBank, LowRankDelta, SliceDelta, grouped_delta_linear
 from deftcore.ops.kernels import cuda_enabled
+from deftcore.ops.logits import LogitPenalties, class_penalties, logit_penalties, mean_entropy
 from deftcore.ops.lora import lora_linear
 from deftcore.ops.partial_linear import partial_linear
 from deftcore.ops.quant4 import dequantize_4bit, linear_4bit, quantize_4bit
@@ -24,9 +25,11 @@ from deftcore.ops.ssm import (
     selective_scan,
     selective_state_update,
 )
+from deftcore.ops.subspace import minor_subspace
 
 __all__ = [
     "DeltaBank",
+    "LogitPenalties",
     "LoraPair",
     "LowRankDelta",
     "Projection",
@@ -37,17 +40,21 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "causal_conv1d_varlen_states",
+    "class_penalties",
     "cuda_enabled",
     "density",
     "dequantize_4bit",
     "gated_linear",
     "grouped_delta_linear",
     "linear_4bit",
+    "logit_penalties",
     "lora_linear",
     "lyapunov_exponents",
     "mamba2_inner",
     "mamba_chunk_scan",
     "mamba_inner",
+    "mean_entropy",
+    "minor_subspace",
     "op_names",
     "partial_linear",
     "quantize_4bit",

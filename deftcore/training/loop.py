@@ -29,7 +29,7 @@ from deftcore.training import sizes
 from deftcore.training.config import TrainingConfig
 from deftcore.training.identity import dependences
 from deftcore.training.keeper import Keeper
-from deftcore.training.objective import Objective, numbers
+from deftcore.training.objective import Objective, numbers, spare_from_decay
 from deftcore.training.result import State, TrainResult
 from deftcore.training.run_folder import RunFolder
 from deftcore.training.task import Batch, Batches, Task
@@ -218,6 +218,7 @@ class _Run:
             optimizer: Optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=decay)
         else:
             optimizer = make_optimizer(model)
+        spare_from_decay(optimizer, [p for objective in self.objectives for p in objective.undecayed()])
         own = [p for objective in self.objectives for p in objective.parameters()]
         if own:
             optimizer.add_param_group({"params": own, "weight_decay": 0.0})

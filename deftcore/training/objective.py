@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 Batch = Mapping[str, Any]
 
@@ -55,6 +56,10 @@ class Objective(nn.Module):
     def observe(self, batch: Batch, output: Any) -> None:
         """A forward of an evaluation is done; for objectives that measure on outputs."""
 
+    def undecayed(self) -> Sequence[nn.Parameter]:
+        """Parameters of the model that are to train without weight decay, those that it penalises itself."""
+        return ()
+
     def reset(self) -> None:
         """Starts what `report` measures anew: before a step, and before an evaluation."""
 
@@ -80,3 +85,13 @@ class Objective(nn.Module):
 def numbers(summary: Mapping[str, Any]) -> dict[str, float]:
     """What of a summary a log can show."""
     return {name: value for name, value in summary.items() if isinstance(value, float)}
+
+
+def spare_from_decay(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Moves parameters of an optimizer's groups into groups without weight decay, the other options unchanged."""
+    spared = {id(p) for p in parameters}
+    for group in list(optimizer.param_groups) if spared else ():
+        moved = [p for p in group["params"] if id(p) in spared]
+        if moved and group.get("weight_decay"):
+            group["params"] = [p for p in group["params"] if id(p) not in spared]
+            optimizer.add_param_group({**group, "params": moved, "weight_decay": 0.0})

@@ -56,8 +56,8 @@ class Recipe:
     def _where_it_is_used(cls, value: QuantizeConfig, info: ValidationInfo) -> QuantizeConfig:
         method = info.data.get("method")
         if method and not find(method).quantized and value != QuantizeConfig():
-            names = [each.name for each in all_methods() if each.quantized]
-            raise Mistakes([f": goes with method {' or '.join(names)}, got {method!r}"])
+            *others, last = [each.name for each in all_methods() if each.quantized]
+            raise Mistakes([f": goes with method {', '.join(others)} or {last}, got {method!r}"])
         return value
 
     @field_validator("training")

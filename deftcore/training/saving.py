@@ -34,9 +34,10 @@ def save_trained(model: Any, folder: Path, processor: Any = None) -> None:
 
 
 def _whole_state(model: Any) -> dict[str, Any]:
-    """The state of a sharded model, of a PEFT model what trains, in whole tensors."""
+    """The state of a sharded model, of a PEFT model what trains and buffers, in whole tensors."""
     state = model.state_dict()
     if hasattr(model, "peft_config"):
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        state = {key: value for key, value in state.items() if key in trained}
+        kept = {name for name, p in model.named_parameters() if p.requires_grad}
+        kept.update(name for name, _ in model.named_buffers())  # of adapters, which PEFT tells from the model's
+        state = {key: value for key, value in state.items() if key in kept}
     return {key: whole(value) for key, value in state.items()}

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deftcore.training.objective import Objective, numbers
+from deftcore.training.objective import Objective, numbers, spare_from_decay
 
 
 class ObjectiveTrainerMixin:
@@ -80,8 +80,10 @@ class ObjectiveTrainerMixin:
         self.objective.load(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's, with the objective's parameters as a group of their own, without weight decay."""
+        """The Trainer's, with the objective's parameters as a group of their own, without weight decay; nor have those
+        of the model's that the objective penalises."""
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        spare_from_decay(optimizer, self.objective.undecayed())
         own = list(self.objective.parameters())
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if own and id(own[0]) not in known:

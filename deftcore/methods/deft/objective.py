@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deftcore.models.blocks import ActivationSite, Slot, base_of, find_mlp_blocks, side_of
 from deftcore.models.gates import Gates, gates_of
-from deftcore.nn.observed import ObservedActivation, Options, Recorder, Tally
+from deftcore.nn.observed import ObservedActivation, Options, Recorder, Tally, is_aside
 from deftcore.nn.tokens import positions, token_masks, virtual_tokens
 from deftcore.ops.checks import check_choice, check_number
 from deftcore.ops.density import DEFAULT_EPS, SURROGATES, default_tau
@@ -116,6 +116,8 @@ class DensityLoss(Objective):
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A new forward: forget the sums of the last, and read which tokens count."""
+        if is_aside():
+            return
         for activation in self._observed:
             activation.tally.sums.clear()
             activation.tally.tokens.clear()

@@ -41,7 +41,7 @@ def obstacle(layer: Any, weight: Tensor | QuantizedTensor, dtype: torch.dtype) -
     if len(active) != 1:
         return f"{len(active)} active adapters"
     name = active[0]
-    if name in layer.lora_variant:
+    if type(layer.lora_variant.get(name, None)) not in (type(None), *getattr(layer, "fused_variants", ())):
         return "a variant of LoRA"
     a, b = layer.lora_A[name], layer.lora_B[name]
     if b.bias is not None:
@@ -73,12 +73,24 @@ def fused_lora(layer: Any, weight: Tensor | QuantizedTensor, x: Tensor) -> Tenso
         return None
     name = next(name for name in layer.active_adapters if name in layer.lora_A)
     a, b, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
+    return fused_product(layer, weight, x, a, b, layer.scaling[name], dropout)
+
+
+def fused_product(
+    layer: Any, weight: Tensor | QuantizedTensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: nn.Module
+) -> Tensor:
+    """x W^T + bias + scaling (drop(x) A^T) B^T [..., M], as one op under PEFT's rules for dtypes; where `obstacle`
+    names no reason.
+
+    Args:
+        a, b: [R, K] and [M, R], for the layer's input x [..., K].
+    """
     bias, drops = layer.base_layer.bias, layer.training and not isinstance(dropout, nn.Identity)
     dropped = dropout(x.to(a.dtype)) if drops else None  # in the factors' dtype, as in PEFT
     if isinstance(weight, QuantizedTensor):  # float32 master factors are cast per call, their gradients come back
         a, b, bias = a.to(x.dtype), b.to(x.dtype), None if bias is None else bias.to(x.dtype)
         dropped = None if dropped is None else dropped.to(x.dtype)
-    return lora_linear(x, weight, a, b, scaling=layer.scaling[name], bias=bias, dropped_x=dropped)
+    return lora_linear(x, weight, a, b, scaling=scaling, bias=bias, dropped_x=dropped)
 
 
 class FusedLoraLinear(LoraLinear):
@@ -149,6 +161,8 @@ def replacement(module: nn.Module, parent: nn.Module | None) -> Replacement | st
     if not isinstance(module, LoraLinear):
         return ""
     base = type(module.get_base_layer())
+    if getattr(module, "fused_variants", ()):  # a room's own layer, native as it is made
+        return type(module), list
     if type(module) not in (LoraLinear, FusedLoraLinear):
         return type(module).__name__
     if base not in FusedLoraLinear.bases:

@@ -106,7 +106,7 @@ def _check_update(name: str, layer: Any) -> None:
     """Raises ValueError, naming the layer, where `_update` does not cover it."""
     if layer.merged:
         raise ValueError(f"{name}: is merged already; unmerge first")
-    if isinstance(layer, LoraLayer):
+    if not isinstance(layer, Updating):
         active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
         if any(adapter in layer.lora_variant or layer.lora_bias[adapter] for adapter in active):
             raise ValueError(f"{name}: only plain LoRA without a bias can be merged")

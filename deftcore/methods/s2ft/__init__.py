@@ -54,7 +54,7 @@ host.switch(adapter)  # writes the slices; host.remove() restores them bit for b
 | which channels: selection, scores | `selection.py`, `scores.py` |
 | coupled structures and their permutation | `deftcore/models/coupled.py` |
 | the tuned model, layer and gated MLP | `model.py`, `layer.py`, `gated_mlp.py` |
-| adapters taken out, applied, fused; their base's fingerprints | `delta.py`, `fingerprints.py` |
+| adapters taken out, applied, fused; their base's fingerprints | `delta.py`, `deftcore/nn/fingerprints.py` |
 | many adapters at once | `serving.py`, `deftcore/ops/grouped_delta.py` |
 | what recipes get | `method.py` |
 | partial backward, products over slices | `deftcore/ops/partial_linear.py` |

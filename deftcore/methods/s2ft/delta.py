@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from deftcore._files import replacing_file
-from deftcore.methods.s2ft.fingerprints import check_base, fingerprints
 from deftcore.methods.s2ft.layer import S2ftLayer
 from deftcore.models.gates import gates_of
+from deftcore.nn.fingerprints import check_base, fingerprints
 from deftcore.nn.linear import Linear4bit, is_transposed
 from deftcore.ops.grouped_delta import SliceDelta
 

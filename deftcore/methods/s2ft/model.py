@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from deftcore.methods.s2ft.config import S2ftConfig
-from deftcore.methods.s2ft.fingerprints import check_base, fingerprints
 from deftcore.methods.s2ft.gated_mlp import FusedGatedMlp
 from deftcore.methods.s2ft.layer import S2ftLayer
 from deftcore.methods.s2ft.selection import Plan, make_plan
 from deftcore.models.coupled import permute
+from deftcore.nn.fingerprints import check_base, fingerprints
 from deftcore.nn.linear import Linear4bit, is_transposed
 from deftcore.training.adapters import GathersShards
 

@@ -21,6 +21,17 @@ def fingerprints(blocks: Mapping[str, Tensor]) -> dict[str, str]:
     return {str(dtype).removeprefix("torch."): _digest(blocks, dtype) for dtype in dtypes}
 
 
+def combined(parts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """One fingerprint of several named ones, in the dtypes that all of them have.
+
+    Args:
+        parts: what `fingerprints` returned for each weight, by the weight's name.
+    """
+    dtypes = [dtype for dtype in next(iter(parts.values()), {}) if all(dtype in part for part in parts.values())]
+    lines = {dtype: "".join(f"{name} {parts[name][dtype]}\n" for name in sorted(parts)) for dtype in dtypes}
+    return {dtype: hashlib.sha256(text.encode()).hexdigest() for dtype, text in lines.items()}
+
+
 def _digest(blocks: Mapping[str, Tensor], dtype: torch.dtype) -> str:
     digest = hashlib.sha256()
     for name, block in blocks.items():

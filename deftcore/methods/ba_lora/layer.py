@@ -1,0 +1,129 @@
+"""One linear layer under BA-LoRA."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deftcore.methods.ba_lora.config import BaLoraConfig
+from deftcore.methods.lora.paired import Factors, PairedLora, change_weight, stored_weight
+
+
+class BaLoraLinear(PairedLora):
+    """y = x W^T + s x (B A - B0 A0)^T + bias, where B A starts as B0 A0, the part of W in its R largest singular
+    components over s (PiSSA's start, arXiv 2404.02948).
+
+    As factors it is [A - A0; A0] and [B, B - B0]: exactly 0 at the start in any dtype. Turned off, the layer is the
+    pre-trained one. With `base_mode="pissa"` W - s B0 A0 takes W's place, and the layer that is off adds s B0 A0.
+    """
+
+    in_base = 0.0  # the s of an s B0 A0 that has been taken out of W itself
+    stored: set[str]  # adapters whose A0 and B0 come from files
+
+    def start(self, name: str, config: BaLoraConfig) -> None:
+        """Room for A0 and B0."""
+        if not hasattr(self, "stored"):
+            self.stored = set()
+        self.room_for(name, self.r[name])
+
+    def trained(self, name: str) -> Factors:
+        """s A [R, K] and B [M, R]."""
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return a * self.scaling[name], b
+
+    def minus(self, name: str) -> Factors | None:
+        """s A0 and B0; None where they are not in the weight any more."""
+        self.settle(name)
+        return None if self.in_base else self._first(name)
+
+    def _first(self, name: str) -> Factors:
+        return self.lora_minus_A[name] * (self.in_base or self.scaling[name]), self.lora_minus_B[name]
+
+    def joined(self, name: str) -> Factors:
+        """Factors of s (B A - B0 A0), of rank 2 R; of s B A where B0 A0 is not in the weight."""
+        self.settle(name)
+        return self.trained(name) if self.in_base else self.original(name)
+
+    def original(self, name: str) -> Factors:
+        """Factors of s (B A - B0 A0), the change against the pre-trained weight in either form."""
+        self.settle(name)
+        if self.in_base:
+            (a, b), (a0, b0) = self.trained(name), self._first(name)
+            return torch.cat([a, a0]), torch.cat([b, -b0], 1)
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        a0, b0 = self.lora_minus_A[name], self.lora_minus_B[name]
+        return torch.cat([a - a0, a0]) * self.scaling[name], torch.cat([b, b - b0], 1)
+
+    def from_weight(self, name: str) -> None:
+        """A = A0 = (S/s)^1/2 V^T and B = B0 = U (S/s)^1/2, unless a file has given them."""
+        if name not in self.stored:
+            weight, scaling = self.dense_weight(), self.scaling[name]
+            u, s, v = principal(weight, self.r[name], self.configs[name].svd_niter)
+            root = (s / scaling).sqrt()
+            self.take_away(name, root.unsqueeze(1) * v.t(), u * root)
+            self.lora_A[name].weight.copy_(self.lora_minus_A[name])
+            self.lora_B[name].weight.copy_(self.lora_minus_B[name])
+        if self.configs[name].base_mode == "pissa":
+            base = self.get_base_layer()
+            a0, b0 = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in self._first(name))
+            change_weight(base, stored_weight(base), -(b0 @ a0))
+            self.in_base = self.scaling[name]
+
+    def arrived(self, name: str) -> None:
+        """A0 and B0 come from a file; in the form that changes the weight that is still to be done."""
+        self.stored.add(name)
+        if self.configs[name].base_mode == "factored":
+            super().arrived(name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As `PairedLora.forward`; where adapters are disabled the pre-trained layer in either form."""
+        for name in self.lora_A:
+            self.settle(name)
+        if self.in_base and "__base__" in (kwargs.get("adapter_names") or ()):
+            raise ValueError("adapter_names: '__base__' is not there where base_mode 'pissa' has changed the weights")
+        y = super().forward(x, *args, **kwargs)
+        if not (self.in_base and self.disable_adapters):
+            return y
+        a0, b0 = self._first(next(iter(self.lora_A)))
+        return y + nn.functional.linear(nn.functional.linear(x.to(a0.dtype), a0), b0).to(y.dtype)
+
+    @torch.no_grad()
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The plain layer, merged or as it was before training."""
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        elif self.merged:
+            self.unmerge()
+        base = self.get_base_layer()
+        if self.in_base and not merge:
+            a0, b0 = self._first(next(iter(self.lora_A)))
+            change_weight(base, stored_weight(base), b0 @ a0)
+        return base
+
+    def __repr__(self) -> str:
+        return "ba_lora." + super().__repr__().removeprefix("lora.")
+
+
+@torch.no_grad()
+def principal(weight: Tensor, rank: int, iterations: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The `rank` largest singular triplets of a weight [M, K]: U [M, rank], S [rank] falling, V [K, rank], in float32
+    or wider.
+
+    Args:
+        iterations: of the randomised form, whose draw is always the same; None decomposes the weight exactly.
+
+    Raises:
+        ValueError: a weight that is not finite.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("model: a weight is not finite and has no singular values")
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if iterations is None:
+        u, s, vt = torch.linalg.svd(wide, full_matrices=False)
+        return u[:, :rank], s[:rank], vt[:rank].t()
+    devices = [wide.device] if wide.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        return torch.svd_lowrank(wide, q=rank, niter=iterations)

@@ -1,0 +1,75 @@
+"""The config of KaSA."""
+
+from dataclasses import dataclass, field
+
+from peft import LoraConfig
+
+from deftcore.methods.lora.paired import check_plain
+from deftcore.training.adapters import MethodName
+
+BASE_MODES = ("factored", "destructive")
+RULES = ("min", "in_features")
+REDUCTIONS = ("mean", "sum")
+ORTHO_FORMS = ("paper", "reference")
+
+
+@dataclass
+class KasaFactoredConfig(LoraConfig):
+    """Config of KaSA; the fields beside these are `peft.LoraConfig`'s.
+
+    Raises ValueError, naming the field, on a value out of range or a variant of LoRA.
+    """
+
+    truncate_rank: int | None = field(
+        default=None, metadata={"help": "How many of the weight's smallest singular values go; None is the rank r."}
+    )
+    truncate_rule: str = field(
+        default="min", metadata={"help": "min; in_features: as the reference code, which leaves wide weights whole."}
+    )
+    base_mode: str = field(
+        default="factored", metadata={"help": "factored: the weight stays, what goes is subtracted; destructive."}
+    )
+    beta: float = field(default=1e-4, metadata={"help": "Weight of the penalty on the singular values."})
+    gamma: float = field(default=1e-3, metadata={"help": "Weight of the penalty on factors that are not orthonormal."})
+    reduction: str = field(default="mean", metadata={"help": "mean over the adapted layers, or sum (PEFT's)."})
+    ortho_form: str = field(
+        default="paper", metadata={"help": "paper: R x R Gram matrices; reference: the code's, of the other side."}
+    )
+    svd_device: str | None = field(
+        default=None, metadata={"help": "Where the weights are decomposed; None is where they are."}
+    )
+    base_hash: dict[str, str] | None = field(
+        default=None, metadata={"help": "Of the weights before, by dtype; set on wrapping."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MethodName("KASA_FACTORED")
+        check_plain(self, (True, False, "gaussian"))
+        for name, choices in (
+            ("truncate_rule", RULES), ("base_mode", BASE_MODES), ("reduction", REDUCTIONS), ("ortho_form", ORTHO_FORMS),
+        ):  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("beta", "gamma"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: must be a finite number of at least 0, got {value!r}")
+        cut = self.truncate_rank
+        if cut is not None and (isinstance(cut, bool) or not isinstance(cut, int) or cut < 0):
+            raise ValueError(f"truncate_rank: must be an integer of at least 0, or None, got {cut!r}")
+
+    def cut(self, rank: int, rows: int, columns: int) -> int:
+        """How many singular values of a weight [rows, columns] go, for an adapter of a rank.
+
+        Raises:
+            ValueError: a rank, or a `truncate_rank`, that is not below the weight's shorter side.
+        """
+        shorter = min(rows, columns)
+        cut = rank if self.truncate_rank is None else self.truncate_rank
+        for name, value in (("r", rank), ("truncate_rank", cut)):
+            if value >= shorter:
+                raise ValueError(
+                    f"{name}: must be below {shorter}, the shorter side of {rows} x {columns}, got {value}"
+                )
+        return cut if self.truncate_rule == "min" else max(0, cut - (columns - shorter))

@@ -1,0 +1,395 @@
+"""LoRA beside a frozen pair of factors that is taken away from the weight, as one product: what rooms share whose
+adapters begin on the spectrum of the weight."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from deftcore.methods.lora.layer import fused_product, obstacle
+from deftcore.nn.fingerprints import fingerprints
+from deftcore.nn.linear import Linear4bit, is_transposed, shape_of
+from deftcore.nn.merging import merged_4bit
+from deftcore.nn.sharding import is_sharded, whole
+from deftcore.ops.quantized import QuantizedTensor
+
+Factors = tuple[Tensor, Tensor]  # A [R, K] and B [M, R], whose product is B A
+
+_BASES = "torch.nn.Linear, Linear4bit, bitsandbytes' Linear4bit or Conv1D"
+_PLAIN_ONLY = ("use_dora", "lora_bias", "target_parameters", "layer_replication", "trainable_token_indices")
+
+
+class PairedVariant(LoraVariant):
+    """What PEFT sees of an adapter of a `PairedLora`: a variant of LoRA, so that nothing takes its factors for plain
+    ones."""
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, *, config: Any, **_: Any) -> None:  # type: ignore[override]
+        """Makes what the adapter has beside A and B."""
+        if not hasattr(module, "lora_minus_A"):
+            module.lora_minus_A, module.lora_minus_B = BufferDict(persistent=True), BufferDict(persistent=True)
+            module.configs, module.pending = {}, set()
+        module.configs[adapter_name] = config
+        module.pending.add(adapter_name)
+        module.start(adapter_name, config)
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """The rows of a mixed batch that are this adapter's [..., K] to [..., M]."""
+        return result + _product(x, module.joined(active_adapter)).to(result.dtype)
+
+    def supports_lora_conversion(self) -> bool:
+        """The update is linear and the weight untouched."""
+        return True
+
+
+class PairedLora(LoraLinear):
+    """y = x W^T + bias + drop(x) (B A)^T - x (B0 A0)^T: B A is trained, B0 A0 [M, K] is frozen, a pair for each
+    adapter. W stays as it is, dense or in 4 bits.
+
+    Without dropout both terms are one product of joined factors, in one op with W's (`deftcore.ops.lora_linear`).
+    Several active adapters add up. Merging keeps the weight of before, and unmerging puts it back bit for bit.
+
+    A room says by `start` what an adapter begins from, by `trained` how its update is made of its parameters.
+    """
+
+    fused_variants: tuple[type, ...] = (PairedVariant,)
+    other_param_names: tuple[str, ...] = (*LoraLayer.other_param_names, "lora_minus_A", "lora_minus_B", "configs")
+    constant_buffers = True  # processes need not send them
+    lora_A: Any
+    lora_B: Any
+    lora_minus_A: Any
+    lora_minus_B: Any
+    configs: dict[str, Any]
+    pending: set[str]  # adapters for which `from_weight` has not run
+    digest: dict[str, str] | None = None  # of the weight as it was at first, by dtype
+    _before: Any  # the weight as it was before the first merge
+
+    @property
+    def bases(self) -> tuple[type, ...]:
+        """Layers whose product the fused op computes: bitsandbytes' too once `patch` has made it native."""
+        home = sys.modules.get("deftcore.methods.lora.bitsandbytes")
+        return (nn.Linear, Linear4bit) if home is None else (nn.Linear, Linear4bit, home.FusedBnbLinear)
+
+    @property
+    def lora_variants(self) -> dict:
+        """PEFT's table of variants by the fields that ask for them: here there is one."""
+        return {(): PairedVariant}
+
+    # ------------------------------------------------------------------ what a room says
+
+    def start(self, name: str, config: Any) -> None:
+        """Makes what an adapter has beside `lora_A` and `lora_B`: shapes alone of what `from_weight` will set."""
+        raise NotImplementedError
+
+    def from_weight(self, name: str) -> None:
+        """Sets, by `take_away`, what the adapter has from the weight; may change the weight."""
+        raise NotImplementedError
+
+    def trained(self, name: str) -> Factors:
+        """The factors A [R, K] and B [M, R] of the adapter's update, differentiable in its parameters, scaling in A."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ what comes from the weight
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the layer beneath has values, not only shapes."""
+        weight: Any = self.get_base_layer().weight
+        return weight.device.type != "meta"
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        """The weight's values [M, K], decoded where it is packed and whole where it is sharded."""
+        return dense_weight(self.get_base_layer())
+
+    @torch.no_grad()
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of the weight as it was before any adapter changed it, by dtype.
+
+        Raises:
+            ValueError: an adapter is merged into it.
+        """
+        if self.digest is None:
+            if self.merged:
+                raise ValueError("model: an adapter is merged into the weights; unmerge it first")
+            self.digest = fingerprints({"weight": self.dense_weight()})
+        return self.digest
+
+    @torch.no_grad()
+    def settle(self, name: str) -> None:
+        """Does what the adapter needs the weight for, where that has not been done.
+
+        Raises:
+            RuntimeError: the weights are on the meta device.
+            ValueError: the weight is not finite, or cannot be changed.
+        """
+        if name not in self.pending:
+            return
+        if not self.has_weights:
+            raise RuntimeError("the weights are on the meta device; load them before the first forward or merge")
+        self.fingerprint()
+        self.from_weight(name)
+        self.pending.discard(name)
+
+    def arrived(self, name: str) -> None:
+        """A file gives, or is about to give, what the adapter has from the weight."""
+        self.pending.discard(name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in list(self.pending):
+            if f"{prefix}lora_minus_A.{name}" in state_dict:
+                self.arrived(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        for name in list(self.pending) if self.has_weights else ():
+            if self.configs[name].base_hash is None:  # otherwise it waits for its file
+                self.settle(name)
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; where an adapter has changed the weight, that stays."""
+        super().delete_adapter(adapter_name)
+        self.pending.discard(adapter_name)
+
+    # ------------------------------------------------------------------ factors
+
+    def take_away(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Sets the frozen pair of an adapter, A0 [R0, K] and B0 [M, R0], in its factors' dtype."""
+        dtype = self.lora_A[name].weight.dtype
+        self.lora_minus_A[name] = a.detach().to(dtype).contiguous()
+        self.lora_minus_B[name] = b.detach().to(dtype).contiguous()
+
+    def room_for(self, name: str, rank: int) -> None:
+        """A frozen pair of zeros of a rank, which a file may fill."""
+        base: Any = self.get_base_layer()
+        rows, columns = shape_of(base)
+        place = base.weight.device  # not where an empty A may stand
+        self.take_away(name, torch.zeros(rank, columns, device=place), torch.zeros(rows, rank, device=place))
+
+    def minus(self, name: str) -> Factors | None:
+        """The frozen pair that is taken away; None where there is none."""
+        self.settle(name)
+        a: Tensor = self.lora_minus_A[name]
+        return (a, self.lora_minus_B[name]) if a.shape[0] else None
+
+    def joined(self, name: str) -> Factors:
+        """Factors of the whole change of the weight, trained and taken away; R + R0 of them."""
+        minus = self.minus(name)
+        a, b = self.trained(name)
+        return (a, b) if minus is None else (torch.cat([a, minus[0]]), torch.cat([b, -minus[1]], 1))
+
+    def _names(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in self.lora_A]
+
+    def takers(self, names: Sequence[str]) -> Sequence[str]:
+        """Those of several active adapters whose frozen pairs are taken away."""
+        return names
+
+    def original(self, name: str) -> Factors:
+        """Factors of the whole change against the weight as it was at first.
+
+        Raises:
+            ValueError: what was taken away is known no more.
+        """
+        return self.joined(name)
+
+    def _parts(self, names: Sequence[str]) -> list[tuple[Factors, nn.Module]]:
+        """Pairs whose products are added to what the weight gives, and the dropout on the input of each."""
+        found: list[tuple[Factors, nn.Module]] = []
+        takers, plain = self.takers(names), nn.Identity()
+        for name in names:
+            dropout, minus = self.lora_dropout[name], self.minus(name) if name in takers else None
+            if not self.training or isinstance(dropout, nn.Identity):
+                found.append((self.trained(name) if minus is None else self.joined(name), plain))
+                continue
+            found.append((self.trained(name), dropout))  # dropout is the update's alone
+            if minus is not None:
+                found.append(((minus[0], -minus[1]), plain))
+        return found
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., K] to [..., M] in x's dtype; with adapters disabled exactly what the layer beneath gives."""
+        names = self._names(self.active_adapters)
+        if args or kwargs or self.disable_adapters or self.merged or not names:
+            for name in self.lora_A:
+                self.settle(name)
+            return super().forward(x, *args, **kwargs)
+        parts = self._parts(names)
+        weight = weight_of(self.get_base_layer())
+        if obstacle(self, weight, x.dtype):
+            y = self.base_layer(x)
+        else:
+            (a, b), dropout = parts.pop(0)
+            y = fused_product(self, weight, x, a, b, 1.0, dropout)
+        dtype = y.dtype
+        for factors, dropout in parts:
+            y = y + _product(dropout(self._cast_input_dtype(x, factors[0].dtype)), factors)
+        return y.to(dtype)
+
+    def waits(self) -> str:
+        """Why the layer runs as several products for now; empty where it is one op."""
+        weight = weight_of(self.get_base_layer())
+        return obstacle(self, weight, weight.dtype)
+
+    # ------------------------------------------------------------------ merging
+
+    @torch.no_grad()
+    def dense_update(self, names: Sequence[str] | None = None) -> Tensor:
+        """What the adapters change the weight by, [M, K] in float32 or wider; None is the active ones."""
+        names = self._names(self.active_adapters if names is None else names)
+        total = torch.zeros(shape_of(self.get_base_layer()), device=self.lora_A[names[0]].weight.device)
+        takers = self.takers(names)
+        for a, b in [self.joined(name) if name in takers else self.trained(name) for name in names]:
+            wide = torch.promote_types(a.dtype, torch.float32)
+            total = total + b.to(wide) @ a.to(wide)
+        return total
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The whole change of the weight by one adapter, as the weight is stored."""
+        delta = self.dense_update([adapter])
+        return delta.t() if is_transposed(self.get_base_layer()) else delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the change to the weight, with one rounding; over a `Linear4bit` the sum is requantised.
+
+        Raises:
+            ValueError: with `safe_merge` a change that is not finite; a weight that is sharded or bitsandbytes'.
+        """
+        names = self._names(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        base: Any = self.get_base_layer()
+        for name in names:
+            self.settle(name)  # which may change the weight
+        if is_sharded(base.weight):
+            raise ValueError("merge: the weights are sharded over processes; merge into a model on one")
+        update = self.dense_update([*self.merged_adapters, *names])
+        if safe_merge and not bool(torch.isfinite(update).all()):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+        before = self._before if self.merged else stored_weight(base)
+        change_weight(base, before, update)
+        self._before = before
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts the weight of before the first merge back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base: Any = self.get_base_layer()
+        base.set_quantized(self._before) if isinstance(base, Linear4bit) else base.weight.data.copy_(self._before)
+        del self._before
+        self.merged_adapters.clear()
+
+    @torch.no_grad()
+    def scale_output_(self, factor: float) -> None:
+        """Multiplies what the layer returns by a number: weight, bias and what adapters add and take away."""
+        base: Any = self.get_base_layer()
+        if hasattr(base, "scale_output_"):
+            base.scale_output_(factor)
+        else:
+            for tensor in (base.weight, base.bias):
+                _ = None if tensor is None else tensor.mul_(factor)
+        if self.merged:
+            self._before = self._before.scaled(factor) if isinstance(base, Linear4bit) else self._before * factor
+        for name, up in self.lora_B.items():
+            self.settle(name)
+            up.weight.mul_(factor)
+            self.lora_minus_B[name].mul_(factor)
+
+
+def _product(x: Tensor, factors: Factors) -> Tensor:
+    a, b = factors
+    return F.linear(F.linear(x, a), b)
+
+
+def weight_of(base: Any) -> Any:
+    """The weight [M, K] of a layer that a `PairedLora` can go on: a Tensor (the layer's own Parameter, or for Conv1D a
+    view of it) or, over 4 bits, a QuantizedTensor.
+
+    Raises:
+        ValueError: another kind of layer.
+    """
+    if type(base) is nn.Linear:
+        return base.weight
+    if isinstance(base, Linear4bit):
+        return base.quantized
+    if is_transposed(base):
+        return base.weight.t()
+    if "bitsandbytes" in sys.modules:
+        import bitsandbytes
+
+        if isinstance(base, bitsandbytes.nn.Linear4bit):
+            from deftcore.methods.lora.bitsandbytes import quantized_of
+
+            return quantized_of(base)
+    raise ValueError(f"target_modules: must be {_BASES}, got {type(base).__name__}")
+
+
+def stored_weight(base: Any) -> Any:
+    """A copy of a layer's weight as it stores it: a Tensor, or the QuantizedTensor, which nothing changes in place."""
+    return base.quantized if isinstance(base, Linear4bit) else base.weight.data.clone()
+
+
+def dense_weight(base: Any) -> Tensor:
+    """The values [M, K] of such a layer's weight, decoded where it is packed and whole where it is sharded."""
+    weight = weight_of(base)
+    return weight.dequantize() if isinstance(weight, QuantizedTensor) else whole(weight.detach())
+
+
+def change_weight(base: Any, before: Any, update: Tensor) -> None:
+    """Sets a layer's weight to that of before plus an update [M, K], with one rounding.
+
+    Args:
+        base: of those that `weight_of` takes.
+        before: a Tensor as the layer stores it, or a QuantizedTensor.
+
+    Raises:
+        ValueError: a layer of bitsandbytes, whose bytes are not changed in place.
+    """
+    if not isinstance(base, Linear4bit) and not base.weight.is_floating_point():
+        raise ValueError(
+            f"model: the weight of a {type(base).__name__} cannot be changed in place; use base_mode "
+            "'factored', and deftcore.merge to merge"
+        )
+    if isinstance(before, QuantizedTensor):
+        merged, report = merged_4bit(before, update)
+        base.set_quantized(merged)
+        warnings.warn(f"merged into 4 bits: {report}", stacklevel=3)
+        return
+    moved = update.t() if is_transposed(base) else update
+    base.weight.data.copy_(before.to(torch.promote_types(before.dtype, moved.dtype)) + moved)
+
+
+def check_plain(config: Any, inits: Sequence[Any]) -> None:
+    """Raises ValueError, naming the field, where a config asks for a form of LoRA that a `PairedLora` is not.
+
+    Args:
+        config: a subclass of `peft.LoraConfig`.
+        inits: what `init_lora_weights` may be.
+    """
+    variants = [
+        name for name, field in type(config).__dataclass_fields__.items() if field.metadata.get("is_lora_variant")
+    ]
+    for name in dict.fromkeys((*variants, *_PLAIN_ONLY)):
+        if getattr(config, name, None):
+            raise ValueError(f"{name}: is not for {type(config).__name__}, got {getattr(config, name)!r}")
+    if config.init_lora_weights not in inits:
+        known = ", ".join(map(repr, inits))
+        raise ValueError(f"init_lora_weights: must be one of {known}, got {config.init_lora_weights!r}")
+    if isinstance(config.r, bool) or not isinstance(config.r, int) or config.r < 1:
+        raise ValueError(f"r: must be an integer of at least 1, got {config.r!r}")
