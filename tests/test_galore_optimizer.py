@@ -1,9 +1,9 @@
-"""NaturalGaLore as an optimizer: groups, odd parameters and gradients, dtypes, files, hooks in the backward, memory."""
+"""NaturalGaLore as an optimizer: files, memory, odd parameters and gradients, dtypes, what PyTorch asks of it."""
 
 import copy
 import io
+import pickle
 import warnings
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from conftest import tiny_batch, tiny_model
 from second_device import DEVICE, second_device
 from test_natural_galore import F64, close, gradients, make, reference_adam, run
 
-import deftcore
 from deftcore.methods.natural_galore.optimizer import NaturalGaLore
 from deftcore.ops.galore import gram_of, round_stochastically
 
@@ -148,6 +147,56 @@ def test_files_of_others_are_refused_by_name():
     assert str(optimizer.state_dict()) == str(before)
 
 
+def test_hooks_of_loading():
+    """What a hook puts in the state's place is loaded; what one does behind the loading stays."""
+    model, optimizer = mixed()
+    train(model, optimizer, 2)
+    _, other = mixed()
+    later = copy.deepcopy(optimizer.state_dict())
+    for state in later["state"].values():
+        state["step"] = 17
+    other.register_load_state_dict_pre_hook(lambda _, given: later)
+    seen = []
+
+    def behind(loaded):
+        seen.extend(state["step"] for state in loaded.state.values())
+        for state in loaded.state.values():
+            state["age"] = 23
+
+    other.register_load_state_dict_post_hook(behind)
+    for _ in range(2):
+        other.load_state_dict(optimizer.state_dict())
+        assert {(state["step"], state["age"]) for state in other.state.values()} == {(17, 23)}
+    assert seen == [17] * 14
+
+
+def test_loading_casts_no_second_copy(monkeypatch):
+    model, optimizer = mixed()
+    train(model, optimizer, 2)
+    stored, cast = optimizer.state_dict(), []
+    policy = torch.optim.Optimizer._process_value_according_to_param_policy
+    monkeypatch.setattr(
+        torch.optim.Optimizer,
+        "_process_value_according_to_param_policy",
+        staticmethod(lambda *a, **k: cast.append(a[-1]) or policy(*a, **k)),
+    )
+    optimizer.load_state_dict(stored)
+    assert cast == []
+
+
+def test_options_that_a_file_lacks_stay():
+    """A file of AdamW's before its first step does not turn the projection off."""
+    model, optimizer = mixed(natural_history=4)
+    plain = torch.optim.AdamW([{"params": group["params"]} for group in optimizer.param_groups])
+    plain.param_groups[0]["lr"] = 3e-3
+    optimizer.load_state_dict(plain.state_dict())
+    first, second = optimizer.param_groups
+    assert (first["rank"], first["natural_history"], first["update_proj_gap"], first["lr"]) == (3, 4, 5, 3e-3)
+    assert second["rank"] is None
+    train(model, optimizer, 1)
+    assert "right" in optimizer.state[model.tall]
+
+
 def test_a_loaded_state_is_a_copy():
     model, optimizer = mixed()
     train(model, optimizer, 1)
@@ -229,6 +278,32 @@ def test_a_gradient_without_a_subspace(bad):
     run(p, optimizer, [torch.full((9, 5), bad, dtype=F64)])
     assert torch.equal(state["right"], kept)
     assert int(state["failures"]) == (0 if bad == 0 else 2)
+    assert (state["slot"], state["fill"]) == ((4, 4) if bad == 0 else (0, 0))
+
+
+@pytest.mark.parametrize("options", [{}, {"damping_mode": "relative"}, {"fisher_norm": "mean"}])
+def test_the_step_behind_an_infinite_gradient_is_that_of_an_empty_window(options):
+    weight, g, *then = gradients(4, 9, 5)
+    p, optimizer = make(weight, update_proj_gap=100, lr=0.0, damping=0.3, **options)
+    run(p, optimizer, [g, g, torch.full((9, 5), float("inf"), dtype=F64)])
+    state = optimizer.state[p]
+    assert (state["slot"], state["fill"]) == (0, 0)
+    for count, each in enumerate(then, 1):
+        run(p, optimizer, [each])
+        assert (state["slot"], state["fill"], int(state["failures"])) == (count, count, 1)
+    close(state["gram"], gram_of(state["history"]), 1e-12)
+    assert optimizer.diagnostics()[0]["window"] == 2
+
+
+@pytest.mark.parametrize(("every", "fills"), [(1, [1, 1, 1]), (2, [1, 0, 1])])
+def test_a_finite_window_that_does_not_hold_starts_anew(every, fills):
+    """The same gradient twice, beside whose square lambda vanishes; kept or not, as its step is."""
+    p, optimizer = make(torch.zeros(2, 1, dtype=F64), history_every=every, update_proj_gap=100)
+    state = optimizer.state[p]
+    for fill, failures in zip(fills, ([0, 1, 2] if every == 1 else [0, 1, 1]), strict=True):
+        run(p, optimizer, [torch.tensor([[1e10], [0.0]], dtype=F64)])
+        assert (state["slot"], state["fill"], int(state["failures"])) == (fill, fill, failures)
+    assert p.abs().max() < 1.0
 
 
 def test_history_every_keeps_every_other_step():
@@ -304,143 +379,7 @@ def test_on_another_device(options):
         assert torch.equal(p, q)
 
 
-# ---------------------------------------------------------------------------- options
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "match"),
-    [
-        ({"rank": 0}, ValueError, "rank: must be an integer of at least 1, got 0"),
-        ({"rank": 2.0}, ValueError, "rank: must be an integer"),
-        ({"damping": 0.0}, ValueError, "damping: must be finite and above 0"),
-        ({"damping_mode": "none"}, ValueError, "damping_mode: must be one of 'absolute', 'relative'"),
-        ({"natural_history": 0}, ValueError, "natural_history: must be an integer of at least 1"),
-        ({"history_dtype": torch.float16}, ValueError, "history_dtype: must be None, 'float32' or 'bfloat16'"),
-        ({"proj_type": "nat"}, ValueError, "proj_type: no 'nat'"),
-        ({"proj_type": "reverse_std"}, ValueError, "proj_type: no 'reverse_std'"),
-        ({"update_proj_gap": 0}, ValueError, "update_proj_gap: must be"),
-        ({"scale": 0}, ValueError, "scale: must be finite and above 0"),
-        ({"side": "top"}, ValueError, "side: must be one of"),
-        ({"on_switch": "turn"}, ValueError, "on_switch: must be one of"),
-        ({"flatten": 1}, TypeError, "flatten: must be a bool"),
-        ({"seed": 2**32}, ValueError, "seed: must be below"),
-        ({"lr": -1.0}, ValueError, "lr: must be finite and at least 0"),
-        ({"betas": (0.9, 1.0)}, ValueError, "betas: must be two numbers in"),
-    ],
-)
-def test_bad_options_are_named(options, error, match):
-    p = torch.nn.Parameter(torch.zeros(9, 5))
-    with pytest.raises(error, match=match):
-        NaturalGaLore([{"params": [p], "rank": 3, **options}])
-    optimizer = NaturalGaLore([torch.nn.Parameter(torch.zeros(3))])
-    with pytest.raises(error, match=match):
-        optimizer.add_param_group({"params": [p], "rank": 3, **options})
-    assert len(optimizer.param_groups) == 1
-
-
-def test_unknown_options_and_parameters_are_refused():
-    with pytest.raises(TypeError, match="natural_histroy: no such option; did you mean natural_history"):
-        NaturalGaLore([torch.nn.Parameter(torch.zeros(3))], natural_histroy=3)
-    with pytest.raises(TypeError, match=r"params: must be dense and floating-point, got torch\.complex64"):
-        NaturalGaLore([torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))])
-    with pytest.raises(TypeError, match="stochastic_rounding: is for bfloat16"):
-        NaturalGaLore([torch.nn.Parameter(torch.zeros(3).half())], stochastic_rounding=True)
-
-
-@pytest.mark.parametrize(
-    ("proj_type", "held"), [("std", {"right"}), ("left", {"left"}), ("right", {"right"}), ("full", {"left", "right"})]
-)
-def test_names_of_galore_torch(proj_type, held):
-    weight, g = gradients(2, 9, 5)
-    p, optimizer = make(weight, proj_type=proj_type)
-    run(p, optimizer, [g])
-    assert optimizer.state[p].keys() & {"left", "right", "history"} == held
-
-
-def test_param_groups_of_a_model():
-    model = tiny_model("llama")
-    groups = deftcore.galore_param_groups(model, ["attn", "mlp"], rank=4, scale=2.0)
-    names = {id(p): name for name, p in model.named_parameters()}
-    chosen = {names[id(p)] for p in groups[0]["params"]}
-    assert chosen == {n for n in names.values() if "attn" in n or "mlp" in n}
-    assert (groups[0]["rank"], groups[0]["scale"]) == (4, 2.0)
-    assert {names[id(p)] for group in groups for p in group["params"]} == set(names.values())
-    for same in ("all-linear", r".*_proj"):
-        assert {names[id(p)] for p in deftcore.galore_param_groups(model, same)[0]["params"]} == chosen
-    with pytest.raises(
-        ValueError, match="target_modules: 'q_porj' matches no linear layer that trains; did you mean q_proj"
-    ):
-        deftcore.galore_param_groups(model, ["q_porj"])
-    with pytest.raises(ValueError, match="rank: must be"):
-        deftcore.galore_param_groups(model, rank=0)
-    model.lm_head.weight = model.model.embed_tokens.weight
-    assert all(
-        p is not model.lm_head.weight for p in deftcore.galore_param_groups(model, ["lm_head", "mlp"])[0]["params"]
-    )
-    transposed = tiny_model("gpt2")
-    assert len(deftcore.galore_param_groups(transposed)[0]["params"]) == 8
-
-
-# ---------------------------------------------------------------------------- inside the backward
-
-
-def llama(**options):
-    model = tiny_model("llama").double()
-    groups = deftcore.galore_param_groups(model, rank=4, update_proj_gap=3, natural_history=4, **options)
-    return model, NaturalGaLore(groups, lr=1e-2)
-
-
-def test_steps_in_the_backward_are_those_behind_it():
-    plain, optimizer = llama()
-    model, early = llama()
-    with early.step_in_backward():
-        for _ in range(5):
-            for each in (plain, model):
-                each(**tiny_batch("llama")).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            assert all(p.grad is None for p in model.parameters())
-            early.step()
-    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-        assert torch.equal(p, q)
-    model(**tiny_batch("llama")).loss.backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-def test_projected_gradients_add_up():
-    """As whole ones do: projection is linear. Whole gradients of matrices stay only where a subspace is found."""
-    plain, optimizer = llama()
-    model, projecting = llama()
-    parts = [{key: value[i : i + 1] for key, value in tiny_batch("llama").items()} for i in range(2)]
-    matrices = projecting.param_groups[0]["params"]
-    with projecting.accumulate_in_subspace():
-        for t in range(7):
-            for part in parts:
-                plain(**part).loss.backward()
-                model(**part).loss.backward()
-                assert all((p.grad is None) == (t % 3 != 0) for p in matrices)
-            for each in (optimizer, projecting):
-                each.step()
-                each.zero_grad()
-    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-        close(q.detach(), p.detach(), 1e-8)
-
-
-def test_projected_and_whole_gradients_of_one_step():
-    """Hooks that end between two micro-batches."""
-    plain, optimizer = llama()
-    model, projecting = llama()
-    for t in range(2):
-        for part in (1, 2):
-            for each in (plain, model):
-                hooks = projecting.accumulate_in_subspace() if part == 1 and t == 1 and each is model else nullcontext()
-                with hooks:
-                    (each(**tiny_batch("llama")).loss * part).backward()
-        for each in (optimizer, projecting):
-            each.step()
-            each.zero_grad()
-    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-        close(q.detach(), p.detach(), 1e-8)
+# ---------------------------------------------------------------------------- as an optimizer of PyTorch's
 
 
 def test_diagnostics():
@@ -463,20 +402,45 @@ def test_named_parameters():
     assert "right" in optimizer.state[model.model.layers[0].self_attn.q_proj.weight]
 
 
-def test_closures_copies_and_schedules():
+def test_closures_and_schedules():
     model, optimizer = mixed()
+    start = model.tall.detach().clone()
 
     def closure():
         loss = (model.tall**2).sum()
         loss.backward()
         return loss
 
-    assert float(optimizer.step(closure).detach()) == pytest.approx(float((mixed()[0].tall.detach() ** 2).sum()))
+    assert float(optimizer.step(closure).detach()) == pytest.approx(float((start**2).sum()))
+    assert float((model.tall.detach() ** 2).sum()) < float((start**2).sum()), "the step takes the closure's gradient"
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5**t)
     optimizer.step()
     schedule.step()
     assert optimizer.param_groups[0]["lr"] == 5e-3
-    again = copy.deepcopy(optimizer)
-    assert again.param_groups[0]["rank"] == 3
-    train(model, again, 0)
-    again.step()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_goes_on_as_the_original(copied):
+    """Model and optimizer copied together, over a new subspace and a full ring."""
+    options = {**VARIANTS[0], "stochastic_rounding": True}
+    both = mixed(torch.bfloat16, **options)
+    train(*both, 7)
+    again = copied(both)
+    assert again[1].param_groups[0]["rank"] == 3
+    for pair in (both, again):
+        train(*pair, 5, first=7)
+    for p, q in zip(both[0].parameters(), again[0].parameters(), strict=True):
+        assert p is not q
+        assert torch.equal(p, q)
+    for a, b in zip(tensors_of(both[1]), tensors_of(again[1]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kept", [lambda x: x, torch.tensor, lambda x: torch.tensor([x])])
+def test_a_learning_rate_may_be_a_tensor(kept):
+    want, optimizer = mixed()
+    train(want, optimizer, 3)
+    model, other = mixed(lr=kept(1e-2))
+    train(model, other, 3)
+    for p, q in zip(want.parameters(), model.parameters(), strict=True):
+        close(q.detach(), p.detach(), 1e-6)

@@ -1,7 +1,7 @@
 """NaturalGaLore in training: recipes, Transformers' Trainer, data parallelism, FSDP2."""
 
+import atexit
 import copy
-import socket
 from contextlib import nullcontext
 
 import pytest
@@ -13,6 +13,7 @@ from test_integrations import Rows
 from test_package import save_base
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from two_processes import run_in_two
 
 import deftcore
 from deftcore.cli.main import main
@@ -191,6 +192,7 @@ def reference():
 
 
 def work(rank, port, folder):
+    atexit.register((folder / f"finalised{rank}").touch)
     import torch.distributed as dist
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     from torch.distributed.fsdp import fully_shard
@@ -207,6 +209,11 @@ def work(rank, port, folder):
     torch.save([model.module.state_dict(), optimizer.state_dict()], folder / f"ddp{rank}")
     with pytest.raises(RuntimeError, match="accumulate_in_subspace: is for one process, there are 2"):
         optimizer.accumulate_in_subspace()
+
+    with optimizer.step_in_backward():
+        model(data(7)[half]).backward()
+        with pytest.raises(RuntimeError, match="step: 3 parameters have gradients, though they step in the backward"):
+            optimizer.step()
 
     model = Small()
     optimizer = optimizer_for(model)
@@ -231,6 +238,8 @@ def work(rank, port, folder):
         optimizer.zero_grad()
         model(data(step)[half]).backward()
         optimizer.step()
+    with pytest.raises(RuntimeError, match=r"step_in_backward: parameter 0 \(12, 6\) is sharded"):
+        optimizer.step_in_backward()
     weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
     states = [
         {n: whole(x) if isinstance(x, torch.Tensor) else x for n, x in s.items()} for s in optimizer.state.values()
@@ -241,12 +250,7 @@ def work(rank, port, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (port, where), nprocs=2)
-    return where
+    return run_in_two(work, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("name", ["ddp", "backward", "fsdp"])
@@ -262,3 +266,8 @@ def test_two_processes_are_one(folder, name):
         assert torch.equal(weights[key], others[key])
         torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=1e-5)
     assert [s["step"] for s in state["state"].values()] == [s["step"] for s in optimizer.state.values()] == [7] * 3
+
+
+def test_processes_end_without_finalising(folder):
+    """Gloo's threads may abort that."""
+    assert not list(folder.glob("finalised*"))

@@ -11,6 +11,7 @@ from deftcore.methods.natural_galore import refresh as refreshing
 from deftcore.methods.natural_galore.inner import InnerRule, turn_adam
 from deftcore.methods.natural_galore.optimizer import NaturalGaLore
 from deftcore.methods.natural_galore.refresh import refresh
+from deftcore.methods.natural_galore.state import window_of
 from deftcore.methods.natural_galore.subspace import Subspace, find_subspace
 from deftcore.ops.galore import Damping, Window, back_project, gram_of, natural_gradient, project
 
@@ -24,10 +25,8 @@ def empty_window(rows, size, dtype=F64):
 
 
 def push(window, r, damping):
-    """One step's N; the row stays in the window."""
-    n = natural_gradient(r, window, damping)
-    window.slot, window.fill = (window.slot + 1) % len(window.history), min(window.fill + 1, len(window.history))
-    return n
+    """One step's N; the row stays in the window, which moves on."""
+    return natural_gradient(r, window, damping)
 
 
 def natural(rows, damping, size=None):
@@ -155,6 +154,39 @@ def test_a_window_that_does_not_hold_is_dropped_and_counted():
     assert int(window.failures) == 1
     assert not window.history.any()
     close(push(window, then, Damping(0.5)), then / (0.5 + then.norm() ** 2), 1e-6)
+    assert int(window.failures) == 1
+
+
+MODES = (Damping(1e-3), Damping(1e-30, "relative"), Damping(1e-3, norm="mean"), Damping(1e-30, "relative", "mean"))
+
+
+@pytest.mark.parametrize("damping", MODES)
+def test_a_finite_window_that_does_not_hold_starts_anew_with_the_gradient(damping):
+    """Rows alike beside which lambda vanishes: the last pivot is exactly zero."""
+    window, r = empty_window(4, 2), torch.tensor([1e10, 0.0], dtype=F64)
+    for failures in range(3):
+        close(push(window, r, damping), r / 1e20, 1e-12)
+        assert int(window.failures) == failures
+        assert (window.slot, window.fill) == (1, 1)
+        close(window.gram, gram_of(window.history), 1e-13)
+    then = torch.tensor([3.0, 4e10], dtype=F64)  # orthogonal, but for what is below rounding
+    close(push(window, then, damping), (2 if damping.norm == "mean" else 1) * then / 16e20, 1e-9)
+    assert (int(window.failures), window.slot, window.fill) == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "damping", [Damping(0.3), Damping(0.3, "relative"), Damping(0.3, norm="mean"), Damping(0.3, "relative", "mean")]
+)
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_no_row_is_left_of_a_gradient_that_is_not_finite(damping, bad):
+    """Neither lambda nor the mean counts rows of zeros in the steps behind it."""
+    window, (r, *then) = empty_window(4, 12), gradients(3, 12)
+    for each in (r, r, torch.full((12,), bad, dtype=F64)):
+        push(window, each, damping)
+    assert (window.slot, window.fill, int(window.failures)) == (0, 0, 1)
+    fresh = empty_window(4, 12)
+    for each in then:
+        close(push(window, each, damping), push(fresh, each, damping), 1e-14)
     assert int(window.failures) == 1
 
 
@@ -348,3 +380,26 @@ def test_other_inner_rules_are_functions():
     close(p.detach(), weight - 0.1 * (gs[0] @ right).sign() @ right.t(), 1e-12)
     assert b.tolist() == [-0.1, 0.1, 0.0]
     assert "exp_avg_sq" not in optimizer.state[p]
+
+
+@pytest.mark.parametrize("projection", ["one_sided", "two_sided"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_rule_without_moments_over_subspaces(projection, dtype):
+    """The window turns by the shape of R, which is no moment's."""
+
+    class Stateless(NaturalGaLore):
+        inner = InnerRule((), lambda n, *, moments, age, group: n.sign(), lambda moments, turn, age, group: moments)
+
+    weight, *gs = gradients(5, 9, 5)
+    p = torch.nn.Parameter(weight.clone())
+    options = {"projection": projection, "history_dtype": dtype, "update_proj_gap": 2, "natural_history": 3}
+    optimizer = Stateless([{"params": [p], "rank": 2, "scale": 1.0, **options}], lr=0.1)
+    before = run(p, optimizer, gs[:-1])[-1]
+    state = optimizer.state[p]
+    assert not state.keys() & {"exp_avg", "exp_avg_sq"}
+    assert optimizer.estimate_state_bytes().moments == 0
+    close(state["gram"], gram_of(state["history"]), 1e-12)
+    factors, window = (state.get("left"), state.get("right")), window_of(copy.deepcopy(state))
+    n = natural_gradient(project(gs[-1], *factors), window, Damping(1e-3))
+    run(p, optimizer, gs[-1:])
+    close(p.detach(), before - 0.1 * back_project(n.sign(), *factors), 1e-12)

@@ -1,6 +1,5 @@
 """FSDP2: adapters, updates and checkpoints of a sharded model are those of the whole one. Two processes over Gloo."""
 
-import socket
 from functools import partial
 
 import peft
@@ -9,6 +8,7 @@ import torch
 from conftest import tiny_batch, tiny_model
 from s2ft_models import scaled, train, trainable, wrap
 from safetensors.torch import load_file
+from two_processes import run_in_two
 
 from deftcore.methods.ba_lora.config import BaLoraConfig
 from deftcore.methods.kasa.config import KasaFactoredConfig
@@ -124,16 +124,7 @@ def work(rank, port, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = tmp_path_factory.mktemp("sharded")
-    # DTensor's caches keep the process group, and with it Gloo's threads. One that drops the last tensor of a
-    # collective while the interpreter finalises asks for its lock, is ended inside a destructor, and aborts the process
-    # ("terminate called without an active exception"). A fork server's children, unlike spawned ones, end by
-    # os._exit, without finalising anything.
-    torch.multiprocessing.start_processes(work, (port, where), nprocs=2, start_method="forkserver")
-    return where
+    return run_in_two(work, tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -41,6 +41,7 @@ class Window:
         slot: the row of the current gradient. It takes the place of what stands there.
         fill: how many rows are filled with earlier ones, at most s.
         failures: int64 scalar, counts the steps in which the window did not hold.
+        keep: whether the current gradient stays: `slot` and `fill` move on behind it.
     """
 
     history: Tensor
@@ -48,16 +49,28 @@ class Window:
     slot: int
     fill: int
     failures: Tensor
+    keep: bool = True
 
     @property
     def rows(self) -> int:
         """How many rows count, the current one among them."""
         return min(self.fill + 1, self.history.shape[0])
 
+    def clear(self) -> None:
+        """No rows, none of them filled."""
+        self.history.zero_()
+        self.gram.zero_()
+        self.slot = self.fill = 0
+
+    def move_on(self) -> None:
+        """To the next row, if the current one stays."""
+        if self.keep:
+            self.slot, self.fill = (self.slot + 1) % self.history.shape[0], self.rows
+
 
 @dataclass(kw_only=True)
 class Matrix:
-    """A weight, its gradient and its subspace. A step changes `weight` and the window's tensors in place.
+    """A weight, its gradient and its subspace. A step changes `weight` and the window in place.
 
     Args:
         weight: [m, n], any floating dtype; of any shape where it has no subspace.
@@ -103,9 +116,9 @@ def galore_step(
 ) -> None:
     """One step of every matrix: R = L^T G Q; N = F^-1 R; U = Adam(N); W -= lr scale L U Q^T; W -= lr weight_decay W.
 
-    Das, *Natural GaLore*, arXiv 2410.16029, section 3; Zhao et al., *GaLore*, arXiv 2403.03507. A window in which a
-    product is infinite or NaN does not hold: the step is GaLore's at R / lambda, the window is all zeros from then on,
-    and the failure is counted.
+    Das, *Natural GaLore*, arXiv 2410.16029, section 3; Zhao et al., *GaLore*, arXiv 2403.03507. A window whose K
+    + lambda I has no Cholesky factor does not hold: it starts anew with R alone, so that N = R / (lambda + |R|^2), and
+    the failure is counted. Where |R|^2 is infinite or NaN, N is R / lambda, and the window is empty.
 
     Args:
         matrices: their dtypes, shapes and sides may differ.
@@ -182,7 +195,7 @@ def natural_gradient(r: Tensor, window: Window, damping: Damping) -> Tensor:
 
     Args:
         r: R, of k elements; any floating dtype.
-        window: its row and column of `slot` are written; all of it is zeroed where K is infinite or NaN.
+        window: its row and column of `slot` are written, and it moves on; cleared first where it does not hold.
     """
     rows, slot = window.rows, window.slot
     window.history[slot] = r.reshape(-1)
@@ -197,15 +210,29 @@ def natural_gradient(r: Tensor, window: Window, damping: Damping) -> Tensor:
     ridge, factor = _ridge(gram, damping)
     unit = torch.zeros(rows, 1, dtype=torch.float64, device=r.device)
     unit[slot] = 1.0
-    root, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(rows, dtype=torch.float64, device=r.device))
-    if bool(failed) or not bool(torch.isfinite(products).all()):
-        window.history.zero_()
-        window.gram.zero_()
-        window.failures += 1
-        return r * (factor / ridge) if ridge < float("inf") else r.clone()  # a relative lambda may be NaN or infinite
+    damped = gram + ridge * torch.eye(rows, dtype=torch.float64, device=r.device)
+    root, failed = torch.linalg.cholesky_ex(damped)
+    if bool(failed) or not bool(torch.isfinite(damped).all()):
+        return _start_anew(r, window, damping)
+    window.move_on()
     c = factor * torch.cholesky_solve(unit, root).squeeze(1)
     n = torch.cat([c @ part.double() for part in filled.split(_CHUNK, 1)])
     return n.reshape(r.shape).to(r.dtype)
+
+
+def _start_anew(r: Tensor, window: Window, damping: Damping) -> Tensor:
+    """N of a window that R is alone in; R / lambda, of an empty one, where |R|^2 is not finite."""
+    current = window.history[window.slot].clone()
+    square = window.gram[window.slot, window.slot].clone()
+    window.clear()
+    window.failures += 1
+    ridge, factor = _ridge(square.view(1, 1), damping)
+    if not bool(square.isfinite()):
+        return r * (factor / ridge) if ridge < float("inf") else r.clone()  # a relative lambda is NaN or infinite
+    window.history[0] = current
+    window.gram[0, 0] = square
+    window.move_on()
+    return (current.double() * (factor / (ridge + float(square)))).view(r.shape).to(r.dtype)
 
 
 def gram_of(history: Tensor) -> Tensor:

@@ -72,7 +72,11 @@ is `deftcore.methods.natural_galore.trainer.optimizer_of(args, model)`. Recipes:
   `stochastic_rounding=True` keeps unbiased (bfloat16).
 - Data parallelism: gradients that are equal on all processes give equal states. FSDP2: each matrix is gathered for
   its step, and its state is whole on every process; all else is sharded.
-- `step_in_backward`, `accumulate_in_subspace`: without clipping by the norm of all gradients.
+- `step_in_backward`, `accumulate_in_subspace`: without clipping by the norm of all gradients. The former neither with
+  DistributedDataParallel, whose work it does (`average`), nor with sharded parameters.
+- A window that does not hold starts anew with the current gradient; `diagnostics()` counts such failures. They come of
+  infinite gradients, and of a lambda that vanishes beside the window's squares: `damping_mode="relative"` then.
+- The natural gradient not on MPS, which has no float64: the window's products are summed in it.
 """
 
 from deftcore.methods.natural_galore import method  # noqa: F401  registers what the room gives to recipes

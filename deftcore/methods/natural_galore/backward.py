@@ -16,13 +16,15 @@ class Hooks:
     """
 
     def __init__(self, parameters: Iterable[Tensor], function: Callable[[Tensor], None]) -> None:
-        self._handles = [p.register_post_accumulate_grad_hook(function) for p in parameters if p.requires_grad]
+        self.parameters = [p for p in parameters if p.requires_grad]  # until they are removed
+        self._handles = [p.register_post_accumulate_grad_hook(function) for p in self.parameters]
 
     def remove(self) -> None:
         """No more calls."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.parameters.clear()
 
     def __enter__(self) -> "Hooks":
         return self

@@ -26,7 +26,7 @@ def galore_param_groups(
         rank, options: of the projected group; see `deftcore.NaturalGaLore`.
 
     Raises:
-        ValueError, TypeError: naming an option; targets that match nothing, with near names.
+        ValueError, TypeError: naming an option; a target that matches nothing, with near names.
     """
     options_in({"rank": rank, **options})
     output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -36,10 +36,13 @@ def galore_param_groups(
     chosen = [n for n, m in linear.items() if (m is not output if names == ALL_LINEAR else _is_target(n, names))]
     weights = {id(linear[name].weight): linear[name].weight for name in chosen}
     targets = [p for key, p in weights.items() if getattr(p, "requires_grad", False) and key not in embeddings]
-    if not targets:
-        asked = ", ".join([names] if isinstance(names, str) else names)
-        leaves = {name.rpartition(".")[2] for name, m in linear.items() if getattr(m.weight, "requires_grad", False)}
-        raise ValueError(f"target_modules: {asked!r} matches no linear layer that trains{near(asked, sorted(leaves))}")
+    training = [name for name, m in linear.items() if getattr(m.weight, "requires_grad", False)]
+    asked: list[Any] = [names] if isinstance(names, str) else [[name] for name in names]
+    unmet = [each for each in asked if names != ALL_LINEAR and not any(_is_target(name, each) for name in training)]
+    if unmet or not targets:
+        text = ", ".join("".join(each) for each in unmet or asked)
+        parts = {part for name in training for part in name.split(".") if not part.isdigit()}
+        raise ValueError(f"target_modules: {text!r} matches no linear layer that trains{near(text, sorted(parts))}")
     known = {id(p) for p in targets}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     return [{"params": targets, "rank": rank, **options}, *([{"params": others}] if others else [])]

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from deftcore.methods.natural_galore.subspace import Subspace, turned
-from deftcore.ops.galore import adam
 
 Moments = dict[str, Tensor]
 Group = Mapping[str, Any]
@@ -20,18 +19,14 @@ class InnerRule:
     Args:
         moments: names of the tensors that it keeps, each of the gradient's shape, zero at first.
         direction: (gradient, moments=..., age=..., group=...) to what is subtracted, without the learning rate; it
-            moves the moments on in place. `age` counts the steps that they have seen, this one included.
+            moves the moments on in place. `age` counts the steps that they have seen, this one included. None is
+            Adam's, of its two moments, by `deftcore.ops.galore.galore_step`: one op over all matrices of a group.
         turn: (moments, turn, age, group) to those of another subspace; see `turned`. `age` counts the steps seen.
     """
 
     moments: tuple[str, ...]
-    direction: Callable[..., Tensor]
+    direction: Callable[..., Tensor] | None
     turn: Callable[[Moments, Subspace, int, Group], Moments]
-
-
-def _adam(gradient: Tensor, *, moments: Moments, age: int, group: Group) -> Tensor:
-    options = (group["betas"], group["eps"], group["correct_bias"])
-    return adam(gradient, moments["exp_avg"], moments["exp_avg_sq"], age, *options)
 
 
 def turn_adam(moments: Moments, turn: Subspace, age: int, group: Group) -> Moments:
@@ -45,4 +40,4 @@ def turn_adam(moments: Moments, turn: Subspace, age: int, group: Group) -> Momen
     return {"exp_avg": new * first, "exp_avg_sq": (spread + new.square()).abs() * second}
 
 
-ADAM = InnerRule(("exp_avg", "exp_avg_sq"), _adam, turn_adam)
+ADAM = InnerRule(("exp_avg", "exp_avg_sq"), None, turn_adam)

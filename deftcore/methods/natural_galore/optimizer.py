@@ -1,5 +1,6 @@
 """The optimizer: AdamW whose state, of the matrices that have a rank, lives in subspaces of their gradients."""
 
+import difflib
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -45,12 +46,12 @@ class NaturalGaLore(Optimizer):
 
     Args:
         params: parameters, named ones, or groups.
-        lr, betas, eps, weight_decay, correct_bias: of Adam; a group's own come first.
+        lr, betas, eps, weight_decay, correct_bias: of Adam; a group's own come first. lr may be a tensor of one number.
         options: defaults of the groups' options: the fields of
             `deftcore.methods.natural_galore.options.GroupOptions`.
 
     Raises:
-        TypeError, ValueError: naming the option; sparse or complex parameters; in a step a sparse gradient.
+        TypeError, ValueError: naming the option; sparse or complex parameters, a set; in a step a sparse gradient.
 
     Warns:
         UserWarning: a group's state takes more bytes than AdamW's would.
@@ -80,6 +81,7 @@ class NaturalGaLore(Optimizer):
             raise TypeError(f"{unknown[0]}: no such option{near(unknown[0], OPTION_NAMES)}")
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
         self._projected: dict[Tensor, Tensor] = {}  # sums of projected gradients of the step under way
+        self._stepping: list[Hooks] = []  # those of `step_in_backward`
         super().__init__(params, {**adam, **options_in({**vars(GroupOptions()), **options})})
 
     # ------------------------------------------------------------------ groups and state
@@ -88,14 +90,20 @@ class NaturalGaLore(Optimizer):
         """As PyTorch's; the group is checked first.
 
         Raises:
-            TypeError, ValueError: naming the option or what is wrong with a parameter.
+            TypeError, ValueError: naming the option, a key that is nearly one, or what is wrong with a parameter.
         """
         group = dict(param_group)
+        for key in group:
+            self._check_key(key)
         listed = group["params"]
+        if isinstance(listed, set):
+            raise TypeError("params: must be in an order that stays from run to run, got a set")
         group["params"] = [listed] if isinstance(listed, Tensor) else list(listed)
         group |= options_in({**self.defaults, **group})
         adam = {**self.defaults, **group}
-        for name in ("lr", "eps", "weight_decay"):
+        rate = adam["lr"]
+        check_number("lr", float(rate) if isinstance(rate, Tensor) and rate.numel() == 1 else rate, minimum=0.0)
+        for name in ("eps", "weight_decay"):
             check_number(name, adam[name], minimum=0.0)
         if len(adam["betas"]) != 2 or not all(0 <= beta < 1 for beta in adam["betas"]):
             raise ValueError(f"betas: must be two numbers in [0, 1), got {adam['betas']}")
@@ -108,9 +116,18 @@ class NaturalGaLore(Optimizer):
         super().add_param_group(group)
         _warn_of_size(len(self.param_groups) - 1, self.param_groups[-1], self._bytes_of(self.param_groups[-1]))
 
+    def _check_key(self, key: str) -> None:
+        """Refuses what looks like an option misspelt. Others' keys are kept, `lr_scale` and `initial_lr` too."""
+        if key in self.defaults or key in ("params", "param_names"):
+            return
+        close = difflib.get_close_matches(key, self.defaults, 3)
+        if close and not any(f"_{name}_" in f"_{key}_" for name in close):
+            raise TypeError(f"{key}: no such option of a group{near(key, self.defaults)}")
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_projected", {})
+        self.__dict__.setdefault("_stepping", [])
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -136,20 +153,41 @@ class NaturalGaLore(Optimizer):
         return self.state[p]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As PyTorch's, but the state keeps its own dtypes, and is a copy.
+        """As PyTorch's, but the state keeps its own dtypes, and options that a stored group lacks stay as they are.
 
         Raises:
             ValueError: state that is not this optimizer's, naming what differs; nothing is changed.
         """
-        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
-        stored = [(number, group) for group in groups for number in group["params"]]
-        kept = {}
-        for p, (number, group) in zip(self._parameters(), stored, strict=False):  # PyTorch compares how many there are
-            if state_dict["state"].get(number):
-                kept[p] = state_from_file(state_dict["state"][number], p, group, self.inner.moments, number)
-        super().load_state_dict(state_dict)
-        self.state.update(kept)
-        self._projected.clear()
+        kept: dict[Tensor, State] = {}
+
+        def take(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            groups = [
+                {**{name: value for name, value in own.items() if name != "param_names"}, **group}
+                for own, group in zip(self.param_groups, given["param_groups"], strict=False)
+            ]
+            if len(groups) != len(given["param_groups"]):
+                return given  # which PyTorch refuses
+            rest = dict(given["state"])
+            stored = [(number, group) for group in groups for number in group["params"]]
+            for p, (number, group) in zip(self._parameters(), stored, strict=False):  # PyTorch compares their numbers
+                if rest.get(number):
+                    kept[p] = state_from_file(rest.pop(number), p, group, self.inner.moments, number)
+            return {**given, "param_groups": groups, "state": rest}
+
+        def put(_: Optimizer) -> None:
+            self.state.update(kept)
+            self._projected.clear()
+
+        # The last hook before PyTorch's loading and the first one behind it, which has no state left to cast.
+        hooks = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As PyTorch's; projected gradients too."""
@@ -178,11 +216,19 @@ class NaturalGaLore(Optimizer):
 
         Raises:
             TypeError: a sparse gradient; nothing is changed.
+            RuntimeError: a parameter that has stepped in the backward has a gradient again.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._stepping = [hooks for hooks in self._stepping if hooks.parameters]
+        again = sum(p.grad is not None for hooks in self._stepping for p in hooks.parameters)
+        if again:
+            raise RuntimeError(
+                f"step: {again} parameters have gradients, though they step in the backward. DistributedDataParallel "
+                "puts them there, averaged, behind that step: use one of the two"
+            )
         ready = [
             [p for p in group["params"] if p.grad is not None or p in self._projected] for group in self.param_groups
         ]
@@ -206,9 +252,10 @@ class NaturalGaLore(Optimizer):
         states = [self._state_of(p, group) for p in parameters]
         steps = [self._begin(p, state, group) for p, state in zip(parameters, states, strict=True)]
         damping = Damping(group["damping"], group["damping_mode"], group["fisher_norm"])
-        options = {"lr": group["lr"], "weight_decay": group["weight_decay"], "scale": scale, "damping": damping}
+        options = {"lr": float(group["lr"]), "weight_decay": group["weight_decay"], "scale": scale, "damping": damping}
         moments: list[State] = [{name: local(state[name]) for name in self.inner.moments} for state in states]
-        if self.inner is ADAM:
+        direction = self.inner.direction
+        if direction is None:
             adam = {name: group[name] for name in ("betas", "eps", "correct_bias")}
             each = zip(steps, moments, states, strict=True)
             galore_step(
@@ -216,15 +263,14 @@ class NaturalGaLore(Optimizer):
             )
         else:
             for step, own, state in zip(steps, moments, states, strict=True):
-                rule = partial(self.inner.direction, moments=own, age=state["age"], group=group)
+                rule = partial(direction, moments=own, age=state["age"], group=group)
                 step_by(rule, step, **options)
         for p, step in zip(parameters, steps, strict=True):
             if step.weight.data_ptr() != local(p).data_ptr():  # gathered, or of strides that no matrix has
                 p.copy_(sharded_as(p, step.weight.reshape(p.shape)))
-        for state in states:
-            if "history" in state and (state["step"] - 1) % group["history_every"] == 0:
-                rows = state["history"].shape[0]
-                state |= {"slot": (state["slot"] + 1) % rows, "fill": min(state["fill"] + 1, rows)}
+        for state, step in zip(states, steps, strict=True):
+            if step.window is not None:
+                state |= {"slot": step.window.slot, "fill": step.window.fill}
 
     def _begin(self, p: Tensor, state: State, group: Group) -> Matrix:
         """What one parameter's step needs. What is not projected steps where it lies, in its shards too."""
@@ -233,9 +279,10 @@ class NaturalGaLore(Optimizer):
             matrix = Matrix(weight=local(p.detach()), grad=local(_gradient_of(p)), left=None, right=None)
         else:
             gradient, projected = self._gradient_of_matrix(p, shape, state, group)
+            keep = state["step"] % group["history_every"] == 0
             matrix = Matrix(
                 weight=whole(p.detach()).reshape(shape), grad=gradient, projected=projected,
-                left=state.get("left"), right=state.get("right"), window=window_of(state),
+                left=state.get("left"), right=state.get("right"), window=window_of(state, keep),
             )  # fmt: skip
         state["step"] += 1
         state["age"] += 1
@@ -260,25 +307,38 @@ class NaturalGaLore(Optimizer):
     def step_in_backward(self, *, average: bool = True) -> Hooks:
         """From now on each parameter steps as soon as its gradient is there, which is then freed: no two whole
         gradients need to be in memory, and `step` has nothing left to do. Not with clipping by the norm of all
-        gradients, accumulation over batches, a gradient scaler, or DistributedDataParallel.
+        gradients, accumulation over batches, a gradient scaler, or DistributedDataParallel, whose gradients come later:
+        `step` raises where it finds one.
 
         Args:
             average: over all processes, where there are several: of matrices the projected gradient, unless it is due.
+                Every process must have a gradient of the same parameters, in one order, or they wait for each other
+                forever.
 
         Returns:
             What ends it: `.remove()`, or a `with` block's end.
+
+        Raises:
+            RuntimeError: parameters are sharded.
         """
+        for number, p in enumerate(self._parameters()):
+            if is_sharded(p):
+                raise RuntimeError(
+                    f"step_in_backward: parameter {number} {tuple(p.shape)} is sharded; call `step` behind the backward"
+                )
 
         @torch.no_grad()
         def step_now(p: Tensor) -> None:
             group = self._group_of(p)
             gradient = _gradient_of(p)
-            if average and processes() > 1 and not is_sharded(p):
+            if average and processes() > 1:
                 average_over_processes(self._projected[p] if self._project(p, group) else gradient)
             self._advance([p], group)
             p.grad = None
 
-        return Hooks(self._parameters(), step_now)
+        hooks = Hooks(self._parameters(), step_now)
+        self._stepping.append(hooks)
+        return hooks
 
     def accumulate_in_subspace(self) -> Hooks:
         """From now on gradients of matrices are summed up as projections, and freed after each backward; in steps that

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from deftcore.methods.natural_galore.inner import InnerRule
-from deftcore.methods.natural_galore.state import Group, State, seed_of_step
+from deftcore.methods.natural_galore.state import Group, State, projected_shape, seed_of_step
 from deftcore.methods.natural_galore.subspace import Subspace, find_subspace, turned
 from deftcore.ops.galore import gram_of
 
@@ -22,7 +22,8 @@ def refresh(gradient: Tensor, state: State, group: Group, inner: InnerRule) -> N
         return
     state |= {name: factor for name, factor in vars(new).items() if factor is not None} | {"found": 1}
     if state["age"] and group["on_switch"] == "rotate":
-        _rotate(state, new.turn_from(old), group, inner)
+        shape = projected_shape((gradient.shape[0], gradient.shape[1]), group)
+        _rotate(state, new.turn_from(old), shape, group, inner)
     elif state["age"] and group["on_switch"] == "reset":
         _reset(state, inner)
 
@@ -35,11 +36,10 @@ def _reset(state: State, inner: InnerRule) -> None:
         state["slot"] = state["fill"] = 0
 
 
-def _rotate(state: State, turn: Subspace, group: Group, inner: InnerRule) -> None:
+def _rotate(state: State, turn: Subspace, shape: tuple[int, int], group: Group, inner: InnerRule) -> None:
     moments = {name: state[name] for name in inner.moments}
     state |= inner.turn(moments, turn, state["age"], group)
     if "history" in state:
-        like = state[inner.moments[0]]
         for row in state["history"]:  # one by one: the window is most of the state
-            row.copy_(turned(row.view(like.shape).to(like.dtype), turn).reshape(-1))
+            row.copy_(turned(row.view(shape), turn).reshape(-1))
         state["gram"] = gram_of(state["history"])

@@ -53,15 +53,21 @@ def matrix_shape(p: Tensor, group: Group) -> tuple[int, int] | None:
     return p.shape[0], p.numel() // p.shape[0]
 
 
+def projected_shape(matrix: tuple[int, int], group: Group) -> tuple[int, int]:
+    """The rows and columns of a matrix's projected gradient."""
+    rank = min(group["rank"], *matrix)
+    left, right = sides_of(matrix, group["projection"], group["side"])
+    return rank if left else matrix[0], rank if right else matrix[1]
+
+
 def shapes_of(p: Tensor, group: Group, moments: tuple[str, ...]) -> Shapes:
     """Shape and dtype of each tensor of a parameter's state, as this process holds it."""
     dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
     matrix = matrix_shape(p, group)
     if matrix is None:
         return {name: (tuple(local(p).shape), dtype) for name in moments}
-    rank = min(group["rank"], *matrix)
+    rank, compact = min(group["rank"], *matrix), projected_shape(matrix, group)
     left, right = sides_of(matrix, group["projection"], group["side"])
-    compact = (rank if left else matrix[0], rank if right else matrix[1])
     found: Shapes = {"left": ((matrix[0], rank), dtype)} if left else {}
     found |= {"right": ((matrix[1], rank), dtype)} if right else {}
     found |= {name: (compact, dtype) for name in moments}
@@ -121,10 +127,11 @@ def state_from_file(stored: Mapping[str, Any], p: Tensor, group: Group, moments:
     return state
 
 
-def window_of(state: State) -> Window | None:
-    """The window of a Natural GaLore matrix."""
-    names = ("history", "gram", "slot", "fill", "failures")
-    return Window(*(state[name] for name in names)) if "history" in state else None
+def window_of(state: State, keep: bool = True) -> Window | None:
+    """The window of a Natural GaLore matrix; `keep`: see there."""
+    if "history" not in state:
+        return None
+    return Window(**{name: state[name] for name in ("history", "gram", "slot", "fill", "failures")}, keep=keep)
 
 
 def seed_of_step(state: State) -> int:
