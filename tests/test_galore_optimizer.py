@@ -299,11 +299,11 @@ def test_the_step_behind_an_infinite_gradient_is_that_of_an_empty_window(options
 def test_a_finite_window_that_does_not_hold_starts_anew(every, fills):
     """The same gradient twice, beside whose square lambda vanishes; kept or not, as its step is."""
     p, optimizer = make(torch.zeros(2, 1, dtype=F64), history_every=every, update_proj_gap=100)
-    state = optimizer.state[p]
     for fill, failures in zip(fills, ([0, 1, 2] if every == 1 else [0, 1, 1]), strict=True):
         run(p, optimizer, [torch.tensor([[1e10], [0.0]], dtype=F64)])
+        state = optimizer.state[p]
         assert (state["slot"], state["fill"], int(state["failures"])) == (fill, fill, failures)
-    assert p.abs().max() < 1.0
+        assert state["exp_avg"].abs().max() <= 1e-10, "N is R / |R|^2 at most"
 
 
 def test_history_every_keeps_every_other_step():
