@@ -222,7 +222,6 @@ class NaturalGaLore(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._stepping = [hooks for hooks in self._stepping if hooks.parameters]
         again = sum(p.grad is not None for hooks in self._stepping for p in hooks.parameters)
         if again:
             raise RuntimeError(
@@ -337,7 +336,7 @@ class NaturalGaLore(Optimizer):
             p.grad = None
 
         hooks = Hooks(self._parameters(), step_now)
-        self._stepping.append(hooks)
+        self._stepping = [*(each for each in self._stepping if each.parameters), hooks]
         return hooks
 
     def accumulate_in_subspace(self) -> Hooks:
