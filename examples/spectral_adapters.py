@@ -29,8 +29,8 @@ def train(config: Any, penalty: Any, folder: str) -> Any:
     model = peft.get_peft_model(base(), config)
     rows = [{"input_ids": ids, "labels": ids} for ids in (torch.arange(start, start + 12) for start in range(2, 50))]
     arguments = TrainingArguments(
-        output_dir=folder, max_steps=60, per_device_train_batch_size=8, learning_rate=2e-2, use_cpu=True,
-        report_to=[], logging_steps=60, save_strategy="no", disable_tqdm=True,
+        output_dir=folder, max_steps=40, per_device_train_batch_size=8, learning_rate=2e-2, use_cpu=True,
+        report_to=[], logging_steps=40, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     trainer = PenaltyTrainer(model=model, args=arguments, train_dataset=rows, objective=penalty(model))
     trainer.train()

@@ -256,7 +256,8 @@ def test_blocks_equal_the_dense_result(monkeypatch, block, dtype):
     assert (ours.double() - theirs).abs().max() <= rounding * theirs.abs().max()
 
 
-def test_no_float32_copy_of_the_logits(monkeypatch):
+@pytest.mark.parametrize("tokens", [128, 90])
+def test_no_float32_copy_of_the_logits(monkeypatch, tokens):
     """Whatever is made is a block, or of the logits' own dtype."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -271,12 +272,32 @@ def test_no_float32_copy_of_the_logits(monkeypatch):
             return result
 
     monkeypatch.setattr(logits_ops, "_BLOCK", 4096)
-    z, t = (torch.randn(128, 2048).bfloat16() for _ in range(2))
+    z, t = (torch.randn(tokens, 2048).bfloat16() for _ in range(2))
     z.requires_grad_()
     with Largest() as seen:
         logit_penalties(z, t, consistency=1.0, diversity=1.0, spectral=1.0, k=4).total.backward()
-    assert 0 < seen.most <= 2048 * 16  # the projections of the vocabulary; the logits are 2048 * 128
+    assert 0 < seen.most <= 2048 * 16  # the projections of the vocabulary; the logits are 2048 * tokens
     assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+@pytest.mark.parametrize("weights", [(0.025, 0.0, 0.0), (0.0, 0.005, 0.0), (0.0, 0.0, 0.005), (0.025, 0.005, 0.005)])
+def test_gradients_in_half_precision(weights, scale):
+    """As a loss scaler has them: one rounding from float32's, of a loss times what float16 does not hold."""
+    z, t = random(120, 3000).half().requires_grad_(), random(120, 3000).half()
+    options = dict(zip(ZERO, weights, strict=True))
+    wide = z.detach().float().requires_grad_()
+    ours, theirs = (torch.autograd.grad(logit_penalties(x, t, **options).total * scale, x)[0] for x in (z, wide))
+    assert ours.dtype == torch.float16
+    tiny = 2.0**-24  # half of which is what a result below float16's normal numbers may be off by
+    assert ((ours.float() - theirs).abs() <= 2.0**-10 * theirs.abs() + 0.51 * tiny).all()
+
+
+def test_the_backward_leaves_what_it_keeps():
+    z, t = random(6, 9).float().requires_grad_(), random(6, 9).float()
+    total = logit_penalties(z, t, consistency=1.0).total
+    first, second = (torch.autograd.grad(3 * total, z, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 # ---------------------------------------------------------------------------- edges of the terms
@@ -554,6 +575,32 @@ def test_unloading_gives_the_base_back(mode):
 
 
 @pytest.mark.parametrize("mode", ["factored", "pissa"])
+def test_deleted_and_added_again(tmp_path, mode):
+    """A new adapter begins from the pre-trained weights, whatever the one of its name came from."""
+    perturbed(llama(base_mode=mode)).save_pretrained(tmp_path)
+    model, before = peft.PeftModel.from_pretrained(tiny_model("llama").eval(), tmp_path), tiny_model("llama").eval()
+    model.delete_adapter("default")
+    layer, x = layer_of(model), torch.randn(3, 32)
+    for off in (False, True):
+        layer.enable_adapters(not off)
+        assert torch.allclose(layer(x), before.model.layers[0].self_attn.q_proj(x), atol=1e-5)
+    layer.enable_adapters(True)
+    options = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "task_type": "CAUSAL_LM", "base_mode": mode}
+    model.add_adapter("default", deftcore.BaLoraConfig(**options))
+    model.set_adapter("default")
+    fresh = layer_of(llama(base_mode=mode))
+    product = fresh.lora_B["default"].weight @ fresh.lora_A["default"].weight
+    again = layer_of(model)
+    assert torch.allclose(again.lora_B["default"].weight @ again.lora_A["default"].weight, product, atol=1e-5)
+    assert torch.allclose(logits(model), logits(before), atol=1e-5)
+    assert not torch.allclose(logits(perturbed(model)), logits(before), atol=1e-3)
+    with model.disable_adapter():
+        assert torch.allclose(logits(model), logits(before), atol=1e-5)
+    model.delete_adapter("default")
+    assert torch.allclose(logits(model.unload()), logits(before), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["factored", "pissa"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_save_and_load(tmp_path, monkeypatch, mode, packed):
     """Bit for bit; nothing is decomposed again."""
@@ -637,10 +684,11 @@ def test_config_refuses(options, message):
         deftcore.BaLoraConfig(**options)
 
 
-def test_too_high_a_rank_is_an_error():
+@pytest.mark.parametrize("targets", [["v_proj"], "all-linear"])
+def test_too_high_a_rank_is_an_error(targets):
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="r: must be at most 16, the shorter side"):
-        peft.get_peft_model(model, deftcore.BaLoraConfig(r=17, target_modules=["v_proj"]))
+        peft.get_peft_model(model, deftcore.BaLoraConfig(r=17, target_modules=targets))
     assert type(model.model.layers[0].self_attn.v_proj) is nn.Linear
 
 
@@ -926,18 +974,73 @@ def test_compiled_without_a_break(config):
     assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("kind", [deftcore.KasaFactoredConfig, deftcore.BaLoraConfig])
-def test_a_config_that_was_used_before(tmp_path, kind):
-    """It knows the base by then; an adapter that no file fills still begins from the weights."""
+def test_a_config_that_was_used_before(tmp_path, kind, held, dtype):
+    """The one that a model holds knows its base; an adapter that no file fills still begins from the weights."""
     config = kind(r=2, target_modules=TARGETS, task_type="CAUSAL_LM", init_lora_weights=True)
     for name in ("first", "second"):
         torch.manual_seed(0)
-        peft.get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path / name)
-    found = [peft.PeftModel.from_pretrained(tiny_model("llama").eval(), tmp_path / n) for n in ("first", "second")]
-    assert config.base_hash
+        model = peft.get_peft_model(tiny_model("llama").to(dtype), config)
+        model.save_pretrained(tmp_path / name)
+        config = model.peft_config["default"] if held else config
+    base = lambda: tiny_model("llama").to(dtype).eval()  # noqa: E731
+    found = [peft.PeftModel.from_pretrained(base(), tmp_path / name) for name in ("first", "second")]
+    assert model.peft_config["default"].base_hash
     states = [peft.get_peft_model_state_dict(model) for model in found]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert any("minus" in key and value.any() for key, value in states[0].items())
+
+
+@pytest.mark.parametrize("targets", [TARGETS, "all-linear"])
+@pytest.mark.parametrize("kind", [deftcore.KasaFactoredConfig, deftcore.BaLoraConfig])
+def test_a_config_goes_on_several_bases(kind, targets):
+    """Wrapping a model leaves the config that it is given as it was."""
+    config = kind(r=2, target_modules=targets, task_type="CAUSAL_LM")
+    before = config.to_dict()
+    for seed in (1, 2):
+        base = tiny_model("llama")
+        torch.manual_seed(seed)
+        base.model.layers[0].mlp.down_proj.weight.data.normal_()
+        peft.get_peft_model(base, config)
+        assert base.model.layers[0].mlp.down_proj.lora_minus_A["default"].any()
+        assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("to", ["16bit", "4bit"])
+@pytest.mark.parametrize("kind", [deftcore.KasaFactoredConfig, deftcore.BaLoraConfig])
+def test_merge_where_another_adapter_is_active(kind, to):
+    """A layer whose adapter is not the active one is as without."""
+    base = deftcore.quantize(tiny_model("llama").eval())
+    model = peft.get_peft_model(base, kind(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), adapter_name="a")
+    model.add_adapter("b", kind(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"))
+    y = logits(perturbed(model))
+    merged = deftcore.merge(model, to=to)
+    assert [name.rpartition(".")[2] for name in merged.deftcore_merge] == ["q_proj"] * 2
+    assert torch.allclose(logits(merged), y, rtol=1e-4, atol=1e-5) or to == "4bit"
+    plain = deftcore.quantize(tiny_model("llama").eval()).model.layers[1].self_attn.v_proj
+    theirs, x = merged.model.layers[1].self_attn.v_proj, torch.randn(3, 32)
+    assert torch.allclose(theirs(x), plain(x), atol=1e-6)
+
+
+def test_the_teacher_leaves_what_was_frozen():
+    model = llama()
+    frozen = [p for name, p in model.named_parameters() if "lora_A" in name]
+    for p in frozen:
+        p.requires_grad_(False)
+    penalty, batch = BaLoraPenalty(model), tiny_batch("llama")
+    penalty.teacher(batch)
+    assert not any(p.requires_grad for p in frozen)
+    assert all(p.requires_grad for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_the_teacher_keeps_no_cache():
+    model, seen = llama(), []
+    model.config.use_cache = True
+    model.base_model.model.register_forward_hook(lambda *given: seen.append(given[-1].get("past_key_values")))
+    BaLoraPenalty(model).teacher(tiny_batch("llama"))
+    assert seen == [None]
 
 
 @pytest.mark.parametrize("options", [

@@ -278,6 +278,37 @@ def test_values_of_the_penalties():
     assert abs(float(gram_distance(2 * orthonormal)) - 3 * math.sqrt(rank)) < 1e-12
 
 
+def test_the_penalty_of_the_active_adapter():
+    """Its own weights and forms, not those of the first that the model had."""
+    model = llama(beta=0.5)
+    second = {"beta": 0.0, "gamma": 0.25, "reduction": "sum", "ortho_form": "reference"}
+    config = deftcore.KasaFactoredConfig(r=2, target_modules=TARGETS, task_type="CAUSAL_LM", **second)
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    assert KasaPenalty(model).settings() == second
+    assert KasaPenalty(model, gamma=1.0).settings() == second | {"gamma": 1.0}
+    assert KasaPenalty(model, model.peft_config["default"]).beta == 0.5
+    with pytest.raises(ValueError, match="config: must be a KasaFactoredConfig, got"):
+        KasaPenalty(model, deftcore.BaLoraConfig())
+    model.delete_adapter("other")
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match="config: must be a KasaFactoredConfig, no KaSA adapter is active"):
+        KasaPenalty(model)
+
+
+def test_a_penalty_of_weight_0_is_left_out():
+    model = perturbed(llama())
+    with torch.no_grad():
+        layer_of(model).lora_diag["default"].fill_(1e30)  # whose square is infinite
+    penalty = KasaPenalty(model, beta=0.0, gamma=0.5)
+    loss = penalty.loss()
+    assert torch.equal(loss, 0.5 * penalty.terms()[1])
+    loss.backward()
+    assert layer_of(model).lora_diag["default"].grad is None
+    assert penalty.report().keys() == {"kasa_l3"}
+    assert float(KasaPenalty(model, beta=0.0, gamma=0.0).loss()) == 0
+
+
 def test_reference_form_is_the_large_gram():
     """Property 6."""
     a = torch.randn(4, 17, dtype=torch.float64)

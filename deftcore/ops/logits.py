@@ -1,7 +1,8 @@
-"""Penalties on logits, by blocks of rows: no copy of [tokens, vocabulary] in float32 is ever made.
+"""Penalties on logits, by blocks of rows: no copy of [tokens, vocabulary] in float32 is made, but for the nuclear norm,
+which takes all singular vectors.
 
 A block's gradient is computed with its value, in the forward, into one buffer of the logits' own dtype; the backward
-scales it.
+scales it. In float16 the buffer holds a power of two times the gradient, so that small entries are not lost.
 """
 
 import math
@@ -18,6 +19,7 @@ _BLOCK = 1 << 20  # elements of a block in float32: 4 MB
 _OVERSAMPLING, _ITERATIONS = 5, 2  # of the randomised singular values
 _FEW = 96  # rows up to which all inner products cost less than the random projections
 _NOTHING = 1e-8  # norms below it have no spectrum
+_TOP, _MOST = 14, 64  # exponents: of the largest entry that a float16 buffer should hold, and of what that may take
 _SEED = 0xBA
 
 
@@ -59,7 +61,8 @@ def logit_penalties(
         temperature: T, above 0.
         top_k: 0 is the whole vocabulary.
         k: at most as many as there are count.
-        norm: of `spectral`: "frobenius", or "nuclear", the sum of all singular values, which takes all inner products.
+        norm: of `spectral`: "frobenius", or "nuclear", the sum of all singular values, which takes all inner products
+            and as many numbers in float32 as there are logits.
         vocabulary: the entries beyond, padding of the vocabulary, count in no term; None: all of V do. Entries of
             minus infinity have no probability, and are 0 in the spectral term.
 
@@ -120,6 +123,7 @@ class _LogitPenalties(torch.autograd.Function):
         spectrum = top_spectrum(rows, k, norm) if weights[2] and rows.count else None
         if spectrum is not None:
             values[2] = spectrum.value
+        scale = _scale(student.dtype, weights, options, rows.count, spectrum) if wanted else 1.0
         for block in rows.blocks() if rows.count and (weights[0] or weights[1] or wanted) else ():
             z = rows.values(block)
             slope = torch.zeros_like(z)
@@ -137,9 +141,10 @@ class _LogitPenalties(torch.autograd.Function):
                 continue
             if spectrum is not None:
                 slope.add_(spectrum.slope(z, block), alpha=weights[2])
-            flat_grad[rows.index[block], :width] = slope.to(flat_grad.dtype)
+            flat_grad[rows.index[block], :width] = slope.mul_(scale).to(flat_grad.dtype)
         total = sum((weight * value for weight, value in zip(weights, values, strict=True)), zero)
         ctx.save_for_backward(*(() if grad is None else (grad,)))
+        ctx.scale = scale
         ctx.mark_non_differentiable(*values)
         return total, *values
 
@@ -147,7 +152,24 @@ class _LogitPenalties(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
         (slope,) = ctx.saved_tensors
-        return slope * grad.to(slope.dtype), None, None, None, None
+        factor, result = grad / ctx.scale, torch.empty_like(slope)
+        # by blocks in the factor's dtype: float16 does not hold what a loss is scaled by
+        for part, out in zip(slope.view(-1).split(_BLOCK), result.view(-1).split(_BLOCK), strict=True):
+            out.copy_(part.to(factor.dtype) * factor)
+        return result, None, None, None, None
+
+
+def _scale(
+    dtype: torch.dtype, weights: tuple[float, ...], options: tuple, count: int, spectrum: "Spectrum | None"
+) -> float:
+    """The power of two that a buffer of this dtype holds the gradient times; 1 but for float16."""
+    if dtype != torch.float16 or not count:
+        return 1.0
+    temperature, width = options[0], options[-1]
+    # |T (q - p)| <= T, |p (log p + H)| <= max(1 / e, log V)
+    most = (weights[0] * temperature + weights[1] * max(1.0, math.log(width))) / count
+    most += 0.0 if spectrum is None else weights[2] * float(spectrum.most)
+    return 2.0 ** min(_TOP - math.frexp(most)[1], _MOST)
 
 
 class Rows:
@@ -225,6 +247,7 @@ class Spectrum(NamedTuple):
     u: Tensor  # [M, j]
     v: Tensor  # [j, V], with c
     share: Tensor
+    most: Tensor  # which no entry of the gradient exceeds, as u and v are orthonormal
 
     def slope(self, z: Tensor, block: slice) -> Tensor:
         """The gradient of a block of rows z."""
@@ -244,21 +267,22 @@ def top_spectrum(rows: Rows, k: int, norm: str) -> Spectrum | None:
         return None
     k = min(k, shorter)
     exact = norm == "nuclear" or rows.count <= _FEW or k + _OVERSAMPLING >= shorter
-    u, s, v = _all_values(rows) if exact else _random_values(rows, k)
+    u, s, v = _all_values(rows, k if norm == "frobenius" else shorter) if exact else _random_values(rows, k)
     if not bool(torch.isfinite(s).all()):
         return None
     top = s[:k].sum()
     if norm == "frobenius":
         # d sigma_i = u_i v_i^T, d |Z| = Z / |Z|
-        return Spectrum(-top / frobenius, u[:, :k], -v[:k] / frobenius, top / frobenius**3)
+        share, most = top / frobenius**3, (1 + top / frobenius) / frobenius
+        return Spectrum(-top / frobenius, u[:, :k], -v[:k] / frobenius, share, most)
     total = s.sum()
     c = (top - total * (torch.arange(len(s), device=s.device) < k)) / total.square()
-    return Spectrum(-top / total, u, v * c.unsqueeze(1), torch.zeros_like(total))
+    return Spectrum(-top / total, u, v * c.unsqueeze(1), torch.zeros_like(total), c.abs().max())
 
 
-def _all_values(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """U [M, j], S [j], V^T [j, V] of all singular values that are not lost in rounding, from the M x M inner products
-    in float64."""
+def _all_values(rows: Rows, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U [M, j], S [j] of all singular values that are not lost in rounding, and V^T [at most `most`, V] of the largest,
+    from the M x M inner products in float64."""
     gram = torch.zeros(rows.count, rows.count, dtype=torch.float64, device=rows.logits.device)
     width = max(1, _BLOCK // rows.count)
     for start in range(0, rows.width, width):  # all rows of a range of columns
@@ -269,8 +293,8 @@ def _all_values(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     found = squares > squares[-1] * 4 * rows.count * torch.finfo(torch.float64).eps
     squares, u = squares[found].flip(0), u[:, found].flip(1)
     s = squares.sqrt()
-    left = (u / s).to(rows.dtype)
-    v = torch.zeros(len(s), rows.width, dtype=rows.dtype, device=gram.device)
+    left = (u[:, :most] / s[:most]).to(rows.dtype)
+    v = torch.zeros(left.shape[1], rows.width, dtype=rows.dtype, device=gram.device)
     for block in rows.blocks():
         v.addmm_(left[block].t(), rows.finite(block))
     return u.to(rows.dtype), s.to(rows.dtype), v

@@ -63,6 +63,7 @@ Under `transformers.Trainer` the penalty is an objective: `class BaLoraTrainer(O
 
 - Over LoRA: one forward of the pre-trained model a step, while the consistency's weight is above 0, and its logits.
 - The penalties make no float32 copy of the logits: rows are taken in blocks of 4 MB, forward and backward at once.
+  The spectral term of `variant="v5"` does, for all singular vectors, and copies the logits that count.
 - `base_mode="pissa"` puts W - s B0 A0 in the weight's place, as published: one adapter a model, and an identity at
   step 0 that holds up to the rounding of the weights.
 - Covariances and singular values are those of a micro-batch, on each process its own.

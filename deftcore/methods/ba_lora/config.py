@@ -6,6 +6,7 @@ from peft import LoraConfig
 
 from deftcore.methods.ba_lora.schedules import CONSISTENCY_SCHEDULES, SCHEDULES
 from deftcore.methods.lora.paired import check_plain
+from deftcore.ops.checks import check_number
 from deftcore.training.adapters import MethodName
 
 BASE_MODES = ("factored", "pissa")
@@ -25,7 +26,8 @@ class BaLoraConfig(LoraConfig):
     """Config of BA-LoRA; the fields beside these are `peft.LoraConfig`'s. Weights and `k` that are None are the
     published ones of the variant and form.
 
-    Raises ValueError, naming the field, on a value out of range, a variant of LoRA, or dropout.
+    Raises ValueError, naming the field, on a value out of range, a variant of LoRA, or dropout; TypeError on what is no
+    number.
     """
 
     base_mode: str = field(
@@ -70,30 +72,18 @@ class BaLoraConfig(LoraConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
         for name in ("consistency", "diversity", "spectral"):
-            self._check_number(name, 0.0, float("inf"), optional=True)
-        self._check_number("temperature", 0.0, float("inf"))
-        if self.temperature == 0:
-            raise ValueError("temperature: must be above 0, got 0")
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), minimum=0.0)
+        check_number("temperature", self.temperature, minimum=0.0, strict=True)
         for name in ("warmup_ratio", "ramp_ratio"):
-            self._check_number(name, 0.0, 1.0)
+            if check_number(name, getattr(self, name), minimum=0.0) > 1:
+                raise ValueError(f"{name}: must be at most 1, got {getattr(self, name)}")
         for name, least, optional in (("k", 1, True), ("top_k", 0, False), ("svd_niter", 0, True)):
             value = getattr(self, name)
             if optional and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: must be an integer of at least {least}, got {value!r}")
-
-    def _check_number(self, name: str, least: float, most: float, *, optional: bool = False) -> None:
-        value = getattr(self, name)
-        if optional and value is None:
-            return
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not least <= value <= most
-            or value == float("inf")
-        ):
-            raise ValueError(f"{name}: must be a finite number from {least} to {most}, got {value!r}")
 
     @property
     def of_classes(self) -> bool:

@@ -24,6 +24,7 @@ class BaLoraLinear(PairedLora):
         """Room for A0 and B0."""
         if not hasattr(self, "stored"):
             self.stored = set()
+        self.stored.discard(name)  # an earlier adapter of that name may have come from a file
         self.room_for(name, self.r[name])
 
     def trained(self, name: str) -> Factors:
@@ -64,10 +65,14 @@ class BaLoraLinear(PairedLora):
             self.lora_A[name].weight.copy_(self.lora_minus_A[name])
             self.lora_B[name].weight.copy_(self.lora_minus_B[name])
         if self.configs[name].base_mode == "pissa":
-            base = self.get_base_layer()
-            a0, b0 = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in self._first(name))
-            change_weight(base, stored_weight(base), -(b0 @ a0))
+            self._add_first(name, -1.0)
             self.in_base = self.scaling[name]
+
+    def _add_first(self, name: str, factor: float) -> None:
+        """Adds factor s B0 A0 to the weight itself."""
+        base = self.get_base_layer()
+        a0, b0 = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in self._first(name))
+        change_weight(base, stored_weight(base), factor * (b0 @ a0))
 
     def arrived(self, name: str) -> None:
         """A0 and B0 come from a file; in the form that changes the weight that is still to be done."""
@@ -96,11 +101,20 @@ class BaLoraLinear(PairedLora):
             self.merge(safe_merge, adapter_names)
         elif self.merged:
             self.unmerge()
-        base = self.get_base_layer()
-        if self.in_base and not merge:
-            a0, b0 = self._first(next(iter(self.lora_A)))
-            change_weight(base, stored_weight(base), b0 @ a0)
-        return base
+        if self.in_base and not self.merged:
+            self._put_back(next(iter(self.lora_A)))
+        return self.get_base_layer()
+
+    @torch.no_grad()
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; the weight has what was taken out of it again, up to rounding."""
+        if self.in_base and adapter_name in self.lora_A:
+            self._put_back(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _put_back(self, name: str) -> None:
+        self._add_first(name, 1.0)
+        self.in_base = 0.0
 
     def __repr__(self) -> str:
         return "ba_lora." + super().__repr__().removeprefix("lora.")

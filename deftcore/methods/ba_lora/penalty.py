@@ -176,7 +176,9 @@ class BaLoraPenalty(Objective):
         if self._is_pair() and "decoder_input_ids" not in inputs:
             base = model.get_base_model()
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
-        with evaluating(model), aside(), model.disable_adapter():
+        if getattr(getattr(model, "config", None), "use_cache", False) and not self.config.of_classes:
+            inputs.setdefault("use_cache", False)
+        with evaluating(model), aside(), _without_adapters(model):
             return model(**inputs).logits
 
     def _warn(self, message: str) -> None:
@@ -214,3 +216,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _without_adapters(model: Any) -> Iterator[None]:
+    """A PEFT model with its adapters off; what was frozen of them, which PEFT sets to train again, stays so."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)

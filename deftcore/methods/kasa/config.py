@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from peft import LoraConfig
 
 from deftcore.methods.lora.paired import check_plain
+from deftcore.ops.checks import check_number
 from deftcore.training.adapters import MethodName
 
 BASE_MODES = ("factored", "destructive")
@@ -17,7 +18,7 @@ ORTHO_FORMS = ("paper", "reference")
 class KasaFactoredConfig(LoraConfig):
     """Config of KaSA; the fields beside these are `peft.LoraConfig`'s.
 
-    Raises ValueError, naming the field, on a value out of range or a variant of LoRA.
+    Raises ValueError, naming the field, on a value out of range or a variant of LoRA; TypeError on what is no number.
     """
 
     truncate_rank: int | None = field(
@@ -52,9 +53,7 @@ class KasaFactoredConfig(LoraConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("beta", "gamma"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ValueError(f"{name}: must be a finite number of at least 0, got {value!r}")
+            check_number(name, getattr(self, name), minimum=0.0)
         cut = self.truncate_rank
         if cut is not None and (isinstance(cut, bool) or not isinstance(cut, int) or cut < 0):
             raise ValueError(f"truncate_rank: must be an integer of at least 0, or None, got {cut!r}")

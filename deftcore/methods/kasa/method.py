@@ -9,7 +9,7 @@ from deftcore.training.registry import Method, register
 
 
 def _objective(model: Any, config: KasaFactoredConfig) -> KasaPenalty | None:
-    return KasaPenalty(model) if config.beta or config.gamma else None
+    return KasaPenalty(model, config) if config.beta or config.gamma else None
 
 
 _KASA: dict[str, Any] = {

@@ -1,12 +1,12 @@
 """The penalties of KaSA: on its singular values, and on factors that are not orthonormal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deftcore.methods.kasa.config import ORTHO_FORMS, REDUCTIONS
+from deftcore.methods.kasa.config import ORTHO_FORMS, REDUCTIONS, KasaFactoredConfig
 from deftcore.methods.kasa.layer import KasaLinear
 from deftcore.ops.checks import check_choice, check_float, check_number
 from deftcore.training.objective import Batch, Objective
@@ -74,23 +74,27 @@ class KasaPenalty(Objective):
 
     Args:
         model: a PEFT model with KaSA adapters.
-        beta, gamma, reduction, form: None is what the adapter's config says; the last is its `ortho_form`.
+        config: None is that of the first active adapter.
+        beta, gamma, reduction, form: None is what the config says; the last is its `ortho_form`.
 
     Raises:
-        ValueError, TypeError: naming the argument; no KaSA layer.
+        ValueError, TypeError: naming the argument; no KaSA layer; no config and none of its adapters active.
     """
 
     name, measure = "kasa", "kasa"
 
     def __init__(
-        self, model: nn.Module, *, beta: float | None = None, gamma: float | None = None,
-        reduction: str | None = None, form: str | None = None,
+        self, model: nn.Module, config: KasaFactoredConfig | None = None, *, beta: float | None = None,
+        gamma: float | None = None, reduction: str | None = None, form: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self._layers = tuple(module for module in model.modules() if isinstance(module, KasaLinear))
         if not self._layers:
             raise ValueError(f"model: {type(model).__name__} has no KaSA layer; wrap it with KasaFactoredConfig first")
-        config = next(iter(self._layers[0].configs.values()))
+        config = next((layer.configs[name] for layer, name in self._active()), None) if config is None else config
+        if not isinstance(config, KasaFactoredConfig):
+            found = "no KaSA adapter is active" if config is None else f"got {type(config).__name__}"
+            raise ValueError(f"config: must be a KasaFactoredConfig, {found}")
         self.beta = check_number("beta", config.beta if beta is None else beta, minimum=0.0)
         self.gamma = check_number("gamma", config.gamma if gamma is None else gamma, minimum=0.0)
         self.reduction = config.reduction if reduction is None else reduction
@@ -98,20 +102,22 @@ class KasaPenalty(Objective):
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_choice("form", self.form, ORTHO_FORMS)
         self._parts = 1
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: dict[str, Tensor] = {}
 
     def settings(self) -> dict[str, Any]:
         return {"beta": self.beta, "gamma": self.gamma, "reduction": self.reduction, "ortho_form": self.form}
 
+    def _active(self) -> Iterator[tuple[KasaLinear, str]]:
+        """Layers and adapters that count."""
+        for layer in self._layers:
+            yield from ((layer, name) for name in layer.active_adapters if name in layer.lora_A)
+
     def terms(self) -> tuple[Tensor, Tensor]:
         """L2 and L3, reduced over the layers, in the graph."""
         found = []
-        for layer in self._layers:
-            for name in layer.active_adapters:
-                if name in layer.lora_A:
-                    a: Any = layer.lora_A[name].weight
-                    b: Any = layer.lora_B[name].weight
-                    found.append(layer_penalties(layer.lora_diag[name], a, b, form=self.form))
+        for layer, name in self._active():
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            found.append(layer_penalties(layer.lora_diag[name], a, b, form=self.form))
         if not found:
             raise RuntimeError("KasaPenalty: no KaSA adapter is active")
         values, orthogonal = (torch.stack(each).sum() for each in zip(*found, strict=True))
@@ -119,10 +125,11 @@ class KasaPenalty(Objective):
         return values / count, orthogonal / count
 
     def loss(self) -> Tensor:
-        """beta L2 + gamma L3, a scalar in the graph; a term of weight 0 is not differentiated."""
-        values, orthogonal = self.terms()
-        self._last = values.detach(), orthogonal.detach()
-        return self.beta * values + self.gamma * orthogonal
+        """beta L2 + gamma L3, a scalar in the graph; a term of weight 0 is left out."""
+        weights, terms = {"kasa_l2": self.beta, "kasa_l3": self.gamma}, self.terms()
+        kept = {name: value for name, value in zip(weights, terms, strict=True) if weights[name]}
+        self._last = {name: value.detach() for name, value in kept.items()}
+        return sum((weights[name] * value for name, value in kept.items()), terms[0].new_zeros(()))
 
     def begin(self, window: Sequence[Batch], step: int, steps: int, device: torch.device | None = None) -> None:
         self._parts = max(len(window), 1)
@@ -135,11 +142,11 @@ class KasaPenalty(Objective):
         return [p for layer in self._layers for p in layer.lora_diag.values()] if self.beta else []
 
     def reset(self) -> None:
-        self._last = None
+        self._last = {}
 
     def report(self, reduce: Any = lambda x: x) -> dict[str, Any]:
-        """L2 and L3 of the last `loss`; equal on every process."""
-        return {} if self._last is None else {"kasa_l2": float(self._last[0]), "kasa_l3": float(self._last[1])}
+        """L2 and L3 of the last `loss`, without one of weight 0; equal on every process."""
+        return {name: float(value) for name, value in self._last.items()}
 
     def summary(self, report: Any) -> dict[str, Any]:
         return dict(report)

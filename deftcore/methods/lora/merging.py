@@ -29,7 +29,7 @@ class Updating(Protocol):
         """The layer beneath the adapter."""
 
     def dense_update(self) -> Tensor:
-        """What the adapter adds to the weight, float32 [M, K]."""
+        """What the active adapters add to the weight, float32 [M, K]."""
 
 
 def merge(model: Any, *, to: str = "16bit", dtype: torch.dtype | None = None) -> Any:
@@ -116,11 +116,11 @@ def _update(layer: Any, q: QuantizedTensor) -> Tensor | None:
     """The update of a layer's active adapters, float32 [M, K]; None where there is none. As in PEFT, an adapter that is
     turned off counts too: what is merged does not depend on the base's type.
     """
+    if isinstance(layer, LoraLayer) and not any(name in layer.lora_A for name in layer.active_adapters):
+        return None
     if isinstance(layer, Updating):
         return layer.dense_update()
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-    if not active:
-        return None
     total = torch.zeros(q.shape, device=q.device)
     for adapter in active:
         for a, b, rows in factors(layer, adapter):

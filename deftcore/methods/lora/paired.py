@@ -157,17 +157,21 @@ class PairedLora(LoraLinear):
         super()._save_to_state_dict(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's; where an adapter has changed the weight, that stays."""
+        """As PEFT's; where KaSA has truncated the weight, that stays."""
         super().delete_adapter(adapter_name)
         self.pending.discard(adapter_name)
 
     # ------------------------------------------------------------------ factors
 
     def take_away(self, name: str, a: Tensor, b: Tensor) -> None:
-        """Sets the frozen pair of an adapter, A0 [R0, K] and B0 [M, R0], in its factors' dtype."""
+        """Sets the frozen pair of an adapter, A0 [R0, K] and B0 [M, R0], in its factors' dtype.
+
+        The values are those of the weight's dtype, which factors have at first: PEFT may have widened them since."""
+        weight: Any = self.get_base_layer().weight
         dtype = self.lora_A[name].weight.dtype
-        self.lora_minus_A[name] = a.detach().to(dtype).contiguous()
-        self.lora_minus_B[name] = b.detach().to(dtype).contiguous()
+        at_first = weight.dtype if weight.is_floating_point() else dtype
+        self.lora_minus_A[name] = a.detach().to(at_first).to(dtype).contiguous()
+        self.lora_minus_B[name] = b.detach().to(at_first).to(dtype).contiguous()
 
     def room_for(self, name: str, rank: int) -> None:
         """A frozen pair of zeros of a rank, which a file may fill."""
@@ -247,9 +251,11 @@ class PairedLora(LoraLinear):
 
     @torch.no_grad()
     def dense_update(self, names: Sequence[str] | None = None) -> Tensor:
-        """What the adapters change the weight by, [M, K] in float32 or wider; None is the active ones."""
+        """What the adapters change the weight by, [M, K] in float32 or wider; None is the active ones, of which there
+        may be none."""
         names = self._names(self.active_adapters if names is None else names)
-        total = torch.zeros(shape_of(self.get_base_layer()), device=self.lora_A[names[0]].weight.device)
+        base = self.get_base_layer()
+        total = torch.zeros(shape_of(base), device=weight_of(base).device)
         takers = self.takers(names)
         for a, b in [self.joined(name) if name in takers else self.trained(name) for name in names]:
             wide = torch.promote_types(a.dtype, torch.float32)

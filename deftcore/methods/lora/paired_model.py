@@ -1,10 +1,11 @@
 """A model with a `PairedLora` in place of its linear layers."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 from peft import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from rich.console import Console
 from rich.progress import track
@@ -48,6 +49,7 @@ class PairedModel(GathersShards, LoraModel):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Refuses what the adapter cannot go on, and another base than it was made for, before anything changes."""
         super()._prepare_model(peft_config, model)
+        _maybe_include_all_linear_layers(peft_config, model)
         here: dict[str, dict[str, str]] = {}
         for name, module in self._targets(peft_config, model):
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -62,18 +64,19 @@ class PairedModel(GathersShards, LoraModel):
             check_base("model", peft_config.base_hash, combined(here))
 
     def _targets(self, config: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
-        """The modules that the adapter will go on, as far as names say; "all-linear" is PEFT's to resolve."""
+        """The modules that the adapter will go on, as names say."""
         wrapped = tuple(f"{name}." for name, each in model.named_modules() if isinstance(each, BaseTunerLayer))
-        if config.target_modules == "all-linear":
-            return
         for name, module in model.named_modules():
             if name and not name.startswith(wrapped) and self._check_target_module_exists(config, name):
                 yield name, module
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; then what a new adapter has from the weights is computed."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        """As PEFT's; then what a new adapter has from the weights is computed. A config that knows no base stays
+        so, for other bases too: the model holds a copy."""
         config: Any = self.peft_config[adapter_name]
+        if config.base_hash is None:
+            config = self.peft_config[adapter_name] = deepcopy(config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = {name: each for name, each in paired_layers(model, adapter_name) if each.has_weights}
         if config.base_hash is not None and self.awaits_file(config):
             return
