@@ -143,6 +143,7 @@ def test_versions_and_environment_variables_are_those_of_the_code():
         *ROOT.glob("deftcore/**/*.py"),
         *ROOT.glob("csrc/*/*.cpp"),
         *ROOT.glob("tests/*.py"),
+        *ROOT.glob("tests/emulator/*.cpp"),
         ROOT / "CMakeLists.txt",
     ]
     used = {name for path in places for name in read.findall(path.read_text())}

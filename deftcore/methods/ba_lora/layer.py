@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from deftcore.methods.ba_lora.config import BaLoraConfig
-from deftcore.methods.lora.paired import Factors, PairedLora, change_weight, stored_weight
+from deftcore.methods.lora.base_weights import change_weight, stored_weight
+from deftcore.methods.lora.paired import Factors, PairedLora
 
 
 class BaLoraLinear(PairedLora):

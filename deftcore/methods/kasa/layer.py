@@ -7,7 +7,8 @@ from torch import nn
 
 from deftcore.methods.kasa.config import KasaFactoredConfig
 from deftcore.methods.kasa.truncation import dropped_factors
-from deftcore.methods.lora.paired import Factors, PairedLora, change_weight, stored_weight
+from deftcore.methods.lora.base_weights import change_weight, stored_weight
+from deftcore.methods.lora.paired import Factors, PairedLora
 from deftcore.nn.fingerprints import fingerprints
 from deftcore.nn.linear import shape_of
 

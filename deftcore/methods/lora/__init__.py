@@ -52,6 +52,7 @@ like any config of PEFT's. Recipes: `lora`, `qlora`, `bottleneck`, `prompt`, `pr
 | `patch`, `unpatch`, and how a room registers replacements | `patch.py` |
 | PEFT's LoRA layer fused, its proof | `layer.py`, `proof.py` |
 | LoRA beside a frozen pair of factors: layer, model, export | `paired.py`, `paired_model.py`, `exporting.py` |
+| the weight below it, however it is kept | `base_weights.py` |
 | bitsandbytes' layers | `bitsandbytes.py` |
 | `merge` over 4-bit bases | `merging.py` |
 | bottleneck adapters: config, layer, model | `bottleneck.py` |

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from deftcore.methods.lora.paired import PairedLora, dense_weight, weight_of
+from deftcore.methods.lora.base_weights import dense_weight, weight_of
+from deftcore.methods.lora.paired import PairedLora
 from deftcore.nn.fingerprints import check_base, combined, fingerprints
 from deftcore.nn.linear import is_transposed, shape_of
 from deftcore.training.adapters import GathersShards
