@@ -65,8 +65,9 @@ def test_calls_take_turns():
     assert order == [(n, name) for n in range(7) for name in "ab"]
 
 
-def test_the_first_measurement_is_everybodys(monkeypatch):
+def test_the_first_measurement_is_everybodys(monkeypatch, tmp_path):
     """Of two processes that measure at once the later one goes by what the earlier one found."""
+    monkeypatch.setenv("DEFTCORE_CACHE", str(tmp_path))
     monkeypatch.setattr(timing, "runs_cuda", lambda x: True)
     monkeypatch.setattr(timing, "_pays", {})
     monkeypatch.setenv("DEFTCORE_CUDA_KERNELS", "proved")
@@ -81,7 +82,8 @@ def test_the_first_measurement_is_everybodys(monkeypatch):
     assert list(read_table(timing.COST_MODEL).values()) == [0.5]
 
 
-def test_the_first_break_even_is_everybodys(monkeypatch):
+def test_the_first_break_even_is_everybodys(monkeypatch, tmp_path):
+    monkeypatch.setenv("DEFTCORE_CACHE", str(tmp_path))
     like, key = torch.empty(0), f"{kernels.machine_name(torch.empty(0))} 3x5 float32 tokens=1"
     monkeypatch.setattr(paths, "_known", {})
     monkeypatch.setattr(paths, "_measure", lambda *_: add_to_table(timing.COST_MODEL, {key: 0.25}) or 0.75)
