@@ -1,6 +1,7 @@
 """Files appear whole or not at all; the cache folder is where the user says."""
 
 import fcntl
+import os
 import stat
 import subprocess
 import sys
@@ -110,6 +111,25 @@ def test_who_was_stopped_with_the_lock_is_not_waited_for(tmp_path, monkeypatch):
         assert not _free(tmp_path / "t.json.lock")
     assert _free(tmp_path / "t.json.lock")
     assert read_table("t.json") == {"a": 1}
+
+
+def test_a_fork_meanwhile_does_not_keep_the_lock(tmp_path, monkeypatch):
+    """A forked process has the lock's open file too, as a duplicate of its descriptor has it."""
+    monkeypatch.setenv("DEFTCORE_CACHE", str(tmp_path))
+    taken, copies = _files._taken, []
+
+    def taken_and_copied(file):
+        return taken(file) and copies.append(os.dup(file.fileno())) is None
+
+    monkeypatch.setattr(_files, "_taken", taken_and_copied)
+    try:
+        for _ in range(2):
+            with one_at_a_time("t.lock", 0.0):
+                pass
+        assert len(copies) == 2  # the second time too
+    finally:
+        for copy in copies:
+            os.close(copy)
 
 
 def _free(path):

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deftcore import ops
-from deftcore._files import add_to_table, cache_folder, read_table
+from deftcore._files import add_to_table, cache_folder, one_at_a_time, read_table
 from deftcore.cli import main
 from deftcore.ops import kernels, proof, proof_cases, proof_child, timing
 from deftcore.ops.proof import Place, ProofError, Verdict, prove, remembered
@@ -258,24 +257,9 @@ def test_of_several_at_once_one_proves(runs):
 
 def test_a_process_that_was_stopped_is_not_waited_for_without_end(runs, monkeypatch):
     monkeypatch.setattr(proof, "_WAIT", 0.3)
-    with proof._one_at_a_time():
+    with one_at_a_time("proved.lock", 0.3):
         assert reasons(prove(["good"], PLACE)) == {"good": ""}
     assert runs() == ["good"]
-
-
-def test_a_fork_meanwhile_does_not_keep_the_lock(monkeypatch):
-    """A forked process has the lock's open file too, as a duplicate of its descriptor has it."""
-    take, copies = proof._take, []
-    monkeypatch.setattr(proof, "_take", lambda file: (take(file), copies.append(os.dup(file.fileno()))))
-    monkeypatch.setattr(proof, "_WAIT", 0.0)
-    try:
-        for _ in range(2):
-            with proof._one_at_a_time():
-                pass
-        assert len(copies) == 2  # the second time too
-    finally:
-        for copy in copies:
-            os.close(copy)
 
 
 def test_a_folder_that_cannot_be_written(runs, tmp_path, monkeypatch):

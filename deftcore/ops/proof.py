@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -28,7 +27,7 @@ from typing import IO, Any
 import torch
 
 from deftcore import __version__
-from deftcore._files import add_to_table, cache_folder, read_table
+from deftcore._files import add_to_table, one_at_a_time, read_table
 
 logger = logging.getLogger("deftcore")
 
@@ -112,7 +111,7 @@ def prove(
         ProofError: a child could not be started, was stopped from outside, had no memory, or a reference failed.
     """
     found = {}
-    with _one_at_a_time():
+    with one_at_a_time("proved.lock", _WAIT):
         for verdict in () if again else remembered(kernels, place).values():
             report(verdict)
             found[verdict.kernel] = verdict
@@ -213,33 +212,6 @@ def _last_line(output: IO[bytes]) -> str:
     output.seek(0)
     lines = output.read().decode(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "no word")
-
-
-@contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """One process at a time; without a folder to write to, or locks in it, they repeat each other's work."""
-    with contextlib.ExitStack() as held:
-        try:
-            cache_folder().mkdir(parents=True, exist_ok=True)
-            file = held.enter_context((cache_folder() / "proved.lock").open("w"))
-            _take(file)
-            # Closing alone would leave it locked to a process that another thread has forked meanwhile.
-            held.callback(fcntl.flock, file, fcntl.LOCK_UN)
-        except OSError as error:
-            logger.info("proof: no lock, %s", error)
-        yield
-
-
-def _take(file: IO[str]) -> None:
-    """Locks a file; whoever holds it may have been stopped, and is not waited for without end."""
-    given_up = time.monotonic() + _WAIT
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > given_up:
-                raise
-            time.sleep(0.1)
 
 
 # ---------------------------------------------------------------------------- what a verdict depends on
