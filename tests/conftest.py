@@ -43,6 +43,25 @@ def pytest_addoption(parser):
     parser.addoption("--parity", metavar="FOLDER", help="values of the authors' own code (.npz), to compare with")
 
 
+class Stopped(Exception):
+    """What ends a run before its end."""
+
+
+@pytest.fixture
+def stopping(monkeypatch):
+    """The next run ends behind its first checkpoint."""
+
+    from deftcore.training.keeper import Keeper
+
+    def checkpoint(keeper, step):
+        monkeypatch.setattr(Keeper, "checkpoint", original)
+        original(keeper, step)
+        raise Stopped
+
+    original = Keeper.checkpoint
+    return lambda: monkeypatch.setattr(Keeper, "checkpoint", checkpoint)
+
+
 @pytest.fixture
 def parity(request):
     """Reads a file of the folder that `--parity` names; without one the test is skipped."""

@@ -9,7 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import tiny_batch, tiny_model
+from conftest import Stopped, tiny_batch, tiny_model
 from torch import nn
 
 import deftcore
@@ -812,13 +812,12 @@ def test_values_of_classes(parity, case):
 
 
 @pytest.mark.parametrize("method", ["ba-lora", "qba-lora"])
-def test_a_recipe_trains_resumes_and_is_exported(tmp_path, monkeypatch, capsys, method):
+def test_a_recipe_trains_resumes_and_is_exported(tmp_path, stopping, capsys, method):
     """An interrupted run ends bit for bit where a whole one ends: the schedules go on where they were."""
     from safetensors.torch import load_file
     from test_package import save_base
 
     from deftcore.cli.main import main
-    from deftcore.training.keeper import Keeper
 
     base = tmp_path / "base"
     base.mkdir()
@@ -829,16 +828,9 @@ def test_a_recipe_trains_resumes_and_is_exported(tmp_path, monkeypatch, capsys, 
                "training.save_every=2", "training.log_every=1", "training.gradient_accumulation_steps=2",
                "training.batch_size=2", "training.learning_rate=1e-3"]  # fmt: skip
     assert main(["train", *options, f"output={tmp_path / 'whole'}"]) == 0
-    original = Keeper.checkpoint
-
-    def checkpoint(keeper, step):
-        original(keeper, step)
-        raise KeyError("stopped")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Keeper, "checkpoint", checkpoint)
-        with pytest.raises(KeyError, match="stopped"):
-            main(["train", *options, f"output={tmp_path / 'parts'}"])
+    stopping()
+    with pytest.raises(Stopped):
+        main(["train", *options, f"output={tmp_path / 'parts'}"])
     assert main(["train", *options, f"output={tmp_path / 'parts'}"]) == 0
     whole, parts = (load_file(tmp_path / n / "final" / "adapter_model.safetensors") for n in ("whole", "parts"))
     assert whole.keys() == parts.keys()

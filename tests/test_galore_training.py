@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import yaml
-from conftest import tiny_model
+from conftest import Stopped, tiny_model
 from safetensors.torch import load_file
 from test_integrations import Rows
 from test_package import save_base
@@ -21,13 +21,8 @@ from deftcore.methods.natural_galore.optimizer import NaturalGaLore
 from deftcore.methods.natural_galore.trainer import optimizer_of
 from deftcore.nn.sharding import whole
 from deftcore.training import sizes
-from deftcore.training.keeper import Keeper
 
 pytestmark = pytest.mark.filterwarnings("ignore:NaturalGaLore. the state:UserWarning")
-
-
-class Stopped(Exception):
-    """What ends a run before its end."""
 
 
 # ---------------------------------------------------------------------------- recipes
@@ -49,19 +44,12 @@ def recipe(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["natural-galore", "galore"])
-def test_a_recipe_that_is_killed_goes_on_bit_for_bit(recipe, tmp_path, method, monkeypatch):
+def test_a_recipe_that_is_killed_goes_on_bit_for_bit(recipe, tmp_path, method, stopping):
     """Between checkpoint and end there are a new subspace and a full window."""
-
-    def checkpoint(keeper, step):
-        monkeypatch.setattr(Keeper, "checkpoint", original)
-        original(keeper, step)
-        raise Stopped
-
     adapter = ["adapter={rank: 4, update_proj_gap: 3}"] if method == "galore" else []
     start = ["train", recipe, f"method={method}", *adapter]
     assert main([*start, f"output={tmp_path / 'whole'}"]) == 0
-    original = Keeper.checkpoint
-    monkeypatch.setattr(Keeper, "checkpoint", checkpoint)
+    stopping()
     with pytest.raises(Stopped):
         main([*start, f"output={tmp_path / 'parts'}"])
     assert main([*start, f"output={tmp_path / 'parts'}"]) == 0

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers as t
-from conftest import tiny_batch, tiny_model
+from conftest import Stopped, tiny_batch, tiny_model
 from torch import nn
 
 import deftcore
@@ -847,13 +847,12 @@ def test_transformers_sequence_classifier_trains():
 
 
 @pytest.mark.parametrize("method", ["kasa", "qkasa"])
-def test_a_recipe_trains_resumes_and_is_exported(tmp_path, monkeypatch, capsys, method):
+def test_a_recipe_trains_resumes_and_is_exported(tmp_path, stopping, capsys, method):
     """An interrupted run ends bit for bit where a whole one ends."""
     from safetensors.torch import load_file
     from test_package import save_base
 
     from deftcore.cli.main import main
-    from deftcore.training.keeper import Keeper
 
     base = tmp_path / "base"
     base.mkdir()
@@ -862,16 +861,9 @@ def test_a_recipe_trains_resumes_and_is_exported(tmp_path, monkeypatch, capsys, 
     options = [str(recipe), f"method={method}", f"model={base}", f"data.train={base / 'data.txt'}", "deft=true",
                "adapter.r=4", "data.max_length=16", "training.max_steps=4", "training.save_every=2"]  # fmt: skip
     assert main(["train", *options, f"output={tmp_path / 'whole'}"]) == 0
-    original = Keeper.checkpoint
-
-    def checkpoint(keeper, step):
-        original(keeper, step)
-        raise KeyError("stopped")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Keeper, "checkpoint", checkpoint)
-        with pytest.raises(KeyError, match="stopped"):
-            main(["train", *options, f"output={tmp_path / 'parts'}"])
+    stopping()
+    with pytest.raises(Stopped):
+        main(["train", *options, f"output={tmp_path / 'parts'}"])
     assert main(["train", *options, f"output={tmp_path / 'parts'}"]) == 0
     whole, parts = (load_file(tmp_path / n / "final" / "adapter_model.safetensors") for n in ("whole", "parts"))
     assert whole.keys() == parts.keys()

@@ -15,6 +15,7 @@ import pydantic
 import pytest
 import torch
 import yaml
+from conftest import Stopped
 from safetensors.torch import load_file, save_file
 from test_package import save_base
 from torch import nn
@@ -27,7 +28,6 @@ from deftcore.training import Recipe, TextData, TrainingConfig, load_recipe, tra
 from deftcore.training.adapters import load_adapter
 from deftcore.training.config import DataConfig
 from deftcore.training.fields import OPTIONS, Positive
-from deftcore.training.keeper import Keeper
 from deftcore.training.objective import Objective
 from deftcore.training.recipe import complete
 from deftcore.training.registry import (
@@ -47,23 +47,6 @@ from deftcore.training.run_folder import RunFolder
 from deftcore.training.task import Task
 
 PAGE = Path(__file__).parents[1] / "docs" / "add-a-method.md"
-
-
-class Stopped(Exception):
-    """What ends a run before its end."""
-
-
-@pytest.fixture
-def stopping(monkeypatch):
-    """The next run ends behind its first checkpoint."""
-
-    def checkpoint(keeper, step):
-        monkeypatch.setattr(Keeper, "checkpoint", original)
-        original(keeper, step)
-        raise Stopped
-
-    original = Keeper.checkpoint
-    return lambda: monkeypatch.setattr(Keeper, "checkpoint", checkpoint)
 
 
 def tensors_in(folder):
