@@ -65,14 +65,17 @@ def elements(units: Tensor, axis: Axis) -> Tensor:
 
 
 def find_coupled(model: nn.Module) -> list[Coupled]:
-    """All coupled units of a model, in forward order.
+    """All coupled units of a model, in forward order; under adapters on its linear layers too.
 
     Raises:
-        ValueError: naming the model type, where its structure is not in the table.
+        ValueError: naming the model type, where its structure is not in the table; an attention whose output is not
+            heads times their size.
     """
     config: Any = getattr(model, "config", None)
     kind = model_type(model) or type(model).__name__
     check_part(kind, "MLP")
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ValueError(f"model: {kind} has latent attention, whose keys and values are not split by heads")
     if kind not in FAMILIES:
         known = ", ".join(with_part("MLP"))
         raise ValueError(f"model: heads and channels that belong together are known of {known}; got {kind!r}")
@@ -109,7 +112,7 @@ def _walk(model: nn.Module, family: Family, config: Any) -> Iterator[Coupled]:
 def _attention(model: nn.Module, name: str, form: Attention, config: Any) -> Coupled:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = shape_of(model.get_submodule(f"{name}.{form.o}"))[1] // heads
+    size = shape_of(_linear(model, f"{name}.{form.o}"))[1] // heads
     axes: list[Axis] = []
     offset = 0
     for role, child, count in (("q", form.q, heads), ("k", form.k, kv_heads), ("v", form.v, kv_heads)):
@@ -119,12 +122,15 @@ def _attention(model: nn.Module, name: str, form: Attention, config: Any) -> Cou
         )  # fmt: skip
         if form.fused:
             offset += size if form.interleaved else count * size
+    rows = {path: shape_of(_linear(model, f"{name}.{path}"))[0] for path in dict.fromkeys((form.q, form.k, form.v))}
+    if sum(rows.values()) != (heads + 2 * kv_heads) * size:
+        raise ValueError(f"model: the output of {name} is not that of {heads} heads, on {kv_heads} of keys and values")
     axes.append(Axis(f"{name}.{form.o}", "weight", "o", 1, size, size))
     return Coupled(name, heads, heads // kv_heads, tuple(axes))
 
 
 def _mlp(model: nn.Module, name: str, form: Mlp) -> Coupled:
-    channels = shape_of(model.get_submodule(f"{name}.{form.down}"))[1]
+    channels = shape_of(_linear(model, f"{name}.{form.down}"))[1]
     axes: list[Axis] = []
     if form.gate:
         axes += _producer(model, f"{name}.{form.gate}", "gate", fused=form.fused)
@@ -135,8 +141,14 @@ def _mlp(model: nn.Module, name: str, form: Mlp) -> Coupled:
 
 def _producer(model: nn.Module, module: str, role: str, **place: Any) -> list[Axis]:
     """A producer's rows: its weight's and, where there is one, its bias's."""
-    names = ["weight"] if getattr(model.get_submodule(module), "bias", None) is None else ["weight", "bias"]
+    names = ["weight"] if getattr(_linear(model, module), "bias", None) is None else ["weight", "bias"]
     return [Axis(module, tensor, role, 0, **place) for tensor in names]
+
+
+def _linear(model: nn.Module, path: str) -> Any:
+    """The linear layer of a path, beneath an adapter."""
+    module: Any = model.get_submodule(path)
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def is_packed(model: nn.Module, coupled: Coupled) -> bool:
