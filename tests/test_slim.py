@@ -18,7 +18,7 @@ OWN = {  # activations of the real models, where it is not silu
 KINDS = [kind for kind, family in FAMILIES.items() if not family.buffers]
 
 
-def model_of(kind, *, heads=4):
+def model_of(kind):
     """A tiny model whose heads and channels weigh enough in its logits for a fault to show."""
     model = tiny_model(kind, OWN.get(kind, "silu")).eval()
     generator = torch.Generator().manual_seed(3)

@@ -125,7 +125,7 @@ def _attention(model: nn.Module, name: str, label: str, form: Attention, config:
     own = stored_sizes(config).get(label, {})
     heads = own.get("num_heads") or config.num_attention_heads
     kv_heads = own.get("num_kv_heads") or getattr(config, "num_key_value_heads", None) or heads
-    size = shape_of(_linear(model, f"{name}.{form.o}"))[1] // heads
+    size = shape_of(layer_at(model, f"{name}.{form.o}"))[1] // heads
     axes: list[Axis] = []
     offset = 0
     for role, child, count in (("q", form.q, heads), ("k", form.k, kv_heads), ("v", form.v, kv_heads)):
@@ -135,7 +135,7 @@ def _attention(model: nn.Module, name: str, label: str, form: Attention, config:
         )  # fmt: skip
         if form.fused:
             offset += size if form.interleaved else count * size
-    rows = {path: shape_of(_linear(model, f"{name}.{path}"))[0] for path in dict.fromkeys((form.q, form.k, form.v))}
+    rows = {path: shape_of(layer_at(model, f"{name}.{path}"))[0] for path in dict.fromkeys((form.q, form.k, form.v))}
     if sum(rows.values()) != (heads + 2 * kv_heads) * size:
         raise ValueError(f"model: the output of {name} is not that of {heads} heads, on {kv_heads} of keys and values")
     axes.append(Axis(f"{name}.{form.o}", "weight", "o", 1, size, size))
@@ -143,7 +143,7 @@ def _attention(model: nn.Module, name: str, label: str, form: Attention, config:
 
 
 def _mlp(model: nn.Module, name: str, form: Mlp) -> Coupled:
-    channels = shape_of(_linear(model, f"{name}.{form.down}"))[1]
+    channels = shape_of(layer_at(model, f"{name}.{form.down}"))[1]
     axes: list[Axis] = []
     if form.gate:
         axes += _producer(model, f"{name}.{form.gate}", "gate", fused=form.fused)
@@ -154,11 +154,11 @@ def _mlp(model: nn.Module, name: str, form: Mlp) -> Coupled:
 
 def _producer(model: nn.Module, module: str, role: str, **place: Any) -> list[Axis]:
     """A producer's rows: its weight's and, where there is one, its bias's."""
-    names = ["weight"] if getattr(_linear(model, module), "bias", None) is None else ["weight", "bias"]
+    names = ["weight"] if getattr(layer_at(model, module), "bias", None) is None else ["weight", "bias"]
     return [Axis(module, tensor, role, 0, **place) for tensor in names]
 
 
-def _linear(model: nn.Module, path: str) -> Any:
+def layer_at(model: nn.Module, path: str) -> Any:
     """The linear layer of a path, beneath an adapter."""
     module: Any = model.get_submodule(path)
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deftcore.models.blocks import base_of
-from deftcore.models.coupled import CONSUMERS, SIZES_FIELD, Coupled, elements, find_coupled, stored_sizes
+from deftcore.models.coupled import CONSUMERS, SIZES_FIELD, Coupled, elements, find_coupled, layer_at, stored_sizes
 from deftcore.models.families import FAMILIES, Family, model_type
 from deftcore.models.gates import gates_of
 from deftcore.models.kept import Kept
@@ -86,7 +86,7 @@ def _plan_one(model: nn.Module, coupled: Coupled, places: tuple[int, ...], scale
             continue  # a bias goes with its rows
         count = coupled.units // coupled.group if axis.shared else coupled.units
         own = (units // coupled.group).unique() if axis.shared else units
-        lines = _size(base_layer(model.get_submodule(axis.module)), axis.dim)
+        lines = _size(layer_at(model, axis.module), axis.dim)
         mask = stay.setdefault((axis.module, axis.dim), torch.ones(lines, dtype=torch.bool))
         mask[elements(torch.arange(count), axis)] = False
         mask[elements(own, axis)] = True
@@ -97,13 +97,6 @@ def _plan_one(model: nn.Module, coupled: Coupled, places: tuple[int, ...], scale
         for (layer, dim), mask in stay.items()
         if not mask.all() or layer in factors or not places
     ]
-
-
-def base_layer(module: nn.Module) -> Any:
-    """The layer beneath an adapter's wrappers."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer  # type: ignore[assignment]
-    return module
 
 
 def _size(layer: Any, dim: int) -> int:
@@ -140,7 +133,7 @@ def cut(model: Any, kept: Kept, *, requantize: bool = False) -> SlimReport:
         _check(base, each, requantize)
     before, errors = _weights(base), dict[str, float]()
     for each in cuts:
-        layer = base_layer(base.get_submodule(each.layer))
+        layer = layer_at(base, each.layer)
         if each.empty and not isinstance(layer, nn.Embedding):
             base.set_submodule(each.layer, _constant(layer, each))
             continue
@@ -158,7 +151,7 @@ def cut(model: Any, kept: Kept, *, requantize: bool = False) -> SlimReport:
 
 
 def _check(model: nn.Module, each: Cut, requantize: bool) -> None:
-    layer = base_layer(model.get_submodule(each.layer))
+    layer = layer_at(model, each.layer)
     if not (type(layer) in (nn.Linear, nn.Embedding, Linear4bit) or is_transposed(layer)):
         raise ValueError(f"{each.layer}: a {type(layer).__module__}.{type(layer).__name__} cannot be cut")
     if isinstance(layer, Linear4bit) and not (each.empty or requantize):
