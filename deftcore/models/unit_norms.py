@@ -1,12 +1,11 @@
 """Norms of heads' and channels' own vectors in the matrices that hold them: how much each of them weighs."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deftcore.models.coupled import Axis, Coupled, elements
+from deftcore.models.coupled import Axis, Coupled, elements, layer_at
 from deftcore.nn.linear import PackedModule, is_transposed
 
 
@@ -17,7 +16,7 @@ def unit_norms(model: nn.Module, coupled: Coupled, axis: Axis, tensor: Tensor) -
     Args:
         tensor: of the weight's shape, as its module keeps it: the weight or its gradient.
     """
-    logical = tensor.t() if is_transposed(model.get_submodule(axis.module)) else tensor
+    logical = tensor.t() if is_transposed(layer_at(model, axis.module)) else tensor
     lines = logical.t() if axis.dim == 1 else logical
     units = coupled.units // coupled.group if axis.shared else coupled.units
     own = lines.index_select(0, elements(torch.arange(units), axis).to(lines.device))
@@ -29,7 +28,7 @@ def weight_norms(model: nn.Module, structures: Iterable[Coupled], roles: Iterabl
     found, roles = {}, list(roles)
     for coupled in structures:
         for axis in coupled.weights(roles):
-            module: Any = model.get_submodule(axis.module)
+            module = layer_at(model, axis.module)
             weight = module.quantized.dequantize() if isinstance(module, PackedModule) else module.weight
             found[axis.key] = unit_norms(model, coupled, axis, weight.detach())
     return found

@@ -74,7 +74,8 @@ class ObjectiveTrainerMixin:
         """The Trainer's; behind a window's last backward the objective is told."""
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
-            self.objective.end()
+            scaler = self.accelerator.scaler  # type: ignore[attr-defined]
+            self.objective.end(1.0 if scaler is None else scaler.get_scale())
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -90,14 +91,14 @@ class ObjectiveTrainerMixin:
         self.objective.load(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's, with the objective's parameters as a group of their own, without weight decay; nor have those
+        """The Trainer's, with the objective's parameters as groups of their own, without weight decay; nor have those
         of the model's that the objective penalises."""
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         spare_from_decay(optimizer, self.objective.undecayed())
-        own = list(self.objective.parameters())
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if own and id(own[0]) not in known:
-            optimizer.add_param_group({"params": own, "weight_decay": 0.0})
+        for group in self.objective.groups(self.args.learning_rate):  # type: ignore[attr-defined]
+            if id(group["params"][0]) not in known:
+                optimizer.add_param_group(group)
         return optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
