@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from deftcore.methods.deft.objective import DensityLoss
     from deftcore.methods.kasa.config import KasaFactoredConfig
     from deftcore.methods.kasa.penalty import KasaPenalty
-    from deftcore.methods.light_peft.config import LightPeftConfig
     from deftcore.methods.lora.bottleneck import BottleneckConfig
     from deftcore.methods.lora.exporting import export_lora
     from deftcore.methods.lora.merging import merge
@@ -44,7 +43,6 @@ _HOMES = {
     "DensityLoss": "deftcore.methods.deft.objective",
     "KasaFactoredConfig": "deftcore.methods.kasa.config",
     "KasaPenalty": "deftcore.methods.kasa.penalty",
-    "LightPeftConfig": "deftcore.methods.light_peft.config",
     "MambaLoraConfig": "deftcore.methods.mamba.lora",
     "NaturalGaLore": "deftcore.methods.natural_galore.optimizer",
     "S2ftConfig": "deftcore.methods.s2ft.config",
@@ -74,7 +72,6 @@ __all__ = [
     "DensityLoss",
     "KasaFactoredConfig",
     "KasaPenalty",
-    "LightPeftConfig",
     "MambaLoraConfig",
     "NaturalGaLore",
     "S2ftConfig",

@@ -75,6 +75,23 @@ BY_FILE = {
         ("host", "blocks_for(args.most, kWarps)", "blocks_for(args.most, 2 * kWarps)"),
         ("host", "static_cast<size_t>(args.tokens * args.most)", "static_cast<size_t>(args.tokens * (args.most - 1))"),
     ],
+    "masks.cu": [
+        ("barrier", "  __syncthreads();\n", ""),
+        ("index", "args.mask[(column + i) / width]);", "args.mask[column / width]);"),
+        ("index", "args.mask[(column + i) / width] : 0.0f;", "args.mask[column / width] : 0.0f;"),
+        ("index", "* args.units + unit) * args.width + i % args.width]", "* args.units + unit) * args.width]"),
+        ("index", "sums[part * columns + first + mine] = sum;", "sums[part * columns + mine] = sum;"),
+        ("mask", "row < last && column < columns; row", "row < last; row"),
+        ("mask", "if (lane == 0) args.grad_mask[unit] = sum;", "if (unit == 0) args.grad_mask[unit] = sum;"),
+        ("tail", "if (unit >= args.units) return;", "if (unit > args.units) return;"),
+        ("tail", "w < kWarps; ++w", "w < kWarps - 1; ++w"),
+        ("tail", "(part + 1) * kMaskRows)", "(part + 1) * kMaskRows - 1)"),
+        ("arithmetic", "total[i] += f.up;", "total[i] = f.up;"),
+        ("arithmetic", "from_float<T>(f.gate)", "from_float<T>(f.up)"),
+        ("host", "fits_packs<T>({args.x, args.y}, {columns})", "fits_packs<T>({args.x, args.y}, {})"),
+        ("host", "blocks_for(args.units, kWarps)", "blocks_for(args.units, 2 * kWarps)"),
+        ("host", "room.take<float>(ceil_div(args.rows, kMaskRows) * args.units", "room.take<float>(args.units"),
+    ],
     "quant4.cu": [
         (
             "barrier",

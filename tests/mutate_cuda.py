@@ -32,6 +32,7 @@ CUDA = ROOT / "csrc/cuda"
 FAMILIES = {
     "density": ("density.cu",),
     "partial_linear": ("partial_linear.cu",),
+    "masks": ("masks.cu",),
     "conv1d": ("conv1d.cu",),
     "quant4": ("quant4.cu",),
     "ssd": ("ssd.cu", "ssm.cu"),

@@ -61,6 +61,11 @@ def _gated_act(device):
     return lambda x: ops.gated_linear(x, x, torch.eye(264, device=x.device)), (90, 264)
 
 
+def _mask_units(device):
+    mask = torch.randn(65, device=device, requires_grad=True)
+    return lambda x: ops.mask_units(x.sigmoid(), mask, 4, z=x, activation="gelu"), (90, 260)
+
+
 def _grouped_delta(device):
     shape = (1100, 48)
     deltas = [
@@ -121,8 +126,8 @@ CALLS = {
     make.__name__[1:]: make
     for make in (
         _act_density, _density, _sparse_down, _sparse_mlp, _sparse_mlp_4bit, _quantize_4bit, _dequantize_4bit,
-        _linear_4bit, _gated_act, _grouped_delta, _selective_scan, _mamba_chunk_scan, _causal_conv1d,
-        _causal_conv1d_update, _selective_state_update,
+        _linear_4bit, _gated_act, _mask_units, _grouped_delta, _selective_scan, _mamba_chunk_scan,
+        _causal_conv1d, _causal_conv1d_update, _selective_state_update,
     )
 }  # fmt: skip
 every_call = pytest.mark.parametrize("name", CALLS)

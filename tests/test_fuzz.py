@@ -232,6 +232,21 @@ def gated_linear(d: Draw) -> Call:
     return Call(ops.gated_linear, arguments, ("gate", "up", "trained", "bias"))
 
 
+def _masked(x: Tensor, mask: Tensor, width: int, activation: str | None) -> Tensor:
+    return ops.mask_units(x, mask, width, z=None if activation is None else x, activation=activation)
+
+
+@case("mask_units", "mask_units_grad")
+def mask_units(d: Draw) -> Call:
+    units, width = d.size(140), d.random.choice((1, 1, 3, 16, 33))
+    arguments = {
+        "x": d.tensor(*d.random.choice(((), (d.size(140),), (2, d.size(20)))), units * width),
+        "mask": d.tensor(units, dtype=torch.float32), "width": width,
+        "activation": d.random.choice((None, None, *ACTIVATIONS)),
+    }  # fmt: skip
+    return Call(_masked, arguments, ("x", "mask"))
+
+
 def _sparse(d: Draw, run: Callable[..., Any], arguments: dict[str, Any], grads: tuple[str, ...]) -> Call:
     """With a threshold, what is just below it in one dtype may be above in the other."""
     tau = d.random.choice((0.0, 0.0, 0.05))

@@ -64,6 +64,9 @@ def calls(dtype):
     yield lambda x, w, t: ops.partial_linear(x, w, t, dim=0, start=1), [r(3, 17), r(4, 17), r(2, 17)], True
     yield lambda x, w, t: ops.partial_linear(x, w, t, dim=1, start=1), [r(3, 17), r(4, 17), r(4, 2)], True
     yield lambda g, u, w, t: ops.gated_linear(g, u, w, t), [r(3, 17), r(3, 17), r(4, 17), r(4, 2)], True
+    mask = torch.randn(17, requires_grad=True)
+    yield lambda x: ops.mask_units(x, mask), [r(2, 3, 17)], True
+    yield lambda z: ops.mask_units(z.detach(), mask, 2, z=z, activation="silu"), [r(3, 34)], True
     if dtype != torch.float64:
         yield lambda w: ops.quantize_4bit(w).packed, [r(7, 33)], False
     yield lambda: ops.dequantize_4bit(q, dtype), [], False

@@ -37,6 +37,8 @@ for dtype in (torch.float32, torch.bfloat16):
     z = rand(64, 4096, seed=4).to(dtype).requires_grad_()
     found["act_density", dtype] = gradients(ops.act_density(z, "silu")[:2], z)
     found["density", dtype] = [active_count(z, None, 0.5)]
+    z, mask = rand(200, 1100, seed=32).to(dtype).requires_grad_(), rand(275, seed=33).requires_grad_()
+    found["mask_units", dtype] = gradients(ops.mask_units(z.sin(), mask, 4, z=z, activation="silu"), z, mask)
     a = torch.relu(rand(5, 2048, seed=5) - 0.5).to(dtype)
     rows = rand(2048, 640, seed=6).to(dtype)
     for name, down in (("16-bit", rows), ("4-bit", ops.quantize_4bit(rows))):

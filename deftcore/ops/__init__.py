@@ -7,6 +7,7 @@ from deftcore.ops.grouped_delta import DeltaBank, LowRankDelta, SliceDelta, grou
 from deftcore.ops.kernels import cuda_enabled
 from deftcore.ops.logits import LogitPenalties, class_penalties, logit_penalties, mean_entropy
 from deftcore.ops.lora import lora_linear
+from deftcore.ops.masks import mask_units
 from deftcore.ops.partial_linear import partial_linear
 from deftcore.ops.quant4 import dequantize_4bit, linear_4bit, quantize_4bit
 from deftcore.ops.quantized import QuantizedTensor
@@ -53,6 +54,7 @@ __all__ = [
     "mamba2_inner",
     "mamba_chunk_scan",
     "mamba_inner",
+    "mask_units",
     "mean_entropy",
     "minor_subspace",
     "op_names",

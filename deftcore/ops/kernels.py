@@ -20,8 +20,8 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Names under which a kernel is asked for.
 KERNELS = (
     "act_density", "density", "sparse_down", "sparse_mlp", "sparse_mlp_4bit", "quantize_4bit", "dequantize_4bit",
-    "linear_4bit", "gated_act", "grouped_delta", "selective_scan", "mamba_chunk_scan", "causal_conv1d",
-    "selective_state_update",
+    "linear_4bit", "gated_act", "grouped_delta", "mask_units", "selective_scan", "mamba_chunk_scan",
+    "causal_conv1d", "selective_state_update",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deftcore import ops
-from deftcore.ops.density import ACTIVATIONS, SURROGATES
+from deftcore.ops.density import ACTIVATIONS, SURROGATES, activate
 from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.sparse_mlp4 import LowRank4, mlp_4bit
 
@@ -86,6 +86,21 @@ def _gated_act(draw: Numbers) -> Iterator[Case]:
         for rows, width in ((5, 17), (3, 264)):
             both = draw.normal(rows, 2 * width, scale=2.0)
             yield Case(f"{activation}, {width}", lambda x, f=activation: run(x, f), [both], gradients=True)
+
+
+def _mask_units(draw: Numbers) -> Iterator[Case]:
+    def run(x: Tensor, mask: Tensor, width: int, activation: str | None) -> Tensor:
+        mask = mask if x.dtype == torch.float64 else mask.float()
+        if activation is None:
+            return ops.mask_units(x, mask, width)
+        return ops.mask_units(activate(x.detach(), activation), mask, width, z=x, activation=activation)
+
+    for activation in (None, *ACTIVATIONS):
+        for rows, units, width in ((5, 17, 1), (3, 264, 1), (70, 3, 40), (2, 9, 3), (200, 2056, 1)):
+            yield Case(
+                f"{activation}, {rows} x {units} x {width}", lambda *t, w=width, f=activation: run(*t, w, f),
+                [draw.normal(rows, units * width), draw.normal(units)], gradients=True,
+            )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- sparse products
@@ -303,7 +318,7 @@ def _selective_state_update(draw: Numbers) -> Iterator[Case]:
 CASES: dict[str, Callable[[Numbers], Iterator[Case]]] = {
     "act_density": _act_density, "density": _density, "sparse_down": _sparse_down, "sparse_mlp": _sparse_mlp,
     "sparse_mlp_4bit": _sparse_mlp_4bit, "quantize_4bit": _quantize_4bit, "dequantize_4bit": _dequantize_4bit,
-    "linear_4bit": _linear_4bit, "gated_act": _gated_act, "grouped_delta": _grouped_delta,
+    "linear_4bit": _linear_4bit, "gated_act": _gated_act, "grouped_delta": _grouped_delta, "mask_units": _mask_units,
     "selective_scan": _selective_scan, "mamba_chunk_scan": _mamba_chunk_scan, "causal_conv1d": _causal_conv1d,
     "selective_state_update": _selective_state_update,
 }  # fmt: skip

@@ -254,6 +254,28 @@ void partial_linear_ops() {
   });
 }
 
+void mask_ops() {
+  constexpr int64_t kRows = 256;
+  show("mask_units, 256 x 2816", 1.05, [](Tensors& t) {
+    MaskUnitsArgs a{};
+    a.x = t.in<T>(kRows * kNeurons), a.mask = t.in<float>(kNeurons), a.y = t.out<T>(kRows * kNeurons);
+    a.rows = kRows, a.units = kNeurons, a.width = 1, a.dtype = kDType;
+    cuda::mask_units(a, nullptr);
+  });
+  for (const int64_t width : {int64_t{1}, int64_t{64}}) {
+    const int64_t units = kNeurons / width;
+    show("mask_units_backward, 256 x 2816, units of " + std::to_string(width), 1.1, [=](Tensors& t) {
+      MaskUnitsBackwardArgs a{};
+      a.x = t.in<T>(kRows * kNeurons), a.grad = t.in<T>(kRows * kNeurons), a.mask = t.in<float>(units);
+      a.grad_x = t.out<T>(kRows * kNeurons), a.grad_mask = t.out<float>(units);
+      a.rows = kRows, a.units = units, a.width = width, a.dtype = kDType;
+      a.activated = true, a.activation = Activation::kSilu;
+      a.workspace = t.workspace(cuda::mask_units_backward_workspace(a));
+      cuda::mask_units_backward(a, nullptr);
+    });
+  }
+}
+
 // ---------------------------------------------------------------------------- state-space models
 
 constexpr int64_t kLength = 128, kChannels = 256, kStates = 16, kTaps = 4;
@@ -397,6 +419,7 @@ int main() {
   sparse_ops(4, 1.65, 1.15, 2.55);
   quant4_ops();
   partial_linear_ops();
+  mask_ops();
   mamba_ops();
   conv1d_ops();
   mamba2_ops();

@@ -248,6 +248,27 @@ void make(GatedActBackwardArgs& args, Memory& m) {
           kWidth,          kWidth,          kWidth,          DType::kFloat32,     Activation::kSilu};
 }
 
+void make(MaskUnitsArgs& args, Memory& m) {
+  const int64_t units = 7, count = kRows * units * kDim;
+  args = {m.floats(count), m.floats(units), m.out<float>(count), kRows, units, kDim, DType::kFloat32};
+}
+
+void make(MaskUnitsBackwardArgs& args, Memory& m) {
+  const int64_t rows = kMaskRows + 6, units = 7, count = rows * units * kDim;
+  args = {m.floats(count),
+          m.floats(count),
+          m.floats(units),
+          m.out<float>(count),
+          m.out<float>(units),
+          nullptr,
+          rows,
+          units,
+          kDim,
+          DType::kFloat32,
+          true,
+          Activation::kSilu};
+}
+
 // Two deltas, of two gathered, two scattered and one low-rank row each.
 void make(GroupedDeltaArgs& args, Memory& m) {
   const int64_t inputs = 19, outputs = 130, tokens = 4;

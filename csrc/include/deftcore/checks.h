@@ -38,6 +38,12 @@ inline void check_taps(int64_t width, const char* op) {
   require(width >= 1 && width <= kMaxConvWidth, op, "width must be in 1..16");
 }
 
+// int32 columns.
+inline void check_units(int64_t units, int64_t width, const char* op) {
+  require(units >= 0 && width >= 1, op, "units must not be negative, width must be at least 1");
+  require(units < INT32_MAX && width < INT32_MAX && units * width < INT32_MAX, op, "columns must be below 2^31");
+}
+
 // ----------------------------------------------------------------------------
 
 inline void check_args(const SparseDownArgs& args, const char* op) { check_sparse(args, op); }
@@ -66,6 +72,9 @@ inline void check_args(const Linear4bitArgs& args, const char* op) { check_quant
 inline void check_args(const GroupedDeltaArgs& args, const char* op) {
   require(args.tokens >= 0 && args.most >= 0, op, "tokens and most must not be negative");
 }
+
+inline void check_args(const MaskUnitsArgs& args, const char* op) { check_units(args.units, args.width, op); }
+inline void check_args(const MaskUnitsBackwardArgs& args, const char* op) { check_units(args.units, args.width, op); }
 
 inline void check_args(const SelectiveScanArgs& args, const char* op) {
   check_states(args.states, op);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "deftcore/density.h"
+#include "deftcore/masks.h"
 #include "deftcore/partial_linear.h"
 #include "deftcore/quant4.h"
 #include "deftcore/sparse_mlp.h"
@@ -29,6 +30,8 @@
   X(gated_act, GatedActArgs, PLAIN, EVERYWHERE, where)                                \
   X(gated_act_backward, GatedActBackwardArgs, PLAIN, EVERYWHERE, where)               \
   X(grouped_delta, GroupedDeltaArgs, WORKSPACE, EVERYWHERE, where)                    \
+  X(mask_units, MaskUnitsArgs, PLAIN, EVERYWHERE, where)                              \
+  X(mask_units_backward, MaskUnitsBackwardArgs, WORKSPACE, EVERYWHERE, where)         \
   X(selective_scan, SelectiveScanArgs, PLAIN, EVERYWHERE, where)                      \
   X(selective_scan_backward, SelectiveScanBackwardArgs, WORKSPACE, EVERYWHERE, where) \
   X(selective_state_update, StateUpdateArgs, PLAIN, EVERYWHERE, where)                \
