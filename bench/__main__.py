@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from rich.progress import track
 
-from bench import quant4, s2ft, ssm
+from bench import quant4, s2ft, spectral, ssm
 from bench.harness import Rotating, alternate, console, keep_freed_memory, streaming_bandwidth
 from deftcore import ops
 from deftcore._files import write_json
@@ -25,6 +26,7 @@ from deftcore.cli.info import collect
 from deftcore.ops.kernels import machine_name
 
 RESULTS = Path(__file__).parent / "results"
+GROUPS = {"spectral": list(spectral.FAMILIES)}  # what --only takes as one name
 
 
 def union_activations(tokens, neurons, density, dtype, device):
@@ -322,13 +324,15 @@ def main():
         "mamba_decode": lambda: ssm.bench_decode(args.device, args.quick),
         "train_step": lambda: bench_train_step(args.quick),
     }
+    tuned |= {name: partial(run, args.quick) for name, run in spectral.FAMILIES.items()}  # on a CPU
     families = default | tuned
-    unknown = sorted(set(args.only or ()) - families.keys())
+    wanted = [name for each in args.only or families for name in GROUPS.get(each, [each])]
+    unknown = sorted(set(wanted) - families.keys())
     if unknown:
-        parser.error(f"--only: unknown {', '.join(unknown)}; known: {', '.join(families)}")
+        parser.error(f"--only: unknown {', '.join(unknown)}; known: {', '.join([*families, *GROUPS])}")
     RESULTS.mkdir(exist_ok=True)
     failed = []
-    for name in [n for n in families if n in (args.only or families)]:
+    for name in [n for n in families if n in wanted]:
         if name in tuned:
             keep_freed_memory()
         try:

@@ -90,6 +90,23 @@ class Rotating:
         return self.items[self.turn % len(self.items)]
 
 
+def allocator_peak_mb(device, run):
+    """The most memory that PyTorch's allocator held at once beyond what it held before, in MB."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 2**20
+
+
 def keep_freed_memory():
     """Tells glibc not to give large blocks back: fresh pages would cost more than the kernels that fill them."""
     try:

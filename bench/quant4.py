@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import track
 
-from bench.harness import Rotating, alternate, console, over, per_call
+from bench.harness import Rotating, allocator_peak_mb, alternate, console, over, per_call
 from deftcore import ops
 
 CALLS = 4  # in a row, over distinct weights: the layers of a model
@@ -27,6 +27,13 @@ def bnb_layer(bnb, w):
     layer = bnb.nn.Linear4bit(w.shape[1], w.shape[0], bias=False, quant_type="nf4", compute_dtype=w.dtype)
     layer.weight = bnb.nn.Params4bit(w.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
     return layer.to(w.device).eval()
+
+
+def as_model(layer):
+    """A layer as a model that PEFT takes, which calls it "0"."""
+    wrapper = torch.nn.Sequential(layer)
+    wrapper.anchor = torch.nn.Parameter(torch.zeros(1), requires_grad=False)  # PEFT wants a parameter
+    return wrapper
 
 
 @torch.no_grad()
@@ -152,8 +159,7 @@ def bench_lora(device, quick):
         config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["0"], init_lora_weights=False)
 
         def adapted(base, config=config, dtype=dtype, device=device):
-            wrapper = torch.nn.Sequential(base)
-            wrapper.anchor = torch.nn.Parameter(torch.zeros(1), requires_grad=False)  # PEFT wants a parameter
+            wrapper = as_model(base)
             wrapper.is_loaded_in_4bit = not isinstance(base, Linear4bit)
             model = peft.get_peft_model(wrapper, config).to(device)
             for p in model.parameters():
@@ -181,29 +187,12 @@ def bench_lora(device, quick):
                     "ours_ms": a * 1e3, "peft_bnb_ms": b * 1e3, "ratio": b / a,
                     "gflop_per_s": 4 * tokens * w.numel() / a / 1e9,
                     "activations_mb": (x.nbytes + grad.nbytes) / 2**20,
-                    "ours_peak_mb": _peak_mb(device, lambda: step(ours)),
-                    "peft_bnb_peak_mb": _peak_mb(device, lambda: step(theirs)),
+                    "ours_peak_mb": allocator_peak_mb(device, lambda: step(ours)),
+                    "peft_bnb_peak_mb": allocator_peak_mb(device, lambda: step(theirs)),
                     "dense_weight_mb": w.nbytes / 2**20,
                 }
             )  # fmt: skip
     return rows
-
-
-def _peak_mb(device, run):
-    """The most memory that PyTorch's allocator held at once beyond what it held before, in MB."""
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 2**20
 
 
 @torch.no_grad()

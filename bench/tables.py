@@ -7,7 +7,7 @@ import inspect
 import json
 from pathlib import Path
 
-from bench import mamba_tables
+from bench import mamba_tables, spectral_tables
 from bench.markdown import by_shape, by_tokens, direction, milliseconds, pivot, spread, table, times
 from bench.targets import AVX2, AVX512, CUDA, LARGE, standing
 
@@ -23,12 +23,13 @@ HEAD = """# Benchmarks
 
 Every figure is a ratio of two sides that alternate in one process, the median of many runs, on cold weights (buffers
 rotate beyond the last-level cache), against the best peer that installs: PyTorch's products in either weight layout,
-bitsandbytes, PEFT, Transformers, mambapy. `2.00x` is twice as fast as the peer. On a GPU a side is a CUDA graph, so
-that the device's time is seen and not the interpreter's; what a call costs the host stands under "Calls on tiny
-tensors".
+bitsandbytes, PEFT, Transformers, mambapy, galore-torch. `2.00x` is twice as fast as the peer. On a GPU a side is a
+CUDA graph, so that the device's time is seen and not the interpreter's; what a call costs the host stands under "Calls
+on tiny tensors".
 
 To measure another machine: `python -m bench` on a CPU (an hour; `--quick` takes a tenth of it, `--only FAMILY` one
-family), `bash bench/gpu_check.sh` on a GPU (nine minutes, tests included); then `python -m bench.tables`.
+family, `--only spectral` those of Natural GaLore, KaSA and BA-LoRA), `bash bench/gpu_check.sh` on a GPU (nine minutes,
+tests included); then `python -m bench.tables`.
 
 What density can buy is bounded: a gated block reads its gate matrix whole, so the ideal is 3 / (1 + 2 density), at most
 3x; a plain block at most 2x. Batches read the union of their tokens' active neurons. In a compute-bound prefill, or an
@@ -241,6 +242,11 @@ FAMILIES = {
     "One step of Mamba": mamba_tables.state_update,
     "Mamba blocks": mamba_tables.mamba_mixer,
     "Mamba decoding": mamba_tables.mamba_decode,
+    "Natural GaLore's step": spectral_tables.galore_step,
+    "GaLore's subspaces": spectral_tables.galore_refresh,
+    "A KaSA layer": spectral_tables.kasa_layer,
+    "Smallest singular values": spectral_tables.minor_subspace,
+    "BA-LoRA's penalties": spectral_tables.logit_penalties,
     "A LoRA step": train_step,
     "Calls on tiny tensors": overhead,
 }

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 AVX512, AVX2, CUDA = "avx512", "avx2", "cuda"
 EVERYWHERE = (AVX512, AVX2, CUDA)
+CPUS = (AVX512, AVX2)
 LARGE = "4096x11008"
 
 
@@ -12,7 +13,7 @@ def words(row):
     """What a row was measured on, in words."""
     found = [row["shape"].replace("x", " to ")] if "shape" in row else []
     found += [f"{row['layers']} x {row['width']}"] if "layers" in row else []
-    found += [row["activation"]] if "activation" in row else []
+    found += [row[name] for name in ("variant", "base", "activation") if name in row]
     found += [row["dtype"]]
     found += ["forward" if row["what"] == "forward" else "forward + backward"] if "what" in row else []
     found += [f"length {row['length']}, width {row['width']}"] if "length" in row else []
@@ -52,6 +53,11 @@ class Target(NamedTuple):
     def missed(self, row):
         found = self.value(row)
         return found < self.least if self.least is not None else found > self.most
+
+
+def natural(row):
+    """Whether a row is of a natural gradient, whose window GaLore lacks."""
+    return row["variant"].startswith("Natural")
 
 
 def one_token(dtype):
@@ -118,6 +124,24 @@ TARGETS = [
            least=5.0, fits=lambda r: "over_llama_cpp" in r),
     Target("`act_density`, forward + backward, time over the plain activation's",
            "at most 1.1x", "act_density", lambda r: r["time_over_plain"], most=1.1),
+    Target("Natural GaLore's step without a new subspace, optimizer part, time over PyTorch's fused AdamW",
+           "at most 1.5x", "galore_step", lambda r: r["over_adamw"], most=1.5, fits=natural, kinds=CPUS),
+    Target("the same, over galore-torch's GaLore", "at least 2x", "galore_step", lambda r: r["ratio"], least=2.0,
+           fits=lambda r: natural(r) and "ratio" in r, kinds=CPUS),
+    Target("the same, over the published optimizer's operations", "at least 2x", "galore_step",
+           lambda r: r["over_published"], least=2.0, fits=natural, kinds=CPUS),
+    Target("a new subspace, state taken along, over the SVD",
+           "at least 10x", "galore_refresh", lambda r: r["ratio"], least=10.0, kinds=CPUS),
+    Target("Natural GaLore's and GaLore's state, bytes apart from `estimate_state_bytes`",
+           "0", "galore_step", lambda r: abs(r["state_bytes"] - r["estimated_bytes"]), most=0.0, kinds=CPUS),
+    Target("a KaSA layer, forward + backward, time over the fused LoRA layer of its rank",
+           "at most 1.05x", "kasa_layer", lambda r: r["over_lora"], most=1.05, kinds=CPUS),
+    Target("`minor_subspace` of a 4096 x 4096 weight over the full SVD",
+           "at least 5x", "minor_subspace", lambda r: r["ratio"], least=5.0, kinds=CPUS),
+    Target("BA-LoRA's penalties, forward + backward, over PyTorch's operations",
+           "at least 2x", "logit_penalties", lambda r: r["ratio"], least=2.0, kinds=CPUS),
+    Target("the same, memory beyond the logits, share of theirs",
+           "at most 0.2", "logit_penalties", lambda r: r["memory"], most=0.2, kinds=CPUS),
 ]  # fmt: skip
 
 

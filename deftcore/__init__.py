@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deftcore.methods.deft.objective import DensityLoss
     from deftcore.methods.kasa.config import KasaFactoredConfig
     from deftcore.methods.kasa.penalty import KasaPenalty
+    from deftcore.methods.light_peft.config import LightPeftConfig
     from deftcore.methods.lora.bottleneck import BottleneckConfig
     from deftcore.methods.lora.exporting import export_lora
     from deftcore.methods.lora.merging import merge
@@ -43,6 +44,7 @@ _HOMES = {
     "DensityLoss": "deftcore.methods.deft.objective",
     "KasaFactoredConfig": "deftcore.methods.kasa.config",
     "KasaPenalty": "deftcore.methods.kasa.penalty",
+    "LightPeftConfig": "deftcore.methods.light_peft.config",
     "MambaLoraConfig": "deftcore.methods.mamba.lora",
     "NaturalGaLore": "deftcore.methods.natural_galore.optimizer",
     "S2ftConfig": "deftcore.methods.s2ft.config",
@@ -72,6 +74,7 @@ __all__ = [
     "DensityLoss",
     "KasaFactoredConfig",
     "KasaPenalty",
+    "LightPeftConfig",
     "MambaLoraConfig",
     "NaturalGaLore",
     "S2ftConfig",

@@ -101,6 +101,26 @@ def test_over_bitsandbytes(tmp_path):
     deftcore.patch(model)(**tiny_batch("opt")).loss.backward()
 
 
+def test_widths_of_their_own(tmp_path):
+    """`r` in place of a factor, other widths by name, without biases, from a normal start; a file brings all of it."""
+    config = BottleneckConfig(
+        r=4, rank_pattern={"h.1.mlp.c_proj": 2}, bottleneck_bias=False, init_std=0.5, target_modules=["c_proj"]
+    )
+    model = peft.get_peft_model(tiny_model("gpt2"), config).eval()
+    layers = [m for m in model.modules() if isinstance(m, BottleneckLayer)]
+    assert [layer.bottleneck_down["default"].weight.shape[0] for layer in layers] == [4, 4, 4, 2]
+    assert [layer.bottleneck_up["default"].weight.shape[1] for layer in layers] == [4, 4, 4, 2]
+    for layer in layers:
+        for part in (layer.bottleneck_down["default"], layer.bottleneck_up["default"]):
+            assert part.bias is None
+            assert 0.35 < float(part.weight.detach().std()) < 0.65
+    with torch.no_grad():
+        adapted = model(**tiny_batch("gpt2")).logits
+        model.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path).eval()
+        assert torch.equal(again(**tiny_batch("gpt2")).logits, adapted)
+
+
 def test_only_the_adapter_trains():
     model = peft.get_peft_model(tiny_model("opt"), BottleneckConfig())
     assert all("bottleneck_" in n for n, p in model.named_parameters() if p.requires_grad)
@@ -112,6 +132,9 @@ def test_only_the_adapter_trains():
         ({"reduction_factor": 0}, "reduction_factor"),
         ({"non_linearity": "x"}, "non_linearity"),
         ({"dropout": 1.0}, "dropout"),
+        ({"r": 0}, "r: must be an integer of at least 1, got 0"),
+        ({"rank_pattern": {"mlp": 0}}, "rank_pattern: must be an integer of at least 1, got 0"),
+        ({"init_std": -1.0}, r"init_std: must be a number of at least 0, got -1\.0"),
     ],
 )
 def test_bad_configuration(change, message):

@@ -223,8 +223,40 @@ class LogitNorm(Objective):
         return output.logits.square().mean()
 
 
-def test_outputs_are_asked_for_only_where_an_objective_needs_them(tmp_path):
-    trainer_class = type("Deft", (ObjectiveTrainerMixin, WithoutOutputs), {})
+class Labels(Objective):
+    """Sees whether there are labels."""
+
+    def share(self, batch, output):
+        self.seen = set(batch)
+        return torch.zeros(())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_an_objective_sees_the_whole_batch(tmp_path, smoothing):
+    """Labels too, which the Trainer takes out where it smooths them."""
+    model, inputs = tiny_model("llama").train(), tiny_batch("llama")
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, label_smoothing_factor=smoothing)
+    trainer = DeftTrainer(model, arguments, objective=Labels())
+    trainer.compute_loss(model, dict(inputs))
+    assert trainer.objective.seen == inputs.keys()
+
+
+class Fused(WithoutOutputs):
+    """As TRL's, its forward gives a loss without logits."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        plain = model.forward
+        model.forward = lambda **batch: {"loss": plain(**batch).loss}
+        try:
+            return model(**inputs)["loss"]
+        finally:
+            del model.forward
+
+
+@pytest.mark.parametrize("base", [Trainer, WithoutOutputs, Fused])
+def test_outputs_for_objectives_that_need_them(tmp_path, base):
+    """From every Trainer, in the graph, whatever it returns; the others are not asked."""
+    trainer_class = type("Ours", (ObjectiveTrainerMixin, base), {})
     model, inputs = tiny_model("llama").train(), tiny_batch("llama")
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, max_steps=2, save_steps=9, logging_steps=1)
     density = DensityLoss(model, surrogate="tanh")
@@ -232,11 +264,15 @@ def test_outputs_are_asked_for_only_where_an_objective_needs_them(tmp_path):
     trainer.train()
     assert 0 < trainer.state.log_history[0]["density"] < 1
     density.detach()
-    with pytest.raises(ValueError, match="returning outputs"):
-        trainer_class(model, arguments, objective=LogitNorm()).compute_loss(model, inputs)
-    plain = DeftTrainer(model, arguments, objective=LogitNorm())
+    model.zero_grad()
+    trainer_class(model, arguments, objective=LogitNorm()).compute_loss(model, dict(inputs)).backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
     output = model(**inputs)
-    torch.testing.assert_close(plain.compute_loss(model, inputs), output.loss + output.logits.square().mean())
+    (output.loss + output.logits.square().mean()).backward()
+    for ours, p in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad)
+    assert not model._forward_hooks
 
 
 @pytest.mark.parametrize(("smoothing", "shares"), [(0.0, True), (0.1, True), (0.0, False)])

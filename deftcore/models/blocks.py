@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from deftcore.models.families import MLP_FORMS, Mlp, family_of
+from deftcore.nn.constant import Constant
 from deftcore.nn.linear import shape_of
 from deftcore.nn.shadow import shadow
 
@@ -150,14 +151,14 @@ def _slot(module: nn.Module, path: str) -> Slot:
 
 
 def has_parts(module: nn.Module, paths: Iterable[str]) -> bool:
-    """Whether there is a module at each of some paths below another."""
+    """Whether there is a module at each of some paths below another, and none of them a mere constant."""
     return all(_part(module, path) is not None for path in paths)
 
 
 def _part(module: Any, path: str) -> nn.Module | None:
     for name in path.split("."):
         module = getattr(module, name, None)
-        if not isinstance(module, nn.Module):
+        if not isinstance(module, nn.Module) or isinstance(module, Constant):
             return None
     return module
 

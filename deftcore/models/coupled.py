@@ -17,6 +17,7 @@ from deftcore.nn.linear import PackedModule, is_transposed, shape_of
 
 HEAD_ROLES = ("q", "k", "v", "o")
 CHANNEL_ROLES = ("gate", "up", "down")
+SIZES_FIELD = "deftcore_slim"  # of a slim model's config
 CONSUMERS = ("o", "down")  # their input channels are the units; the others' output channels are
 
 
@@ -42,7 +43,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class Coupled:
-    """Units (heads or channels) that move together, and everything that moves with them."""
+    """Units (heads or channels) that move together, and everything that moves with them.
+
+    The name is that of the module in the base model, whatever adapters wrap; the axes name modules where they are.
+    """
 
     name: str
     units: int
@@ -65,14 +69,17 @@ def elements(units: Tensor, axis: Axis) -> Tensor:
 
 
 def find_coupled(model: nn.Module) -> list[Coupled]:
-    """All coupled units of a model, in forward order.
+    """All coupled units of a model, in forward order; under adapters on its linear layers too.
 
     Raises:
-        ValueError: naming the model type, where its structure is not in the table.
+        ValueError: naming the model type, where its structure is not in the table; an attention whose output is not
+            heads times their size.
     """
     config: Any = getattr(model, "config", None)
     kind = model_type(model) or type(model).__name__
     check_part(kind, "MLP")
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ValueError(f"model: {kind} has latent attention, whose keys and values are not split by heads")
     if kind not in FAMILIES:
         known = ", ".join(with_part("MLP"))
         raise ValueError(f"model: heads and channels that belong together are known of {known}; got {kind!r}")
@@ -85,31 +92,40 @@ def find_coupled(model: nn.Module) -> list[Coupled]:
 
 
 def _walk(model: nn.Module, family: Family, config: Any) -> Iterator[Coupled]:
-    stacks: dict[str, list[Coupled]] = {}  # one head order for a whole stack, whose layers share a table of biases
+    # One head order for a whole stack, whose layers share a table of biases.
+    stacks: dict[str, list[tuple[str, Coupled]]] = {}
     attention = family.attention
     for name, module in model.named_modules():
         if attention is not None and has_parts(module, attention.projections):
-            heads = _attention(model, name, attention, config)
+            stack = name.split(".block.")[0]
             if attention.bias_table and not name.endswith(attention.apart):
-                stacks.setdefault(name.split(".block.")[0], []).append(heads)
+                label = f"{stack} ({name.rpartition('.')[2]})"
+                stacks.setdefault(label, []).append((name, _attention(model, name, label, attention, config)))
             else:
-                yield heads
+                yield _attention(model, name, name, attention, config)
             continue
         mlp = next((form for form in family.mlps if has_parts(module, form.projections)), None)
         if mlp is not None:
             yield _mlp(model, name, mlp)
-    for stack, members in stacks.items():
+    for label, members in stacks.items():
         assert attention is not None
-        first = members[0].name
-        table = Axis(f"{first}.{attention.bias_table}", "weight", "bias", 1)
-        axes = tuple(axis for member in members for axis in member.axes)
-        yield Coupled(f"{stack} ({first.rsplit('.', 1)[-1]})", members[0].units, 1, (*axes, table))
+        table = Axis(f"{members[0][0]}.{attention.bias_table}", "weight", "bias", 1)
+        axes = tuple(axis for _, member in members for axis in member.axes)
+        yield Coupled(label, members[0][1].units, 1, (*axes, table))
 
 
-def _attention(model: nn.Module, name: str, form: Attention, config: Any) -> Coupled:
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = shape_of(model.get_submodule(f"{name}.{form.o}"))[1] // heads
+def stored_sizes(config: Any) -> dict[str, dict[str, int]]:
+    """What a slim model's config says of the structures that differ from the rest of the config, by name: `num_heads`
+    and `num_kv_heads`, or `intermediate_size`. 0 where nothing is left.
+    """
+    return getattr(config, SIZES_FIELD, None) or {}
+
+
+def _attention(model: nn.Module, name: str, label: str, form: Attention, config: Any) -> Coupled:
+    own = stored_sizes(config).get(label, {})
+    heads = own.get("num_heads") or config.num_attention_heads
+    kv_heads = own.get("num_kv_heads") or getattr(config, "num_key_value_heads", None) or heads
+    size = shape_of(layer_at(model, f"{name}.{form.o}"))[1] // heads
     axes: list[Axis] = []
     offset = 0
     for role, child, count in (("q", form.q, heads), ("k", form.k, kv_heads), ("v", form.v, kv_heads)):
@@ -119,24 +135,33 @@ def _attention(model: nn.Module, name: str, form: Attention, config: Any) -> Cou
         )  # fmt: skip
         if form.fused:
             offset += size if form.interleaved else count * size
+    rows = {path: shape_of(layer_at(model, f"{name}.{path}"))[0] for path in dict.fromkeys((form.q, form.k, form.v))}
+    if sum(rows.values()) != (heads + 2 * kv_heads) * size:
+        raise ValueError(f"model: the output of {name} is not that of {heads} heads, on {kv_heads} of keys and values")
     axes.append(Axis(f"{name}.{form.o}", "weight", "o", 1, size, size))
-    return Coupled(name, heads, heads // kv_heads, tuple(axes))
+    return Coupled(label, heads, heads // kv_heads, tuple(axes))
 
 
 def _mlp(model: nn.Module, name: str, form: Mlp) -> Coupled:
-    channels = shape_of(model.get_submodule(f"{name}.{form.down}"))[1]
+    channels = shape_of(layer_at(model, f"{name}.{form.down}"))[1]
     axes: list[Axis] = []
     if form.gate:
         axes += _producer(model, f"{name}.{form.gate}", "gate", fused=form.fused)
     axes += _producer(model, f"{name}.{form.up}", "up", offset=channels if form.fused else 0, fused=form.fused)
     axes.append(Axis(f"{name}.{form.down}", "weight", "down", 1))
-    return Coupled(name, channels, 1, tuple(axes), form)
+    return Coupled(name.replace(".base_layer", ""), channels, 1, tuple(axes), form)
 
 
 def _producer(model: nn.Module, module: str, role: str, **place: Any) -> list[Axis]:
     """A producer's rows: its weight's and, where there is one, its bias's."""
-    names = ["weight"] if getattr(model.get_submodule(module), "bias", None) is None else ["weight", "bias"]
+    names = ["weight"] if getattr(layer_at(model, module), "bias", None) is None else ["weight", "bias"]
     return [Axis(module, tensor, role, 0, **place) for tensor in names]
+
+
+def layer_at(model: nn.Module, path: str) -> Any:
+    """The linear layer of a path, beneath an adapter."""
+    module: Any = model.get_submodule(path)
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def is_packed(model: nn.Module, coupled: Coupled) -> bool:

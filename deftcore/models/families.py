@@ -47,6 +47,7 @@ class Attention:
     interleaved: bool = False  # rows of a fused matrix: q, k, v of head 0, of head 1 ...; otherwise all of q, k, v
     bias_table: str = ""  # in a stack's first layer, a column per head, added in all of them: their heads move together
     apart: str = ""  # name of the attention that does not see that table
+    reads_config: bool = False  # its forward takes numbers of heads from its config, not from itself
 
     @property
     def fused(self) -> bool:
@@ -66,6 +67,8 @@ class Family:
     attention: Attention | None = None
     adapter_targets: list[str] | str | None = None  # the modules that return an MLP's output, as PEFT's target_modules
     positions: str = ""  # the table of learned positions, whose length bounds the input
+    channels_field: str = "intermediate_size"  # of the config: channels of every MLP
+    head_size_field: str = ""  # of the config: size of a head; empty where it is the model's width / number of heads
     stored_as: tuple[tuple[str, str], ...] = ()  # what begins otherwise in files: (in the model, in files)
     buffers: tuple[str, ...] = ()  # of Mamba's mixers: what feeds the state (arXiv 2406.00209)
     remarks: tuple[tuple[str, str], ...] = ()  # name of a use or method, and what to know of it here
@@ -94,8 +97,13 @@ _GPT2_MLP = Mlp(up="c_fc", down="c_proj", act="act")
 _NEOX_MLP = Mlp(up="dense_h_to_4h", down="dense_4h_to_h", act="act")
 _PHI3_MLP = Mlp(gate="gate_up_proj", up="gate_up_proj", down="down_proj", act="activation_fn")
 
-_LLAMA = Family((GATED_MLP,), Attention("q_proj", "k_proj", "v_proj", "o_proj"), ["mlp"])
-_OPT = Family((_OPT_MLP,), Attention("q_proj", "k_proj", "v_proj", "out_proj"), ["fc2"], "embed_positions")
+_LLAMA = Family(
+    (GATED_MLP,), Attention("q_proj", "k_proj", "v_proj", "o_proj"), ["mlp"], head_size_field="head_dim"
+)  # fmt: skip
+_OPT = Family(
+    (_OPT_MLP,), Attention("q_proj", "k_proj", "v_proj", "out_proj"), ["fc2"], "embed_positions",
+    channels_field="ffn_dim",
+)  # fmt: skip
 _BERT = Family(
     (_BERT_MLP,), Attention("self.query", "self.key", "self.value", "output.dense"),
     r".*\.layer\.\d+\.output\.dense", "position_embeddings",
@@ -105,9 +113,11 @@ _T5 = Family(
     (_T5_GATED_MLP, _T5_MLP),
     Attention("q", "k", "v", "o", bias_table="relative_attention_bias", apart="EncDecAttention"),
     ["DenseReluDense"],
+    channels_field="d_ff",
+    head_size_field="d_kv",
 )
 _GPT2 = Family(
-    (_GPT2_MLP,), Attention("c_attn", "c_attn", "c_attn", "c_proj"), ["mlp"], "wpe",
+    (_GPT2_MLP,), Attention("c_attn", "c_attn", "c_attn", "c_proj"), ["mlp"], "wpe", channels_field="n_inner",
     remarks=(("lora", "PEFT's own forward over its Conv1D layers; fused once they are quantised"),),
 )  # fmt: skip
 _NEOX = Family(
@@ -117,7 +127,8 @@ _NEOX = Family(
 _PATCHED = (("quantize", "run deftcore.patch on it: Transformers' mixers take packed bytes for a matrix"),)
 _MAMBA = Family(buffers=("x_proj", "in_proj"), remarks=_PATCHED)
 _PHI3 = Family(
-    (_PHI3_MLP,), Attention("qkv_proj", "qkv_proj", "qkv_proj", "o_proj"), ["mlp"],
+    (_PHI3_MLP,), Attention("qkv_proj", "qkv_proj", "qkv_proj", "o_proj", reads_config=True), ["mlp"],
+    head_size_field="head_dim",
     remarks=(("sparsify", "not in 4 bits: gate and up are one matrix, which is cut in two"),),
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deftcore import ops
 from deftcore.nn.activations import activation_of
+from deftcore.nn.tokens import fitted
 from deftcore.ops.density import active_count, default_tau
 
 
@@ -65,16 +66,7 @@ class Recorder:
 
     def mask(self, side: str, z: Tensor) -> Tensor | None:
         """The token mask of one side, in the shape of z without its last dimension."""
-        mask = self.masks.get(side)
-        rows = z.shape[:-1].numel()
-        if mask is None or rows % mask.shape[0]:
-            return None
-        length = rows // mask.shape[0]
-        if mask.shape[1] >= length:  # cached keys and prefix tokens precede the positions that run now
-            mask = mask[:, mask.shape[1] - length :]
-        else:  # virtual prompt tokens are real positions and count
-            mask = torch.cat((mask.new_ones((mask.shape[0], length - mask.shape[1])), mask), dim=1)
-        return mask.reshape(z.shape[:-1])
+        return fitted(self.masks.get(side), z.shape[:-1])
 
 
 class ObservedActivation(nn.Module):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _KEY_VALUE_PROMPTS = ("PREFIX_TUNING", "CARTRIDGE")  # of PEFT's prompt learning
@@ -20,6 +21,24 @@ def token_masks(batch: Mapping[str, Any], is_encoder_decoder: bool) -> dict[str,
     if decoder is None and labels is not None:
         decoder = labels != -100
     return {"encoder": padding, "decoder": None if decoder is None else decoder != 0}
+
+
+def fitted(mask: Tensor | None, tokens: torch.Size) -> Tensor | None:
+    """A mask [B, K] for the tokens of an activation, in their shape; None where it says nothing of them.
+
+    Args:
+        tokens: [B, T] or flattened already [B * T]. T may be less than K, where cached keys and prefix tokens precede
+            the positions that run now, and more, where virtual prompt tokens do, which are real positions and count.
+    """
+    rows = tokens.numel()
+    if mask is None or rows % mask.shape[0]:
+        return None
+    length = rows // mask.shape[0]
+    if mask.shape[1] >= length:
+        mask = mask[:, mask.shape[1] - length :]
+    else:
+        mask = torch.cat((mask.new_ones((mask.shape[0], length - mask.shape[1])), mask), dim=1)
+    return mask.reshape(tokens)
 
 
 def positions(batch: Mapping[str, Any], side: str, *, rows: bool = False) -> int:

@@ -1,6 +1,7 @@
 """`QuantizedTensor`: a matrix in 4 bits with a scale per block, as bitsandbytes stores it; code books and layout."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -159,6 +160,51 @@ class QuantizedTensor:
             storage=torch.uint8, column_blocks=not self.column_blocks,
         )  # fmt: skip
 
+    def has_whole(self, dim: int, lines: Tensor) -> bool:
+        """Whether some rows (dim 0) or columns (dim 1) of this matrix, int64 and ascending, are whole blocks."""
+        return _whole_groups(lines, self._lines_per_block(dim), self.shape[dim]) is not None
+
+    def _lines_per_block(self, dim: int) -> int:
+        """How many neighbouring rows or columns share blocks; 0 for all."""
+        along = 0 if self.column_blocks else 1  # the side that blocks run along
+        length = self.shape[along]
+        if dim == along:
+            return self.block_size if length % self.block_size == 0 else 0
+        return self.block_size // math.gcd(self.block_size, length)
+
+    def select(self, dim: int, lines: Tensor) -> "QuantizedTensor":
+        """Some rows (dim 0) or columns (dim 1) of this matrix, bit by bit: its nibbles and scales as they are.
+
+        Nested scales become float32, as in `t`.
+
+        Args:
+            lines: int64, ascending.
+
+        Raises:
+            ValueError: blocks would be cut (`has_whole`).
+        """
+        if self.column_blocks:
+            return self.t().select(1 - dim, lines).t()
+        groups = _whole_groups(lines, self._lines_per_block(dim), self.shape[dim])
+        if groups is None:
+            raise ValueError(f"lines: must be whole blocks of {self.block_size} of {self}")
+        rows, cols = self.shape
+        nibbles = torch.stack((self.packed >> 4, self.packed & 15), 1).flatten()[: self.numel()].view(rows, cols)
+        taken = nibbles.index_select(dim, lines.to(self.device))
+        pairs = F.pad(taken.flatten(), (0, taken.numel() % 2)).view(-1, 2)
+        packed = (pairs[:, 0] << 4) | pairs[:, 1]
+        scales, groups = self.scales(), groups.to(self.device)
+        if dim == 1:
+            scales = scales.view(rows, -1).index_select(1, groups).flatten()
+        else:
+            each = self._lines_per_block(0) * cols // self.block_size  # blocks of a group; the last may have fewer
+            places = (groups.view(-1, 1) * each + torch.arange(each, device=self.device)).flatten()
+            scales = scales[places[places < self.blocks]]
+        return replace(
+            self, packed=packed, absmax=scales.contiguous(), shape=taken.shape, nested_absmax=None, nested_code=None,
+            nested_offset=0.0, storage=torch.uint8 if packed.numel() % self.storage.itemsize else self.storage,
+        )  # fmt: skip
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """code[nibble] * scale, one float32 product rounded once to dtype; None is the dtype that this was made from.
 
@@ -268,6 +314,15 @@ class QuantizedTensor:
         if device.type != "meta" and not bool(torch.isfinite(q.scales()).all()):
             raise ValueError(f"{prefix}.absmax: has scales that are not finite")
         return q
+
+
+def _whole_groups(lines: Tensor, size: int, total: int) -> Tensor | None:
+    """The groups of `size` neighbours that some of `total` lines are made of; None where they cut one, or size is 0."""
+    if size == 0 or lines.numel() == 0:
+        return None
+    groups = (lines // size).unique()
+    wanted = (groups * size + size).clamp(max=total) - groups * size
+    return groups if int(wanted.sum()) == lines.numel() else None
 
 
 def _parse_state(key: str, encoded: Tensor) -> dict[str, Any]:

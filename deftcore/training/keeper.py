@@ -98,7 +98,7 @@ class Keeper:
         state: dict[str, Tensor] = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         for i, objective in enumerate(self.objectives):
             prefix = f"objective{i or ''}"
-            state |= {f"{prefix}.{name}": p for name, p in objective.named_parameters()}
+            state |= {f"{prefix}.{name}": value for name, value in objective.state_dict(keep_vars=True).items()}
         return state
 
     def _whole(self) -> dict[str, Tensor]:

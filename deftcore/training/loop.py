@@ -219,9 +219,9 @@ class _Run:
         else:
             optimizer = make_optimizer(model)
         spare_from_decay(optimizer, [p for objective in self.objectives for p in objective.undecayed()])
-        own = [p for objective in self.objectives for p in objective.parameters()]
-        if own:
-            optimizer.add_param_group({"params": own, "weight_decay": 0.0})
+        for objective in self.objectives:
+            for group in objective.groups(config.learning_rate):
+                optimizer.add_param_group(group)
         warmup = round(config.warmup_ratio * self.total)
         if warmup and self.total == 1:
             got = config.warmup_ratio
@@ -327,8 +327,9 @@ class _Run:
         loss, *extra = accelerator.reduce(torch.tensor(losses, device=device), "sum").tolist()
         if not math.isfinite(sum((loss, *extra))):
             raise Diverged(self.label, sum((loss, *extra)), self.state.step + 1)
+        scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
         for objective in objectives:
-            objective.end()
+            objective.end(scale)
         if self.config.max_grad_norm:
             accelerator.clip_grad_norm_(self._parameters(), self.config.max_grad_norm)
         rate = self.scheduler.get_last_lr()[0]

@@ -13,7 +13,8 @@ Batch = Mapping[str, Any]
 
 class Objective(nn.Module):
     """A loss that is added to the task's, and what it measures. Its parameters train with the model's, without weight
-    decay; gradients of theirs that processes have to share are its own business, in `end`.
+    decay; gradients of theirs that processes have to share are its own business, in `end`. What else a run that goes on
+    has to know are its buffers, equal on all processes.
 
     Of each step: `begin`, then `share` after every micro-batch's forward, then `end` after the last backward. All have
     a default but `share`.
@@ -49,12 +50,25 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
-    def end(self) -> None:
+    def end(self, scale: float = 1.0) -> None:
         """The last backward of a step is done; clipping and the optimizer's step follow. Gradients are those of the
-        whole step; under `mixed_precision: fp16` they still hold the scaler's factor."""
+        whole step.
+
+        Args:
+            scale: the factor that they still hold, the scaler's under `mixed_precision: fp16`.
+        """
 
     def observe(self, batch: Batch, output: Any) -> None:
         """A forward of an evaluation is done; for objectives that measure on outputs."""
+
+    def groups(self, rate: float) -> list[dict[str, Any]]:
+        """Its parameters, as groups for the optimizer.
+
+        Args:
+            rate: the run's learning rate.
+        """
+        own = list(self.parameters())
+        return [{"params": own, "weight_decay": 0.0}] if own else []
 
     def undecayed(self) -> Sequence[nn.Parameter]:
         """Parameters of the model that are to train without weight decay, those that it penalises itself."""

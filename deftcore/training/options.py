@@ -65,8 +65,8 @@ def make_config(method: Method, model: Any, options: dict[str, Any]) -> Any:
         return None
     options = copy.deepcopy(options)
     pair = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
-    if issubclass(kind, PeftConfig) and pair is not None:  # a language model of Transformers
-        options["task_type"] = "SEQ_2_SEQ_LM" if pair else "CAUSAL_LM"
+    if issubclass(kind, PeftConfig) and hasattr(model, "prepare_inputs_for_generation"):  # a language model
+        options.setdefault("task_type", "SEQ_2_SEQ_LM" if pair else "CAUSAL_LM")
     try:
         return kind(**options)
     except TypeError as error:

@@ -1,5 +1,7 @@
 """Objectives under `transformers.Trainer`."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,22 +37,30 @@ class ObjectiveTrainerMixin:
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The task loss plus, in training, this micro-batch's share of the objective's: a scalar.
 
+        An objective that reads outputs gets those of the Trainer's own forward, or, where that has no logits in the
+        graph (TRL's computes the loss from the hidden states), those of one forward more.
+
         Raises:
             RuntimeError: as `Objective.share`; a density loss when the forward ran without a graph.
         """
         self.objective.expect(inputs)  # the labels may be taken out before the model sees them
-        asked = return_outputs or (model.training and self.objective.needs_output)
-        result = super().compute_loss(model, inputs, return_outputs=asked, **kwargs)  # type: ignore[misc]
-        loss, output = result if asked else (result, None)
+        batch = dict(inputs)
+        with _outputs_of(model) as seen:
+            result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        loss, returned = result if return_outputs else (result, None)
         if not model.training:
             if return_outputs:
-                self.objective.observe(inputs, output)
+                self.objective.observe(inputs, returned)
             return result
-        share = self.objective.share(inputs, output)
+        output = None
+        if self.objective.needs_output:
+            output = next((each for each in seen if _logits(each) is not None), None)
+            output = model(**batch) if output is None else output
+        share = self.objective.share(batch, output)
         if not self._loss_is_a_share(kwargs.get("num_items_in_batch")):
             share = share * self._parts  # the Trainer will divide by it
         loss = loss + share.to(loss.device)
-        return (loss, output) if return_outputs else loss
+        return (loss, returned) if return_outputs else loss
 
     def _loss_is_a_share(self, items: Any) -> bool:
         """Whether the Trainer takes a micro-batch's loss as a share of the window's, and so leaves it undivided."""
@@ -64,7 +74,8 @@ class ObjectiveTrainerMixin:
         """The Trainer's; behind a window's last backward the objective is told."""
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
-            self.objective.end()
+            scaler = self.accelerator.scaler  # type: ignore[attr-defined]
+            self.objective.end(1.0 if scaler is None else scaler.get_scale())
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -80,14 +91,14 @@ class ObjectiveTrainerMixin:
         self.objective.load(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's, with the objective's parameters as a group of their own, without weight decay; nor have those
+        """The Trainer's, with the objective's parameters as groups of their own, without weight decay; nor have those
         of the model's that the objective penalises."""
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         spare_from_decay(optimizer, self.objective.undecayed())
-        own = list(self.objective.parameters())
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if own and id(own[0]) not in known:
-            optimizer.add_param_group({"params": own, "weight_decay": 0.0})
+        for group in self.objective.groups(self.args.learning_rate):  # type: ignore[attr-defined]
+            if id(group["params"][0]) not in known:
+                optimizer.add_param_group(group)
         return optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -122,3 +133,23 @@ class ObjectiveTrainerMixin:
             logs |= {f"{prefix}{name}": round(value, 6) for name, value in measured.items()}
             self.objective.reset()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+@contextmanager
+def _outputs_of(model: nn.Module) -> Iterator[list[Any]]:
+    """What a model's forwards in a graph return while it lasts."""
+    found: list[Any] = []
+
+    def keep(_: nn.Module, inputs: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            found.append(output)
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _logits(output: Any) -> Any:
+    return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)

@@ -43,7 +43,8 @@ optimizer.step()
 ```
 
 Under `transformers.Trainer` the penalty is an objective: `class BaLoraTrainer(ObjectiveTrainerMixin, Trainer)` from
-`deftcore.training.trainer`, with `objective=BaLoraPenalty(model)` (`examples/spectral_adapters.py`).
+`deftcore.training.trainer`, with `objective=BaLoraPenalty(model)` (`examples/spectral_adapters.py`); under TRL's
+`SFTTrainer` the same (`examples/trl_sft.py`).
 `deftcore.export_lora(model, folder)` writes a plain LoRA of rank 2r on the original weights. Recipes: `ba-lora`, and
 `qba-lora` over a base in 4 bits.
 
@@ -62,6 +63,7 @@ Under `transformers.Trainer` the penalty is an objective: `class BaLoraTrainer(O
 ## Costs and limits
 
 - Over LoRA: one forward of the pre-trained model a step, while the consistency's weight is above 0, and its logits.
+  Under TRL's `SFTTrainer`, whose loss needs no logits, one forward more for those of the model itself.
 - The penalties make no float32 copy of the logits: rows are taken in blocks of 4 MB, forward and backward at once.
   The spectral term of `variant="v5"` does, for all singular vectors, and copies the logits that count.
 - `base_mode="pissa"` puts W - s B0 A0 in the weight's place, as published: one adapter a model, and an identity at

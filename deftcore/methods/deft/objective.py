@@ -222,7 +222,7 @@ class DensityLoss(Objective):
         """`loss` of the micro-batch that the last forward saw, as its share of the step that `begin` announced."""
         return self.loss(**self._window)
 
-    def end(self) -> None:
+    def end(self, scale: float = 1.0) -> None:
         """The mean over processes of the gates' gradient."""
         if self.gates is not None:
             self.gates.reduce_gradient()

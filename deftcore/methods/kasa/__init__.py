@@ -47,9 +47,9 @@ plain = PeftModel.from_pretrained(model.unload(), folder)
 ```
 
 Under `transformers.Trainer` the penalty is an objective: `class KasaTrainer(ObjectiveTrainerMixin, Trainer)` from
-`deftcore.training.trainer`, with `objective=KasaPenalty(model)` (`examples/spectral_adapters.py`). Adapters of PEFT's
-own KaSA variant are read and written by `load_peft_kasa` and `save_peft_kasa`. Recipes: `kasa`, and `qkasa` over a
-base in 4 bits.
+`deftcore.training.trainer`, with `objective=KasaPenalty(model)` (`examples/spectral_adapters.py`); under TRL's
+`SFTTrainer` the same (`examples/trl_sft.py`). Adapters of PEFT's own KaSA variant are read and written by
+`load_peft_kasa` and `save_peft_kasa`. Recipes: `kasa`, and `qkasa` over a base in 4 bits.
 
 ## Where things are
 

@@ -1,12 +1,14 @@
 """Bottleneck adapters: y + s * up(f(down(y))) after the MLP (Pfeiffer et al., arXiv 2005.00052), or the parallel form
 y + s * up(f(down(x))) on the MLP's input (AdaptFormer, Chen et al., arXiv 2205.13535)."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from deftcore.models.families import FAMILIES, MLP_FORMS, check_part
@@ -25,6 +27,14 @@ class BottleneckConfig(PeftConfig):
     """
 
     reduction_factor: int = field(default=16, metadata={"help": "Model width over bottleneck width."})
+    r: int | None = field(default=None, metadata={"help": "Bottleneck width, in place of reduction_factor's."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Bottleneck widths of some modules, by name or pattern, as LoRA's."}
+    )
+    bottleneck_bias: bool = field(default=True, metadata={"help": "Whether down and up have biases."})
+    init_std: float | None = field(
+        default=None, metadata={"help": "Spread of a normal start of down and up; None starts up at zero."}
+    )
     non_linearity: str = field(default="relu", metadata={"help": "relu, gelu or silu, inside the bottleneck."})
     parallel: bool = field(default=False, metadata={"help": "Read the MLP's input, not its output (AdaptFormer)."})
     scaling: float = field(default=1.0, metadata={"help": "Factor of the adapter's output; AdaptFormer uses 0.1."})
@@ -42,6 +52,11 @@ class BottleneckConfig(PeftConfig):
         self.peft_type = MethodName("BOTTLENECK")
         if not isinstance(self.reduction_factor, int) or self.reduction_factor < 1:
             raise ValueError(f"reduction_factor: must be an integer of at least 1, got {self.reduction_factor!r}")
+        for name, width in (("r", self.r), *(("rank_pattern", width) for width in self.rank_pattern.values())):
+            if width is not None and (not isinstance(width, int) or width < 1):
+                raise ValueError(f"{name}: must be an integer of at least 1, got {width!r}")
+        if self.init_std is not None and not 0 <= self.init_std < math.inf:
+            raise ValueError(f"init_std: must be a number of at least 0, got {self.init_std!r}")
         if self.non_linearity not in _NON_LINEARITIES:
             raise ValueError(f"non_linearity: must be one of {', '.join(_NON_LINEARITIES)}, got {self.non_linearity!r}")
         if not 0 <= self.dropout < 1:
@@ -51,13 +66,17 @@ class BottleneckConfig(PeftConfig):
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """Wraps the module that returns an MLP's output. `up` starts at zero: the model is unchanged at first."""
+    """Wraps the module that returns an MLP's, or an attention's, output. `up` starts at zero, unless `init_std` says
+    otherwise: the model is unchanged at first.
+    """
 
     adds_to_block = True  # to the block's output: gates and the sparse form go beneath
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("configs", "bottleneck_dropout")
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig, r: int | None = None
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.bottleneck_down = nn.ModuleDict()
@@ -67,10 +86,13 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._tap: torch.utils.hooks.RemovableHandle | None = None
         self._mlp_input: Tensor | None = None
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, r)
 
-    def update_layer(self, adapter_name: str, config: BottleneckConfig, **_: Any) -> None:
-        """Adds an adapter: down [F, M], up [M, F], F = M / reduction_factor, in the dtype of the layer beneath.
+    def update_layer(self, adapter_name: str, config: BottleneckConfig, r: int | None = None, **_: Any) -> None:
+        """Adds an adapter: down [F, M], up [M, F], in the dtype of the layer beneath.
+
+        Args:
+            r: F; None is the config's r, or M / reduction_factor.
 
         Raises:
             ValueError: the module beneath is neither a linear layer nor an MLP module.
@@ -78,15 +100,21 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         reference = _output_projection(base)
         width = shape_of(reference)[0]
-        size = max(width // config.reduction_factor, 1)
-        options: dict[str, Any] = {"device": reference.weight.device, "dtype": _dtype_of(reference)}
+        size = r or config.r or max(width // config.reduction_factor, 1)
+        options: dict[str, Any] = {
+            "bias": config.bottleneck_bias, "device": reference.weight.device, "dtype": _dtype_of(reference)
+        }  # fmt: skip
         self.configs[adapter_name] = config
-        up = nn.Linear(size, width, **options)
-        self.bottleneck_down[adapter_name] = nn.Linear(width, size, **options)
+        up, down = nn.Linear(size, width, **options), nn.Linear(width, size, **options)
+        self.bottleneck_down[adapter_name] = down
         self.bottleneck_up[adapter_name] = up
         self.bottleneck_dropout[adapter_name] = nn.Dropout(config.dropout)
-        if reference.weight.device.type != "meta":
+        if config.init_std is not None:
+            nn.init.normal_(down.weight, std=config.init_std)
+            nn.init.normal_(up.weight, std=config.init_std)
+        else:
             nn.init.zeros_(up.weight)
+        if config.bottleneck_bias:
             nn.init.zeros_(up.bias)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -172,11 +200,13 @@ class BottleneckModel(GathersShards):
         current_key: str,
         **_: Any,
     ) -> None:
+        widths = peft_config.rank_pattern
+        r = widths.get(get_pattern_key(list(widths), current_key))
         if isinstance(target, BottleneckLayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, r)
             layer = target
         else:
-            layer = BottleneckLayer(target, adapter_name, peft_config)
+            layer = BottleneckLayer(target, adapter_name, peft_config, r)
             if adapter_name != self.active_adapter:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
@@ -214,7 +244,7 @@ def _output_projection(module: nn.Module) -> Any:
         child = getattr(child, "base_layer", child)
         if isinstance(child, nn.Linear) or is_transposed(child):
             return child
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or is_transposed(module):
         return module
     raise ValueError(f"target_modules: {type(module).__name__} is neither a linear layer nor an MLP module")
 

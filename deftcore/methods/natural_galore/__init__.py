@@ -43,7 +43,8 @@ print(optimizer.diagnostics()[0])  # rho far below 1: lambda hides the Fisher, t
 
 Under `transformers.Trainer`: `optimizers=(optimizer, None)`; with the arguments that GaLore's users write,
 `TrainingArguments(optim_target_modules=["attn", "mlp"], optim_args="rank=64, update_proj_gap=100", ...)`, the optimizer
-is `deftcore.methods.natural_galore.trainer.optimizer_of(args, model)`. Recipes: `galore`, `natural-galore`.
+is `deftcore.methods.natural_galore.trainer.optimizer_of(args, model)`; TRL's `SFTTrainer` the same
+(`examples/trl_sft.py`). Recipes: `galore`, `natural-galore`.
 
 ## Where things are
 

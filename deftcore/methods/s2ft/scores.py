@@ -6,38 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deftcore.models.coupled import CONSUMERS, Axis, Coupled, elements
-from deftcore.nn.linear import PackedModule, is_transposed
+from deftcore.models.coupled import CONSUMERS, Coupled
+from deftcore.models.unit_norms import unit_norms
+from deftcore.nn.linear import PackedModule
 from deftcore.nn.tokens import token_masks
 
 Scores = dict[str, Tensor]  # per Axis.key: one per unit
-
-
-def _lines(model: nn.Module, axis: Axis, tensor: Tensor) -> Tensor:
-    """Rows of a weight (or its gradient) that belong to the units, the units' axis first."""
-    logical = tensor.t() if is_transposed(model.get_submodule(axis.module)) else tensor
-    return logical.t() if axis.dim == 1 else logical
-
-
-def _unit_norms(lines: Tensor, axis: Axis, units: int) -> Tensor:
-    """Norm over each unit's vectors, float64 on the CPU."""
-    own = lines.index_select(0, elements(torch.arange(units), axis).to(lines.device))
-    return own.double().square().sum(1).view(units, axis.width).sum(1).sqrt().cpu()
-
-
-def _own_units(coupled: Coupled, axis: Axis) -> int:
-    return coupled.units // coupled.group if axis.shared else coupled.units
-
-
-def weight_scores(model: nn.Module, structures: list[Coupled], targets: list[str]) -> Scores:
-    """Norm of each unit's own vectors [units], the trained axis of the weight; of a packed weight, decoded."""
-    found = {}
-    for coupled in structures:
-        for axis in coupled.weights(targets):
-            module: Any = model.get_submodule(axis.module)
-            weight = module.quantized.dequantize() if isinstance(module, PackedModule) else module.weight
-            found[axis.key] = _unit_norms(_lines(model, axis, weight.detach()), axis, _own_units(coupled, axis))
-    return found
 
 
 @torch.no_grad()
@@ -88,7 +62,9 @@ def activation_scores(
         for axis in axes:
             own = [i for i, a in enumerate(consumers[coupled.name]) if a.module == axis.module]
             squares = per_unit[own[0]] if own else torch.stack(per_unit).sum(0)
-            found[axis.key] = squares.view(_own_units(coupled, axis), -1).sum(1).sqrt()
+            found[axis.key] = (
+                squares.view(coupled.units // coupled.group if axis.shared else coupled.units, -1).sum(1).sqrt()
+            )
     return found
 
 
@@ -116,10 +92,7 @@ def gradient_scores(
         with torch.enable_grad():
             for batch in batches:
                 (model(**batch).loss / len(batches)).backward()
-        return {
-            axis.key: _unit_norms(_lines(model, axis, weights[axis.module].grad), axis, _own_units(coupled, axis))
-            for coupled, axis in axes
-        }
+        return {axis.key: unit_norms(model, coupled, axis, weights[axis.module].grad) for coupled, axis in axes}
     finally:
         model.train(training)
         for name, parameter in model.named_parameters():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deftcore.methods.s2ft.config import S2ftConfig
-from deftcore.methods.s2ft.scores import Scores, activation_scores, gradient_scores, weight_scores
+from deftcore.methods.s2ft.scores import Scores, activation_scores, gradient_scores
 from deftcore.models.coupled import (
     CHANNEL_ROLES,
     HEAD_ROLES,
@@ -21,6 +21,7 @@ from deftcore.models.coupled import (
     selected_first,
 )
 from deftcore.models.families import GATED_MLP
+from deftcore.models.unit_norms import weight_norms
 from deftcore.nn.activations import has_kernel
 from deftcore.nn.linear import Linear4bit, is_transposed
 
@@ -141,7 +142,7 @@ def select(
             raise ValueError(
                 f"strategy: {config.strategy!r} needs data; use config = select_channels(model, config, batches)"
             )
-        scores = weight_scores(model, structures, targets) if config.strategy == "weight" else {}
+        scores = weight_norms(model, structures, targets) if config.strategy == "weight" else {}
     generator = torch.Generator().manual_seed(config.seed)
     widths = [c.units for c in structures if c.weights(["down"])]
     channels = int(config.channel_ratio * max(widths, default=0) + 1e-9)
@@ -250,7 +251,7 @@ def select_channels(
         else:
             scores = activation_scores(model, structures, targets, batches)
             if config.strategy == "product":
-                weights = weight_scores(model, structures, targets)
+                weights = weight_norms(model, structures, targets)
                 scores = {key: score * weights[key] for key, score in scores.items()}
     chosen = select(structures, model, config, targets, scores)
     return replace(config, indices={key: units.tolist() for key, units in chosen.items()})

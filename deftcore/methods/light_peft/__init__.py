@@ -1,0 +1,86 @@
+"""Light-PEFT: prune the frozen base and the adapters early, then train the small model.
+
+Gu, Fu, Liu, Shen, Lin, Wang, *Light-PEFT: Lightening Parameter-Efficient Fine-Tuning via Early Pruning*, Findings of
+ACL 2024, arXiv 2406.03792.
+
+In a short first phase adapters learn as usual. Beside them learn soft masks, one per head and one per MLP channel, and
+two things are noted of each adapter: how much it adds to its layer's output, and how much each of its ranks moves the
+loss. Then the lowest heads, channels, adapters and ranks are cut out for real, and the second phase trains what is
+left: fewer weights to compute with, and fewer to train.
+
+## Equations
+
+Of a block with heads `o_i` and MLP activations `a_c`, masks `m` that start at 1, and an adapter with `dY = c B A x`
+beside `Y`:
+
+```text
+masks      o'_i = m_i o_i,  a'_c = m_c a_c          what the output projections read
+loss       task + l1 (sum |m_heads| + sum |m_channels|)
+gradient   dL/dm_i = sum over tokens <dL/do'_i, o_i> + l1 sign(m_i)                  channels alike
+adapter    I = mean over the second half of the steps of  mean over tokens of |dY_t| / |Y_t|
+rank       s_k = mean over the same steps of  |mean_in(A_k * dL/dA_k)| + |mean_out(B_k * dL/dB_k)|
+selection  of n scores the floor(ratio n + 1e-6) lowest go, of equal ones those behind first
+           heads: |m| in each layer; channels: |m| over all layers; adapters: I over all; ranks: s over all that stay
+```
+
+A bottleneck's `dY` is its branch, its `Y` what the branch is added to. Of grouped queries whole groups go, by the sum
+of their heads' masks. What stays keeps its weights; its masks are dropped (`keep_masks="reset"`, the paper's) or
+multiplied into the weights that read it (`"fold"`).
+
+## Example
+
+```python
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from deftcore import LightPeftConfig
+from deftcore.methods.light_peft.estimation import Estimation
+from deftcore.methods.light_peft.selection import select
+
+sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=64))
+model = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]))
+config, batch = LightPeftConfig(estimate_steps=6), {"input_ids": torch.arange(32).view(2, 16)}
+estimation = Estimation(model, config)  # an objective
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+for group in estimation.groups(1e-3):
+    optimizer.add_param_group(group)
+for step in range(6):
+    estimation.begin([batch], step, 6)
+    output = model(**batch, labels=batch["input_ids"])
+    (output.loss + estimation.share(batch, output)).backward()
+    estimation.end()
+    optimizer.step()
+    optimizer.zero_grad()
+estimation.detach()
+kept = select(estimation.structures, estimation.scores(), config)
+assert len(kept.units["model.layers.0.self_attn"]) == 3  # heads of 4
+```
+
+## Where things are
+
+| | |
+|---|---|
+| config | `config.py` |
+| the adapters of the first phase | `adapters.py` |
+| masks, running sums: the first phase as an objective | `estimation.py` |
+| importance of adapters and ranks | `importance.py` |
+| what stays | `selection.py` |
+| random and magnitude pruning, to compare with | `baselines.py` |
+| what stays, as a record | `deftcore/models/kept.py` |
+| heads and channels of a model | `deftcore/models/coupled.py` |
+| masks on activations | `deftcore/ops/masks.py` |
+
+## Costs and limits
+
+- The first phase adds L (H + F) trained numbers, and two products with an adapter's rank per adapter and step in its
+  second half. Sums are kept on the device; the loop waits for none of them.
+- With AdamW at 3e-4 over 800 steps a mask moves by about 0.1 at most: only their order says anything. The phase's
+  result has their range, and the share of what is pruned that the last tenth of the steps decided.
+- A ratio of 0 leaves a part as it is, bit for bit. Ratios that are less than one head, or group, are refused.
+- Stacks whose layers share a table of position biases (T5) share their heads' masks too.
+- In several processes all see the same sums, and the first one's selection counts.
+- Adapters are plain LoRA or bottlenecks on linear layers, one on each. Merged adapters, other variants, latent
+  attention and architectures that the table of families does not list are refused by name.
+"""
