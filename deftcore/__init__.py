@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from deftcore.methods.kasa.config import KasaFactoredConfig
     from deftcore.methods.kasa.penalty import KasaPenalty
     from deftcore.methods.light_peft.config import LightPeftConfig
+    from deftcore.methods.light_peft.plug import expand, load_slim, save_slim
+    from deftcore.methods.light_peft.slimming import slim
     from deftcore.methods.lora.bottleneck import BottleneckConfig
     from deftcore.methods.lora.exporting import export_lora
     from deftcore.methods.lora.merging import merge
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from deftcore.methods.s2ft.delta import DeltaAdapter, DeltaHost, extract_adapter, fuse
     from deftcore.methods.s2ft.selection import select_channels
     from deftcore.methods.s2ft.serving import serve
+    from deftcore.models.checkpoints import load_model
+    from deftcore.models.kept import Kept
     from deftcore.models.quantized_files import load_quantized
     from deftcore.models.sparsify import sparsify
     from deftcore.nn.preparation import prepare_for_training
@@ -44,23 +48,29 @@ _HOMES = {
     "DensityLoss": "deftcore.methods.deft.objective",
     "KasaFactoredConfig": "deftcore.methods.kasa.config",
     "KasaPenalty": "deftcore.methods.kasa.penalty",
+    "Kept": "deftcore.models.kept",
     "LightPeftConfig": "deftcore.methods.light_peft.config",
     "MambaLoraConfig": "deftcore.methods.mamba.lora",
     "NaturalGaLore": "deftcore.methods.natural_galore.optimizer",
     "S2ftConfig": "deftcore.methods.s2ft.config",
+    "expand": "deftcore.methods.light_peft.plug",
     "export_lora": "deftcore.methods.lora.exporting",
     "extract_adapter": "deftcore.methods.s2ft.delta",
     "fuse": "deftcore.methods.s2ft.delta",
     "galore_param_groups": "deftcore.methods.natural_galore.groups",
+    "load_model": "deftcore.models.checkpoints",
     "load_quantized": "deftcore.models.quantized_files",
+    "load_slim": "deftcore.methods.light_peft.plug",
     "load_sparse": "deftcore.methods.deft.files",
     "merge": "deftcore.methods.lora.merging",
     "patch": "deftcore.methods.lora.patch",
     "prepare_for_training": "deftcore.nn.preparation",
     "quantize": "deftcore.nn.quantization",
+    "save_slim": "deftcore.methods.light_peft.plug",
     "save_sparse": "deftcore.methods.deft.files",
     "select_channels": "deftcore.methods.s2ft.selection",
     "serve": "deftcore.methods.s2ft.serving",
+    "slim": "deftcore.methods.light_peft.slimming",
     "sparsify": "deftcore.models.sparsify",
     "unpatch": "deftcore.methods.lora.patch",
 }
@@ -74,23 +84,29 @@ __all__ = [
     "DensityLoss",
     "KasaFactoredConfig",
     "KasaPenalty",
+    "Kept",
     "LightPeftConfig",
     "MambaLoraConfig",
     "NaturalGaLore",
     "S2ftConfig",
+    "expand",
     "export_lora",
     "extract_adapter",
     "fuse",
     "galore_param_groups",
+    "load_model",
     "load_quantized",
+    "load_slim",
     "load_sparse",
     "merge",
     "patch",
     "prepare_for_training",
     "quantize",
+    "save_slim",
     "save_sparse",
     "select_channels",
     "serve",
+    "slim",
     "sparsify",
     "unpatch",
 ]

@@ -11,11 +11,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import CONFIG_NAME
 
+from deftcore.models.coupled import stored_sizes
 from deftcore.models.families import family_of
+from deftcore.models.slim_files import slim_class
 
 
 def model_kind(config: Any) -> Any:
-    """The class of Transformers that builds a language model of this configuration."""
+    """The class of Transformers that builds a language model of this configuration; a slim one's in its own sizes."""
+    if stored_sizes(config):
+        return slim_class(config)
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 

@@ -128,7 +128,8 @@ def cut(model: Any, kept: Kept, *, requantize: bool = False) -> SlimReport:
     everything = find_coupled(base)
     Kept(kept.units, {}, kept.scales).check(everything, {})
     structures = [each for each in everything if each.name in kept.units]
-    cuts = plan(base, structures, kept)
+    with torch.device("cpu"):  # where a model is built on the meta device
+        cuts = plan(base, structures, kept)
     for each in cuts:
         _check(base, each, requantize)
     before, errors = _weights(base), dict[str, float]()

@@ -11,9 +11,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
 
 from deftcore.models.gates import load_gates
+from deftcore.models.slim_files import SlimRecord
+from deftcore.models.slimming import cut
 from deftcore.nn.sharding import whole
 from deftcore.training.registry import load_rooms
 
@@ -61,10 +62,10 @@ def register_with_peft(name: str, config: type[PeftConfig], model: type[BaseTune
             raise ValueError(f"name: PEFT has a method {name!r} already")
 
 
-def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Any:
+def load_adapter(model: Any, folder: str | os.PathLike) -> Any:
     """The PEFT model of a base and an adapter folder, with its adaptive gates where it has any; strict, where PEFT only
     warns: everything stored, embeddings of a resized vocabulary among it, stands in the model with its value, and
-    nothing of the adapter is missing.
+    nothing of the adapter is missing. Of an adapter of a slim model the base is slimmed first, in place.
 
     Raises:
         FileNotFoundError: when the folder holds no adapter.
@@ -75,8 +76,13 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Any:
     for needed in (Path(folder) / "adapter_config.json", file):
         if not needed.exists():
             raise FileNotFoundError(f"adapter: no such file: {needed}")
+    record = SlimRecord.load(folder)
     try:
         stored = load_file(file)
+        if record is not None:
+            record.check(model)
+            cut(model, record.kept, requantize=True)  # as it was when the adapter was slimmed
+            model.deftcore_record = record
         adapted = PeftModel.from_pretrained(model, folder)
     except (SafetensorError, RuntimeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"adapter: {file} is damaged or of another model: {error}") from error

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from deftcore.models.blocks import base_of
 from deftcore.nn.sharding import is_sharded, whole
 
 
 def save_trained(model: Any, folder: Path, processor: Any = None) -> None:
-    """Writes what was trained (the adapter, or a whole model) and its tokenizer or the like, and opens it again to be
-    sure. Every process must call it where the model is sharded (FSDP2); the first one's files count.
+    """Writes what was trained (the adapter, of a slim model with its record, or a whole model) and its tokenizer or the
+    like, and opens it again to be sure. Every process must call it where the model is sharded (FSDP2); the first one's
+    files count.
 
     Args:
         model, processor: with `save_pretrained`, as those of PEFT and Transformers.
@@ -23,6 +25,9 @@ def save_trained(model: Any, folder: Path, processor: Any = None) -> None:
     model.save_pretrained(folder, **options)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
+    record = getattr(base_of(model), "deftcore_record", None)
+    if record is not None and hasattr(model, "peft_config"):
+        record.save(folder)
     if processor is not None:
         processor.save_pretrained(folder)
     written = 0

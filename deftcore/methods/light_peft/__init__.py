@@ -68,6 +68,8 @@ assert len(kept.units["model.layers.0.self_attn"]) == 3  # heads of 4
 | importance of adapters and ranks | `importance.py` |
 | what stays | `selection.py` |
 | random and magnitude pruning, to compare with | `baselines.py` |
+| base and adapters cut down to it, and back | `slimming.py`, `deftcore/models/slimming.py` |
+| tasks over a shared base | `plug.py`, `deftcore/models/slim_files.py` |
 | what stays, as a record | `deftcore/models/kept.py` |
 | heads and channels of a model | `deftcore/models/coupled.py` |
 | masks on activations | `deftcore/ops/masks.py` |

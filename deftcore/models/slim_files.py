@@ -1,0 +1,130 @@
+"""Slim models on disk: built in their own sizes, and the record by which a task's folder fits a base."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from deftcore._files import write_json
+from deftcore.models.coupled import SIZES_FIELD, Coupled, find_coupled, layer_at, stored_sizes
+from deftcore.models.kept import Kept
+from deftcore.models.slimming import cut
+from deftcore.nn.fingerprints import check_base, combined, fingerprints
+from deftcore.nn.linear import PackedModule
+
+RECORD_FILE = "deftcore_slim.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SlimRecord:
+    """What a slim model knows of the model that it was cut from, so that its adapters find their places again.
+
+    Args:
+        kept: what stays of the base and of the adapters.
+        base: fingerprints of the whole base's coupled weights, by dtype.
+        adapter: fields of the adapter's config as they were before it was slimmed.
+    """
+
+    kept: Kept
+    base: Mapping[str, str] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the record's file into a folder, whole or not at all."""
+        values = {"kept": self.kept.to_dict(), "base": dict(self.base), "adapter": dict(self.adapter)}
+        write_json(Path(folder) / RECORD_FILE, {"format": _FORMAT, **values})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "SlimRecord | None":
+        """The record in a folder; None where it holds none.
+
+        Raises:
+            ValueError: naming the file, when it is damaged.
+        """
+        file = Path(folder) / RECORD_FILE
+        if not file.is_file():
+            return None
+        try:
+            values = json.loads(file.read_text())
+            if values["format"] != _FORMAT:
+                raise ValueError(f"format is {values['format']!r}")
+            return cls(Kept.from_dict(values["kept"]), dict(values["base"]), dict(values["adapter"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"task: {file} is damaged: {error}") from error
+
+    def check(self, base: nn.Module) -> None:
+        """Raises ValueError where a whole base is not the one that this was cut from."""
+        check_base("task", self.base, base_fingerprints(base))
+
+
+def base_fingerprints(base: nn.Module) -> dict[str, str]:
+    """Of the weights that heads and channels are made of, in 4 bits decoded; by dtype. Empty on the meta device."""
+    parts: dict[str, dict[str, str]] = {}
+    for each in find_coupled(base):
+        for axis in each.axes:
+            name, layer = f"{axis.module}.{axis.tensor}", layer_at(base, axis.module)
+            if name in parts:
+                continue  # a fused matrix
+            packed = isinstance(layer, PackedModule) and axis.tensor == "weight"
+            tensor = layer.quantized.dequantize() if packed else getattr(layer, axis.tensor)
+            if tensor.is_meta:
+                return {}
+            parts[name] = fingerprints({name: tensor})
+    return combined(parts)
+
+
+# ---------------------------------------------------------------------------- built in their own sizes
+
+
+def slim_class(config: Any) -> Any:
+    """The class that a slim model's config names, whose `from_config` and `from_pretrained` build layers of the sizes
+    that the config tells. The models are of Transformers' own class.
+
+    Raises:
+        ValueError: the config names no class of Transformers, or sizes that the model cannot have.
+    """
+    import transformers
+
+    name = (getattr(config, "architectures", None) or [""])[0]
+    kind: Any = getattr(transformers, name, None)
+    if kind is None:
+        raise ValueError(
+            f"model: its config has sizes of single layers ({SIZES_FIELD}) and no known class, got {name!r}"
+        )
+
+    class Slim(kind):
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            sizes = stored_sizes(config)
+            delattr(config, SIZES_FIELD)  # first it is built whole
+            super().__init__(config, *args, **kwargs)
+            self.__class__ = kind
+            cut(self, _first_of(find_coupled(self), sizes))
+
+        @classmethod
+        def from_config(cls, config: Any, **options: Any) -> Any:
+            return cls._from_config(config, **options)
+
+    Slim.__name__ = Slim.__qualname__ = kind.__name__
+    return Slim
+
+
+def _first_of(structures: Iterable[Coupled], sizes: Mapping[str, Mapping[str, int]]) -> Kept:
+    """The first units of each structure, as many as the sizes say."""
+    known = {each.name: each for each in structures}
+    units: dict[str, tuple[int, ...]] = {}
+    for name, size in sizes.items():
+        if name not in known:
+            raise ValueError(f"model: its config has a size of {name!r} ({SIZES_FIELD}), which the model lacks")
+        each = known[name]
+        if each.mlp is not None:
+            units[name] = tuple(range(size["intermediate_size"]))
+        else:
+            groups = size["num_kv_heads"]
+            inside = range(size["num_heads"] // groups if groups else 0)
+            units[name] = tuple(group * each.group + place for group in range(groups) for place in inside)
+    return Kept(units)

@@ -1,0 +1,103 @@
+"""Slim adapters: base and adapters cut together, tasks on disk, one base for several of them."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from conftest import task_type
+from slim_models import KINDS, assert_same, logits_of, masked, model_of, some_kept
+
+import deftcore
+from deftcore.methods.light_peft.slimming import adapted_layers, parts_of
+from deftcore.models.blocks import base_of
+from deftcore.models.families import FAMILIES
+from deftcore.models.kept import Kept
+
+
+def lora_of(model, kind, **options):
+    """LoRA on every matrix that heads and channels touch, B no longer zero, at a scaling that is no power of 2."""
+    given = {"r": 5, "lora_alpha": 16, "target_modules": FAMILIES[kind].lora_targets, "task_type": task_type(kind)}
+    given["fan_in_fan_out"] = kind == "gpt2"
+    return filled(peft.get_peft_model(model, peft.LoraConfig(**(given | options))))
+
+
+def bottleneck_of(model, kind, **options):
+    attention, mlps = FAMILIES[kind].attention, FAMILIES[kind].mlps
+    config = deftcore.BottleneckConfig(
+        r=5, target_modules=[attention.o, *(mlp.down for mlp in mlps)], task_type=task_type(kind), **options
+    )
+    return filled(peft.get_peft_model(model, config))
+
+
+def filled(adapted):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in adapted_layers(base_of(adapted)).values():
+            for parts in parts_of(layer):
+                for part in parts.values():
+                    for parameter in part.parameters():
+                        parameter.normal_(std=0.2, generator=generator)
+    return adapted.eval()
+
+
+def with_ranks(kept, adapted):
+    """Every third adapter whole, the third without any rank, others with some."""
+    ranks = {}
+    for i, name in enumerate(adapted_layers(base_of(adapted))):
+        if i % 3:
+            ranks[name] = () if i == 2 else ((0, 2, 3), (1, 4))[i % 2]
+    return Kept(kept.units, ranks, kept.scales)
+
+
+def zeroed(adapted, kept):
+    """The full model with zeros at pruned units and ranks."""
+    model = copy.deepcopy(adapted)
+    layers = adapted_layers(base_of(model))
+    with torch.no_grad():
+        for name, places in kept.ranks.items():
+            for part in parts_of(layers[name])[1].values():
+                gone = [k for k in range(part.weight.shape[1]) if k not in places]
+                part.weight[:, gone] = 0
+                if not places and part.bias is not None:
+                    part.bias.zero_()
+    masked(base_of(model), kept, within=True)
+    return model
+
+
+@pytest.mark.parametrize("wrap", [lora_of, bottleneck_of])
+@pytest.mark.parametrize("kind", KINDS)
+def test_slim_adapters_are_those_with_zeros(kind, wrap, tmp_path):
+    """In memory, through PEFT's files on the original base, and expanded again."""
+    base = model_of(kind)
+    adapted = wrap(copy.deepcopy(base), kind)
+    kept = with_ranks(some_kept(base), adapted)
+    expected = logits_of(zeroed(adapted, kept).double(), kind)
+    scalings = {n: dict(m.scaling) for n, m in adapted_layers(base_of(adapted)).items() if hasattr(m, "scaling")}
+    deftcore.slim(adapted, kept)
+    found = logits_of(adapted, kind)
+    assert_same(logits_of(copy.deepcopy(adapted).double(), kind), expected, 1e-12)
+    layers = adapted_layers(base_of(adapted))
+    gone = {name for name, places in kept.ranks.items() if not places}
+    assert gone
+    assert not gone & layers.keys()
+    for name, layer in layers.items():
+        rows, columns = parts_of(layer)
+        assert (
+            rows["default"].weight.shape[0] == columns["default"].weight.shape[1] == len(kept.ranks.get(name, range(5)))
+        )
+    assert all(layer.scaling == scalings[name] for name, layer in layers.items() if hasattr(layer, "scaling"))
+
+    deftcore.save_slim(adapted, tmp_path / "task")
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    again = deftcore.load_slim(base, tmp_path / "task").eval()
+    assert torch.equal(logits_of(again, kind), found)
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+    full = deftcore.expand(base, tmp_path / "task").eval()
+    for name, layer in adapted_layers(base_of(full)).items():
+        assert parts_of(layer)[0]["default"].weight.shape[0] == 5
+        if name in gone:
+            assert not any(part["default"].weight.any() for part in parts_of(layer))
+    deftcore.slim(full, kept)
+    assert torch.equal(logits_of(full, kind), found)
