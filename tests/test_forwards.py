@@ -130,7 +130,7 @@ def test_the_trainer_mixin_hands_everything_on(method):
     seen = {}
 
     class Base:
-        accelerator = SimpleNamespace(num_processes=1)
+        accelerator = SimpleNamespace(num_processes=1, device=torch.device("cpu"), reduce=lambda x, how: x)
 
     def record(self, *args, **kwargs):
         seen.update(kwargs)

@@ -250,16 +250,16 @@ def test_trainer_saves_and_resumes_gates(tmp_path):
     """Resumed from the middle, the gates end where the whole run's end."""
     whole = trainer_for("llama", "lora", tmp_path / "a", adaptive="gate")
     whole.train()
-    (theta,) = whole.objective.parameters()
+    (theta,) = whole.objectives[0].parameters()
     assert (theta != 4).all()
     assert torch.equal(load_file(tmp_path / "a" / "checkpoint-6" / "density_gates.safetensors")["theta"], theta)
     resumed = trainer_for("llama", "lora", tmp_path / "b", adaptive="gate")
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
-    assert torch.equal(next(resumed.objective.parameters()), theta)
+    assert torch.equal(next(resumed.objectives[0].parameters()), theta)
     resumed.state.best_model_checkpoint = str(tmp_path / "a" / "checkpoint-3")
     resumed._load_best_model()
     stored = load_file(tmp_path / "a" / "checkpoint-3" / "density_gates.safetensors")["theta"]
-    assert torch.equal(next(resumed.objective.parameters()), stored)
+    assert torch.equal(next(resumed.objectives[0].parameters()), stored)
 
 
 @pytest.mark.parametrize("quantize", [None, {"block_size": 32}])

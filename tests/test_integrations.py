@@ -238,7 +238,7 @@ def test_an_objective_sees_the_whole_batch(tmp_path, smoothing):
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, label_smoothing_factor=smoothing)
     trainer = DeftTrainer(model, arguments, objective=Labels())
     trainer.compute_loss(model, dict(inputs))
-    assert trainer.objective.seen == inputs.keys()
+    assert trainer.objectives[0].seen == inputs.keys()
 
 
 class Fused(WithoutOutputs):
@@ -273,6 +273,37 @@ def test_outputs_for_objectives_that_need_them(tmp_path, base):
     for ours, p in zip(found, model.parameters(), strict=True):
         torch.testing.assert_close(ours, p.grad)
     assert not model._forward_hooks
+
+
+@pytest.mark.parametrize(("config", "penalty", "logged"), [
+    (deftcore.KasaFactoredConfig, deftcore.KasaPenalty, "kasa_l2"),
+    (deftcore.BaLoraConfig, deftcore.BaLoraPenalty, "ba_lora_consistency"),
+])  # fmt: skip
+def test_density_beside_a_penalty(tmp_path, config, penalty, logged):
+    """Both are in the gradient, and in the log; of one name there can be one."""
+    options = {"r": 2, "target_modules": ["q_proj", "gate_proj", "up_proj"], "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(tiny_model("llama"), config(**options)).train()
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, max_steps=2, logging_steps=1)
+    objectives = [penalty(model), DensityLoss(model, surrogate="tanh")]
+    trainer = DeftTrainer(model, arguments, train_dataset=Rows("llama"), objective=objectives)
+    inputs, trained = tiny_batch("llama"), [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p.add_(0.1 * torch.randn_like(p))
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, trained)
+
+    found = gradients(trainer.compute_loss(model, dict(inputs)))
+    output = model(**inputs)
+    density = objectives[1].loss()
+    own = objectives[0].loss() if penalty is deftcore.KasaPenalty else objectives[0].loss(inputs, output.logits)
+    for ours, expected in zip(found, gradients(output.loss + own + density), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+    trainer.train()
+    assert all({logged, "density"} <= entry.keys() for entry in trainer.state.log_history[:2])
+    with pytest.raises(ValueError, match="objective: each must have a name of its own"):
+        DeftTrainer(model, arguments, objective=objectives[:1] * 2)
 
 
 @pytest.mark.parametrize(("smoothing", "shares"), [(0.0, True), (0.1, True), (0.0, False)])

@@ -29,7 +29,7 @@ from deftcore.training import sizes
 from deftcore.training.config import TrainingConfig
 from deftcore.training.identity import dependences
 from deftcore.training.keeper import Keeper
-from deftcore.training.objective import Objective, numbers, spare_from_decay
+from deftcore.training.objective import Objective, listed, numbers, spare_from_decay
 from deftcore.training.result import State, TrainResult
 from deftcore.training.run_folder import RunFolder
 from deftcore.training.task import Batch, Batches, Task
@@ -104,11 +104,7 @@ def train(
     """
     if not examples:
         raise ValueError("examples: must not be empty")
-    objectives = [objective] if isinstance(objective, Objective) else list(objective or ())
-    for what in ("name", "measure"):
-        names = [getattr(each, what) for each in objectives]
-        if len(set(names)) < len(names):  # one would stand in the other's place in the log or run.json
-            raise ValueError(f"objective: each must have a {what} of its own, got {', '.join(names)}")
+    objectives = listed(objective)
     # An earlier run in this process may have had another precision or device.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     constant = any(getattr(module, "constant_buffers", False) for module in model.modules())

@@ -96,6 +96,20 @@ class Objective(nn.Module):
         """Reads what `save` wrote."""
 
 
+def listed(objective: Objective | Sequence[Objective] | None) -> list[Objective]:
+    """One objective, or several, as a list.
+
+    Raises:
+        ValueError: two of one name or measure.
+    """
+    found = [objective] if isinstance(objective, Objective) else list(objective or ())
+    for what in ("name", "measure"):
+        names = [getattr(each, what) for each in found]
+        if len(set(names)) < len(names):  # one would stand in the other's place in the log or run.json
+            raise ValueError(f"objective: each must have a {what} of its own, got {', '.join(names)}")
+    return found
+
+
 def numbers(summary: Mapping[str, Any]) -> dict[str, float]:
     """What of a summary a log can show."""
     return {name: value for name, value in summary.items() if isinstance(value, float)}
