@@ -130,6 +130,7 @@ def test_the_trainer_mixin_hands_everything_on(method):
     seen = {}
 
     class Base:
+        args = SimpleNamespace(learning_rate=0.1)
         accelerator = SimpleNamespace(num_processes=1, device=torch.device("cpu"), reduce=lambda x, how: x)
 
     def record(self, *args, **kwargs):
