@@ -2,6 +2,7 @@
 (arXiv 2406.03792, sections 3.1 and 3.2)."""
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,8 +17,9 @@ from deftcore.methods.light_peft.config import LightPeftConfig
 from deftcore.methods.light_peft.importance import rank_scores, watch
 from deftcore.methods.light_peft.selection import Scores, check_shares, part_of, select_units
 from deftcore.models.blocks import base_of, side_of
-from deftcore.models.coupled import CONSUMERS, find_coupled
+from deftcore.models.coupled import CONSUMERS, Coupled, find_coupled
 from deftcore.models.families import family_of
+from deftcore.nn.activations import activation_of
 from deftcore.nn.tokens import fitted, token_masks
 from deftcore.ops.masks import mask_units
 from deftcore.training.objective import Batch, Objective
@@ -90,8 +92,14 @@ class Estimation(Objective):
     # ------------------------------------------------------------------ forward
 
     def _hook_masks(self, base: nn.Module) -> Iterator[Callable[[], None]]:
-        """Masks what the output projections read: heads' outputs, activations."""
-        for coupled, mask in zip(self._masked, self.masks, strict=True):
+        """Masks what the output projections read: heads' outputs, activations. Behind an activation that is known the
+        graph keeps its input alone; a gate's masks are those of the product that it is part of."""
+        activations = [_activation(base, coupled) for coupled in self._masked]
+        uses = Counter(map(id, activations))
+        for coupled, mask, act in zip(self._masked, self.masks, activations, strict=True):
+            if act is not None and uses[id(act)] == 1:
+                yield act.register_forward_hook(partial(_masked_activation, mask)).remove
+                continue
             for axis in coupled.weights(CONSUMERS):
                 hook = partial(_masked, mask, axis.width)
                 yield base.get_submodule(axis.module).register_forward_pre_hook(hook).remove
@@ -230,6 +238,22 @@ class Estimation(Objective):
 
     def summary(self, report: Mapping[str, Any]) -> dict[str, Any]:
         return dict(report)
+
+
+def _activation(base: nn.Module, coupled: Coupled) -> nn.Module | None:
+    """The module of an MLP's activation, where it is one that `mask_units` knows."""
+    if coupled.mlp is None:
+        return None
+    try:
+        act = base.get_submodule(f"{coupled.name}.{coupled.mlp.act}")
+        activation_of(act)
+    except (AttributeError, ValueError):
+        return None
+    return act
+
+
+def _masked_activation(mask: Tensor, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return mask_units(output, mask, z=args[0], activation=activation_of(module))
 
 
 def _masked(mask: Tensor, width: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
