@@ -13,6 +13,7 @@ from deftcore._files import write_json
 from deftcore.models.coupled import SIZES_FIELD, Coupled, find_coupled, layer_at, stored_sizes
 from deftcore.models.kept import Kept
 from deftcore.models.slimming import cut
+from deftcore.nn.constant import Constant
 from deftcore.nn.fingerprints import check_base, combined, fingerprints
 from deftcore.nn.linear import PackedModule
 
@@ -104,6 +105,9 @@ def slim_class(config: Any) -> Any:
             super().__init__(config, *args, **kwargs)
             self.__class__ = kind
             cut(self, _first_of(find_coupled(self), sizes))
+            for module in self.modules():  # Transformers' first values are of weights that a constant has not
+                if any(isinstance(child, Constant) for child in module.children()):
+                    module._is_hf_initialized = True
 
         @classmethod
         def from_config(cls, config: Any, **options: Any) -> Any:
