@@ -2,9 +2,13 @@
 
 import copy
 
+import peft
 import torch
-from conftest import tiny_batch, tiny_model
+from conftest import task_type, tiny_batch, tiny_model
 
+import deftcore
+from deftcore.methods.light_peft.slimming import adapted_layers, parts_of
+from deftcore.models.blocks import base_of
 from deftcore.models.coupled import find_coupled
 from deftcore.models.families import FAMILIES
 from deftcore.models.kept import Kept
@@ -16,9 +20,9 @@ OWN = {  # activations of the real models, where it is not silu
 KINDS = [kind for kind, family in FAMILIES.items() if not family.buffers]
 
 
-def model_of(kind):
+def model_of(kind, activation=None):
     """A tiny model whose heads and channels weigh enough in its logits for a fault to show."""
-    model = tiny_model(kind, OWN.get(kind, "silu")).eval()
+    model = tiny_model(kind, activation or OWN.get(kind, "silu")).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -29,7 +33,7 @@ def model_of(kind):
     return model
 
 
-def some_kept(model, *, seed=0, grouped=True, empty=()):
+def some_kept(model, *, seed=0, grouped=True, empty=(), round_to=1):
     """Different numbers in every structure; whole key-value groups, or (`grouped=False`) one query head of each."""
     generator = torch.Generator().manual_seed(seed)
     units = {}
@@ -37,7 +41,8 @@ def some_kept(model, *, seed=0, grouped=True, empty=()):
         if each.name in empty:
             units[each.name] = ()
         elif each.mlp is not None:
-            order = torch.randperm(each.units, generator=generator)[: each.units - 5 - i]
+            count = max((each.units - 5 - i) // round_to - i // 2, 1) * round_to
+            order = torch.randperm(each.units, generator=generator)[:count]
             units[each.name] = tuple(sorted(order.tolist()))
         elif each.group == 1:
             order = torch.randperm(each.units, generator=generator)[: 2 + i % 2]
@@ -77,3 +82,29 @@ def assert_same(found, expected, bound=1e-6):
     """Equal up to a share of the largest value."""
     assert found.shape == expected.shape
     assert (found - expected).abs().max() <= bound * expected.abs().max()
+
+
+def lora_of(model, kind, **options):
+    """LoRA on every matrix that heads and channels touch, B no longer zero, at a scaling that is no power of 2."""
+    given = {"r": 5, "lora_alpha": 16, "target_modules": FAMILIES[kind].lora_targets, "task_type": task_type(kind)}
+    given["fan_in_fan_out"] = kind == "gpt2"
+    return filled(peft.get_peft_model(model, peft.LoraConfig(**(given | options))))
+
+
+def bottleneck_of(model, kind, **options):
+    attention, mlps = FAMILIES[kind].attention, FAMILIES[kind].mlps
+    config = deftcore.BottleneckConfig(
+        r=5, target_modules=[attention.o, *(mlp.down for mlp in mlps)], task_type=task_type(kind), **options
+    )
+    return filled(peft.get_peft_model(model, config))
+
+
+def filled(adapted):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in adapted_layers(base_of(adapted)).values():
+            for parts in parts_of(layer):
+                for part in parts.values():
+                    for parameter in part.parameters():
+                        parameter.normal_(std=0.2, generator=generator)
+    return adapted.eval()

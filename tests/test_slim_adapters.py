@@ -2,43 +2,14 @@
 
 import copy
 
-import peft
 import pytest
 import torch
-from conftest import task_type
-from slim_models import KINDS, assert_same, logits_of, masked, model_of, some_kept
+from slim_models import KINDS, assert_same, bottleneck_of, logits_of, lora_of, masked, model_of, some_kept
 
 import deftcore
 from deftcore.methods.light_peft.slimming import adapted_layers, parts_of
 from deftcore.models.blocks import base_of
-from deftcore.models.families import FAMILIES
 from deftcore.models.kept import Kept
-
-
-def lora_of(model, kind, **options):
-    """LoRA on every matrix that heads and channels touch, B no longer zero, at a scaling that is no power of 2."""
-    given = {"r": 5, "lora_alpha": 16, "target_modules": FAMILIES[kind].lora_targets, "task_type": task_type(kind)}
-    given["fan_in_fan_out"] = kind == "gpt2"
-    return filled(peft.get_peft_model(model, peft.LoraConfig(**(given | options))))
-
-
-def bottleneck_of(model, kind, **options):
-    attention, mlps = FAMILIES[kind].attention, FAMILIES[kind].mlps
-    config = deftcore.BottleneckConfig(
-        r=5, target_modules=[attention.o, *(mlp.down for mlp in mlps)], task_type=task_type(kind), **options
-    )
-    return filled(peft.get_peft_model(model, config))
-
-
-def filled(adapted):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for layer in adapted_layers(base_of(adapted)).values():
-            for parts in parts_of(layer):
-                for part in parts.values():
-                    for parameter in part.parameters():
-                        parameter.normal_(std=0.2, generator=generator)
-    return adapted.eval()
 
 
 def with_ranks(kept, adapted):

@@ -165,17 +165,17 @@ class QuantizedTensor:
         return _whole_groups(lines, self._lines_per_block(dim), self.shape[dim]) is not None
 
     def _lines_per_block(self, dim: int) -> int:
-        """How many neighbouring rows or columns share blocks; 0 for all."""
+        """How many neighbouring rows or columns share blocks; of columns all, where a row is not whole blocks."""
         along = 0 if self.column_blocks else 1  # the side that blocks run along
         length = self.shape[along]
         if dim == along:
-            return self.block_size if length % self.block_size == 0 else 0
+            return self.block_size if length % self.block_size == 0 else length
         return self.block_size // math.gcd(self.block_size, length)
 
     def select(self, dim: int, lines: Tensor) -> "QuantizedTensor":
         """Some rows (dim 0) or columns (dim 1) of this matrix, bit by bit: its nibbles and scales as they are.
 
-        Nested scales become float32, as in `t`.
+        Nested scales become float32, as in `t`. All lines are this tensor itself.
 
         Args:
             lines: int64, ascending.
@@ -183,6 +183,8 @@ class QuantizedTensor:
         Raises:
             ValueError: blocks would be cut (`has_whole`).
         """
+        if lines.numel() == self.shape[dim]:
+            return self
         if self.column_blocks:
             return self.t().select(1 - dim, lines).t()
         groups = _whole_groups(lines, self._lines_per_block(dim), self.shape[dim])
@@ -317,8 +319,8 @@ class QuantizedTensor:
 
 
 def _whole_groups(lines: Tensor, size: int, total: int) -> Tensor | None:
-    """The groups of `size` neighbours that some of `total` lines are made of; None where they cut one, or size is 0."""
-    if size == 0 or lines.numel() == 0:
+    """The groups of `size` neighbours that some of `total` lines are made of; None where they cut one, or are none."""
+    if lines.numel() == 0:
         return None
     groups = (lines // size).unique()
     wanted = (groups * size + size).clamp(max=total) - groups * size
