@@ -166,8 +166,16 @@ def _lora(d: Draw, weight: Any, rows: int, cols: int) -> Call:
         "x": d.tensor(tokens, cols), "weight": weight, "lora_a": d.tensor(rank, cols, scale=0.1),
         "lora_b": d.tensor(rows, rank, scale=0.1), "scaling": d.random.choice((0.5, 2.0)),
         "bias": d.maybe(lambda: d.tensor(rows)), "dropped_x": d.maybe(lambda: d.tensor(tokens, cols)),
+        "sigma": d.maybe(lambda: d.tensor(rank)), "minus_a": None, "minus_b": None,
     }  # fmt: skip
-    return Call(ops.lora_linear, arguments, ("x", "lora_a", "lora_b", "dropped_x"))
+    if d.chance(0.5):
+        taken = d.size(17)
+        arguments |= {"minus_a": d.tensor(taken, cols, scale=0.1), "minus_b": d.tensor(rows, taken, scale=0.1)}
+
+    def run(*, minus_a: Any, minus_b: Any, **rest: Any) -> Tensor:
+        return ops.lora_linear(**rest, minus=None if minus_a is None else (minus_a, minus_b))
+
+    return Call(run, arguments, ("x", "lora_a", "lora_b", "dropped_x", "sigma", "minus_b"))
 
 
 @case("lora_linear")

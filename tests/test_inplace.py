@@ -65,6 +65,12 @@ CALLS = {
     "mamba2_inner": (mamba2_inner, (B, L, 2 * D + 2 * N + 2)),
     "act_density": (lambda u: ops.act_density(u, "silu")[:2], (B, D, L)),
     "lora_linear": (lambda u: ops.lora_linear(u, torch.randn(5, L), leaf(2, L), leaf(5, 2)), (B, D, L)),
+    "lora_linear, sigma and a pair taken away": (
+        lambda u: ops.lora_linear(
+            u, torch.randn(5, L), leaf(2, L), leaf(5, 2), sigma=leaf(2), minus=(torch.randn(3, L), leaf(5, 3))
+        ),
+        (B, D, L),
+    ),
     "lora_linear, 4 bits": (
         lambda u: ops.lora_linear(u, ops.quantize_4bit(torch.randn(5, 32)), leaf(2, 32), leaf(5, 2)), (B, D, 32)
     ),

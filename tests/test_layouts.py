@@ -73,6 +73,10 @@ def calls(dtype):
     yield lambda x, b: ops.linear_4bit(x, q, b), [r(5, 32), r(64)], True
     yield lambda x, d, *w: ops.lora_linear(x, *w, dropped_x=d), [r(3, 17), r(3, 17), r(5, 17), r(2, 17), r(5, 2)], True
     yield lambda x, *w: ops.lora_linear(x, q, *w), [r(5, 32), r(2, 32), r(64, 2)], True
+    for weight, cols, rows in ((r(5, 17), 17, 5), (q, 32, 64)):
+        yield lambda x, a, b, s, a0, b0, w=weight: ops.lora_linear(x, w, a, b, sigma=s, minus=(a0, b0)), [
+            r(3, cols), r(2, cols), r(rows, 2), r(2), r(3, cols), r(rows, 3)
+        ], True  # fmt: skip
     for path in ("sparse", "dense"):
         yield lambda a, *w, p=path: ops.sparse_down(a, *w, path=p), [r(3, 17), r(17, 9), r(9)], True
         yield lambda x, *w, p=path: ops.sparse_mlp(x, *w, path=p), [r(3, 17), r(7, 17), r(7, 17), r(7), r(17)], True

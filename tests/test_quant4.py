@@ -398,6 +398,9 @@ def test_only_packed_bytes_are_saved():
     assert saved_by(lambda: ops.linear_4bit(x, q)) == 0
     assert saved_by(lambda: ops.lora_linear(x, q, a, b)) == x.nbytes + 32 * 4 * 4
     assert saved_by(lambda: ops.lora_linear(x, q, a.detach(), b.detach())) == 32 * 4 * 4
+    minus = torch.randn(2, 128), torch.randn(64, 2)
+    own |= {t.data_ptr() for t in minus}
+    assert saved_by(lambda: ops.lora_linear(x, q, a, b, minus=minus)) == x.nbytes + 32 * (4 + 2) * 4
 
 
 def test_threads_first_calls():
@@ -487,7 +490,9 @@ def test_opcheck_and_compile():
     torch.library.opcheck(namespace.dequantize_4bit.default, (*q.parts(), 1))
     torch.library.opcheck(namespace.linear_4bit.default, (x, *q.parts(), None))
     torch.library.opcheck(namespace.linear_4bit_backward.default, (torch.randn(5, 24), *q.parts(), None, None))
-    torch.library.opcheck(namespace.lora_linear_4bit.default, (x, None, *q.parts(), a, b, None, 0.5))
+    a0, b0, sigma = torch.randn(3, 64), torch.randn(24, 3, requires_grad=True), torch.randn(4, requires_grad=True)
+    for beside in ((None, None, None), (sigma, a0, b0), (sigma, a0, b0.detach())):
+        torch.library.opcheck(namespace.lora_linear_4bit.default, (x, None, *q.parts(), a, b, *beside, None, 0.5))
     compiled = torch.compile(
         lambda x: ops.linear_4bit(x, q) + ops.lora_linear(x, q, a, b), fullgraph=True, backend="aot_eager"
     )

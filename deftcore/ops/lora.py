@@ -1,6 +1,7 @@
 """Frozen linear layer plus a low-rank adapter, as one op: gradients go to x and the factors only."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +21,27 @@ def lora_linear(
     lora_b: Tensor,
     *,
     scaling: float = 1.0,
+    sigma: Tensor | None = None,
+    minus: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
     dropped_x: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + scaling (x A^T) B^T, with W frozen (Hu et al., LoRA, arXiv 2106.09685, eq. 3).
+    """y = x W^T + bias + scaling ((x A^T) * sigma) B^T - (x A0^T) B0^T, with W and A0 frozen (Hu et al., LoRA, arXiv
+    2106.09685, eq. 3; sigma and the part of W that is taken away are KaSA's, arXiv 2412.06071, eq. 6 and 8).
 
-    The low-rank term is accumulated into the base product (no [.., M] temporary), and the backward keeps x and
-    x A^T only. Over a dense W the products are the library's; a 4-bit W stays packed, forward and backward, and the
-    low-rank terms are further columns of its native product. A frozen W gets no gradient even if it asks for one.
+    The low-rank terms are accumulated into the base product (no [.., M] temporary), and the backward keeps x, x A^T
+    and x A0^T only. Over a dense W the products are the library's; a 4-bit W stays packed, forward and backward, and
+    the low-rank terms are further columns of its native product. What is frozen gets no gradient even if it asks for
+    one, and costs none.
 
     Args:
         x: [..., K]; lora_a: [R, K]; lora_b: [M, R]; bias: [M] or None. One dtype, one device; over a dense 16-bit W
             the factors may be float32 masters: their term is computed in float32 and rounded once, with the sum.
         weight: [M, K], in x's dtype or 4-bit.
         scaling: lora_alpha / r.
-        dropped_x: [..., K], the adapter's input where it differs from x (dropout), in the factors' dtype; None is x.
+        sigma: [R], in the factors' dtype; None is ones.
+        minus: A0 [R0, K] and B0 [M, R0], in the factors' dtype; None takes nothing away. B0 may be trained.
+        dropped_x: [..., K], A's input where it differs from x (dropout), in the factors' dtype; None is x.
 
     Returns:
         [..., M].
@@ -50,6 +57,8 @@ def lora_linear(
     dtype = autocast_dtype(x)
     if dtype is not None:  # as nn.Linear would
         x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
+        sigma = None if sigma is None else sigma.to(dtype)
+        minus = None if minus is None else (minus[0].to(dtype), minus[1].to(dtype))
         weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
         bias = None if bias is None else bias.to(dtype)
         dropped_x = None if dropped_x is None else dropped_x.to(dtype)
@@ -71,120 +80,224 @@ def lora_linear(
     rank = lora_a.shape[0]
     check_shape("lora_a", lora_a, (rank, weight.shape[1]), "[R, K]")
     check_shape("lora_b", lora_b, (weight.shape[0], rank), "[M, R]")
+    if sigma is not None:
+        check_like("sigma", sigma, *like)
+        check_shape("sigma", sigma, (rank,), "[R]")
+    minus_a, minus_b = _checked_pair(minus, weight.shape, like)
     check_bias("bias", bias, weight.shape[0], "x", x)
     if dropped_x is not None:
         check_like("dropped_x", dropped_x, *like)
         check_shape("dropped_x", dropped_x, tuple(x.shape), "as x")
     check_number("scaling", abs(scaling), minimum=0.0)
+    low_rank = lora_a, lora_b, sigma, minus_a, minus_b
     if isinstance(weight, QuantizedTensor):
-        return _lora_linear_4bit(x, dropped_x, *weight.parts(), lora_a, lora_b, bias, float(scaling))[0]
-    return _lora_linear(x, dropped_x, weight, lora_a, lora_b, bias, float(scaling))[0]
+        return _lora_linear_4bit(x, dropped_x, *weight.parts(), *low_rank, bias, float(scaling))[0]
+    return _lora_linear(x, dropped_x, weight, *low_rank, bias, float(scaling))[0]
 
 
-def _lora_linear_impl(
-    x: Tensor, dropped_x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    flat = flatten_tokens(x if dropped_x is None else dropped_x)
-    low = flat.to(lora_a.dtype) @ lora_a.t()
-    y = F.linear(x.reshape(flat.shape), weight, bias).to(low.dtype).addmm_(low, lora_b.t(), alpha=scaling)
+def _checked_pair(pair: Any, shape: Sequence[int], like: tuple[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """A0 and B0, of a weight of a shape [M, K]; None, None where nothing is taken away."""
+    if pair is None:
+        return None, None
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise TypeError(f"minus: must be a pair of tensors A0 [R0, K] and B0 [M, R0], got {type(pair).__name__}")
+    for name, matrix in zip(("minus[0]", "minus[1]"), pair, strict=True):
+        check_like(name, matrix, *like)
+        if matrix.dim() != 2:
+            raise ValueError(f"{name}: must be a matrix, got shape {tuple(matrix.shape)}")
+    rank = pair[0].shape[0]
+    check_shape("minus[0]", pair[0], (rank, shape[1]), "[R0, K]")
+    check_shape("minus[1]", pair[1], (shape[0], rank), "[M, R0]")
+    return pair
+
+
+# ---------------------------------------------------------------------------- the low-rank terms
+
+
+Part = tuple[slice, Tensor, Tensor]  # columns of low, and the A and B that they belong to
+
+
+class _LowRank(NamedTuple):
+    """scaling ((x' A^T) * sigma) B^T - (x A0^T) B0^T, through low = [x' A^T, x A0^T]: [T, R + R0]."""
+
+    a: Tensor  # [R, K]
+    b: Tensor  # [M, R]
+    sigma: Tensor | None  # [R]
+    minus_a: Tensor | None  # [R0, K]
+    minus_b: Tensor | None  # [M, R0]
+
+    def width(self) -> int:
+        """R + R0."""
+        return self.a.shape[0] + (0 if self.minus_a is None else self.minus_a.shape[0])
+
+    def parts(self, tokens: int, shared: bool) -> list[Part]:
+        """The products to compute: one of joined factors, but where their inputs differ, or where another pass over
+        the tokens costs less than a copy of the factors."""
+        if self.minus_a is None or self.minus_b is None:
+            return [(slice(None), self.a, self.b)]
+        if shared and tokens >= self.width():
+            return [(slice(None), torch.cat([self.a, self.minus_a]), torch.cat([self.b, self.minus_b], 1))]
+        rank = self.a.shape[0]
+        return [(slice(rank), self.a, self.b), (slice(rank, None), self.minus_a, self.minus_b)]
+
+    def weights(self, scaling: float) -> tuple[Tensor | None, float]:
+        """What low's columns are multiplied by: one number for each, or None, and one for all. Ones for sigma change
+        no bit of plain LoRA's result."""
+        if self.minus_a is None:
+            return self.sigma, scaling
+        own = self.a.new_full(self.a.shape[:1], scaling) if self.sigma is None else self.sigma * scaling
+        return torch.cat([own, own.new_full(self.minus_a.shape[:1], -1.0)]), 1.0
+
+
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
+
+def _low(x: Tensor, dropped_x: Tensor | None, parts: Sequence[Part]) -> Tensor:
+    first = x if dropped_x is None else flatten_tokens(dropped_x)
+    return _joined([each.to(a.dtype) @ a.t() for each, (_, a, _) in zip((first, x), parts, strict=False)], 1)
+
+
+def _setup(ctx: Any, inputs: tuple, first: int, low: Tensor, *weight: Tensor) -> None:
+    """What both backwards keep.
+
+    Args:
+        inputs: the op's: x, dropped_x, the weight and, from `first` on, the adapter.
+    """
+    x, dropped_x, rest = *inputs[:2], inputs[first:]
+    ctx.first = first
+    # x only where A is trained; weights and factors are there anyway.
+    kept = (x if dropped_x is None else dropped_x) if ctx.needs_input_grad[first] else None
+    ctx.save_for_backward(kept, *rest[:5], low, *weight)
+    ctx.scaling, ctx.shared, ctx.shape = rest[-1], dropped_x is None, x.shape
+    ctx.mark_non_differentiable(low)
+
+
+def _backward(ctx: Any, grad: Tensor, base: Callable[..., Tensor]) -> tuple:
+    """The gradients of all inputs.
+
+    Args:
+        base: (grad [T, M], the weight's tensors, pairs of low [T, R] and A [R, K]) to grad W + the sum of low A.
+    """
+    x, *factors, low = (saved := ctx.saved_tensors)[:7]  # asked for once: checkpointing unpacks them once
+    terms, flat = _LowRank(*factors), flatten_tokens(grad)
+    rank, wide = terms.a.shape[0], flat.to(terms.a.dtype)
+    parts = terms.parts(flat.shape[0], ctx.shared)
+    each, alpha = terms.weights(ctx.scaling)
+    need_x, need_dropped = ctx.needs_input_grad[:2]
+    need_a, need_b, need_sigma, _, need_minus, need_bias = ctx.needs_input_grad[ctx.first : ctx.first + 6]
+    grad_x = grad_dropped = grad_a = grad_b = grad_sigma = grad_minus = None
+    grad_low = _joined([wide @ b for _, _, b in parts], 1)
+    if need_sigma:
+        exact = torch.promote_types(grad_low.dtype, torch.float32)
+        grad_sigma = ((grad_low[:, :rank].to(exact) * low[:, :rank]).sum(0) * ctx.scaling).to(grad_low.dtype)
+    grad_low.mul_(alpha)
+    if each is not None:
+        grad_low.mul_(each)
+    if need_x:
+        pairs = [(grad_low[:, columns], a) for columns, a, _ in parts]
+        grad_x = base(flat, saved[7:], pairs if ctx.shared else pairs[1:]).reshape(ctx.shape)
+    if need_dropped:
+        grad_dropped = (grad_low[:, :rank] @ terms.a).reshape(ctx.shape)
+    if need_a:
+        grad_a = grad_low[:, :rank].t() @ flatten_tokens(x).to(wide.dtype)
+    if need_b or need_minus:
+        columns = low.shape[1] if need_minus else rank
+        both = (wide.t() @ low[:, :columns]) * alpha
+        both = both if each is None else both.mul_(each[:columns])
+        grad_b, grad_minus = (both[:, :rank], both[:, rank:]) if need_minus else (both, None)
+    grad_bias = flat.sum(0) if need_bias else None
+    nothing = [None] * (ctx.first - 2)
+    return (grad_x, grad_dropped, *nothing, grad_a, grad_b, grad_sigma, None, grad_minus, grad_bias, None)
+
+
+# ---------------------------------------------------------------------------- dense weights
+
+
+def _lora_linear_impl(x: Tensor, dropped_x: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    terms, (bias, scaling), flat = _LowRank(*rest[:5]), rest[5:], flatten_tokens(x)
+    parts = terms.parts(flat.shape[0], dropped_x is None)
+    low = _low(flat, dropped_x, parts)
+    each, alpha = terms.weights(scaling)
+    left = low if each is None else low * each
+    y = F.linear(flat, weight, bias).to(low.dtype)
+    for columns, _, b in parts:
+        y.addmm_(left[:, columns], b.t(), alpha=alpha)
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0]), low
 
 
-def _lora_linear_fake(
-    x: Tensor, dropped_x: Tensor | None, weight: Tensor, lora_a: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    tokens = x.shape[:-1].numel()
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), lora_a.new_empty((tokens, lora_a.shape[0]))
+def _lora_linear_fake(x: Tensor, dropped_x: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    terms, tokens = _LowRank(*rest[:5]), x.shape[:-1].numel()
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), terms.a.new_empty((tokens, terms.width()))
 
 
 def _lora_linear_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, dropped_x, weight, lora_a, lora_b, _, scaling = inputs
-    ctx.save_for_backward(x if dropped_x is None else dropped_x, weight, lora_a, lora_b, output[1])
-    ctx.scaling, ctx.shared = scaling, dropped_x is None
-    ctx.mark_non_differentiable(output[1])
+    _setup(ctx, inputs, 3, output[1], inputs[2])
 
 
 def _lora_linear_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
-    x, weight, lora_a, lora_b, low = ctx.saved_tensors
-    flat = flatten_tokens(grad)
-    wide = flat.to(lora_a.dtype)
-    grad_low = (wide @ lora_b).mul_(ctx.scaling)
-    need_x, need_dropped, _, need_a, need_b, need_bias = ctx.needs_input_grad[:6]
-    grad_x = grad_dropped = None
-    if need_x:
-        grad_x = flat @ weight
-        if ctx.shared:
-            grad_x = torch.addmm(grad_x.to(wide.dtype), grad_low, lora_a).to(x.dtype)
-        grad_x = grad_x.reshape(x.shape)
-    if need_dropped:
-        grad_dropped = (grad_low @ lora_a).to(x.dtype).reshape(x.shape)
-    grad_a = grad_low.t() @ flatten_tokens(x).to(wide.dtype) if need_a else None
-    grad_b = (wide.t() @ low) * ctx.scaling if need_b else None
-    grad_bias = flat.sum(0) if need_bias else None
-    return grad_x, grad_dropped, None, grad_a, grad_b, grad_bias, None
+    def base(flat: Tensor, weight: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        product = flat @ weight[0]
+        for low, a in pairs:
+            product = torch.addmm(product.to(low.dtype), low, a)
+        return product.to(flat.dtype)
+
+    return _backward(ctx, grad, base)
 
 
 # ---------------------------------------------------------------------------- 4-bit weights
 
 
 def _lora_linear_4bit_impl(x: Tensor, dropped_x: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    w, (lora_a, lora_b, bias, scaling) = Parts(*args[:PARTS]), args[PARTS:]
-    flat = flatten_tokens(x if dropped_x is None else dropped_x)
-    low = flat @ lora_a.t()
-    y = multiply(x.reshape(flat.shape), w, bias, low * scaling, lora_b)
+    w, terms, (bias, scaling) = Parts(*args[:PARTS]), _LowRank(*args[PARTS:-2]), args[-2:]
+    flat = flatten_tokens(x)
+    parts = terms.parts(flat.shape[0], dropped_x is None)
+    low = _low(flat, dropped_x, parts)
+    each, alpha = terms.weights(scaling)
+    left = low * alpha if each is None else (low * alpha).mul_(each)
+    y = multiply(flat, w, bias, left, _joined([b for _, _, b in parts], 1))
     return y.reshape(*x.shape[:-1], w.rows), low
 
 
 def _lora_linear_4bit_fake(x: Tensor, dropped_x: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    w, lora_a = Parts(*args[:PARTS]), args[PARTS]
-    return x.new_empty((*x.shape[:-1], w.rows)), x.new_empty((x.shape[:-1].numel(), lora_a.shape[0]))
+    w, terms = Parts(*args[:PARTS]), _LowRank(*args[PARTS:-2])
+    return x.new_empty((*x.shape[:-1], w.rows)), x.new_empty((x.shape[:-1].numel(), terms.width()))
 
 
 def _lora_linear_4bit_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, dropped_x, *weight, lora_a, lora_b, _, scaling = inputs
-    # x only where A is trained; packed bytes and factors are there anyway.
-    kept = (x if dropped_x is None else dropped_x) if ctx.needs_input_grad[2 + PARTS] else None
-    ctx.save_for_backward(kept, lora_a, lora_b, output[1], *weight[:5])
-    ctx.rest, ctx.scaling, ctx.shared, ctx.shape = weight[5:], scaling, dropped_x is None, x.shape
-    ctx.mark_non_differentiable(output[1])
+    weight = inputs[2 : 2 + PARTS]
+    _setup(ctx, inputs, 2 + PARTS, output[1], *weight[:5])
+    ctx.rest = weight[5:]
 
 
 def _lora_linear_4bit_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
-    x, lora_a, lora_b, low, *tensors = ctx.saved_tensors
-    flat = flatten_tokens(grad)
-    grad_low = (flat @ lora_b).mul_(ctx.scaling)
-    need_x, need_dropped, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 1, 2 + PARTS, 3 + PARTS))
-    grad_x = grad_dropped = None
-    if need_x:
-        fused = (grad_low, lora_a) if ctx.shared else (None, None)
-        grad_x = linear_4bit_grad(flat, *tensors, *ctx.rest, *fused).reshape(ctx.shape)
-    if need_dropped:
-        grad_dropped = (grad_low @ lora_a).reshape(ctx.shape)
-    grad_a = grad_low.t() @ flatten_tokens(x) if need_a else None
-    grad_b = (flat.t() @ low) * ctx.scaling if need_b else None
-    grad_bias = flat.sum(0) if ctx.needs_input_grad[4 + PARTS] else None
-    return (grad_x, grad_dropped, *[None] * PARTS, grad_a, grad_b, grad_bias, None)
+    def base(flat: Tensor, packed: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        low_rank = [_joined(each, dim) for dim, each in zip((1, 0), zip(*pairs, strict=True), strict=False)]
+        return linear_4bit_grad(flat, *packed, *ctx.rest, *(low_rank or (None, None)))
+
+    return _backward(ctx, grad, base)
 
 
 def lora_linear_ref(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None
-) -> Tensor:
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None,
+    sigma: Tensor | None = None, minus: tuple[Tensor, Tensor] | None = None, dropped_x: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The definition, in plain PyTorch; any floating dtype."""
-    return F.linear(x, weight, bias) + scaling * F.linear(F.linear(x, lora_a), lora_b)
+    low = F.linear(x if dropped_x is None else dropped_x, lora_a)
+    y = F.linear(x, weight, bias) + scaling * F.linear(low if sigma is None else low * sigma, lora_b)
+    return y if minus is None else y - F.linear(F.linear(x, minus[0]), minus[1])
 
 
+_LOW_RANK = "Tensor lora_a, Tensor lora_b, Tensor? sigma, Tensor? minus_a, Tensor? minus_b, Tensor? bias, float scaling"
 _lora_linear = define(
-    "lora_linear(Tensor x, Tensor? dropped_x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
-    "float scaling) -> (Tensor, Tensor)",
+    f"lora_linear(Tensor x, Tensor? dropped_x, Tensor weight, {_LOW_RANK}) -> (Tensor, Tensor)",
     _lora_linear_impl,
     _lora_linear_fake,
     setup_context=_lora_linear_setup,
     backward=_lora_linear_backward,
 )
 _lora_linear_4bit = define(
-    f"lora_linear_4bit(Tensor x, Tensor? dropped_x, {SCHEMA}, Tensor lora_a, Tensor lora_b, Tensor? bias, "
-    "float scaling) -> (Tensor, Tensor)",
+    f"lora_linear_4bit(Tensor x, Tensor? dropped_x, {SCHEMA}, {_LOW_RANK}) -> (Tensor, Tensor)",
     _lora_linear_4bit_impl,
     _lora_linear_4bit_fake,
     setup_context=_lora_linear_4bit_setup,

@@ -206,6 +206,14 @@ def _linear_4bit(draw: Numbers) -> Iterator[Case]:
                 yield Case(label, lambda x, bias, q=q: ops.linear_4bit(x, q, bias), [x, bias], gradients=True)
                 yield Case(f"LoRA, {label}", lambda x, a, b, q=q: ops.lora_linear(x, q, a, b, scaling=0.5), [x, a, b],
                            gradients=True)  # fmt: skip
+            sigma, a0, b0 = draw.normal(9), draw.normal(3, cols, scale=cols**-0.5), draw.normal(rows, 3)
+            yield Case(
+                f"sigma and a pair taken away, {label}",
+                lambda x, a, b, s, b0, q=q, a0=a0: ops.lora_linear(
+                    x, q, a, b, scaling=0.5, sigma=s, minus=(a0.to(x.dtype), b0)
+                ),
+                [x, a, b, sigma, b0], gradients=True,
+            )  # fmt: skip
 
 
 def _grouped_delta(draw: Numbers) -> Iterator[Case]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from deftcore.methods.ba_lora.config import BaLoraConfig
 from deftcore.methods.lora.base_weights import change_weight, stored_weight
-from deftcore.methods.lora.paired import Factors, PairedLora
+from deftcore.methods.lora.paired import Factors, PairedLora, Terms
 
 
 class BaLoraLinear(PairedLora):
@@ -28,10 +28,14 @@ class BaLoraLinear(PairedLora):
         self.stored.discard(name)  # an earlier adapter of that name may have come from a file
         self.room_for(name, self.r[name])
 
-    def trained(self, name: str) -> Factors:
-        """s A [R, K] and B [M, R]."""
+    def terms(self, name: str, *, drops: bool = False) -> Terms:
+        """s ((A - A0), B) and s (A0, B - B0), which are exactly 0 at the start; with dropout the two products."""
+        self.settle(name)
+        if drops or self.in_base:
+            return super().terms(name)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return a * self.scaling[name], b
+        a0, b0, scaling = self.lora_minus_A[name], self.lora_minus_B[name], self.scaling[name]
+        return Terms(a - a0, b, scaling, None, (a0, (b0 - b) * scaling))
 
     def minus(self, name: str) -> Factors | None:
         """s A0 and B0; None where they are not in the weight any more."""
@@ -41,20 +45,11 @@ class BaLoraLinear(PairedLora):
     def _first(self, name: str) -> Factors:
         return self.lora_minus_A[name] * (self.in_base or self.scaling[name]), self.lora_minus_B[name]
 
-    def joined(self, name: str) -> Factors:
-        """Factors of s (B A - B0 A0), of rank 2 R; of s B A where B0 A0 is not in the weight."""
-        self.settle(name)
-        return self.trained(name) if self.in_base else self.original(name)
-
     def original(self, name: str) -> Factors:
-        """Factors of s (B A - B0 A0), the change against the pre-trained weight in either form."""
+        """Factors of s (B A - B0 A0), the change against the pre-trained weight in either form; of rank 2 R."""
         self.settle(name)
-        if self.in_base:
-            (a, b), (a0, b0) = self.trained(name), self._first(name)
-            return torch.cat([a, a0]), torch.cat([b, -b0], 1)
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        a0, b0 = self.lora_minus_A[name], self.lora_minus_B[name]
-        return torch.cat([a - a0, a0]) * self.scaling[name], torch.cat([b, b - b0], 1)
+        terms = self.terms(name)
+        return (terms._replace(minus=self._first(name)) if self.in_base else terms).joined()
 
     def from_weight(self, name: str) -> None:
         """A = A0 = (S/s)^1/2 V^T and B = B0 = U (S/s)^1/2, unless a file has given them."""

@@ -35,10 +35,8 @@ class KasaLinear(PairedLora):
     def _cut(self, name: str) -> int:
         return self.configs[name].cut(self.r[name], *shape_of(self.get_base_layer()))
 
-    def trained(self, name: str) -> Factors:
-        """s sigma A [R, K] and B [M, R]."""
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return a * (self.scaling[name] * self.lora_diag[name]).unsqueeze(1), b
+    def sigma(self, name: str) -> torch.Tensor:
+        return self.lora_diag[name]
 
     def takers(self, names: Sequence[str]) -> Sequence[str]:
         """The first of the highest rank: what others take away is part of that."""

@@ -73,24 +73,28 @@ def fused_lora(layer: Any, weight: Tensor | QuantizedTensor, x: Tensor) -> Tenso
         return None
     name = next(name for name in layer.active_adapters if name in layer.lora_A)
     a, b, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
-    return fused_product(layer, weight, x, a, b, layer.scaling[name], dropout)
+    return fused_product(layer, weight, x, a, b, layer.scaling[name], None, None, dropout)
 
 
 def fused_product(
-    layer: Any, weight: Tensor | QuantizedTensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: nn.Module
-) -> Tensor:
-    """x W^T + bias + scaling (drop(x) A^T) B^T [..., M], as one op under PEFT's rules for dtypes; where `obstacle`
-    names no reason.
+    layer: Any, weight: Tensor | QuantizedTensor, x: Tensor, a: Tensor, b: Tensor, scaling: float,
+    sigma: Tensor | None, minus: tuple[Tensor, Tensor] | None, dropout: nn.Module,
+) -> Tensor:  # fmt: skip
+    """x W^T + bias + scaling ((drop(x) A^T) * sigma) B^T - (x A0^T) B0^T [..., M], as one op under PEFT's rules for
+    dtypes; where `obstacle` names no reason.
 
     Args:
-        a, b: [R, K] and [M, R], for the layer's input x [..., K].
+        a, b, sigma, minus: A [R, K], B [M, R], sigma [R] or None, (A0 [R0, K], B0 [M, R0]) or None, for the layer's
+            input x [..., K].
     """
     bias, drops = layer.base_layer.bias, layer.training and not isinstance(dropout, nn.Identity)
     dropped = dropout(x.to(a.dtype)) if drops else None  # in the factors' dtype, as in PEFT
     if isinstance(weight, QuantizedTensor):  # float32 master factors are cast per call, their gradients come back
         a, b, bias = a.to(x.dtype), b.to(x.dtype), None if bias is None else bias.to(x.dtype)
         dropped = None if dropped is None else dropped.to(x.dtype)
-    return lora_linear(x, weight, a, b, scaling=scaling, bias=bias, dropped_x=dropped)
+    sigma = None if sigma is None else sigma.to(a.dtype)
+    minus = None if minus is None else (minus[0].to(a.dtype), minus[1].to(a.dtype))
+    return lora_linear(x, weight, a, b, scaling=scaling, sigma=sigma, minus=minus, bias=bias, dropped_x=dropped)
 
 
 class FusedLoraLinear(LoraLinear):

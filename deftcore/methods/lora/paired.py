@@ -1,10 +1,10 @@
-"""LoRA beside a frozen pair of factors that is taken away from the weight, as one product: what rooms share whose
-adapters begin on the spectrum of the weight."""
+"""LoRA beside a frozen pair of factors that is taken away from the weight, as one op: what rooms share whose adapters
+begin on the spectrum of the weight."""
 
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,24 @@ from deftcore.nn.linear import Linear4bit, is_transposed, shape_of
 from deftcore.nn.sharding import is_sharded
 
 Factors = tuple[Tensor, Tensor]  # A [R, K] and B [M, R], whose product is B A
+
+
+class Terms(NamedTuple):
+    """What an adapter adds to its layer's output: scaling ((drop(x) A^T) * sigma) B^T - (x A0^T) B0^T."""
+
+    a: Tensor  # [R, K]
+    b: Tensor  # [M, R]
+    scaling: float
+    sigma: Tensor | None  # [R]; None is ones
+    minus: Factors | None  # A0 [R0, K], which is frozen, and B0 [M, R0]
+
+    def joined(self) -> Factors:
+        """As two factors of rank R + R0."""
+        a = self.a * (self.scaling if self.sigma is None else (self.scaling * self.sigma).unsqueeze(1))
+        if self.minus is None:
+            return a, self.b
+        return torch.cat([a, self.minus[0]]), torch.cat([self.b, -self.minus[1]], 1)
+
 
 _PLAIN_ONLY = ("use_dora", "lora_bias", "target_parameters", "layer_replication", "trainable_token_indices")
 
@@ -42,7 +60,7 @@ class PairedVariant(LoraVariant):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """The rows of a mixed batch that are this adapter's [..., K] to [..., M]."""
-        return result + _product(x, module.joined(active_adapter)).to(result.dtype)
+        return result + module.added(x, active_adapter).to(result.dtype)
 
     def supports_lora_conversion(self) -> bool:
         """The update is linear and the weight untouched."""
@@ -53,10 +71,10 @@ class PairedLora(LoraLinear):
     """y = x W^T + bias + drop(x) (B A)^T - x (B0 A0)^T: B A is trained, B0 A0 [M, K] is frozen, a pair for each
     adapter. W stays as it is, dense or in 4 bits.
 
-    Without dropout both terms are one product of joined factors, in one op with W's (`deftcore.ops.lora_linear`).
-    Several active adapters add up. Merging keeps the weight of before, and unmerging puts it back bit for bit.
+    All terms are one op (`deftcore.ops.lora_linear`), and what is frozen costs no gradient. Several active adapters
+    add up. Merging keeps the weight of before, and unmerging puts it back bit for bit.
 
-    A room says by `start` what an adapter begins from, by `trained` how its update is made of its parameters.
+    A room says by `start` and `from_weight` what an adapter begins from, by `terms` how its change is computed.
     """
 
     fused_variants: tuple[type, ...] = (PairedVariant,)
@@ -92,9 +110,18 @@ class PairedLora(LoraLinear):
         """Sets, by `take_away`, what the adapter has from the weight; may change the weight."""
         raise NotImplementedError
 
-    def trained(self, name: str) -> Factors:
-        """The factors A [R, K] and B [M, R] of the adapter's update, differentiable in its parameters, scaling in A."""
-        raise NotImplementedError
+    def sigma(self, name: str) -> Tensor | None:
+        """What stands between A and B on the diagonal [R], if anything."""
+        return None
+
+    def terms(self, name: str, *, drops: bool = False) -> Terms:
+        """What the adapter adds, differentiable in its parameters.
+
+        Args:
+            drops: whether A's input is another than A0's, dropped out.
+        """
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return Terms(a, b, self.scaling[name], self.sigma(name), self.minus(name))
 
     # ------------------------------------------------------------------ what comes from the weight
 
@@ -184,11 +211,14 @@ class PairedLora(LoraLinear):
         a: Tensor = self.lora_minus_A[name]
         return (a, self.lora_minus_B[name]) if a.shape[0] else None
 
+    def trained(self, name: str) -> Factors:
+        """The factors A [R, K] and B [M, R] of the adapter's update alone, scaling and sigma in A."""
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return Terms(a, b, self.scaling[name], self.sigma(name), None).joined()
+
     def joined(self, name: str) -> Factors:
         """Factors of the whole change of the weight, trained and taken away; R + R0 of them."""
-        minus = self.minus(name)
-        a, b = self.trained(name)
-        return (a, b) if minus is None else (torch.cat([a, minus[0]]), torch.cat([b, -minus[1]], 1))
+        return self.terms(name).joined()
 
     def _names(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self.lora_A]
@@ -205,20 +235,6 @@ class PairedLora(LoraLinear):
         """
         return self.joined(name)
 
-    def _parts(self, names: Sequence[str]) -> list[tuple[Factors, nn.Module]]:
-        """Pairs whose products are added to what the weight gives, and the dropout on the input of each."""
-        found: list[tuple[Factors, nn.Module]] = []
-        takers, plain = self.takers(names), nn.Identity()
-        for name in names:
-            dropout, minus = self.lora_dropout[name], self.minus(name) if name in takers else None
-            if not self.training or isinstance(dropout, nn.Identity):
-                found.append((self.trained(name) if minus is None else self.joined(name), plain))
-                continue
-            found.append((self.trained(name), dropout))  # dropout is the update's alone
-            if minus is not None:
-                found.append(((minus[0], -minus[1]), plain))
-        return found
-
     # ------------------------------------------------------------------ forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -228,17 +244,29 @@ class PairedLora(LoraLinear):
             for name in self.lora_A:
                 self.settle(name)
             return super().forward(x, *args, **kwargs)
-        parts = self._parts(names)
-        weight = weight_of(self.get_base_layer())
-        if obstacle(self, weight, x.dtype):
-            y = self.base_layer(x)
-        else:
-            (a, b), dropout = parts.pop(0)
-            y = fused_product(self, weight, x, a, b, 1.0, dropout)
+        weight, takers = weight_of(self.get_base_layer()), self.takers(names)
+        if not obstacle(self, weight, x.dtype):  # there is one
+            return fused_product(self, weight, x, *self._terms(names[0]), self.lora_dropout[names[0]])
+        y = self.base_layer(x)
         dtype = y.dtype
-        for factors, dropout in parts:
-            y = y + _product(dropout(self._cast_input_dtype(x, factors[0].dtype)), factors)
+        for name in names:
+            y = y + self.added(x, name, takes=name in takers)
         return y.to(dtype)
+
+    def _terms(self, name: str) -> Terms:
+        return self.terms(name, drops=self.training and not isinstance(self.lora_dropout[name], nn.Identity))
+
+    def added(self, x: Tensor, name: str, *, takes: bool = True) -> Tensor:
+        """What an adapter adds to the output [..., M] for an input x [..., K], as products of their own.
+
+        Args:
+            takes: whether its frozen pair is taken away.
+        """
+        a, b, scaling, sigma, minus = self._terms(name)
+        x = self._cast_input_dtype(x, a.dtype)
+        low = F.linear(self.lora_dropout[name](x), a) * (scaling if sigma is None else scaling * sigma)
+        y = F.linear(low, b)
+        return y if minus is None or not takes else y - F.linear(F.linear(x, minus[0]), minus[1])
 
     def waits(self) -> str:
         """Why the layer runs as several products for now; empty where it is one op."""
@@ -314,11 +342,6 @@ class PairedLora(LoraLinear):
             self.settle(name)
             up.weight.mul_(factor)
             self.lora_minus_B[name].mul_(factor)
-
-
-def _product(x: Tensor, factors: Factors) -> Tensor:
-    a, b = factors
-    return F.linear(F.linear(x, a), b)
 
 
 def check_plain(config: Any, inits: Sequence[Any]) -> None:
