@@ -49,8 +49,6 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     # What PyTorch has for every accelerator, but not for a stand-in: random state, autocast.
     monkeypatch.setattr(torch, "lazy", SimpleNamespace(device_count=lambda: 0), raising=False)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
     start = torch.autocast.__init__
     monkeypatch.setattr(torch.autocast, "__init__", lambda self, device_type, *a, **k: start(self, "cpu", *a, **k))
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deftcore.nn.mixer import Mixer, MixerBlock, MixerState, check_size, initial_steps, masked
+from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.ssm.conv1d import causal_conv1d
 from deftcore.ops.ssm.fused_mamba import mamba_inner
 from deftcore.ops.ssm.projection import Projection, project
@@ -72,8 +73,9 @@ class MambaBlock(MixerBlock):
         if dt_proj is None:
             delta, bias = self.dt_proj(low), None
         else:
-            if torch.is_autocast_enabled(low.device.type) and isinstance(dt_proj.weight, Tensor):
-                low = low.to(torch.get_autocast_dtype(low.device.type))
+            dtype = autocast_dtype(low)
+            if dtype is not None and isinstance(dt_proj.weight, Tensor):
+                low = low.to(dtype)
             delta, bias = project(low, dt_proj._replace(bias=None)), dt_proj.bias
         return (*(t.to(u.dtype) for t in (delta, b, c)), bias)
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from deftcore._files import add_to_table, read_table
 from deftcore._versions import TESTED, installed
 from deftcore.nn.shadow import shadow
+from deftcore.ops.autocast import autocast_to
 from deftcore.ops.kernels import KERNELS, cuda_enabled, native, runs_cuda
 from deftcore.ops.quantized import QuantizedTensor
 
@@ -170,7 +171,7 @@ def _results(case: Case, unit: nn.Module, dtype: torch.dtype) -> dict[str, Tenso
         warnings.filterwarnings("default", message=r"deftcore\.")  # said once per process: not here and then never
         logging.disable(max(disabled, logging.WARNING))
         try:
-            with torch.autocast(device.partition(":")[0], enabled=False):
+            with autocast_to(device.partition(":")[0], None):
                 torch.manual_seed(0)
                 return {name: value.detach() for name, value in case.run(unit, dtype)}
         finally:

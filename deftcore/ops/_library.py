@@ -98,14 +98,6 @@ def op_names() -> list[str]:
     return list(_defined)
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast on x's device computes in; None where it is off, or unknown as on "meta"."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
 def flatten_tokens(x: Tensor) -> Tensor:
     """x [..., D] as [tokens, D]; unlike reshape(-1, D) also where D is 0."""
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])

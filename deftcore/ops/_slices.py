@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deftcore.ops._library import autocast_dtype
+from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.checks import check_bias, check_float, check_like
 
 SCHEMA = "Tensor weight, Tensor[] trained, int[] starts"

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deftcore.ops._library import autocast_dtype, define, flatten_tokens
+from deftcore.ops._library import define, flatten_tokens
+from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.checks import check_bias, check_float, check_like, check_number, check_shape
 from deftcore.ops.packed import PARTS, SCHEMA, Parts
 from deftcore.ops.quant4 import check_weight, linear_4bit_grad, multiply

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deftcore.ops._library import autocast_dtype, define, flatten_tokens
+from deftcore.ops._library import define, flatten_tokens
+from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.checks import check_bias, check_choice, check_float
 from deftcore.ops.kernels import DTYPE_CODES, address, aligned, backend, give_workspace, native, stream
 from deftcore.ops.packed import NESTED_BLOCK, PARTS, SCHEMA, Parts, decode

@@ -13,6 +13,7 @@ from deftcore.methods.lora.patch import Replacement
 from deftcore.methods.lora.proof import lora_cases
 from deftcore.nn.linear import Linear4bit, called_plainly
 from deftcore.nn.merging import merged_4bit
+from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.lora import lora_linear
 from deftcore.ops.quantized import QuantizedTensor
 
@@ -57,7 +58,7 @@ def obstacle(layer: Any, weight: Tensor | QuantizedTensor, dtype: torch.dtype) -
         return "the base weight trains"
     if any(type(t) is not nn.Parameter for t in (weight, a.weight, b.weight)):
         return f"weights are {type(weight).__name__}, {type(a.weight).__name__}"
-    if torch.is_autocast_enabled(weight.device.type):  # which leaves float64 alone
+    if autocast_dtype(weight) is not None:  # which leaves float64 alone
         return "float64 under autocast" if torch.float64 in (dtype, weight.dtype, a.weight.dtype) else ""
     masters = (
         dtype.itemsize == 2 and a.weight.dtype == torch.float32 and getattr(layer, "cast_input_dtype_enabled", True)

@@ -9,6 +9,7 @@ from deftcore.methods.s2ft.layer import S2ftLayer
 from deftcore.nn.activations import activation_of
 from deftcore.nn.linear import called_plainly
 from deftcore.nn.observed import ObservedActivation
+from deftcore.ops.autocast import autocast_dtype, autocast_to
 from deftcore.ops.gated_linear import gated_linear
 
 
@@ -52,13 +53,12 @@ class _Recomputed(torch.autograd.graph.saved_tensors_hooks):
             found = again.get(tensor.data_ptr())
             return found[0] if found is not None and tensor.shape == found[1] else tensor
 
-        device = x.device.type
-        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        dtype = autocast_dtype(x)
 
         def unpack(kept: Any) -> Tensor:
             if isinstance(kept, Tensor):
                 return kept
-            with torch.no_grad(), torch.autocast(device, dtype, enabled):  # as it was in the forward
+            with torch.no_grad(), autocast_to(x.device.type, dtype):  # as it was in the forward
                 return kept(x)
 
         super().__init__(pack, unpack)

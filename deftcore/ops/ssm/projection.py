@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deftcore.ops._library import autocast_dtype
+from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.checks import check_float, check_like, check_shape
 from deftcore.ops.packed import Parts
 from deftcore.ops.quant4 import check_weight, multiply, multiply_backward
