@@ -1,5 +1,6 @@
 """Slim models on disk: built in their own sizes, and the record by which a task's folder fits a base."""
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -63,6 +64,11 @@ class SlimRecord:
         check_base("task", self.base, base_fingerprints(base))
 
 
+def record_of(model: nn.Module) -> SlimRecord | None:
+    """The record of a slim PEFT model; None for any other."""
+    return vars(model).get("deftcore_record")
+
+
 def base_fingerprints(base: nn.Module) -> dict[str, str]:
     """Of the weights that heads and channels are made of, in 4 bits decoded; by dtype. Empty on the meta device."""
     parts: dict[str, dict[str, str]] = {}
@@ -100,11 +106,11 @@ def slim_class(config: Any) -> Any:
 
     class Slim(kind):
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-            sizes = stored_sizes(config)
-            delattr(config, SIZES_FIELD)  # first it is built whole
-            super().__init__(config, *args, **kwargs)
+            whole = copy.deepcopy(config)
+            delattr(whole, SIZES_FIELD)
+            super().__init__(whole, *args, **kwargs)
             self.__class__ = kind
-            cut(self, _first_of(find_coupled(self), sizes))
+            cut(self, _first_of(find_coupled(self), stored_sizes(config)))
             for module in self.modules():  # Transformers' first values are of weights that a constant has not
                 if any(isinstance(child, Constant) for child in module.children()):
                     module._is_hf_initialized = True

@@ -4,6 +4,7 @@
 says so by structure (`stored_sizes`), or in its own fields where all layers came out alike and it can.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,6 +133,7 @@ def cut(model: Any, kept: Kept, *, requantize: bool = False) -> SlimReport:
         cuts = plan(base, structures, kept)
     for each in cuts:
         _check(base, each, requantize)
+    own_configs(model)
     before, errors = _weights(base), dict[str, float]()
     for each in cuts:
         layer = layer_at(base, each.layer)
@@ -149,6 +151,15 @@ def cut(model: Any, kept: Kept, *, requantize: bool = False) -> SlimReport:
         _count_heads(base, family, coupled, kept.units[coupled.name])
     _write_sizes(base, family, everything, kept)
     return SlimReport(before, _weights(base), errors)
+
+
+def own_configs(model: nn.Module) -> None:
+    """Gives a model and its modules copies of their configs, which other models may hold too."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        for name in ("config", "generation_config"):
+            if name in vars(module):
+                setattr(module, name, copy.deepcopy(vars(module)[name], copies))
 
 
 def _check(model: nn.Module, each: Cut, requantize: bool) -> None:

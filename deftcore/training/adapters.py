@@ -82,8 +82,9 @@ def load_adapter(model: Any, folder: str | os.PathLike) -> Any:
         if record is not None:
             record.check(model)
             cut(model, record.kept, requantize=True)  # as it was when the adapter was slimmed
-            model.deftcore_record = record
         adapted = PeftModel.from_pretrained(model, folder)
+        if record is not None:
+            adapted.deftcore_record = record
     except (SafetensorError, RuntimeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"adapter: {file} is damaged or of another model: {error}") from error
     needed_keys = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()

@@ -1,6 +1,5 @@
 """Plug and play: a task is a folder with what stays of its base, slim adapters and its head; bases are shared."""
 
-import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from deftcore._files import replacing_folder
 from deftcore.methods.light_peft.slimming import adapted_layers
 from deftcore.models.blocks import base_of
 from deftcore.models.coupled import find_coupled
-from deftcore.models.slim_files import RECORD_FILE, SlimRecord
-from deftcore.models.slimming import plan
+from deftcore.models.slim_files import RECORD_FILE, SlimRecord, record_of
+from deftcore.models.slimming import own_configs, plan
 from deftcore.nn.shadow import shadow
 from deftcore.training.adapters import load_adapter
 from deftcore.training.saving import save_trained
@@ -33,7 +32,7 @@ def save_slim(model: Any, folder: str | os.PathLike) -> Path:
     Raises:
         ValueError: a PEFT model that `slim` has not seen.
     """
-    if isinstance(model, PeftModel) and getattr(base_of(model), "deftcore_record", None) is None:
+    if isinstance(model, PeftModel) and record_of(model) is None:
         raise ValueError("model: has adapters and has not been slimmed; write it with save_pretrained")
     with replacing_folder(folder) as partial:
         save_trained(model, partial)
@@ -113,10 +112,6 @@ def _record(base: Any, task: str | os.PathLike) -> SlimRecord:
 
 def _sharing(base: Any) -> Any:
     """A copy that shares the base's tensors; its modules and configs are its own."""
-    model: Any = shadow(base)
-    copies: dict[int, Any] = {}
-    for module in model.modules():
-        for name in ("config", "generation_config"):
-            if name in vars(module):
-                setattr(module, name, copy.deepcopy(vars(module)[name], copies))
+    model = shadow(base)
+    own_configs(model)
     return model

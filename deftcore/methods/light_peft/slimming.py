@@ -71,7 +71,7 @@ def slim(model: Any, kept: Kept, *, requantize: bool = False) -> SlimReport:
             _cut_ranks(layers[name], torch.tensor(places))
     if isinstance(model, PeftModel):
         _write_configs(model, {name: layer for name, layer in layers.items() if name not in gone}, bool(gone))
-    base.deftcore_record = record
+        model.deftcore_record = record  # on the wrapper: with the adapters it goes
     return report
 
 
