@@ -108,3 +108,13 @@ def filled(adapted):
                     for parameter in part.parameters():
                         parameter.normal_(std=0.2, generator=generator)
     return adapted.eval()
+
+
+def save_task(base, folder, *, seed=0, kind="llama", wrap=lora_of, **options):
+    """A slim model on a copy of the base, written as a task."""
+    adapted = wrap(copy.deepcopy(base), kind, **options)
+    names = list(adapted_layers(base_of(adapted)))
+    kept = some_kept(base, seed=seed)
+    deftcore.slim(adapted, Kept(kept.units, {names[0]: (0, 3), names[1]: ()}))
+    deftcore.save_slim(adapted, folder)
+    return adapted

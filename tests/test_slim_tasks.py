@@ -7,27 +7,15 @@ import peft
 import pytest
 import torch
 import transformers
-from slim_models import bottleneck_of, logits_of, lora_of, model_of, some_kept
-from test_package import save_base
+from slim_models import bottleneck_of, logits_of, lora_of, model_of, save_task, some_kept
 
 import deftcore
-from deftcore.cli.main import main
 from deftcore.methods.light_peft.slimming import adapted_layers
 from deftcore.models.blocks import base_of
 from deftcore.models.kept import Kept
 from deftcore.models.slim_files import RECORD_FILE, SlimRecord
 from deftcore.models.slimming import cut
 from deftcore.training.adapters import load_adapter
-
-
-def save_task(base, folder, *, seed=0, kind="llama", wrap=lora_of, **options):
-    """A slim model on a copy of the base, written as a task."""
-    adapted = wrap(copy.deepcopy(base), kind, **options)
-    names = list(adapted_layers(base_of(adapted)))
-    kept = some_kept(base, seed=seed)
-    deftcore.slim(adapted, Kept(kept.units, {names[0]: (0, 3), names[1]: ()}))
-    deftcore.save_slim(adapted, folder)
-    return adapted
 
 
 def tensors_of(model):
@@ -204,28 +192,3 @@ def test_adapters_that_cannot_be_slimmed():
         with pytest.raises(ValueError, match=r"plain LoRA and bottlenecks can be slimmed|would lose rows"):
             deftcore.slim(model, kept)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_the_commands(tmp_path, capsys):
-    """A task is an adapter to `generate` and `export`; a slim model is a model to all of them, and to `train`."""
-    base_folder = tmp_path / "base"
-    base_folder.mkdir()
-    save_base(base_folder, intermediate_size=128)
-    base = deftcore.load_model(base_folder)
-    made = save_task(base, tmp_path / "task")
-
-    def answer(model, *options):
-        assert main(["generate", str(model), "the quick", "--max-new-tokens", "8", "--json", *options]) == 0
-        return json.loads(capsys.readouterr().out)["text"]
-
-    expected = answer(base_folder, "--adapter", str(tmp_path / "task"))
-    assert expected != answer(base_folder)
-    deftcore.save_slim(made.merge_and_unload(), tmp_path / "slim")
-    for file in base_folder.glob("tokenizer*"):
-        (tmp_path / "slim" / file.name).write_bytes(file.read_bytes())
-    assert answer(tmp_path / "slim") == expected
-    for i, source in enumerate((["base", "--adapter", str(tmp_path / "task")], ["slim"])):
-        place = tmp_path / f"export{i}"
-        assert main(["export", str(tmp_path / source[0]), str(place), *source[1:]]) == 0
-        capsys.readouterr()
-        assert answer(place) == expected

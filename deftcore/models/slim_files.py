@@ -64,9 +64,14 @@ class SlimRecord:
         check_base("task", self.base, base_fingerprints(base))
 
 
-def record_of(model: nn.Module) -> SlimRecord | None:
+def record_of(model: Any) -> SlimRecord | None:
     """The record of a slim PEFT model; None for any other."""
     return vars(model).get("deftcore_record")
+
+
+def keep_record(model: Any, record: SlimRecord) -> None:
+    """Gives a PEFT model its record: to the wrapper, for it goes with the adapters."""
+    model.deftcore_record = record
 
 
 def base_fingerprints(base: nn.Module) -> dict[str, str]:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from deftcore.models.gates import load_gates
-from deftcore.models.slim_files import SlimRecord
+from deftcore.models.slim_files import SlimRecord, keep_record
 from deftcore.models.slimming import cut
 from deftcore.nn.sharding import whole
 from deftcore.training.registry import load_rooms
@@ -84,7 +84,7 @@ def load_adapter(model: Any, folder: str | os.PathLike) -> Any:
             cut(model, record.kept, requantize=True)  # as it was when the adapter was slimmed
         adapted = PeftModel.from_pretrained(model, folder)
         if record is not None:
-            adapted.deftcore_record = record
+            keep_record(adapted, record)
     except (SafetensorError, RuntimeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"adapter: {file} is damaged or of another model: {error}") from error
     needed_keys = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()

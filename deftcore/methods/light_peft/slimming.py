@@ -16,7 +16,7 @@ from deftcore.methods.lora.layer import FusedLoraLinear
 from deftcore.models.blocks import base_of
 from deftcore.models.coupled import find_coupled
 from deftcore.models.kept import Kept
-from deftcore.models.slim_files import SlimRecord, base_fingerprints
+from deftcore.models.slim_files import SlimRecord, base_fingerprints, keep_record
 from deftcore.models.slimming import Cut, SlimReport, cut, plan
 
 # Of an adapter's config: what changes with it, and what says where it is.
@@ -71,7 +71,7 @@ def slim(model: Any, kept: Kept, *, requantize: bool = False) -> SlimReport:
             _cut_ranks(layers[name], torch.tensor(places))
     if isinstance(model, PeftModel):
         _write_configs(model, {name: layer for name, layer in layers.items() if name not in gone}, bool(gone))
-        model.deftcore_record = record  # on the wrapper: with the adapters it goes
+        keep_record(model, record)
     return report
 
 

@@ -1,0 +1,66 @@
+"""The commands over slim models and tasks."""
+
+import json
+from pathlib import Path
+
+import pytest
+from slim_models import model_of, save_task, some_kept
+from test_package import save_base
+
+import deftcore
+from deftcore.cli.main import main
+from deftcore.models.coupled import stored_sizes
+from deftcore.models.slimming import cut
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def test_the_commands(tmp_path, capsys):
+    """A task is an adapter to `generate` and `export`, a slim model a model to both."""
+    base_folder = tmp_path / "base"
+    base_folder.mkdir()
+    save_base(base_folder, intermediate_size=128)
+    base = deftcore.load_model(base_folder)
+    made = save_task(base, tmp_path / "task")
+
+    def answer(model, *options):
+        assert main(["generate", str(model), "the quick", "--max-new-tokens", "8", "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)["text"]
+
+    expected = answer(base_folder, "--adapter", str(tmp_path / "task"))
+    assert expected != answer(base_folder)
+    deftcore.save_slim(made.merge_and_unload(), tmp_path / "slim")
+    for file in base_folder.glob("tokenizer*"):
+        (tmp_path / "slim" / file.name).write_bytes(file.read_bytes())
+    assert answer(tmp_path / "slim") == expected
+    for i, source in enumerate((["base", "--adapter", str(tmp_path / "task")], ["slim"])):
+        place = tmp_path / f"export{i}"
+        assert main(["export", str(tmp_path / source[0]), str(place), *source[1:]]) == 0
+        capsys.readouterr()
+        assert answer(place) == expected
+
+
+@pytest.mark.parametrize("recipe", ["deft-lora", "deft-qlora", "s2ft"])
+def test_training_on_a_slim_model(recipe, tmp_path, capsys):
+    """Other methods train on it as on any model, in 4 bits too; what they wrote is exported."""
+    base, run, out = tmp_path / "base", tmp_path / "run", tmp_path / "out"
+    base.mkdir()
+    model = model_of("llama", "relu")
+    cut(model, some_kept(model, round_to=32))
+    save_base(base, model)
+    assert stored_sizes(deftcore.load_model(base).config)
+    data = base / "data.txt"
+    overrides = [f"model={base}", f"data.train={data}", f"data.validation={data}", f"output={run}",
+                 "training.max_steps=3", "data.max_length=16"]  # fmt: skip
+    overrides += ["adapter.channel_ratio=0.1"] if recipe == "s2ft" else []
+    capsys.readouterr()
+    assert main(["train", str(RECIPES / f"{recipe}.yaml"), *overrides, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == 3
+    adapter = ["--adapter", str(run / "final"), *(["--quantize", "nf4"] if "qlora" in recipe else [])]
+    assert main(["density", str(base), str(data), "--max-length", "16", "--json", *adapter]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(result["eval_loss"], rel=0.02)
+    if "qlora" in recipe:
+        return  # channels that are no whole blocks of 64 have no sparse form in 4 bits
+    assert main(["export", str(base), str(out), "--adapter", str(run / "final")]) == 0
+    assert main(["generate", str(out), "the quick", "--max-new-tokens", "4"]) == 0
