@@ -4,10 +4,15 @@ import subprocess
 import sys
 
 import peft
+import pytest
 import torch
 from conftest import tiny_batch, tiny_model
+from test_package import save_base
 
 import deftcore
+from deftcore.cli.main import main
+from deftcore.models.checkpoints import load_model
+from deftcore.training.adapters import load_adapter
 
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}  # Linear, Conv1D
 CONFIGS = {"kasa": deftcore.KasaFactoredConfig, "ba-lora": deftcore.BaLoraConfig}
@@ -66,3 +71,32 @@ def test_plain_peft_gives_the_same_logits(tmp_path):
             torch.testing.assert_close(
                 theirs, ours, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+@pytest.mark.parametrize("method", ["kasa", "qba-lora"])
+def test_the_command(tmp_path, capsys, method):
+    """From a run's folder; over a base in 4 bits the factors are those beside its decoded weights."""
+    base, run, out = (tmp_path / name for name in ("base", "run", "out"))
+    base.mkdir()
+    save_base(base)
+    (tmp_path / "r.yaml").write_text(
+        f"{{model: {base}, output: {run}, method: {method}, data: {{train: {base / 'data.txt'}, max_length: 16}}, "
+        "adapter: {r: 2, target_modules: [q_proj, v_proj]}, training: {max_steps: 2, batch_size: 2}}"
+    )
+    assert main(["train", str(tmp_path / "r.yaml")]) == 0
+    packed = ["--quantize", "nf4"] if method == "qba-lora" else []
+    command = ["export", str(base), str(out), "--lora", "--adapter", str(run / "final"), *packed]
+    assert main([*command, "--skip", "model.layers.0.mlp"]) == 2
+    assert "skip: is not for --lora" in capsys.readouterr().err
+    assert main(["export", str(base), str(out), "--lora"]) == 2
+    assert "adapter: must be a folder with an adapter" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*command, "--json"]) == 0
+    assert '"rank": 4' in capsys.readouterr().out
+    options = {"quantize": {"quant_type": "nf4"}} if packed else {}
+    ours, theirs = load_adapter(load_model(base, **options), run / "final"), load_model(base, **options)
+    theirs = peft.PeftModel.from_pretrained(theirs, out)
+    ids = tiny_batch("llama")["input_ids"]
+    with torch.no_grad():
+        expected, found = (each.eval()(input_ids=ids).logits for each in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -31,10 +31,13 @@ from deftcore.cli.shared import (
 @click.option(
     "--merge", type=click.Choice(["16bit", "4bit"]), show_default="no", help="Merge an adapter over a 4-bit base."
 )
+@click.option(
+    "--lora", is_flag=True, help="Write a KaSA or BA-LoRA adapter alone, as LoRA that PEFT loads without deftcore."
+)
 @device_option()
 def export(
-    model: str, output: str, adapter: str, skip: list[str], quantize: str | None, merge: str | None, device: str,
-    as_json: bool,
+    model: str, output: str, adapter: str, skip: list[str], quantize: str | None, merge: str | None, lora: bool,
+    device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Merge an adapter and write a folder for sparse inference.
 
@@ -42,6 +45,17 @@ def export(
     `deftcore.load_sparse` open.
     """
     hush()
+    if lora:
+        from deftcore.methods.lora import exporting
+
+        for name, value in (("skip", skip), ("merge", merge)):
+            if value:
+                raise ValueError(f"{name}: is not for --lora, which writes the adapter alone, got {value!r}")
+        result = exporting.export(
+            model, output, adapter=adapter, quantize=quantize_options(quantize), device=device
+        )  # fmt: skip
+        show(as_json, result, [f"{output}: LoRA of rank {result['rank']}"])
+        return
     from deftcore.methods.deft import export as sparse
 
     result = sparse.export(

@@ -44,9 +44,8 @@ optimizer.step()
 
 Under `transformers.Trainer` the penalty is an objective: `class BaLoraTrainer(ObjectiveTrainerMixin, Trainer)` from
 `deftcore.training.trainer`, with `objective=BaLoraPenalty(model)` (`examples/spectral_adapters.py`); under TRL's
-`SFTTrainer` the same (`examples/trl_sft.py`).
-`deftcore.export_lora(model, folder)` writes a plain LoRA of rank 2r on the original weights. Recipes: `ba-lora`, and
-`qba-lora` over a base in 4 bits.
+`SFTTrainer` the same (`examples/trl_sft.py`). `deftcore.export_lora(model, folder)`, or `deftcore export --lora` from
+files, writes a plain LoRA of rank 2r on the original weights. Recipes: `ba-lora`, and `qba-lora` over a base in 4 bits.
 
 ## Where things are
 

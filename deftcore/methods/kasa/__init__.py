@@ -42,7 +42,7 @@ optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad)
 (model(input_ids=ids, labels=ids).loss + penalty.loss()).backward()
 optimizer.step()
 folder = tempfile.mkdtemp()
-export_lora(model, folder)  # plain LoRA, which PEFT loads without deftcore
+export_lora(model, folder)  # plain LoRA, which PEFT loads without deftcore; `deftcore export --lora` from files
 plain = PeftModel.from_pretrained(model.unload(), folder)
 ```
 

@@ -11,7 +11,11 @@ from safetensors.torch import save_file
 
 from deftcore._files import replacing_folder
 from deftcore.methods.lora.paired_model import paired_layers
+from deftcore.models.checkpoints import load_model
 from deftcore.nn.linear import is_transposed
+from deftcore.training.adapters import load_adapter
+from deftcore.training.device import choose_device
+from deftcore.training.fields import AdapterFolder, Needed, NewFolder, Text, checked
 
 _SAME = (
     "base_model_name_or_path", "bias", "exclude_modules", "layers_pattern", "layers_to_transform", "lora_dropout",
@@ -61,3 +65,23 @@ def export_lora(model: Any, folder: str | os.PathLike, *, adapter: str = "defaul
         )
         plain.save_pretrained(str(partial))
     return Path(folder)
+
+
+@checked
+def export(
+    model: Needed, output: NewFolder, *, adapter: AdapterFolder, quantize: dict[str, Any] | None = None,
+    device: Text = "auto",
+) -> dict[str, Any]:  # fmt: skip
+    """`export_lora` of an adapter's folder, with the base that it was trained on, in 4 bits where `quantize` says so.
+
+    Returns:
+        output, and the rank of most layers.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the argument; as `export_lora`.
+    """
+    if not adapter:
+        raise ValueError("adapter: must be a folder with an adapter, got none")
+    base: Any = load_model(model, quantize=quantize)
+    export_lora(load_adapter(base.to(choose_device(device)), adapter), output)
+    return {"output": output, "rank": LoraConfig.from_pretrained(output).r}
