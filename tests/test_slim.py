@@ -133,6 +133,48 @@ def test_uniform_sizes_load_in_transformers(kind, tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "places", "rows"),
+    [  # heads of 8; channels of 72
+        ("gpt2", "transformer.h.0.attn", (1, 3), [*range(8, 16), *range(24, 32), *range(40, 48), *range(56, 64),
+                                                  *range(72, 80), *range(88, 96)]),
+        ("gpt_neox", "gpt_neox.layers.0.attention", (0, 2), [*range(24), *range(48, 72)]),
+        ("phi3", "model.layers.0.self_attn", (2, 3), [*range(16, 32), *range(40, 48), *range(56, 64)]),
+        ("phi3", "model.layers.0.self_attn", (1, 2), [*range(8, 24), *range(32, 64)]),
+        ("phi3", "model.layers.0.mlp", (0, 71), [0, 71, 72, 143]),
+    ],
+)  # fmt: skip
+def test_lines_of_fused_matrices(kind, name, places, rows):
+    """Every row of the fused matrix, and of its bias, holds its own number: those of the units that stay are left."""
+    model = model_of(kind)
+    form = FAMILIES[kind].mlps[0] if name.endswith("mlp") else FAMILIES[kind].attention
+    fused = model.get_submodule(f"{name}.{form.up if name.endswith('mlp') else form.q}")
+    turned = kind == "gpt2"  # [in, out]
+    with torch.no_grad():
+        numbers = torch.arange(fused.weight.shape[1 if turned else 0], dtype=torch.float32)
+        fused.weight.copy_(numbers.view(1, -1) if turned else numbers.view(-1, 1))
+        if fused.bias is not None:
+            fused.bias.copy_(numbers)
+    last = model.get_submodule(f"{name}.{form.down if name.endswith('mlp') else form.o}").weight.detach().clone()
+    cut(model, Kept({name: places}))
+    found = fused.weight.t() if turned else fused.weight
+    assert found.tolist() == [[row] * found.shape[1] for row in rows]
+    assert fused.bias is None or fused.bias.tolist() == rows
+    width = 1 if name.endswith("mlp") else 8
+    columns = [place * width + i for place in places for i in range(width)]
+    now = model.get_submodule(f"{name}.{form.down if name.endswith('mlp') else form.o}").weight
+    assert torch.equal(now, last[columns] if turned else last[:, columns])
+
+
+def test_counts_are_as_predicted():
+    """Of the spec's arithmetic: a head costs its rows of q, k, v and its columns of o, a channel those of the MLP."""
+    model = model_of("opt")
+    before = sum(p.numel() for p in model.parameters())
+    report = cut(model, Kept({"model.decoder.layers.0.self_attn": (0, 2)}))
+    assert report.before == before
+    assert report.after == sum(p.numel() for p in model.parameters()) == before - 2 * 8 * (3 * (32 + 1) + 32)
+
+
 def test_twice():
     """A slim model is slimmed further, as a model of its own."""
     model = model_of("phi3")

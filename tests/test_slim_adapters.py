@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from slim_models import KINDS, assert_same, bottleneck_of, logits_of, lora_of, masked, model_of, some_kept
+from slim_models import KINDS, assert_same, bottleneck_of, filled, logits_of, lora_of, masked, model_of, some_kept
 
 import deftcore
 from deftcore.methods.light_peft.slimming import adapted_layers, parts_of
@@ -72,3 +72,17 @@ def test_slim_adapters_are_those_with_zeros(kind, wrap, tmp_path):
             assert not any(part["default"].weight.any() for part in parts_of(layer))
     deftcore.slim(full, kept)
     assert torch.equal(logits_of(full, kind), found)
+
+
+def test_all_adapters_of_a_model_are_cut():
+    """Each of two computes over the slim base what it computed over the masked one."""
+    kept = some_kept(model_of("llama"))
+    adapted = lora_of(model_of("llama"), "llama")
+    adapted.add_adapter("second", copy.copy(adapted.peft_config["default"]))
+    adapted = filled(adapted)
+    expected = zeroed(adapted, kept)
+    deftcore.slim(adapted, kept)
+    for name in ("default", "second"):
+        for each in (adapted, expected):
+            each.set_adapter(name)
+        assert_same(logits_of(adapted, "llama"), logits_of(expected, "llama"), 1e-5)

@@ -101,6 +101,20 @@ def test_a_4bit_base_loses_whole_blocks_exactly():
     assert_same(logits_of(model, "llama"), logits_of(expected, "llama"), 1e-5)
 
 
+def test_neuron_major_weights_lose_any_channel_exactly():
+    """A down projection whose blocks run down its columns, beside an MLP whose rows are whole blocks."""
+    model = wide_model()
+    mlp = model.model.layers[0].mlp
+    for name in ("gate_proj", "up_proj"):
+        setattr(mlp, name, Linear4bit.from_linear(getattr(mlp, name), block_size=32))
+    mlp.down_proj = Linear4bit(quantize_4bit(mlp.down_proj.weight.detach().t().contiguous(), block_size=32).t())
+    kept = Kept({"model.layers.0.mlp": (0, 3, 31, 64, 159)})
+    expected, weight = masked(model, kept), mlp.down_proj.quantized.dequantize()
+    assert not cut(model, kept).requantized
+    assert torch.equal(mlp.down_proj.quantized.dequantize(), weight[:, [0, 3, 31, 64, 159]])
+    assert_same(logits_of(model, "llama"), logits_of(expected, "llama"), 1e-5)
+
+
 def test_a_cut_block_is_refused_or_rounded_again():
     model = deftcore.quantize(wide_model(), block_size=32)
     kept = some_kept(model)
@@ -133,6 +147,11 @@ def test_a_slim_model_in_4_bits_on_disk(tmp_path):
     again = deftcore.load_model(tmp_path / "model")
     assert isinstance(again.model.layers[0].mlp.up_proj, Linear4bit)
     assert torch.equal(logits_of(again, "llama"), logits_of(model, "llama"))
+
+    model = deftcore.quantize(wide_model(), block_size=32)
+    cut(model, some_kept(model), requantize=True)  # some scales are nested then, some are not
+    model.save_pretrained(tmp_path / "other")
+    assert torch.equal(logits_of(deftcore.load_model(tmp_path / "other"), "llama"), logits_of(model, "llama"))
 
     base = deftcore.quantize(wide_model(), block_size=32)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM")

@@ -182,6 +182,8 @@ def test_adapters_that_cannot_be_slimmed():
     nothing = Kept({}, dict.fromkeys(adapted_layers(base_of(model)), ()))
     with pytest.raises(ValueError, match="ranks: no adapter would be left"):
         deftcore.slim(model, nothing)
+    with pytest.raises(ValueError, match="model: has adapters; give the PEFT model around it"):
+        deftcore.slim(model.get_base_model(), kept)
     for config in (
         peft.LoraConfig(target_modules=["q_proj"], use_dora=True),
         deftcore.S2ftConfig(channel_ratio=0.2),

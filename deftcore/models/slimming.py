@@ -237,8 +237,20 @@ def _resize(module: Any, each: Cut) -> None:
 
 
 def _weights(model: nn.Module) -> int:
-    packed = sum(module.quantized.numel() for module in model.modules() if isinstance(module, Linear4bit))
-    return packed + sum(parameter.numel() for parameter in model.parameters())
+    """How many weights a model has, those of adapters aside."""
+    seen: set[int] = set()
+
+    def count(module: nn.Module) -> int:
+        if hasattr(module, "base_layer"):
+            return count(module.base_layer)  # type: ignore[arg-type]
+        own = module.quantized.numel() if isinstance(module, Linear4bit) else 0
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                own += parameter.numel()
+        return own + sum(count(child) for child in module.children())
+
+    return count(model)
 
 
 # ---------------------------------------------------------------------------- what modules and the config say of it

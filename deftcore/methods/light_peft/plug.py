@@ -60,7 +60,8 @@ def load_slim(base: Any, task: str | os.PathLike) -> Any:
 def expand(base: Any, task: str | os.PathLike) -> Any:
     """A task's adapters in full shape over its whole base, a PEFT model: zero where rows, columns and ranks were cut.
 
-    It computes something else than the slim model, for heads and channels of the base that were cut act again.
+    It computes something else than the slim model, for heads and channels of the base that were cut act again, and none
+    that stayed is scaled.
 
     Args:
         base, task: as in `load_slim`. The base stays as it is.

@@ -53,6 +53,8 @@ def slim(model: Any, kept: Kept, *, requantize: bool = False) -> SlimReport:
     """
     base: Any = base_of(model)
     layers = adapted_layers(base)
+    if layers and not isinstance(model, PeftModel):
+        raise ValueError("model: has adapters; give the PEFT model around it, whose config has to follow")
     structures = find_coupled(base)
     kept.check(structures, {name: _rank(layer) for name, layer in layers.items()})
     cuts = plan(base, structures, kept)
