@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import FAMILIES, task_type, tiny_batch, tiny_model
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import deftcore
 from deftcore.methods.deft.objective import DensityLoss
@@ -304,6 +304,38 @@ def test_density_beside_a_penalty(tmp_path, config, penalty, logged):
     assert all({logged, "density"} <= entry.keys() for entry in trainer.state.log_history[:2])
     with pytest.raises(ValueError, match="objective: each must have a name of its own"):
         DeftTrainer(model, arguments, objective=objectives[:1] * 2)
+
+
+@pytest.mark.parametrize(("config", "penalty", "logged"), [
+    (deftcore.KasaFactoredConfig, deftcore.KasaPenalty, "kasa_l2"),
+    (deftcore.BaLoraConfig, deftcore.BaLoraPenalty, "ba_lora_diversity"),
+])  # fmt: skip
+def test_penalties_on_classifiers(tmp_path, config, penalty, logged):
+    """Head and adapter train, are evaluated, and go on from a checkpoint bit for bit."""
+
+    def trainer():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model = BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=7, **sizes, **rates))
+        model = peft.get_peft_model(model, config(r=2, target_modules=["query", "value"], task_type="SEQ_CLS"))
+        rows = [{"input_ids": row["input_ids"], "labels": i % 7} for i, row in enumerate(Rows("bert").rows)]
+        arguments = TrainingArguments(
+            str(tmp_path), report_to=[], use_cpu=True, max_steps=4, save_steps=2, logging_steps=1, learning_rate=1e-2
+        )
+        return DeftTrainer(model, arguments, train_dataset=rows, eval_dataset=rows, objective=penalty(model))
+
+    whole, again = trainer(), trainer()
+    start = {name: p.clone() for name, p in whole.model.named_parameters() if p.requires_grad}
+    whole.train()
+    assert sum(logged in entry for entry in whole.state.log_history) == 4
+    assert whole.evaluate()["eval_loss"] > 0
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    others = dict(again.model.named_parameters())
+    assert any("classifier" in name for name in start)
+    for name, p in whole.model.named_parameters():
+        assert torch.equal(p, others[name]), name
+        assert name not in start or not torch.equal(p, start[name]), name
 
 
 @pytest.mark.parametrize(("smoothing", "shares"), [(0.0, True), (0.1, True), (0.0, False)])

@@ -17,6 +17,7 @@ from deftcore.methods.kasa.interchange import load_peft_kasa, save_peft_kasa
 from deftcore.methods.kasa.layer import KasaLinear
 from deftcore.methods.kasa.penalty import KasaPenalty, gram_distance, layer_penalties
 from deftcore.methods.kasa.truncation import dropped_factors
+from deftcore.methods.lora import paired_model
 from deftcore.nn.linear import Linear4bit
 from deftcore.ops import minor_subspace, subspace
 from deftcore.training.adapters import load_adapter
@@ -155,6 +156,15 @@ def test_what_was_computed_is_kept(monkeypatch):
         a, b = dropped_factors(w, rank, "digest-of-w")
         assert torch.equal(a, first[0][5 - rank :])
         assert torch.equal(b, first[1][:, 5 - rank :])
+
+
+def test_large_weights_have_a_progress_bar(monkeypatch):
+    hidden = []
+    monkeypatch.setattr(paired_model, "track", lambda layers, text, disable, **_: hidden.append(disable) or layers)
+    for slow in (512, 16):
+        monkeypatch.setattr(paired_model, "_SLOW", slow)
+        llama()
+    assert hidden == [True, False]
 
 
 def test_a_damaged_cache_is_computed_again():
