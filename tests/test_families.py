@@ -13,11 +13,13 @@ from torch import nn
 import deftcore
 from deftcore.methods.s2ft.layer import S2ftLayer
 from deftcore.models import FAMILIES, describe, find_mlp_blocks
+from deftcore.models.coupled import find_coupled
 from deftcore.models.families import is_mamba
 from deftcore.nn import SparseMLP
 from deftcore.nn.linear import is_transposed, out_by_in
 from deftcore.ops import dequantize_4bit, quantize_4bit
-from deftcore.training.registry import uses
+from deftcore.training.registry import Setup, uses
+from deftcore.training.wrapping import add_adapter
 
 OWN = {  # activations of the real models, where they are neither relu nor silu
     "gemma": "gelu_pytorch_tanh", "gemma2": "gelu_pytorch_tanh", "gemma3_text": "gelu_pytorch_tanh",
@@ -211,11 +213,41 @@ def test_mamba_lora(kind):
     torch.testing.assert_close(logits_of(patched, kind), logits_of(plain, kind), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("adapter", ["lora", "bottleneck"])
+@pytest.mark.parametrize("kind", served_by("light-peft"))
+def test_light_peft(kind, adapter):
+    """What the masks of the first phase say goes for real, and what is left of the adapters trains."""
+    model, batch = model_of(kind, OWN.get(kind, "silu")), tiny_batch(kind)
+    sizes = {each.name: each.units for each in find_coupled(model)}
+
+    def phase(adapted, name, changes, objective):
+        """One step, after which the last units are those that go."""
+        assert (name, changes) == ("estimate", {"max_steps": 5})
+        objective.begin([batch], 0, 1)
+        output = adapted(**batch)
+        (output.loss + objective.share(batch, output)).backward()
+        objective.end()
+        with torch.no_grad():
+            for mask in objective.masks:
+                mask[len(mask) // 2 :] = 0.5
+        adapted.zero_grad()
+
+    options = {"adapter": adapter, "estimate_steps": 5, "head_ratio": 0.5, "ffn_ratio": 0.5, "dropout": 0.0}
+    slim = add_adapter(model, "light-peft", options, Setup(phase=phase)).eval()
+    for each in find_coupled(slim.get_base_model()):
+        assert each.units == sizes[each.name] // 2
+    moved = train_a_step(slim, kind)
+    assert moved
+    assert all("lora_" in name or "bottleneck_" in name for name in moved)
+    assert logits_of(slim, kind).isfinite().all()
+
+
 ATTEMPTS = {
     "density": deftcore.DensityLoss,
     "sparsify": deftcore.sparsify,
     "s2ft": lambda model: peft.get_peft_model(model, deftcore.S2ftConfig()),
     "bottleneck": lambda model: peft.get_peft_model(model, deftcore.BottleneckConfig()),
+    "light-peft": lambda model: add_adapter(model, "light-peft", {}),
     "mamba-lora": lambda model: peft.get_peft_model(model, deftcore.MambaLoraConfig()),
 }
 
@@ -288,7 +320,7 @@ def test_gates_fold_into_conv1d():
 def test_describe_is_plain_and_complete():
     rows = json.loads(json.dumps(list(ROWS.values())))
     assert [row["model_type"] for row in rows] == list(FAMILIES)
-    claims = ["bottleneck", "density", "lora", "mamba-lora", "quantize", "s2ft", "sparsify"]
+    claims = ["bottleneck", "density", "light-peft", "lora", "mamba-lora", "quantize", "s2ft", "sparsify"]
     assert sorted(uses()) == claims  # each has a test above
     for row in rows:
         assert sorted([*row["served"], *row["refused"]]) == claims

@@ -190,6 +190,9 @@ def test_grouped_queries():
     assert select([heads("a", 8, 4)], Scores(scores), config).units == {"a": (0, 7)}  # one of each stays
     config = LightPeftConfig(head_ratio=0.5, head_granularity="head")
     assert select([heads("a", 8)], Scores(scores), config).units == {"a": (0, 4, 5, 7)}  # without groups: plain heads
+    third = {"a": torch.tensor([3.0, 1.0, 2.0, 2.0, 3.0, 1.0])}
+    assert select([heads("a", 6, 3)], Scores(third), LightPeftConfig()).units == {"a": (0, 2, 3, 4)}
+    assert select([heads("a", 6, 2)], Scores(third), LightPeftConfig()).units == {"a": (0, 1, 2, 3)}
     ties = {"a": torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 4.0]), "b": torch.arange(8.0)}
     config = LightPeftConfig(head_ratio=0.5, head_granularity="head", rule="quantile", uniform=True)
     found = select([heads("a", 8, 4), heads("b", 8, 4)], Scores(ties), config).units
@@ -217,10 +220,13 @@ def test_no_adapter_left():
 def test_ratios_that_take_nothing():
     config = LightPeftConfig()
     check_shares([heads("a", 3), channels("f", 2)], config)  # over all layers there may be enough
-    with pytest.raises(ValueError, match=r"head_ratio: 0\.333333 of 2 key-value groups of a is less .*granularity to"):
-        check_shares([heads("a", 8, 4)], config)
+    with pytest.raises(
+        ValueError, match=r"head_ratio: 0\.333333 of 2 key-value groups of a is less than one; raise it"
+    ):
+        check_shares([heads("a", 8, 4)], LightPeftConfig(head_granularity="group"))
+    check_shares([heads("a", 8, 4)], config)  # of two groups none goes, but one head of each
     with pytest.raises(ValueError, match=r"head_ratio: 0\.333333 of 2 query heads of a group of a"):
-        check_shares([heads("a", 8, 2)], LightPeftConfig(head_granularity="head"))
+        check_shares([heads("a", 4, 2)], config)
     with pytest.raises(
         ValueError, match=r"ffn_ratio: 0\.333333 of 2 channels of f is less than one; raise it or set it"
     ):

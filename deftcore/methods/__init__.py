@@ -6,6 +6,15 @@ except ImportError as error:
     raise ImportError("deftcore.methods needs PEFT: pip install 'deftcore[train]'") from error
 
 from deftcore._versions import warn_untested
-from deftcore.methods import ba_lora, deft, kasa, lora, mamba, natural_galore, s2ft  # noqa: F401  each makes itself known
+from deftcore.methods import (  # noqa: F401  each makes itself known
+    ba_lora,
+    deft,
+    kasa,
+    light_peft,
+    lora,
+    mamba,
+    natural_galore,
+    s2ft,
+)  # fmt: skip
 
 warn_untested("transformers", "peft", "accelerate", "bitsandbytes")

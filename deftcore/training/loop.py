@@ -208,7 +208,7 @@ class _Run:
             model, config, self.objectives, self.task, self.batches.examples, validation,
             steps=self.total, processes=accelerator.num_processes,
         )  # fmt: skip
-        self.folder = RunFolder(output, {**depends_on, **found})
+        self.folder = RunFolder(output, {**found, **depends_on})  # of an adapter what was asked for, not what it became
         if make_optimizer is None:
             rate, decay = config.learning_rate, config.weight_decay
             optimizer: Optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=decay)

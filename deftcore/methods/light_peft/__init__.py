@@ -24,8 +24,9 @@ selection  of n scores the floor(ratio n + 1e-6) lowest go, of equal ones those 
 ```
 
 A bottleneck's `dY` is its branch, its `Y` what the branch is added to. Of grouped queries whole groups go, by the sum
-of their heads' masks. What stays keeps its weights; its masks are dropped (`keep_masks="reset"`, the paper's) or
-multiplied into the weights that read it (`"fold"`).
+of their heads' masks, or as many heads of each group where the ratio is less than one group. What stays keeps its
+weights; its masks are dropped (`keep_masks="reset"`, the paper's) or multiplied into the weights that read it
+(`"fold"`).
 
 ## Example
 
@@ -34,7 +35,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from deftcore import LightPeftConfig
+from deftcore import LightPeftConfig, slim
 from deftcore.methods.light_peft.estimation import Estimation
 from deftcore.methods.light_peft.selection import select
 
@@ -55,8 +56,11 @@ for step in range(6):
     optimizer.zero_grad()
 estimation.detach()
 kept = select(estimation.structures, estimation.scores(), config)
-assert len(kept.units["model.layers.0.self_attn"]) == 3  # heads of 4
+print(slim(model, kept))  # in place; a new optimizer trains what is left
 ```
+
+`deftcore train recipes/light-peft.yaml` runs both phases, and goes on where it was stopped: inside the first, between
+them, or in the second, which begins with a fresh optimizer and schedule.
 
 ## Where things are
 
@@ -67,6 +71,7 @@ assert len(kept.units["model.layers.0.self_attn"]) == 3  # heads of 4
 | masks, running sums: the first phase as an objective | `estimation.py` |
 | importance of adapters and ranks | `importance.py` |
 | what stays | `selection.py` |
+| what recipes get: both phases | `method.py` |
 | random and magnitude pruning, to compare with | `baselines.py` |
 | base and adapters cut down to it, and back | `slimming.py`, `deftcore/models/slimming.py` |
 | tasks over a shared base | `plug.py`, `deftcore/models/slim_files.py` |
@@ -86,3 +91,5 @@ assert len(kept.units["model.layers.0.self_attn"]) == 3  # heads of 4
 - Adapters are plain LoRA or bottlenecks on linear layers, one on each. Merged adapters, other variants, latent
   attention and architectures that the table of families does not list are refused by name.
 """
+
+from deftcore.methods.light_peft import method  # noqa: F401  registers what the room gives to recipes

@@ -13,6 +13,7 @@ from deftcore.methods.light_peft.config import LightPeftConfig
 from deftcore.methods.lora.bottleneck import BottleneckLayer
 from deftcore.methods.lora.patch import patch
 from deftcore.models.blocks import base_of
+from deftcore.models.coupled import find_coupled
 from deftcore.models.families import FAMILIES, model_type
 from deftcore.nn.linear import is_transposed
 from deftcore.training.options import make_config
@@ -50,7 +51,12 @@ class Site:
 
 
 def peft_config(model: Any, config: LightPeftConfig) -> Any:
-    """PEFT's config of the adapters, for a base model of a family of the table."""
+    """PEFT's config of the adapters.
+
+    Raises:
+        ValueError: the base model is not of a family of the table, or of one without heads and MLPs.
+    """
+    find_coupled(model)
     family = FAMILIES[model_type(model)]
     outputs = [form.o for form in (family.attention,) if form] + [form.down for form in family.mlps]
     options: dict[str, Any] = {"r": config.r, "modules_to_save": config.modules_to_save}

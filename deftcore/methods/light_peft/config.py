@@ -38,9 +38,11 @@ class LightPeftConfig:
     rank_ratio: float = field(default=0.5, metadata={"help": "Share of the others' ranks that go, in [0, 1)."})
     ffn_scope: str = field(default="global", metadata={"help": "layer: as many in each; global: over all layers."})
     rank_scope: str = field(default="global", metadata={"help": "layer: as many of each adapter; global: over all."})
-    head_granularity: str = field(
-        default="group", metadata={"help": "Of grouped queries: whole groups, or as many heads of each (head)."}
-    )
+    head_granularity: str | None = field(
+        default=None,
+        metadata={"help": "Of grouped queries: whole groups (group), or as many heads of each (head). None is group, "
+                          "head where the ratio is less than one group."},
+    )  # fmt: skip
     rule: str = field(
         default="floor", metadata={"help": "floor: that share, rounded down; quantile: all up to it, the authors'."}
     )
@@ -71,7 +73,8 @@ class LightPeftConfig:
         check_choice("importance", self.importance, IMPORTANCE)
         check_choice("rule", self.rule, ("floor", "quantile"))
         check_choice("keep_masks", self.keep_masks, ("reset", "fold"))
-        check_choice("head_granularity", self.head_granularity, ("group", "head"))
+        if self.head_granularity is not None:
+            check_choice("head_granularity", self.head_granularity, ("group", "head"))
         for name in ("ffn_scope", "rank_scope"):
             check_choice(name, getattr(self, name), ("layer", "global"))
         for name in ("head_ratio", "ffn_ratio", "module_ratio", "rank_ratio"):

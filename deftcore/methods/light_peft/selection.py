@@ -108,24 +108,30 @@ def _over_all(layers: list[Tensor], ranked: list[Tensor], ratio: float, rule: st
     return [int((~each).sum()) for each in gone.split([each.numel() for each in layers])]
 
 
+def by_group(coupled: Coupled, config: LightPeftConfig) -> bool:
+    """Whether whole key-value groups of an attention go, or heads of each."""
+    if config.head_granularity is not None:
+        return config.head_granularity == "group" or coupled.group == 1
+    groups = coupled.units // coupled.group
+    return coupled.group == 1 or config.rule == "quantile" or math.floor(config.head_ratio * groups + _SLACK) > 0
+
+
 def check_shares(structures: Sequence[Coupled], config: LightPeftConfig) -> None:
     """Raises ValueError, naming the ratio, where it is less than one of the heads, groups or channels of a layer."""
     if config.rule == "quantile":  # which takes at least one
         return
     for each in structures:
-        count, what, hint = each.units, "channels", ""
+        count, what, name = each.units, "channels", "ffn_ratio"
         if part_of(each) == "heads":
-            whole = config.head_granularity == "group" and each.group > 1
-            count = each.units // each.group if whole else each.group if each.group > 1 else each.units
-            what = "key-value groups" if whole else "query heads of a group" if each.group > 1 else "heads"
-            hint = ", or head_granularity to head" if whole else ""
+            whole, name = by_group(each, config), "head_ratio"
+            count = each.units // each.group if whole else each.group
+            what = "heads" if each.group == 1 else "key-value groups" if whole else "query heads of a group"
         elif config.ffn_scope == "global" and not config.uniform:
             continue
         ratio = config.ratio(part_of(each))
         if ratio and math.floor(ratio * count + _SLACK) == 0:
-            name = "head_ratio" if part_of(each) == "heads" else "ffn_ratio"
             raise ValueError(
-                f"{name}: {ratio:g} of {count} {what} of {each.name} is less than one; raise it or set it to 0{hint}"
+                f"{name}: {ratio:g} of {count} {what} of {each.name} is less than one; raise it or set it to 0"
             )
 
 
@@ -140,7 +146,8 @@ def select(structures: Sequence[Coupled], scores: Scores, config: LightPeftConfi
     """
     units = select_units(structures, scores, config)
     empty = {axis.module for each in structures if units.get(each.name) == () for axis in each.axes}
-    ranks = _keep_ranks(scores, config) | {name: () for name in scores.ranks if name in empty}
+    stay = _keep_ranks(scores, config) | {name: () for name in scores.ranks if name in empty}
+    ranks = {name: stay[name] for name in scores.ranks if name in stay}  # in the model's order
     if scores.ranks and all(ranks.get(name) == () for name in scores.ranks):
         raise ValueError(
             f"module_ratio: no adapter is left of {len(scores.ranks)} at module_ratio {config.module_ratio} and "
@@ -170,23 +177,20 @@ def part_of(coupled: Coupled) -> str:
 def _keep_heads(found: Sequence[Coupled], scores: Scores, config: LightPeftConfig) -> list[Tensor]:
     """Query heads that stay; of grouped queries whole groups, by their members' sum, or as many of each group."""
     options: dict[str, Any] = {"rule": config.rule, "least": 0 if config.allow_empty else 1}
-    groups = [scores.units[each.name].view(-1, each.group) for each in found]
-    if config.head_granularity == "group" or all(each.group == 1 for each in found):
-        kept = keep([each.sum(1) for each in groups], config.head_ratio, uniform=config.uniform, **options)
-        return [
-            (places.view(-1, 1) * each.group + torch.arange(each.group)).flatten()
-            for each, places in zip(found, kept, strict=True)
-        ]
-    split = [[*each.unbind(0)] for each in groups]
-    if config.uniform:
-        together = iter(keep([row for rows in split for row in rows], config.head_ratio, uniform=True, **options))
-        kept_rows = [[next(together) for _ in rows] for rows in split]
-    else:
-        kept_rows = [keep(rows, config.head_ratio, uniform=True, **options) for rows in split]
-    return [
-        torch.cat([places + i * each.group for i, places in enumerate(rows)])
-        for each, rows in zip(found, kept_rows, strict=True)
-    ]
+    groups = {each.name: scores.units[each.name].view(-1, each.group) for each in found}
+    kept: dict[str, Tensor] = {}
+    whole = [each for each in found if by_group(each, config)]
+    places = keep([groups[each.name].sum(1) for each in whole], config.head_ratio, uniform=config.uniform, **options)
+    for each, own in zip(whole, places, strict=True):
+        kept[each.name] = (own.view(-1, 1) * each.group + torch.arange(each.group)).flatten()
+    # As many of each group; of each layer's groups, or of all of them.
+    parted = [each for each in found if each.name not in kept]
+    for some in [parted] if config.uniform else [[each] for each in parted]:
+        rows = [row for each in some for row in groups[each.name]]
+        left = iter(keep(rows, config.head_ratio, uniform=True, **options))
+        for each in some:
+            kept[each.name] = torch.cat([next(left) + start for start in range(0, each.units, each.group)])
+    return [kept[each.name] for each in found]
 
 
 def _keep_channels(found: Sequence[Coupled], scores: Scores, config: LightPeftConfig) -> list[Tensor]:
