@@ -121,13 +121,19 @@ def _density(device):
     return lambda a: ops.density(a, tau=0.5), (37, 1001)
 
 
+def _logit_rows(device):
+    t = torch.randn(9, 4104, device=device)
+    options = {"consistency": 0.5, "diversity": 0.5, "top_k": 0}
+    return lambda z: (ops.logit_penalties(z, t.to(z.dtype), **options).total, ops.mean_entropy(z)), (9, 4104)
+
+
 # Each makes, on a device, a function of one tensor whose results are the same bits every time, and that tensor's shape.
 CALLS = {
     make.__name__[1:]: make
     for make in (
         _act_density, _density, _sparse_down, _sparse_mlp, _sparse_mlp_4bit, _quantize_4bit, _dequantize_4bit,
         _linear_4bit, _gated_act, _mask_units, _grouped_delta, _selective_scan, _mamba_chunk_scan,
-        _causal_conv1d, _causal_conv1d_update, _selective_state_update,
+        _causal_conv1d, _causal_conv1d_update, _selective_state_update, _logit_rows,
     )
 }  # fmt: skip
 every_call = pytest.mark.parametrize("name", CALLS)

@@ -212,6 +212,41 @@ def grouped_delta_linear(d: Draw) -> Call:
     return Call(ops.grouped_delta_linear, arguments)
 
 
+def _logit_penalties(**arguments: Any) -> tuple[Tensor, Tensor]:
+    found = ops.logit_penalties(**arguments)
+    entropy = ops.mean_entropy(arguments["student"], mask=arguments["mask"], temperature=arguments["temperature"],
+                               vocabulary=arguments["vocabulary"])  # fmt: skip
+    return found.total, entropy
+
+
+@case("logit_terms", "logit_terms_backward", "mean_entropy")
+def logit_penalties(d: Draw) -> Call:
+    lead, words = [d.size(9) for _ in range(d.random.randint(0, 2))], d.size(300, 1)
+    student = d.tensor(*lead, words, scale=3.0)
+    # no two alike among the largest, or which of them count depends on the dtype
+    ranks = student.double().argsort(-1).argsort(-1)
+    largest = (ranks - words + 8).clamp(min=0) * (ranks >= words - 7)
+    student = (torch.where(largest > 0, 8.0 + largest, student.double().clamp(max=8.0))).to(d.dtype)
+    arguments = {
+        "student": student, "teacher": d.tensor(*lead, words, scale=3.0),
+        "mask": d.maybe(lambda: torch.rand(lead, generator=d.generator) < 0.7),
+        "consistency": d.random.choice((0.0, 0.5)), "diversity": d.random.choice((0.0, 0.5)), "spectral": 0.5,
+        "temperature": d.random.choice((0.7, 2.0)), "top_k": d.random.choice((0, 1, 5, 1000)), "k": 1,
+        "norm": d.random.choice(("frobenius", "nuclear")), "vocabulary": d.maybe(lambda: max(1, words - 3)),
+    }  # fmt: skip
+    return Call(_logit_penalties, arguments, ("student",))
+
+
+@case("spectral_share")
+def class_penalties(d: Draw) -> Call:
+    shape = d.size(9), d.size(6, 1)
+    arguments = {
+        "student": d.tensor(*shape), "teacher": d.tensor(*shape), "consistency": 0.5, "diversity": 0.5, "spectral": 0.5,
+        "temperature": 2.0, "k": 1, "normalized": d.chance(0.5),
+    }  # fmt: skip
+    return Call(lambda **given: ops.class_penalties(**given).total, arguments, ("student",))
+
+
 def _whole(x: Tensor, weight: Tensor, part: Tensor, dim: int, start: int, bias: Tensor | None) -> Tensor:
     return ops.partial_linear(x, weight, part, dim=dim, start=start, bias=bias)
 

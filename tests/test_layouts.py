@@ -85,6 +85,12 @@ def calls(dtype):
     delta = ops.SliceDelta(axis=1, indices=torch.tensor([1]), block=r(1, 5))
     rows = torch.tensor([0, -1, 0])
     yield lambda x, w: ops.grouped_delta_linear(x, w, [delta], rows), [r(3, 4, 17), r(5, 17)], False
+    every = {"consistency": 1.0, "diversity": 1.0, "spectral": 1.0, "k": 2}
+    for norm, top_k in (("frobenius", 3), ("nuclear", 0)):
+        options = every | {"norm": norm, "top_k": top_k, "vocabulary": 15}
+        yield lambda z, t, o=options: ops.logit_penalties(z, t.detach(), **o).total, [r(2, 3, 17), r(2, 3, 17)], True
+    yield lambda z: ops.mean_entropy(z, vocabulary=15), [r(2, 3, 17)], False
+    yield lambda z: ops.class_penalties(z, diversity=1.0, spectral=1.0, k=2).total, [r(5, 4)], True
     yield from mamba_calls(r)
 
 

@@ -81,6 +81,7 @@ KERNEL_TESTS = (
     "ssd",
     "conv1d",
     "mamba",
+    "logits",
     "extremes",
 )
 
@@ -118,6 +119,7 @@ def test_unknown_isa_is_refused():
         "density",
         "gated_linear",
         "grouped_delta",
+        "logits",
         "lora",
         "masks",
         "partial_linear",

@@ -15,7 +15,9 @@ from deftcore.ops.packed import dequantize_ref
 PROGRAM = """
 import sys, torch
 from deftcore import ops
+from deftcore.ops import logit_penalties
 from deftcore.ops.density import active_count
+from deftcore.ops.logit_rows import Rows, times_columns, times_rows
 from deftcore.ops.quant4 import multiply
 
 def rand(*shape, seed):
@@ -70,6 +72,13 @@ for dtype in (torch.float32, torch.bfloat16):
         found["mamba_chunk_scan", dtype, groups] = gradients(scan, x, dt, A, B, C, D)
     x, weight = rand(2, 300, 90, seed=27).to(dtype).requires_grad_(), rand(300, 4, seed=28).requires_grad_()
     found["causal_conv1d", dtype] = gradients(ops.causal_conv1d(x, weight, activation="silu"), x, weight)
+    z, t = rand(40, 5000, seed=32).to(dtype).requires_grad_(), rand(40, 5000, seed=33).to(dtype)
+    for top_k in (0, 20):
+        found["logit_rows", dtype, top_k] = gradients(
+            logit_penalties(z, t, consistency=1.0, diversity=1.0, top_k=top_k).total, z)
+    rows = Rows.of(z, None, None, 5000)
+    found["logit_product", dtype] = [times_rows(rows, rand(7, 5000, seed=34)),
+                                     times_columns(rows, rand(40, 7, seed=35), slice(0, 5000))]
     state = rand(40, 64, 16, seed=29)
     x, B, C = (rand(*s, seed=30).to(dtype) for s in ((40, 64), (40, 16), (40, 16)))
     update = ops.selective_state_update(state, x, x, -rand(64, 16, seed=31).exp(), B, C, dt_softplus=True)

@@ -1,11 +1,12 @@
 """PyTorch operators over native kernels. Needs PyTorch alone."""
 
 from deftcore.ops._library import op_names
+from deftcore.ops.class_logits import class_penalties
 from deftcore.ops.density import act_density, density
 from deftcore.ops.gated_linear import gated_linear
 from deftcore.ops.grouped_delta import DeltaBank, LowRankDelta, SliceDelta, grouped_delta_linear
 from deftcore.ops.kernels import cuda_enabled
-from deftcore.ops.logits import LogitPenalties, class_penalties, logit_penalties, mean_entropy
+from deftcore.ops.logits import LogitPenalties, logit_penalties, mean_entropy
 from deftcore.ops.lora import lora_linear
 from deftcore.ops.masks import mask_units
 from deftcore.ops.partial_linear import partial_linear

@@ -323,10 +323,34 @@ def _selective_state_update(draw: Numbers) -> Iterator[Case]:
             yield Case(label, step, [draw.normal(*shape) for shape in (*shapes, *more)])
 
 
+# ---------------------------------------------------------------------------- logits
+
+
+def _logit_rows(draw: Numbers) -> Iterator[Case]:
+    def run(z: Tensor, t: Tensor, mask: Tensor | None, **options: Any) -> Any:
+        found = ops.logit_penalties(z, t, mask=mask, consistency=0.5, diversity=0.25, spectral=0.125, **options)
+        entropy = ops.mean_entropy(t, mask=mask, temperature=2.0, vocabulary=options["vocabulary"])
+        return found.total, found.consistency, found.diversity, found.spectral, entropy
+
+    for tokens, words, padding, top_k in (
+        (1, 1, 0, 0), (3, 37, 0, 5), (6, 264, 0, 0), (5, 2051, 4, 20), (9, 4104, 8, 3), (2, 300, 0, 1),
+    ):  # fmt: skip
+        # whatever the dtype, the same logits are the largest: a row's first ones, far apart, above all others
+        z, t = (draw.normal(tokens, words + padding) for _ in range(2))
+        z[:, : min(words, 24)] += 6.0 + 0.5 * torch.arange(min(words, 24), device=z.device).flip(0)
+        z = z.bfloat16().half().float()
+        mask = draw.below(4, tokens) > 0
+        for m in (None, mask):
+            yield Case(
+                f"[{tokens}, {words}] of {words + padding}, top {top_k}{', some tokens' if m is not None else ''}",
+                lambda z, t, m=m, v=words, n=top_k: run(z, t, m, vocabulary=v, top_k=n, k=2), [z, t], gradients=True,
+            )  # fmt: skip
+
+
 CASES: dict[str, Callable[[Numbers], Iterator[Case]]] = {
     "act_density": _act_density, "density": _density, "sparse_down": _sparse_down, "sparse_mlp": _sparse_mlp,
     "sparse_mlp_4bit": _sparse_mlp_4bit, "quantize_4bit": _quantize_4bit, "dequantize_4bit": _dequantize_4bit,
     "linear_4bit": _linear_4bit, "gated_act": _gated_act, "grouped_delta": _grouped_delta, "mask_units": _mask_units,
     "selective_scan": _selective_scan, "mamba_chunk_scan": _mamba_chunk_scan, "causal_conv1d": _causal_conv1d,
-    "selective_state_update": _selective_state_update,
+    "selective_state_update": _selective_state_update, "logit_rows": _logit_rows,
 }  # fmt: skip

@@ -390,6 +390,32 @@ void mamba2_ops() {
   });
 }
 
+void logit_ops() {
+  constexpr int64_t kTokens = 16, kWords = 8192, kMost = 20, kRank = 10;
+  const auto args_of = [](Tensors& t) {
+    LogitRowsArgs a{};
+    a.student = t.in<T>(kTokens * kWords), a.teacher = t.in<T>(kTokens * kWords), a.mask = nullptr;
+    a.rows = kTokens, a.width = a.stride = kWords, a.dtype = kDType, a.sharpness = 0.5f;
+    return a;
+  };
+  show("logit_rows, 16 tokens of 8192 words", 1.05, [&](Tensors& t) {
+    LogitRowsArgs a = args_of(t);
+    a.stats = t.out<float>(kTokens * kRowStats);
+    cuda::logit_rows(a, nullptr);
+  });
+  show("logit_rows_backward, 20 of each kept, 10 singular vectors", 2.6, [&](Tensors& t) {
+    LogitRowsBackwardArgs b{};
+    b.forward = args_of(t);
+    b.forward.stats = t.in<float>(kTokens * kRowStats), b.slopes = t.in<float>(3);
+    int32_t* kept = t.in<int32_t>(kTokens * kMost);
+    for (int32_t i = 0; i < kTokens * kMost; ++i) kept[i] = i * 389 % static_cast<int32_t>(kWords);
+    b.kept = kept, b.kept_grad = t.in<float>(kTokens * kMost);
+    b.left = t.in<float>(kTokens * kRank), b.right = t.in<float>(kRank * kWords), b.grad = t.out<T>(kTokens * kWords);
+    b.end = kWords, b.most = kMost, b.rank = kRank;
+    cuda::logit_rows_backward(b, nullptr);
+  });
+}
+
 // Every op of ops.h that CUDA has must have been shown.
 void check_complete() {
 #define DEFTCORE_NAME(op, Args, room, devices, device) DEFTCORE_IF_##devices##_##device(#op, )
@@ -423,6 +449,7 @@ int main() {
   mamba_ops();
   conv1d_ops();
   mamba2_ops();
+  logit_ops();
   check_complete();
   return g_failed;
 }

@@ -439,6 +439,32 @@ void make(SsdBackwardArgs& args, Memory& m) {
   args.grad_first = m.floats(kBatch * width * kStates);
 }
 
+void make(LogitRowsArgs& args, Memory& m) {
+  args = {m.floats(kRows * kWidth),
+          m.floats(kRows * kWidth),
+          m.numbers<uint8_t>(kRows, 0, 1),
+          m.out<float>(kRows * kRowStats),
+          kRows,
+          kWidth - 2,
+          kWidth,
+          DType::kFloat32,
+          0.5f,
+          1.0f};
+}
+
+void make(LogitRowsBackwardArgs& args, Memory& m) {
+  const int64_t begin = 3, most = 2, rank = 3;
+  make(args.forward, m);
+  args.forward.stats = m.floats(kRows * kRowStats);
+  args.slopes = m.floats(3);
+  args.kept = m.order<int32_t>({-1, 3, 5, 9, 20, kWidth - 3});
+  args.kept_grad = m.floats(kRows * most);
+  args.left = m.floats(kRows * rank);
+  args.right = m.floats(rank * (args.forward.width - begin));
+  args.grad = m.out<float>(kRows * kWidth);
+  args.begin = begin, args.end = args.forward.width, args.most = most, args.rank = rank;
+}
+
 // ----------------------------------------------------------------------------
 
 template <class Args, class GiveRoom>

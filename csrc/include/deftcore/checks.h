@@ -107,4 +107,25 @@ inline void check_args(const SsdArgs& args, const char* op) {
 
 inline void check_args(const SsdBackwardArgs& args, const char* op) { check_args(args.forward, op); }
 
+// int32 columns.
+inline void check_args(const LogitRowsArgs& args, const char* op) {
+  require(args.rows >= 0 && args.width >= 0 && args.width <= args.stride, op, "width must be in 0..stride");
+  require(args.stride < INT32_MAX, op, "stride must be below 2^31");
+}
+
+inline void check_args(const LogitRowsBackwardArgs& args, const char* op) {
+  check_args(args.forward, op);
+  require(args.begin >= 0 && args.begin <= args.end && args.end <= args.forward.width, op,
+          "columns must be in 0..width");
+}
+
+inline void check_args(const TopLogitsArgs& args, const char* op) {
+  require(args.most >= 1 && args.most <= args.width, op, "most must be in 1..width");
+  require(args.stride < INT32_MAX, op, "stride must be below 2^31");
+}
+
+inline void check_args(const LogitProductArgs& args, const char* op) {
+  require(args.begin >= 0 && args.begin <= args.end && args.end <= args.stride, op, "columns must be in 0..stride");
+}
+
 }  // namespace deftcore

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "deftcore/density.h"
+#include "deftcore/logits.h"
 #include "deftcore/masks.h"
 #include "deftcore/partial_linear.h"
 #include "deftcore/quant4.h"
@@ -15,7 +16,7 @@
 //   PLAIN       void op(const Args&, Stream)
 //   WORKSPACE   further size_t op_workspace(const Args&): bytes of args.workspace. Reads no pointer.
 //   EVERYWHERE  on CPU and CUDA
-//   CPU_ONLY    CUDA has no such kernel: the caller decodes and takes a library's product
+//   CPU_ONLY    CUDA has no such kernel: the caller takes what a library has, decoded first where it must be
 #define DEFTCORE_OPS(X, where)                                                        \
   X(act_density, ActDensityArgs, PLAIN, EVERYWHERE, where)                            \
   X(act_density_backward, ActDensityBackwardArgs, PLAIN, EVERYWHERE, where)           \
@@ -39,7 +40,11 @@
   X(causal_conv1d_backward, CausalConv1dBackwardArgs, PLAIN, EVERYWHERE, where)       \
   X(causal_conv1d_update, CausalConv1dUpdateArgs, PLAIN, EVERYWHERE, where)           \
   X(ssd, SsdArgs, PLAIN, EVERYWHERE, where)                                           \
-  X(ssd_backward, SsdBackwardArgs, WORKSPACE, EVERYWHERE, where)
+  X(ssd_backward, SsdBackwardArgs, WORKSPACE, EVERYWHERE, where)                      \
+  X(logit_rows, LogitRowsArgs, PLAIN, EVERYWHERE, where)                              \
+  X(logit_rows_backward, LogitRowsBackwardArgs, PLAIN, EVERYWHERE, where)             \
+  X(top_logits, TopLogitsArgs, PLAIN, CPU_ONLY, where)                                \
+  X(logit_product, LogitProductArgs, PLAIN, CPU_ONLY, where)
 
 // Text that stands only where the list says so.
 #define DEFTCORE_IF_PLAIN(...)

@@ -56,15 +56,15 @@ files, writes a plain LoRA of rank 2r on the original weights. Recipes: `ba-lora
 | the penalties as an objective, the pre-trained model's logits | `penalty.py` |
 | schedules of the weights | `schedules.py` |
 | what recipes get | `method.py` |
-| the penalties on logits, forward and backward by blocks | `deftcore/ops/logits.py` |
+| the penalties on logits of tokens, and of classes | `deftcore/ops/logits.py`, `deftcore/ops/class_logits.py` |
 | LoRA beside a frozen pair, its export | `deftcore/methods/lora/paired.py`, `deftcore/methods/lora/exporting.py` |
 
 ## Costs and limits
 
 - Over LoRA: one forward of the pre-trained model a step, while the consistency's weight is above 0, and its logits.
   Under TRL's `SFTTrainer`, whose loss needs no logits, one forward more for those of the model itself.
-- The penalties make no float32 copy of the logits: rows are taken in blocks of 4 MB, forward and backward at once.
-  The spectral term of `variant="v5"` does, for all singular vectors, and copies the logits that count.
+- The penalties make no float32 copy of the logits: the forward keeps a few numbers a token, of which and the logits
+  the backward makes the gradient. The spectral term of `variant="v5"` copies the logits, in their own dtype.
 - `base_mode="pissa"` puts W - s B0 A0 in the weight's place, as published: one adapter a model, and an identity at
   step 0 that holds up to the rounding of the weights.
 - Covariances and singular values are those of a micro-batch, on each process its own.

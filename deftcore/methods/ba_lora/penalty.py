@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from deftcore.methods.ba_lora.config import BaLoraConfig
 from deftcore.methods.ba_lora.schedules import adaptive_factor, consistency_factor, rising_factor
 from deftcore.nn.observed import aside
-from deftcore.ops.logits import LogitPenalties, class_penalties, logit_penalties, mean_entropy
+from deftcore.ops.class_logits import class_penalties
+from deftcore.ops.logits import LogitPenalties, logit_penalties, mean_entropy
 from deftcore.training.objective import Batch, Objective
 
 _IGNORED = -100
