@@ -9,6 +9,7 @@ from conftest import tiny_batch
 from s2ft_models import ALL, layers_of, scaled, train, trainable, wrap
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
+from deftcore.methods.s2ft.config import S2ftConfig
 from deftcore.methods.s2ft.delta import DeltaAdapter, DeltaHost, extract_adapter
 
 STORAGE = pytest.mark.parametrize("storage", ["shared", "split"])
@@ -208,3 +209,19 @@ def test_another_base_is_refused_in_every_dtype(tmp_path):
 def test_host_wants_an_adapter():
     with pytest.raises(TypeError, match=r"adapter: must be a DeltaAdapter \(DeltaAdapter.load reads a file\), got str"):
         DeltaHost(torch.nn.Linear(2, 2)).switch("law.safetensors")
+
+
+@pytest.mark.parametrize("strategy", ["random", "weight"])
+def test_a_config_goes_on_several_bases(strategy):
+    """Wrapping a model leaves the config that it is given as it was; each base has a selection of its own."""
+    config = S2ftConfig(channel_ratio=0.2, task_type="CAUSAL_LM", strategy=strategy)
+    before = config.to_dict()
+    found = []
+    for seed in (1, 2):
+        base = scaled("llama")
+        torch.manual_seed(seed)
+        base.model.layers[0].mlp.down_proj.weight.data.normal_()
+        found.append(peft.get_peft_model(base, config).peft_config["default"])
+        assert config.to_dict() == before
+    assert found[0].base_hash != found[1].base_hash
+    assert (found[0].indices == found[1].indices) == (strategy == "random")

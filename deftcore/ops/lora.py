@@ -119,7 +119,7 @@ Part = tuple[slice, Tensor, Tensor]  # columns of low, and the A and B that they
 
 
 class _LowRank(NamedTuple):
-    """scaling ((x' A^T) * sigma) B^T - (x A0^T) B0^T, through low = [x' A^T, x A0^T]: [T, R + R0]."""
+    """scaling ((x' A^T) * sigma) B^T - (x A0^T) B0^T, through low = [x' A^T, x A0^T] [T, R + R0]."""
 
     a: Tensor  # [R, K]
     b: Tensor  # [M, R]
@@ -131,15 +131,20 @@ class _LowRank(NamedTuple):
         """R + R0."""
         return self.a.shape[0] + (0 if self.minus_a is None else self.minus_a.shape[0])
 
-    def parts(self, tokens: int, shared: bool) -> list[Part]:
-        """The products to compute: one of joined factors, but where their inputs differ, or where another pass over
-        the tokens costs less than a copy of the factors."""
-        if self.minus_a is None or self.minus_b is None:
-            return [(slice(None), self.a, self.b)]
-        if shared and tokens >= self.width():
-            return [(slice(None), torch.cat([self.a, self.minus_a]), torch.cat([self.b, self.minus_b], 1))]
-        rank = self.a.shape[0]
-        return [(slice(rank), self.a, self.b), (slice(rank, None), self.minus_a, self.minus_b)]
+    def inputs(self) -> Tensor:
+        """[A; A0]."""
+        return self.a if self.minus_a is None else torch.cat([self.a, self.minus_a])
+
+    def outputs(self) -> Tensor:
+        """[B, B0]. A copy, but for few tokens cheaper than calls of their own, for many than another pass over y."""
+        return self.b if self.minus_b is None else torch.cat([self.b, self.minus_b], 1)
+
+    def low(self, x: Tensor, dropped_x: Tensor | None) -> Tensor:
+        """[x' A^T, x A0^T]."""
+        if dropped_x is None:
+            return x.to(self.a.dtype) @ self.inputs().t()
+        own = flatten_tokens(dropped_x) @ self.a.t()
+        return own if self.minus_a is None else torch.cat([own, x.to(own.dtype) @ self.minus_a.t()], 1)
 
     def weights(self, scaling: float) -> tuple[Tensor | None, float]:
         """What low's columns are multiplied by: one number for each, or None, and one for all. Ones for sigma change
@@ -148,15 +153,6 @@ class _LowRank(NamedTuple):
             return self.sigma, scaling
         own = self.a.new_full(self.a.shape[:1], scaling) if self.sigma is None else self.sigma * scaling
         return torch.cat([own, own.new_full(self.minus_a.shape[:1], -1.0)]), 1.0
-
-
-def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
-
-
-def _low(x: Tensor, dropped_x: Tensor | None, parts: Sequence[Part]) -> Tensor:
-    first = x if dropped_x is None else flatten_tokens(dropped_x)
-    return _joined([each.to(a.dtype) @ a.t() for each, (_, a, _) in zip((first, x), parts, strict=False)], 1)
 
 
 def _setup(ctx: Any, inputs: tuple, first: int, low: Tensor, *weight: Tensor) -> None:
@@ -178,17 +174,16 @@ def _backward(ctx: Any, grad: Tensor, base: Callable[..., Tensor]) -> tuple:
     """The gradients of all inputs.
 
     Args:
-        base: (grad [T, M], the weight's tensors, pairs of low [T, R] and A [R, K]) to grad W + the sum of low A.
+        base: (grad [T, M], the weight's tensors, low [T, R], a [R, K]) to grad W + low a; or both None.
     """
     x, *factors, low = (saved := ctx.saved_tensors)[:7]  # asked for once: checkpointing unpacks them once
     terms, flat = _LowRank(*factors), flatten_tokens(grad)
     rank, wide = terms.a.shape[0], flat.to(terms.a.dtype)
-    parts = terms.parts(flat.shape[0], ctx.shared)
     each, alpha = terms.weights(ctx.scaling)
     need_x, need_dropped = ctx.needs_input_grad[:2]
     need_a, need_b, need_sigma, _, need_minus, need_bias = ctx.needs_input_grad[ctx.first : ctx.first + 6]
     grad_x = grad_dropped = grad_a = grad_b = grad_sigma = grad_minus = None
-    grad_low = _joined([wide @ b for _, _, b in parts], 1)
+    grad_low = wide @ terms.outputs()
     if need_sigma:
         exact = torch.promote_types(grad_low.dtype, torch.float32)
         grad_sigma = ((grad_low[:, :rank].to(exact) * low[:, :rank]).sum(0) * ctx.scaling).to(grad_low.dtype)
@@ -196,8 +191,12 @@ def _backward(ctx: Any, grad: Tensor, base: Callable[..., Tensor]) -> tuple:
     if each is not None:
         grad_low.mul_(each)
     if need_x:
-        pairs = [(grad_low[:, columns], a) for columns, a, _ in parts]
-        grad_x = base(flat, saved[7:], pairs if ctx.shared else pairs[1:]).reshape(ctx.shape)
+        low_rank: tuple[Tensor | None, Tensor | None] = None, None
+        if ctx.shared:
+            low_rank = grad_low, terms.inputs()
+        elif terms.minus_a is not None:
+            low_rank = grad_low[:, rank:], terms.minus_a
+        grad_x = base(flat, saved[7:], *low_rank).reshape(ctx.shape)
     if need_dropped:
         grad_dropped = (grad_low[:, :rank] @ terms.a).reshape(ctx.shape)
     if need_a:
@@ -217,13 +216,10 @@ def _backward(ctx: Any, grad: Tensor, base: Callable[..., Tensor]) -> tuple:
 
 def _lora_linear_impl(x: Tensor, dropped_x: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     terms, (bias, scaling), flat = _LowRank(*rest[:5]), rest[5:], flatten_tokens(x)
-    parts = terms.parts(flat.shape[0], dropped_x is None)
-    low = _low(flat, dropped_x, parts)
+    low = terms.low(flat, dropped_x)
     each, alpha = terms.weights(scaling)
     left = low if each is None else low * each
-    y = F.linear(flat, weight, bias).to(low.dtype)
-    for columns, _, b in parts:
-        y.addmm_(left[:, columns], b.t(), alpha=alpha)
+    y = F.linear(flat, weight, bias).to(low.dtype).addmm_(left, terms.outputs().t(), alpha=alpha)
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0]), low
 
 
@@ -237,11 +233,9 @@ def _lora_linear_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _lora_linear_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
-    def base(flat: Tensor, weight: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def base(flat: Tensor, weight: Sequence[Tensor], low: Tensor | None, a: Tensor | None) -> Tensor:
         product = flat @ weight[0]
-        for low, a in pairs:
-            product = torch.addmm(product.to(low.dtype), low, a)
-        return product.to(flat.dtype)
+        return product if low is None or a is None else torch.addmm(product.to(low.dtype), low, a).to(flat.dtype)
 
     return _backward(ctx, grad, base)
 
@@ -252,11 +246,10 @@ def _lora_linear_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
 def _lora_linear_4bit_impl(x: Tensor, dropped_x: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     w, terms, (bias, scaling) = Parts(*args[:PARTS]), _LowRank(*args[PARTS:-2]), args[-2:]
     flat = flatten_tokens(x)
-    parts = terms.parts(flat.shape[0], dropped_x is None)
-    low = _low(flat, dropped_x, parts)
+    low = terms.low(flat, dropped_x)
     each, alpha = terms.weights(scaling)
     left = low * alpha if each is None else (low * alpha).mul_(each)
-    y = multiply(flat, w, bias, left, _joined([b for _, _, b in parts], 1))
+    y = multiply(flat, w, bias, left, terms.outputs())
     return y.reshape(*x.shape[:-1], w.rows), low
 
 
@@ -272,11 +265,7 @@ def _lora_linear_4bit_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _lora_linear_4bit_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
-    def base(flat: Tensor, packed: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        low_rank = [_joined(each, dim) for dim, each in zip((1, 0), zip(*pairs, strict=True), strict=False)]
-        return linear_4bit_grad(flat, *packed, *ctx.rest, *(low_rank or (None, None)))
-
-    return _backward(ctx, grad, base)
+    return _backward(ctx, grad, lambda flat, packed, low, a: linear_4bit_grad(flat, *packed, *ctx.rest, low, a))
 
 
 def lora_linear_ref(

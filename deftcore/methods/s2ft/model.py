@@ -1,5 +1,6 @@
 """A model under S2FT: permuted so that what trains is contiguous, and un-permuted when it is unloaded."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -42,6 +43,12 @@ class S2ftModel(GathersShards):
         if adapter_name in self.peft_config:
             raise ValueError("delete_adapter: an S2FT adapter lives in the weights; use unload()")
         super().delete_adapter(adapter_name)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's. The model holds a copy of the config, which learns the base and what was selected: the one that
+        was given goes on other bases too."""
+        self.peft_config[adapter_name] = deepcopy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_model(self, peft_config: S2ftConfig, model: nn.Module) -> None:  # type: ignore[override]
         self.plan = make_plan(model, peft_config)
