@@ -155,6 +155,19 @@ def test_baselines_train_alike(base, tmp_path, importance):
     assert "mask_loss" not in log_of(tmp_path / "run" / "estimate")[0]
 
 
+def test_over_4_bits(base, tmp_path, capsys):
+    """Cuts through blocks are refused before anything trains, unless weights may be rounded again."""
+    more = ("method=qlight-peft", "quantize.block_size=32", "quantize.skip=[lm_head]")
+    assert main(["train", str(RECIPE), *words(base, tmp_path / "refused", *more)]) == 2
+    assert "would cut through blocks of 32 weights in 4 bits; pass requantize=True" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+    for name, change in (("whole", "adapter.ffn_ratio=0"), ("again", "adapter.requantize=true")):
+        folder = tmp_path / name
+        assert main(["train", str(RECIPE), *words(base, folder, *more, change, "adapter.head_ratio=0.0")]) == 0
+        assert log_of(folder)[-1]["step"] == 4
+        assert any("mlp" in each for each in kept_of(folder)["units"]) == (name == "again")
+
+
 @pytest.mark.slow
 def test_two_processes_keep_the_same(base, tmp_path):
     """`accelerate launch` with two CPU processes, half of each batch in each: one selection, and the same losses."""

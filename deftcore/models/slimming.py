@@ -121,18 +121,10 @@ def cut(model: Any, kept: Kept, *, requantize: bool = False) -> SlimReport:
         ValueError: naming the structure or layer that the model lacks or that cannot be cut. The model is as it was
             then.
     """
+    cuts = check_cut(model, kept, requantize=requantize)
     base: Any = base_of(model)
-    if hasattr(base, "deftcore_blocks"):
-        raise ValueError("model: is in its sparse form; slim it before sparsify")
-    if gates_of(model) is not None:
-        raise ValueError("model: has adaptive gates; fold them first (fold_gates)")
     everything = find_coupled(base)
-    Kept(kept.units, {}, kept.scales).check(everything, {})
     structures = [each for each in everything if each.name in kept.units]
-    with torch.device("cpu"):  # where a model is built on the meta device
-        cuts = plan(base, structures, kept)
-    for each in cuts:
-        _check(base, each, requantize)
     own_configs(model)
     before, errors = _weights(base), dict[str, float]()
     for each in cuts:
@@ -151,6 +143,22 @@ def cut(model: Any, kept: Kept, *, requantize: bool = False) -> SlimReport:
         _count_heads(base, family, coupled, kept.units[coupled.name])
     _write_sizes(base, family, everything, kept)
     return SlimReport(before, _weights(base), errors)
+
+
+def check_cut(model: Any, kept: Kept, *, requantize: bool = False) -> list[Cut]:
+    """What `cut` would do, with the same arguments; raises what it would raise."""
+    base = base_of(model)
+    if hasattr(base, "deftcore_blocks"):
+        raise ValueError("model: is in its sparse form; slim it before sparsify")
+    if gates_of(model) is not None:
+        raise ValueError("model: has adaptive gates; fold them first (fold_gates)")
+    structures = find_coupled(base)
+    Kept(kept.units, {}, kept.scales).check(structures, {})
+    with torch.device("cpu"):  # where a model is built on the meta device
+        cuts = plan(base, structures, kept)
+    for each in cuts:
+        _check(base, each, requantize)
+    return cuts
 
 
 def own_configs(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """What Light-PEFT gives to recipes: the first phase, the cut, and the model that the main run trains."""
 
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -14,6 +15,7 @@ from deftcore.methods.light_peft.slimming import slim
 from deftcore.models.blocks import base_of
 from deftcore.models.coupled import find_coupled
 from deftcore.models.kept import Kept
+from deftcore.models.slimming import check_cut
 from deftcore.training.fields import Count, Share
 from deftcore.training.registry import Method, Setup, register
 
@@ -23,8 +25,17 @@ _BASELINES = {"random": random_scores, "magnitude": magnitude_scores}
 
 def _wrap(model: Any, config: LightPeftConfig, setup: Setup) -> Any:
     adapted = add_adapters(model, config)
+    check_cut(adapted, _by_chance(adapted, config), requantize=config.requantize)  # before anything trains
     slim(adapted, _of_the_first_process(_estimate(adapted, config, setup)), requantize=config.requantize)
     return adapted
+
+
+def _by_chance(model: Any, config: LightPeftConfig) -> Kept:
+    """As much as the estimation will leave, drawn at random."""
+    structures = find_coupled(base_of(model))
+    check_shares(structures, config)
+    scores = random_scores(model, structures, config)
+    return select(structures, replace(scores, factors=scores.units), config)
 
 
 def _estimate(model: Any, config: LightPeftConfig, setup: Setup) -> Kept:
@@ -53,21 +64,31 @@ def _of_the_first_process(kept: Kept) -> Kept:
 def _check(model: Any, config: LightPeftConfig) -> None:
     """Prunes a model without weights, by chance."""
     adapted = peft.get_peft_model(model, peft_config(model, config))
-    structures = find_coupled(base_of(adapted))
-    check_shares(structures, config)
-    slim(adapted, select(structures, random_scores(adapted, structures, config), config))
+    slim(adapted, _by_chance(adapted, config))
 
 
+_LIGHT: dict[str, Any] = {
+    "paper": "arXiv 2406.03792",
+    "config": LightPeftConfig,
+    "limits": {"r": Count, "estimate_steps": Count, "dropout": Share | None},
+    "wrap": _wrap,
+    "check": _check,
+}
 register(
     Method(
         name="light-peft",
         summary="Heads, channels, adapters and ranks pruned early, the small model trained.",
-        paper="arXiv 2406.03792",
         needs="a model whose heads and channels are known; trains in two phases, the first of estimate_steps",
         part="MLP",
-        config=LightPeftConfig,
-        limits={"r": Count, "estimate_steps": Count, "dropout": Share | None},
-        wrap=_wrap,
-        check=_check,
+        **_LIGHT,
+    )
+)
+register(
+    Method(
+        name="qlight-peft",
+        summary="Light-PEFT over a base in 4 bits.",
+        needs="as light-peft; requantize where cuts go through blocks of 4-bit weights",
+        quantized=True,
+        **_LIGHT,
     )
 )
