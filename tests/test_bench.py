@@ -11,10 +11,17 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-def test_the_spectral_families(tmp_path, monkeypatch):
-    """Natural GaLore, KaSA, BA-LoRA at sizes for tests; which figures are short there says nothing."""
+@pytest.mark.parametrize(
+    ("only", "asked"),
+    [
+        ("spectral", ("Natural GaLore", "a new subspace", "a KaSA layer", "`minor_subspace`", "BA-LoRA")),
+        ("light_peft", ("Light-PEFT", "a step of Light-PEFT's estimation")),
+    ],
+)
+def test_families_of_methods(tmp_path, monkeypatch, only, asked):
+    """At sizes for tests; which figures are short there says nothing."""
     out = tmp_path / "cpu.json"
-    command = [sys.executable, "-m", "bench", "--only", "spectral", "--quick", "--output", str(out)]
+    command = [sys.executable, "-m", "bench", "--only", only, "--quick", "--output", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(out.read_text())
@@ -22,10 +29,9 @@ def test_the_spectral_families(tmp_path, monkeypatch):
     from bench import spectral, tables
     from bench.targets import AVX512, standing
 
-    for family in spectral.FAMILIES:
+    for family in spectral.FAMILIES if only == "spectral" else [only]:
         (table,) = (make for make in tables.FAMILIES.values() if make.__name__ == family)
         assert results[family]
         assert sum(block.count("\n") - 1 for block in table(results, AVX512)) == len(results[family])
     measured = {what for what, _, _, state in standing(results, AVX512) if state != "not measured"}
-    asked = ("Natural GaLore", "a new subspace", "a KaSA layer", "`minor_subspace`", "BA-LoRA")
     assert all(any(what.startswith(name) for what in measured) for name in asked)

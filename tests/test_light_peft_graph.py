@@ -69,3 +69,19 @@ def test_gradients_are_those_of_masks_before_the_output_projections(family):
     plain = loss_of(model, family)
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(grads, torch.autograd.grad(plain, list(estimation.masks)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("density_first", [False, True])
+def test_masks_act_under_a_density_loss(density_first):
+    """It puts modules of its own where the activations are, before or after, and takes them away again."""
+    model, batch = adapted("llama"), tiny_batch("llama")
+    config = deftcore.LightPeftConfig(head_ratio=0.5, ffn_ratio=0.5)
+    density = deftcore.DensityLoss(model) if density_first else None
+    estimation = Estimation(model, config)
+    alone = torch.autograd.grad(loss_of(model, "llama"), list(estimation.masks))
+    density = density or deftcore.DensityLoss(model)
+    density.begin([batch], 0, 4)
+    output = model(**batch)
+    torch.testing.assert_close(torch.autograd.grad(output.loss, list(estimation.masks)), alone)
+    density.detach()
+    torch.testing.assert_close(torch.autograd.grad(loss_of(model, "llama"), list(estimation.masks)), alone)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from deftcore.methods.light_peft.adapters import Site, sites
 from deftcore.methods.light_peft.config import LightPeftConfig
@@ -76,6 +77,7 @@ class Estimation(Objective):
         self._expected: Mapping[str, Any] | None = None
         self._signature = inspect.signature(base.forward)
         self._pair = bool(getattr(base.config, "is_encoder_decoder", False))
+        self._behind: list[_Behind] = []
         self._ends = [*self._hook_masks(base), *self._watch_sites(base)]
         for hook in (
             base.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -98,7 +100,9 @@ class Estimation(Objective):
         uses = Counter(map(id, activations))
         for coupled, mask, act in zip(self._masked, self.masks, activations, strict=True):
             if act is not None and uses[id(act)] == 1:
-                yield act.register_forward_hook(partial(_masked_activation, mask)).remove
+                assert coupled.mlp is not None
+                self._behind.append(_Behind(base, f"{coupled.name}.{coupled.mlp.act}", mask))
+                yield self._behind[-1].end
                 continue
             for axis in coupled.weights(CONSUMERS):
                 hook = partial(_masked, mask, axis.width)
@@ -124,6 +128,8 @@ class Estimation(Objective):
         given = self._expected or self._signature.bind_partial(*args, **kwargs).arguments
         self._tokens, self._expected = token_masks(given, self._pair), None
         self._open = True
+        for each in self._behind:
+            each.follow()
 
     def _end(self, *_: object) -> None:
         self._open = False  # what activation checkpointing computes again is masked, and not counted again
@@ -250,6 +256,28 @@ def _activation(base: nn.Module, coupled: Coupled) -> nn.Module | None:
     except (AttributeError, ValueError):
         return None
     return act
+
+
+class _Behind:
+    """A mask behind the activation that stands at a place: others, as the density loss, may replace it meanwhile."""
+
+    def __init__(self, base: nn.Module, path: str, mask: Tensor) -> None:
+        self._base, self._path, self._mask = base, path, mask
+        self._module: nn.Module | None = None
+        self._handle: RemovableHandle | None = None
+        self.follow()
+
+    def follow(self) -> None:
+        """Goes to the module that is there now."""
+        now = self._base.get_submodule(self._path)
+        if now is not self._module:
+            self.end()
+            self._module, self._handle = now, now.register_forward_hook(partial(_masked_activation, self._mask))
+
+    def end(self) -> None:
+        """Takes the mask off."""
+        if self._handle is not None:
+            self._handle.remove()
 
 
 def _masked_activation(mask: Tensor, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
