@@ -19,7 +19,10 @@ from torch import Tensor
 
 from deftcore import ops
 from deftcore.ops.density import ACTIVATIONS
+from deftcore.ops.galore import galore_step
+from deftcore.ops.galore_matrix import AdamMatrix
 from deftcore.ops.grouped_delta import LowRankDelta, SliceDelta
+from deftcore.ops.natural import DAMPING_MODES, FISHER_NORMS, Damping, Window
 from deftcore.ops.quant4 import QuantizedTensor, quantize_ref
 from deftcore.ops.quantized import QUANT_TYPES
 from deftcore.ops.ssm.projection import LoraPair, Projection
@@ -483,6 +486,37 @@ def mamba2_inner(d: Draw) -> Call:
         "norm_eps": 0.1,  # smaller, and the norm of a row that all but vanishes blows up its roundings
     }  # fmt: skip
     return Call(ops.mamba2_inner, arguments, ("zxbcdt", "conv_state", "initial_state"), roundings=4)
+
+
+@case("galore_step")
+def galore(d: Draw) -> Call:
+    """One matrix, whose state is as it is behind its first gradients."""
+    rows, columns, rank, size = d.size(40), d.size(40), d.size(9, 1), d.size(6, 1)
+    left, right = (d.maybe(lambda n=n: d.tensor(n, rank, dtype=torch.float32)) for n in (rows, columns))
+    shape = rows if left is None else rank, columns if right is None else rank
+    fill = d.random.randint(0, size)
+    arguments: dict[str, Any] = {
+        "weight": d.tensor(rows, columns), "grad": d.tensor(rows, columns), "left": left, "right": right,
+        "exp_avg": d.tensor(*shape, dtype=torch.float32), "square": d.tensor(*shape, dtype=torch.float32),
+        "history": d.tensor(size, shape[0] * shape[1], dtype=torch.float32), "slot": d.random.randint(0, fill) % size,
+        "fill": fill, "age": d.random.randint(1, 1000), "lr": 0.1, "weight_decay": 0.1, "scale": 0.5, "eps": 1e-3,
+        "betas": (0.9, 0.99), "correct_bias": d.chance(0.5),
+        "damping": Damping(1.0, d.random.choice(DAMPING_MODES), d.random.choice(FISHER_NORMS)),
+    }  # fmt: skip
+    windowed = d.chance(0.7)
+
+    def run(*, square: Any, history: Any, slot: Any, fill: Any, lr: Any, damping: Any, **rest: Any) -> list[Tensor]:
+        options = {name: rest.pop(name) for name in ("weight_decay", "scale", "eps", "betas", "correct_bias")}
+        window = None
+        if windowed and isinstance(history, Tensor) and history.dim() == 2 and history.device.type == "cpu":
+            gram = history.double() @ history.double().t() if history.layout == torch.strided else history
+            window = Window(history, gram, slot, fill, torch.zeros((), dtype=torch.int64))
+        if isinstance(square, Tensor) and square.is_floating_point():
+            square = square.square() + 0.5
+        galore_step([AdamMatrix(**rest, exp_avg_sq=square, window=window)], lr=lr, damping=damping, **options)
+        return [square, *([] if window is None else [window.gram])]
+
+    return Call(run, arguments, in_place=("weight", "exp_avg", "history"))
 
 
 # ---------------------------------------------------------------------------- running a call

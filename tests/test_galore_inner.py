@@ -10,7 +10,8 @@ from deftcore.methods.natural_galore.inner import InnerRule, turn_adam
 from deftcore.methods.natural_galore.optimizer import NaturalGaLore
 from deftcore.methods.natural_galore.state import window_of
 from deftcore.methods.natural_galore.subspace import Subspace
-from deftcore.ops.galore import Damping, back_project, gram_of, natural_gradient, project
+from deftcore.ops.galore_matrix import back_project, project
+from deftcore.ops.natural import Damping, gram_of, natural_gradient
 
 pytestmark = pytest.mark.filterwarnings("ignore:NaturalGaLore. the state:UserWarning")
 

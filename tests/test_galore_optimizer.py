@@ -10,7 +10,8 @@ from second_device import DEVICE, second_device
 from test_natural_galore import F64, close, gradients, make, reference_adam, run
 
 from deftcore.methods.natural_galore.optimizer import NaturalGaLore
-from deftcore.ops.galore import gram_of, round_stochastically
+from deftcore.ops.galore_matrix import round_stochastically
+from deftcore.ops.natural import gram_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:NaturalGaLore. the state:UserWarning")
 VARIANTS = [

@@ -10,7 +10,7 @@ from test_galore_optimizer import VARIANTS, mixed, tensors_of, train
 from test_natural_galore import F64, close, gradients, make, run
 
 from deftcore.methods.natural_galore.optimizer import NaturalGaLore
-from deftcore.ops.galore import gram_of
+from deftcore.ops.natural import gram_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:NaturalGaLore. the state:UserWarning")
 

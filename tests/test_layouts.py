@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deftcore import ops
 from deftcore.ops import grouped_delta, kernels, quant4
+from deftcore.ops.galore import galore_step
+from deftcore.ops.galore_matrix import AdamMatrix
 from deftcore.ops.ssm import ssd
 from deftcore.ops.ssm.projection import LoraPair, Projection
 
@@ -91,6 +93,14 @@ def calls(dtype):
         yield lambda z, t, o=options: ops.logit_penalties(z, t.detach(), **o).total, [r(2, 3, 17), r(2, 3, 17)], True
     yield lambda z: ops.mean_entropy(z, vocabulary=15), [r(2, 3, 17)], False
     yield lambda z: ops.class_penalties(z, diversity=1.0, spectral=1.0, k=2).total, [r(5, 4)], True
+
+    def step(weight, grad, mean):
+        state = torch.promote_types(dtype, torch.float32)
+        moments = {"exp_avg": mean.to(state, copy=True), "exp_avg_sq": mean.to(state).square()}
+        right = torch.eye(17, 3, dtype=state)
+        galore_step([AdamMatrix(weight=weight.clone(), grad=grad, left=None, right=right, **moments, age=1)], lr=0.1)
+
+    yield step, [r(5, 17), r(5, 17), r(5, 3)], False
     yield from mamba_calls(r)
 
 

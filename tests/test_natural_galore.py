@@ -11,7 +11,8 @@ from deftcore.methods.natural_galore import refresh as refreshing
 from deftcore.methods.natural_galore.optimizer import NaturalGaLore
 from deftcore.methods.natural_galore.refresh import refresh
 from deftcore.methods.natural_galore.subspace import Subspace, find_subspace
-from deftcore.ops.galore import Damping, Window, back_project, gram_of, natural_gradient, project
+from deftcore.ops.galore_matrix import back_project, project
+from deftcore.ops.natural import Damping, Window, gram_of, natural_gradient
 
 pytestmark = pytest.mark.filterwarnings("ignore:NaturalGaLore. the state:UserWarning")
 F64 = torch.float64

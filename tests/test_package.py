@@ -83,6 +83,7 @@ KERNEL_TESTS = (
     "mamba",
     "logits",
     "extremes",
+    "galore_step",
 )
 
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from deftcore import ops
 from deftcore._files import add_to_table, cache_folder, one_at_a_time, read_table
 from deftcore.cli import main
-from deftcore.ops import kernels, proof, proof_cases, proof_child, timing
+from deftcore.ops import kernels, proof, proof_case, proof_cases, proof_child, timing
 from deftcore.ops.proof import Place, ProofError, Verdict, prove, remembered
 
 PLACE = Place("cpu", "a GPU, a driver")
@@ -585,7 +585,7 @@ def doubles(monkeypatch):
 
     def given(run):
         monkeypatch.setattr(kernels, "HAS_CUDA", True)
-        case = proof_cases.Case("one", run, (torch.ones(2, dtype=torch.float64),), gradients=False)
+        case = proof_case.Case("one", run, (torch.ones(2, dtype=torch.float64),), gradients=False)
         monkeypatch.setitem(proof_cases.CASES, "density", lambda numbers: [case])
         return proof_child._report("density", torch.device("cpu"))
 

@@ -50,6 +50,8 @@ PYBIND11_MODULE(_C, m) {
     return std::vector<float>(book, book + 16);
   });
 
+  m.attr("galore_matrix") = GaloreMatrix::kFields;
+
   add_record<Quant4>(m, "Quant4");
   add_record<DeltaBank>(m, "DeltaBank");
 #define DEFTCORE_RECORD(op, Args, room, devices, where) add_record<Args>(m, #Args);

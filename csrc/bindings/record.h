@@ -179,9 +179,9 @@ class Record {
     } else if constexpr (std::is_same_v<Field, bool>) {
       to = from == Py_True;
       return PyBool_Check(from);
-    } else if constexpr (std::is_same_v<Field, float>) {
+    } else if constexpr (std::is_floating_point_v<Field>) {
       const double value = PyFloat_AsDouble(from);
-      to = static_cast<float>(value);
+      to = static_cast<Field>(value);
       return fits(value);
     } else if constexpr (std::is_enum_v<Field>) {
       const long code = PyLong_AsLong(from);

@@ -74,6 +74,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 inline Vec at_most(Vec x, Vec bound) { return _mm512_min_ps(bound.v, x.v); }
 inline Vec at_least(Vec x, Vec bound) { return _mm512_max_ps(bound.v, x.v); }
 inline Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
+inline Vec sqrt(Vec a) { return _mm512_sqrt_ps(a.v); }
 inline Vec round(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec scale2(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
 inline Vec rcp(Vec a) {  // 14-bit estimate and one Newton step: relative error below 2^-27
@@ -147,6 +148,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 inline Vec at_most(Vec x, Vec bound) { return _mm256_min_ps(bound.v, x.v); }
 inline Vec at_least(Vec x, Vec bound) { return _mm256_max_ps(bound.v, x.v); }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
+inline Vec sqrt(Vec a) { return _mm256_sqrt_ps(a.v); }
 inline Vec round(Vec a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec scale2(Vec a, Vec n) {  // |n| <= 252, in two halves so that neither factor leaves the normal range
   const __m256i k = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(k, 1), bias = _mm256_set1_epi32(127);
@@ -196,6 +198,7 @@ using math::at_most;
 using math::exp;
 using math::normal_cdf;
 using math::rcp;
+using math::sqrt;
 using math::tanh;
 using math::where;
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }

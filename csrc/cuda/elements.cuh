@@ -75,7 +75,8 @@ void dispatch_pack(bool packs, Fn&& fn) {
 __device__ inline int64_t thread_in_grid() { return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; }
 __device__ inline int64_t threads_of_grid() { return static_cast<int64_t>(gridDim.x) * kThreads; }
 
-__device__ inline float warp_sum(float x) {
+template <class V>
+__device__ V warp_sum(V x) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
 }

@@ -73,7 +73,8 @@ def _as_kernel(impl: Callable[..., Any], changed: list[int]) -> Callable[..., An
 
 def _on_its_device(function: Callable[..., Any], args: tuple) -> Any:
     """Calls an implementation with its first tensor's GPU as the current one: it sizes workspaces and runs kernels."""
-    device = next((a.device for a in args if isinstance(a, Tensor)), None)
+    tensors = (x for a in args for x in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(x, Tensor))
+    device = next((x.device for x in tensors), None)
     if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
         return function(*args)
     with torch.cuda.device(device):

@@ -1,106 +1,24 @@
 """One optimizer step of matrices whose state lives in a subspace of their gradients (GaLore, Natural GaLore).
 
-A subspace has a left factor [m, r], a right factor [n, r], or both, with orthonormal columns; None is the identity. The
-projected gradient R is then [r, n], [m, r] or [r, r], and k is its number of elements.
+The products with a subspace's factors are PyTorch's; what stands between them is one native call over many matrices.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-DAMPING_MODES = ("absolute", "relative")
-FISHER_NORMS = ("sum", "mean")
-_CHUNK = 1 << 18  # numbers of a window's row that are in float64 at a time
+from deftcore.ops._library import define
+from deftcore.ops.checks import check_float, check_like, check_number, check_shape
+from deftcore.ops.galore_matrix import AdamMatrix, back_project, galore_step_ref, project, update
+from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, runs_cuda, stream
+from deftcore.ops.natural import Damping, Window
 
-
-@dataclass(frozen=True)
-class Damping:
-    """lambda of F = lambda I + (sum or mean of h h^T over the window), the damped empirical Fisher.
-
-    Args:
-        value: lambda itself ("absolute"), or its ratio to the window's mean squared norm ("relative").
-        norm: "sum" or "mean": the latter is the former at a lambda as many times larger as the window has rows, times
-            that number.
-    """
-
-    value: float
-    mode: Literal["absolute", "relative"] = "absolute"
-    norm: Literal["sum", "mean"] = "sum"
-
-
-@dataclass
-class Window:
-    """The last projected gradients, as rows of a ring, and their products.
-
-    Args:
-        history: [s, k], float32, bfloat16 or float64.
-        gram: [s, s], float64, history history^T; of rows that are filled.
-        slot: the row of the current gradient. It takes the place of what stands there.
-        fill: how many rows are filled with earlier ones, at most s.
-        failures: int64 scalar, counts the steps in which the window did not hold.
-        keep: whether the current gradient stays: `slot` and `fill` move on behind it.
-    """
-
-    history: Tensor
-    gram: Tensor
-    slot: int
-    fill: int
-    failures: Tensor
-    keep: bool = True
-
-    @property
-    def rows(self) -> int:
-        """How many rows count, the current one among them."""
-        return min(self.fill + 1, self.history.shape[0])
-
-    def clear(self) -> None:
-        """No rows, none of them filled."""
-        self.history.zero_()
-        self.gram.zero_()
-        self.slot = self.fill = 0
-
-    def move_on(self) -> None:
-        """To the next row, if the current one stays."""
-        if self.keep:
-            self.slot, self.fill = (self.slot + 1) % self.history.shape[0], self.rows
-
-
-@dataclass(kw_only=True)
-class Matrix:
-    """A weight, its gradient and its subspace. A step changes `weight` and the window in place.
-
-    Args:
-        weight: [m, n], any floating dtype; of any shape where it has no subspace.
-        grad: of weight's shape, or R itself where `projected`.
-        left, right: the subspace's factors, in the dtype to compute in; both None: R is the gradient.
-        window: of the natural gradient; None is GaLore.
-        projected: whether `grad` is R already.
-        seed: of stochastic rounding into a bfloat16 weight; None rounds to the nearest.
-    """
-
-    weight: Tensor
-    grad: Tensor
-    left: Tensor | None
-    right: Tensor | None
-    window: Window | None = None
-    projected: bool = False
-    seed: int | None = None
-
-
-@dataclass(kw_only=True)
-class AdamMatrix(Matrix):
-    """One with Adam's moments, of R's shape, in the factors' dtype; a step changes them in place.
-
-    Args:
-        age: steps that the moments have seen, this one included.
-    """
-
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    age: int
+# Bytes that one native call goes over: on a CPU what may stay in a cache between the two readings of a window, on a GPU
+# enough to fill it.
+_BYTES_OF_CALL = {"cpu": 1 << 24, "cuda": 1 << 28}
+_HELD, _ALONE, _EMPTY = range(3)  # what became of a window: it held, it has the current gradient alone, it has none
 
 
 def galore_step(
@@ -120,189 +38,304 @@ def galore_step(
     + lambda I has no Cholesky factor does not hold: it starts anew with R alone, so that N = R / (lambda + |R|^2), and
     the failure is counted. Where |R|^2 is infinite or NaN, N is R / lambda, and the window is empty.
 
+    Moments in float32 with windows in float32 or bfloat16 have native kernels; others run on the reference. On a GPU
+    each call waits once for the device, to know which windows held.
+
     Args:
         matrices: their dtypes, shapes and sides may differ.
-        damping: of those with a window.
+        damping: of those with a window; None leaves their windows alone.
+
+    Raises:
+        TypeError, ValueError: naming the argument; nothing is changed.
     """
+    numbers = (
+        check_number("lr", lr, minimum=0.0), *(check_number("betas", beta, minimum=0.0) for beta in betas),
+        check_number("eps", eps, minimum=0.0), check_number("weight_decay", weight_decay, minimum=0.0),
+        check_number("scale", scale, minimum=0.0),
+    )  # fmt: skip
+    if len(betas) != 2 or max(betas) >= 1:
+        raise ValueError(f"betas: must be two numbers in [0, 1), got {betas}")
+    if damping is not None:
+        if not isinstance(damping, Damping):
+            raise TypeError(f"damping: must be a Damping or None, got {type(damping).__name__}")
+        check_number("damping", damping.value, minimum=0.0, strict=True)
+    groups: dict[_Kind, list[AdamMatrix]] = {}
     for matrix in matrices:
-        galore_step_ref(matrix, lr, betas, eps, weight_decay, scale, correct_bias, damping)
+        _check_matrix(matrix)
+        groups.setdefault(_Kind.of(matrix, damping), []).append(matrix)
+    value, mode, norm = (1.0, "absolute", "sum") if damping is None else (damping.value, damping.mode, damping.norm)
+    options = (*numbers, correct_bias, value, mode == "relative", norm == "mean")
+    for kind, group in groups.items():
+        windows = [m.window for m in group if m.window is not None and kind.history is not None]
+        outcomes = _galore_step(
+            [m.weight for m in group], [m.grad for m in group],
+            [m.left for m in group if m.left is not None], [m.right for m in group if m.right is not None],
+            [m.exp_avg for m in group], [m.exp_avg_sq for m in group],
+            [w.history for w in windows], [w.gram for w in windows], [w.failures for w in windows],
+            [m.age for m in group], [w.slot for w in windows], [w.fill for w in windows],
+            [m.seed for m in group if m.seed is not None], kind.projected, *options,
+        )  # fmt: skip
+        for window, outcome in zip(windows, outcomes.tolist() if windows else [], strict=True):
+            if outcome != _HELD:
+                window.slot = window.fill = 0
+            if outcome != _EMPTY:
+                window.move_on()
 
 
-# ---------------------------------------------------------------------------- reference
+class _Kind(NamedTuple):
+    """What matrices of one call have in common."""
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    history: torch.dtype | None  # None: there is no window, or none that counts
+    left: bool
+    right: bool
+    projected: bool
+    stochastic: bool
+
+    @classmethod
+    def of(cls, m: AdamMatrix, damping: Damping | None) -> "_Kind":
+        history = None if m.window is None or damping is None else m.window.history.dtype
+        sides = m.left is not None, m.right is not None
+        dtypes = m.weight.dtype, m.grad.dtype, m.exp_avg.dtype
+        return cls(m.weight.device, dtypes, history, *sides, m.projected, m.seed is not None)
 
 
-def galore_step_ref(
-    matrix: AdamMatrix,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    scale: float,
-    correct_bias: bool,
-    damping: Damping | None,
-) -> None:
-    """The definition, in plain PyTorch, in the dtype of the moments."""
-    moments = (matrix.exp_avg, matrix.exp_avg_sq)
-
-    def rule(n: Tensor) -> Tensor:
-        return adam(n, *moments, matrix.age, betas, eps, correct_bias)
-
-    step_by(rule, matrix, lr=lr, weight_decay=weight_decay, scale=scale, damping=damping)
-
-
-def step_by(
-    rule: Callable[[Tensor], Tensor],
-    matrix: Matrix,
-    *,
-    lr: float,
-    weight_decay: float,
-    scale: float,
-    damping: Damping | None,
-) -> None:
-    """A step whose update U is what `rule` makes of R, or N, in the subspace."""
-    r = matrix.grad if matrix.projected else project(matrix.grad, matrix.left, matrix.right)
-    if matrix.window is not None and damping is not None:
-        r = natural_gradient(r, matrix.window, damping)
-    change = back_project(rule(r), matrix.left, matrix.right)
-    update(matrix.weight, change, lr * scale, lr * weight_decay, matrix.seed)
+def _check_matrix(m: AdamMatrix) -> None:
+    """Raises unless its tensors belong together."""
+    check_float("weight", m.weight)
+    check_float("grad", m.grad)
+    check_float("exp_avg", m.exp_avg)
+    shape = m.weight.shape
+    if m.left is not None or m.right is not None:
+        if m.weight.dim() != 2:
+            raise ValueError(f"weight: must be a matrix where there is a factor, got shape {tuple(shape)}")
+        compact = list(shape)
+        for side, (name, factor) in enumerate((("left", m.left), ("right", m.right))):
+            if factor is None:
+                continue
+            check_like(name, factor, "exp_avg", m.exp_avg)
+            if factor.dim() != 2 or factor.shape[0] != shape[side]:
+                raise ValueError(f"{name}: shape must be ({shape[side]}, r), got {tuple(factor.shape)}")
+            compact[side] = factor.shape[1]
+        shape = torch.Size(compact)
+    check_like("exp_avg_sq", m.exp_avg_sq, "exp_avg", m.exp_avg)
+    for name, x in (("exp_avg", m.exp_avg), ("exp_avg_sq", m.exp_avg_sq)):
+        check_shape(name, x, tuple(shape), "the projected gradient's")
+    check_shape("grad", m.grad, tuple(shape if m.projected else m.weight.shape), "the gradient's, projected or not")
+    for name, x in (("grad", m.grad), ("exp_avg", m.exp_avg)):
+        if x.device != m.weight.device:
+            raise ValueError(f"{name}: must be on {m.weight.device} as weight, got {x.device}")
+    for name, number, least in (("age", m.age, 1), ("seed", m.seed or 0, 0)):
+        if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 2**63:
+            raise ValueError(f"{name}: must be an integer of at least {least}, got {number!r}")
+    if m.window is not None:
+        _check_window(m.window, m.exp_avg)
 
 
-def project(g: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """R = L^T G Q: g [m, n] of any dtype to [r or m, r or n] in that of the factors.
-
-    >>> project(torch.ones(2, 3), None, torch.eye(3)[:, :1]).tolist()
-    [[1.0], [1.0]]
-    """
-    factor = left if left is not None else right
-    r = g if factor is None else g.to(factor.dtype)
-    r = r if left is None else left.t() @ r
-    return r if right is None else r @ right
-
-
-def back_project(u: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """L U Q^T: what `project` took, within the subspace."""
-    full = u if left is None else left @ u
-    return full if right is None else full @ right.t()
-
-
-def natural_gradient(r: Tensor, window: Window, damping: Damping) -> Tensor:
-    """N = F^-1 vec(R), with R as the window's current row.
-
-    Push-through: (lambda I + K) c = e_slot, N = sum_j c_j h_j. Woodbury's form lambda^-1 R - lambda^-2 H^T z loses all
-    digits where ||R||^2 is far above lambda. Rows count as the history's dtype holds them, the current one too, so
-    that K is their Gram matrix exactly. Products are summed in float64: K + lambda I stays positive definite, and the
-    sum over j, which cancels where rows are alike, keeps its digits.
-
-    Args:
-        r: R, of k elements; any floating dtype.
-        window: its row and column of `slot` are written, and it moves on; cleared first where it does not hold.
-    """
-    rows, slot = window.rows, window.slot
-    window.history[slot] = r.reshape(-1)
-    filled = window.history[:rows]
-    current = filled[slot]
-    products = torch.zeros(rows, dtype=torch.float64, device=r.device)
-    for part, part_of_current in zip(filled.split(_CHUNK, 1), current.split(_CHUNK), strict=True):
-        products += part.double() @ part_of_current.double()
-    window.gram[slot, :rows] = products
-    window.gram[:rows, slot] = products
-    gram = window.gram[:rows, :rows]
-    ridge, factor = _ridge(gram, damping)
-    unit = torch.zeros(rows, 1, dtype=torch.float64, device=r.device)
-    unit[slot] = 1.0
-    damped = gram + ridge * torch.eye(rows, dtype=torch.float64, device=r.device)
-    root, failed = torch.linalg.cholesky_ex(damped)
-    if bool(failed) or not bool(torch.isfinite(damped).all()):
-        return _start_anew(r, window, damping)
-    window.move_on()
-    c = factor * torch.cholesky_solve(unit, root).squeeze(1)
-    n = torch.cat([c @ part.double() for part in filled.split(_CHUNK, 1)])
-    return n.reshape(r.shape).to(r.dtype)
+def _check_window(window: Window, like: Tensor) -> None:
+    check_float("history", window.history)
+    rows = window.history.shape[0] if window.history.dim() else 0
+    check_shape("history", window.history, (max(rows, 1), like.numel()), "a row per gradient")
+    check_shape("gram", window.gram, (rows, rows), "products of the rows")
+    check_shape("failures", window.failures, (), "a number")
+    for name, x, dtype in (("gram", window.gram, torch.float64), ("failures", window.failures, torch.int64)):
+        if x.dtype != dtype:
+            raise TypeError(f"{name}: dtype must be {dtype}, got {x.dtype}")
+    for name, x in (("history", window.history), ("gram", window.gram), ("failures", window.failures)):
+        if x.device != like.device:
+            raise ValueError(f"{name}: must be on {like.device} as exp_avg, got {x.device}")
+    fits = all(isinstance(n, int) and not isinstance(n, bool) for n in (window.slot, window.fill))
+    if not fits or not (0 <= window.slot < rows and window.slot <= window.fill <= rows):
+        raise ValueError(
+            f"slot, fill: must be a row and how many are filled of {rows}, got {window.slot}, {window.fill}"
+        )
 
 
-def _start_anew(r: Tensor, window: Window, damping: Damping) -> Tensor:
-    """N of a window that R is alone in; R / lambda, of an empty one, where |R|^2 is not finite."""
-    current = window.history[window.slot].clone()
-    square = window.gram[window.slot, window.slot].clone()
-    window.clear()
-    window.failures += 1
-    ridge, factor = _ridge(square.view(1, 1), damping)
-    if not bool(square.isfinite()):
-        return r * (factor / ridge) if ridge < float("inf") else r.clone()  # a relative lambda is NaN or infinite
-    window.history[0] = current
-    window.gram[0, 0] = square
-    window.move_on()
-    return (current.double() * (factor / (ridge + float(square)))).view(r.shape).to(r.dtype)
+# ---------------------------------------------------------------------------- galore_step
 
 
-def gram_of(history: Tensor) -> Tensor:
-    """[s, s], float64: the products of a window's rows, which `natural_gradient` keeps up to date row by row."""
-    gram = torch.zeros(history.shape[0], history.shape[0], dtype=torch.float64, device=history.device)
-    for part in history.split(_CHUNK, 1):
-        gram += part.double() @ part.double().t()
-    return gram
+class _Options(NamedTuple):
+    """Numbers of a step; their order is that of the schema."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    scale: float
+    correct_bias: bool
+    damping: float
+    relative: bool
+    mean: bool
+
+    @property
+    def rate(self) -> float:
+        return self.lr * self.scale
+
+    @property
+    def keep(self) -> float:
+        """What decay leaves of a weight."""
+        return 1 - self.lr * self.weight_decay
 
 
-def _ridge(gram: Tensor, damping: Damping) -> tuple[float, float]:
-    """What is added to the diagonal of K, and what N is multiplied with."""
-    rows = gram.shape[0]
-    ridge = damping.value
-    if damping.mode == "relative":
-        ridge *= float(gram.trace()) / rows
-    if ridge == 0:  # every row is zero, and so is N
-        return 1.0, 1.0
-    return (ridge * rows, float(rows)) if damping.norm == "mean" else (ridge, 1.0)
-
-
-def adam(
-    n: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    age: int,
-    betas: tuple[float, float],
-    eps: float,
-    correct_bias: bool,
+def _galore_step_impl(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    histories: list[Tensor],
+    grams: list[Tensor],
+    failures: list[Tensor],
+    ages: list[int],
+    slots: list[int],
+    fills: list[int],
+    seeds: list[int],
+    projected: bool,
+    *numbers: Any,
 ) -> Tensor:
-    """U = M / (sqrt(V) + eps), times sqrt(1 - b2^age) / (1 - b1^age); M and V move on in place.
+    """What became of each window. Lists that this kind of matrix has no use for are empty."""
+    none: list[Any] = [None] * len(weights)
+    windows = [Window(*each) for each in zip(histories, grams, slots, fills, failures, strict=True)] or none
+    matrices = [
+        AdamMatrix(
+            weight=weight, grad=grad, left=left, right=right, window=window, projected=projected, seed=seed,
+            exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, age=age,
+        )
+        for weight, grad, left, right, window, seed, exp_avg, exp_avg_sq, age in zip(
+            weights, grads, lefts or none, rights or none, windows, seeds or none, exp_avgs, exp_avg_sqs, ages,
+            strict=True,
+        )
+    ]  # fmt: skip
+    like, options = exp_avgs[0], _Options(*numbers)
+    outcomes = torch.zeros(len(weights), dtype=torch.int64, device=like.device)
+    fits = like.dtype == torch.float32 and all(h.dtype in (torch.float32, torch.bfloat16) for h in histories)
+    kernels = backend("galore_step", like) if fits else None
+    if kernels is None:
+        for i, matrix in enumerate(matrices):
+            outcomes[i] = _step_by_reference(matrix, options)
+        return outcomes
+    for begin, end in _calls(matrices):
+        _step_natively(kernels, matrices[begin:end], outcomes[begin:end], options)
+    return outcomes
 
-    As the published code: eps stands outside the root, and is not divided by the correction.
-    """
-    first, second = betas
-    n = n.to(exp_avg.dtype)
-    exp_avg.mul_(first).add_(n, alpha=1 - first)
-    exp_avg_sq.mul_(second).addcmul_(n, n, value=1 - second)
-    correction = (1 - second**age) ** 0.5 / (1 - first**age) if correct_bias else 1.0
-    return exp_avg.div(exp_avg_sq.sqrt().add_(eps)).mul_(correction)
+
+def _step_by_reference(matrix: AdamMatrix, o: _Options) -> int:
+    window = matrix.window
+    before = 0 if window is None else int(window.failures)
+    damping = Damping(o.damping, "relative" if o.relative else "absolute", "mean" if o.mean else "sum")
+    galore_step_ref(matrix, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay, o.scale, o.correct_bias, damping)
+    if window is None or int(window.failures) == before:
+        return _HELD
+    return _ALONE if window.fill else _EMPTY
 
 
-def update(weight: Tensor, change: Tensor, rate: float, decay: float, seed: int | None = None) -> None:
-    """W -= rate change; W -= decay W, rounded once into the weight's dtype.
+def _calls(matrices: list[AdamMatrix]) -> Iterator[tuple[int, int]]:
+    """Bounds of the native calls' matrices."""
+    most = _BYTES_OF_CALL["cuda" if runs_cuda(matrices[0].exp_avg) else "cpu"]
+    begin = size = 0
+    for i, m in enumerate(matrices):
+        more = 4 * m.exp_avg.nbytes + (0 if m.window is None else m.window.history.nbytes)
+        if i > begin and size + more > most:
+            yield begin, i
+            begin, size = i, 0
+        size += more
+    yield begin, len(matrices)
 
-    Args:
-        change: of weight's shape, in the dtype to compute in.
-        seed: of stochastic rounding into bfloat16; None rounds to the nearest.
-    """
-    value = weight.to(change.dtype) - rate * change
-    if decay:
-        value.mul_(1 - decay)
-    weight.copy_(round_stochastically(value, seed) if seed is not None and weight.dtype == torch.bfloat16 else value)
+
+class _Dense:
+    """Tensors as one piece of memory each: copies where they are not, which are copied back at the end."""
+
+    def __init__(self) -> None:
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.is_contiguous():
+            return x
+        copy = x.contiguous()
+        self._copies.append((x, copy))
+        return copy
+
+    def copy_back(self) -> None:
+        for x, copy in self._copies:
+            x.copy_(copy)
 
 
-def round_stochastically(x: Tensor, seed: int) -> Tensor:
-    """bfloat16 of x: the neighbour above or below it, more likely the nearer one, so that x is the mean.
+def _step_natively(kernels: Any, matrices: list[AdamMatrix], outcomes: Tensor, o: _Options) -> None:
+    first, like = matrices[0], matrices[0].exp_avg
+    sided = first.left is not None or first.right is not None
+    # Then the weights change in the same pass.
+    whole = not sided and first.window is None and first.grad.dtype == first.weight.dtype and _has_code(first.weight)
+    dense, rows, outs = _Dense(), [], []
+    for i, m in enumerate(matrices):
+        if whole:
+            grad, out = m.grad.contiguous(), dense(m.weight)
+        elif sided and not m.projected:
+            grad = out = project(m.grad, m.left, m.right).contiguous()
+        else:
+            grad = m.grad.to(like.dtype).contiguous()
+            out = torch.empty_like(grad)
+        w, moments = m.window, (dense(m.exp_avg), dense(m.exp_avg_sq))
+        outs.append((grad, out, *moments))
+        row = dict.fromkeys(native.galore_matrix.split(", "), 0)
+        row |= {"grad": address(grad), "out": address(out), "elements": grad.numel(), "age": m.age, "seed": m.seed or 0}
+        row |= {"exp_avg": address(moments[0]), "exp_avg_sq": address(moments[1])}
+        row |= {"outcome": address(outcomes) + i * outcomes.itemsize}
+        if w is not None:
+            history, gram = dense(w.history), dense(w.gram)
+            row |= {"history": address(history), "gram": address(gram), "failures": address(w.failures)}
+            row |= {"rows": history.shape[0], "slot": w.slot, "fill": w.fill}
+        rows.append(row)
+    table = torch.tensor([list(row.values()) for row in rows])  # in the host's memory
+    args = native.GaloreStep(
+        matrices=address(table), workspace=0, count=len(rows), elements=sum(row["elements"] for row in rows),
+        rows=max(row["rows"] for row in rows), dtype=DTYPE_CODES[first.weight.dtype if whole else like.dtype],
+        history_dtype=DTYPE_CODES[like.dtype if first.window is None else first.window.history.dtype], whole=whole,
+        stochastic=first.seed is not None, correct_bias=o.correct_bias, relative=o.relative, mean=o.mean,
+        damping=o.damping, beta1=o.beta1, beta2=o.beta2, eps=o.eps, rate=o.rate, keep=o.keep,
+    )  # fmt: skip
+    _held = give_workspace(args, kernels.galore_step_workspace(args), like)
+    kernels.galore_step(args, stream(like))
+    dense.copy_back()
+    if not whole:
+        for m, (_, out, *_) in zip(matrices, outs, strict=True):
+            _change_weight(kernels, m, out.view(m.exp_avg.shape), o)
 
-    The random bits are a hash of seed and place: the same on every device and in every process.
 
-    >>> x = torch.full((1 << 12,), 1 + 2**-9)  # a quarter of the way from 1 to the next bfloat16
-    >>> y = round_stochastically(x, seed=3)
-    >>> y.unique().tolist(), bool((y.double().mean() - x[0]).abs() < 1e-3)
-    ([1.0, 1.0078125], True)
-    """
-    place = torch.arange(x.numel(), device=x.device, dtype=torch.int64)
-    bits = (place * 0x9E3779B1 + ((seed * 0x85EBCA6B) & 0xFFFFFFFF)) & 0xFFFFFFFF
-    bits = ((bits ^ (bits >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    bits = ((bits ^ (bits >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    noise = ((bits ^ (bits >> 16)) & 0xFFFF).to(torch.int32).view(x.shape)
-    x = x.float().contiguous()
-    rounded = ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+def _change_weight(kernels: Any, m: AdamMatrix, u: Tensor, o: _Options) -> None:
+    """W = keep (W - rate L U Q^T)."""
+    if m.weight.dtype == u.dtype and (m.left is not None or m.right is not None):  # the change is not written
+        pair = (u, m.right.t()) if m.left is None else (m.left, back_project(u, None, m.right))  # type: ignore[union-attr]
+        m.weight.addmm_(*pair, beta=o.keep, alpha=-o.rate * o.keep)
+        return
+    change = back_project(u, m.left, m.right).contiguous()
+    if not _has_code(m.weight):
+        return update(m.weight, change, o.rate, o.lr * o.weight_decay, m.seed)
+    dense = _Dense()
+    weight = dense(m.weight)
+    args = native.GaloreUpdate(
+        weight=address(weight), change=address(change), elements=weight.numel(), seed=m.seed or 0,
+        dtype=DTYPE_CODES[weight.dtype], stochastic=m.seed is not None, rate=o.rate, keep=o.keep,
+    )  # fmt: skip
+    kernels.galore_update(args, stream(weight))
+    dense.copy_back()
+
+
+def _has_code(x: Tensor) -> bool:
+    return x.dtype in DTYPE_CODES
+
+
+def _galore_step_fake(weights: list[Tensor], *_: Any) -> Tensor:
+    return weights[0].new_empty(len(weights), dtype=torch.int64)
+
+
+_galore_step = define(
+    "galore_step(Tensor(a!)[] weights, Tensor[] grads, Tensor[] lefts, Tensor[] rights, Tensor(b!)[] exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] histories, Tensor(e!)[] grams, Tensor(f!)[] failures, int[] ages, "
+    "int[] slots, int[] fills, int[] seeds, bool projected, float lr, float beta1, float beta2, float eps, "
+    "float weight_decay, float scale, bool correct_bias, float damping, bool relative, bool mean) -> Tensor",
+    _galore_step_impl,
+    _galore_step_fake,
+)

@@ -2,8 +2,7 @@
 on packed rows, on rows enough to fill the device, forward and backward.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,44 +10,9 @@ from torch import Tensor
 
 from deftcore import ops
 from deftcore.ops.density import ACTIVATIONS, SURROGATES, activate
-from deftcore.ops.quantized import QuantizedTensor
+from deftcore.ops.proof_case import Case, Numbers
+from deftcore.ops.proof_galore import galore_cases
 from deftcore.ops.sparse_mlp4 import LowRank4, mlp_4bit
-
-
-@dataclass(frozen=True)
-class Case:
-    """`run` takes `inputs` in any dtype, and None as it is; what it returns is compared, integers bit for bit."""
-
-    label: str
-    run: Callable[..., Any]
-    inputs: Sequence[Tensor | None]
-    gradients: bool = False
-
-
-class Numbers:
-    """Draws of one kernel's cases, and the device's number of multiprocessors, by which some kernels cut their work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self._generator = device, torch.Generator().manual_seed(0)
-        gpu = device.type == "cuda"
-        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if gpu else 3
-
-    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normal numbers that every dtype holds."""
-        values = scale * torch.randn(shape, generator=self._generator)
-        return values.bfloat16().half().float().to(self.device)
-
-    def below(self, limit: int, *shape: int) -> Tensor:
-        return torch.randint(limit, shape, generator=self._generator).to(self.device)
-
-    def zeroed(self, tokens: int, neurons: int, density: float) -> Tensor:
-        """Activations of which whole columns are zero."""
-        keep = torch.rand(neurons, generator=self._generator) < density
-        return torch.where(keep.to(self.device), self.normal(tokens, neurons), 0.0)
-
-    def quantized(self, *shape: int, **options: Any) -> QuantizedTensor:
-        return ops.quantize_4bit(self.normal(*shape, scale=shape[-1] ** -0.5), **options)
-
 
 # ---------------------------------------------------------------------------- activations
 
@@ -353,4 +317,5 @@ CASES: dict[str, Callable[[Numbers], Iterator[Case]]] = {
     "linear_4bit": _linear_4bit, "gated_act": _gated_act, "grouped_delta": _grouped_delta, "mask_units": _mask_units,
     "selective_scan": _selective_scan, "mamba_chunk_scan": _mamba_chunk_scan, "causal_conv1d": _causal_conv1d,
     "selective_state_update": _selective_state_update, "logit_rows": _logit_rows,
+    "galore_step": galore_cases,
 }  # fmt: skip

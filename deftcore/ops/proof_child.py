@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from deftcore.ops.kernels import DTYPE_CODES, only
-from deftcore.ops.proof_cases import CASES, Case, Numbers
+from deftcore.ops.proof_case import Case, Numbers
+from deftcore.ops.proof_cases import CASES
 
 EPS32 = torch.finfo(torch.float32).eps
 

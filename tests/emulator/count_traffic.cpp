@@ -416,6 +416,40 @@ void logit_ops() {
   });
 }
 
+void galore_ops() {
+  constexpr int64_t kCount = 128 * kWidth, kSteps = 20;
+  show("galore_step, 1024 x 1024 at rank 128, window of 20", 1.05, [](Tensors& t) {
+    static GaloreMatrix m;
+    m = {};
+    m.grad = t.in<float>(kCount), m.out = t.out<float>(kCount);
+    m.exp_avg = t.in_out<float>(kCount), m.exp_avg_sq = t.in_out<float>(kCount);
+    m.history = t.in<float>(kSteps * kCount, 2.0), m.gram = t.in_out<double>(kSteps * kSteps);
+    m.failures = t.out<int64_t>(1), m.outcome = t.out<int64_t>(1);
+    t.written += kCount * 4;
+    m.elements = kCount, m.rows = m.fill = kSteps, m.age = kSteps;
+    GaloreStepArgs a{};
+    a.matrices = &m, a.count = 1, a.elements = kCount, a.rows = kSteps;
+    a.dtype = a.history_dtype = DType::kFloat32;
+    a.damping = 0.1, a.beta1 = 0.9, a.beta2 = 0.99, a.eps = 1e-3;
+    a.workspace = t.workspace(cuda::galore_step_workspace(a));
+    cuda::galore_step(a, nullptr);
+  });
+  show("galore_step, whole", 1.05, [](Tensors& t) {
+    static GaloreMatrix m;
+    m = {};
+    m.grad = t.in<T>(kCount), m.out = t.in_out<T>(kCount);
+    m.exp_avg = t.in_out<float>(kCount), m.exp_avg_sq = t.in_out<float>(kCount);
+    m.elements = kCount, m.age = 1;
+    GaloreStepArgs a{};
+    a.matrices = &m, a.count = 1, a.elements = kCount, a.dtype = kDType, a.whole = true;
+    a.beta1 = 0.9, a.beta2 = 0.99, a.eps = 1e-3;
+    cuda::galore_step(a, nullptr);
+  });
+  show("galore_update, 1024 x 128", 1.05, [](Tensors& t) {
+    cuda::galore_update({t.in_out<T>(kCount), t.in<float>(kCount), kCount, 1, kDType, true, 0.1f, 0.9f}, nullptr);
+  });
+}
+
 // Every op of ops.h that CUDA has must have been shown.
 void check_complete() {
 #define DEFTCORE_NAME(op, Args, room, devices, device) DEFTCORE_IF_##devices##_##device(#op, )
@@ -450,6 +484,7 @@ int main() {
   conv1d_ops();
   mamba2_ops();
   logit_ops();
+  galore_ops();
   check_complete();
   return g_failed;
 }

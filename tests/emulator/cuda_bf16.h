@@ -7,6 +7,7 @@ struct __nv_bfloat16 {
   uint16_t bits;
 };
 inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; }
 inline __nv_bfloat16 __float2bfloat16(float x) {
   if (x != x) return {0x7fff};
   uint32_t bits;

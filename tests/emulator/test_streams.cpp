@@ -25,6 +25,9 @@ class Memory {
   float* floats(int64_t count) {
     return take<float>(count, [](std::mt19937& random) { return std::normal_distribution<float>()(random); });
   }
+  double* doubles(int64_t count) {
+    return take<double>(count, [](std::mt19937& random) { return std::normal_distribution<double>()(random); });
+  }
   template <class T>
   T* numbers(int64_t count, int low, int high) {
     return take<T>(count, [=](std::mt19937& random) {
@@ -463,6 +466,41 @@ void make(LogitRowsBackwardArgs& args, Memory& m) {
   args.right = m.floats(rank * (args.forward.width - begin));
   args.grad = m.out<float>(kRows * kWidth);
   args.begin = begin, args.end = args.forward.width, args.most = most, args.rank = rank;
+}
+
+// Two matrices, one with a window; their records are the host's.
+void make(GaloreStepArgs& args, Memory& m) {
+  static GaloreMatrix matrices[2];
+  const int64_t count = kRows * kWidth, rows = 3;
+  for (GaloreMatrix& matrix : matrices) {
+    matrix = {m.floats(count),
+              m.out<float>(count),
+              m.floats(count),
+              m.floats(count),
+              nullptr,
+              nullptr,
+              nullptr,
+              nullptr,
+              count,
+              0,
+              0,
+              0,
+              2,
+              5};
+  }
+  matrices[1].history = m.floats(rows * count);
+  matrices[1].gram = m.doubles(rows * rows);
+  matrices[1].failures = m.numbers<int64_t>(1, 0, 9);
+  matrices[1].outcome = m.out<int64_t>(1);
+  matrices[1].rows = matrices[1].fill = rows;
+  args = {
+      matrices, nullptr, 2,    2 * count, rows, DType::kFloat32, DType::kFloat32, false, false, true, false, false, 0.5,
+      0.9,      0.99,    1e-3, 0.1f,      0.9f};
+}
+
+void make(GaloreUpdateArgs& args, Memory& m) {
+  const int64_t count = kRows * kWidth;
+  args = {m.floats(count), m.floats(count), count, 5, DType::kFloat32, false, 0.1f, 0.9f};
 }
 
 // ----------------------------------------------------------------------------

@@ -105,6 +105,19 @@ inline void check_args(const SsdArgs& args, const char* op) {
   check_heads(args.heads, args.groups, op);
 }
 
+inline void check_args(const GaloreStepArgs& args, const char* op) {
+  require(args.count >= 0 && args.elements >= 0 && args.rows >= 0, op, "sizes must not be negative");
+  require(args.history_dtype != DType::kFloat16, op, "a window must be float32 or bfloat16");
+  require(!args.whole || args.rows == 0, op, "whole gradients have no window");
+  for (int64_t i = 0; i < args.count; ++i) {
+    const GaloreMatrix& m = args.matrices[i];
+    require(m.elements >= 0, op, "elements must not be negative");
+    if (m.history == nullptr) continue;
+    require(m.rows >= 1 && m.rows <= args.rows, op, "rows must be in 1..args.rows");
+    require(m.fill >= 0 && m.slot >= 0 && m.slot < m.rows && m.slot <= m.fill, op, "slot must be a row");
+  }
+}
+
 inline void check_args(const SsdBackwardArgs& args, const char* op) { check_args(args.forward, op); }
 
 // int32 columns.

@@ -27,6 +27,8 @@ DEFTCORE_HD float normal_cdf(float z, float& bell) {
 DEFTCORE_HD float tanh(float x) { return tanhf(x); }
 DEFTCORE_HD float rcp(float x) { return 1.0f / x; }
 DEFTCORE_HD float abs(float x) { return fabsf(x); }
+DEFTCORE_HD float sqrt(float x) { return sqrtf(x); }
+DEFTCORE_HD double sqrt(double x) { return ::sqrt(x); }
 
 template <class V>
 struct ValueGrad {

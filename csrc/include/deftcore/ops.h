@@ -4,6 +4,7 @@
 #pragma once
 
 #include "deftcore/density.h"
+#include "deftcore/galore.h"
 #include "deftcore/logits.h"
 #include "deftcore/masks.h"
 #include "deftcore/partial_linear.h"
@@ -44,7 +45,9 @@
   X(logit_rows, LogitRowsArgs, PLAIN, EVERYWHERE, where)                              \
   X(logit_rows_backward, LogitRowsBackwardArgs, PLAIN, EVERYWHERE, where)             \
   X(top_logits, TopLogitsArgs, PLAIN, CPU_ONLY, where)                                \
-  X(logit_product, LogitProductArgs, PLAIN, CPU_ONLY, where)
+  X(logit_product, LogitProductArgs, PLAIN, CPU_ONLY, where)                          \
+  X(galore_step, GaloreStepArgs, WORKSPACE, EVERYWHERE, where)                        \
+  X(galore_update, GaloreUpdateArgs, PLAIN, EVERYWHERE, where)
 
 // Text that stands only where the list says so.
 #define DEFTCORE_IF_PLAIN(...)

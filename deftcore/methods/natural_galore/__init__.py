@@ -57,7 +57,8 @@ is `deftcore.methods.natural_galore.trainer.optimizer_of(args, model)`; TRL's `S
 | the inner optimizer, Adam or another rule | `inner.py` |
 | Transformers' Trainer | `trainer.py` |
 | what recipes get | `method.py` |
-| the step itself | `deftcore/ops/galore.py` |
+| the step itself | `deftcore/ops/galore.py`, native: `csrc/cpu/galore.cpp`, `csrc/cuda/galore.cu` |
+| its definition in plain PyTorch | `deftcore/ops/galore_matrix.py`, `deftcore/ops/natural.py` |
 
 ## Costs and limits
 

@@ -29,7 +29,9 @@ from deftcore.methods.natural_galore.state import (
 )
 from deftcore.nn.sharding import is_sharded, sharded_as, whole
 from deftcore.ops.checks import FLOAT_DTYPES, check_number
-from deftcore.ops.galore import AdamMatrix, Damping, Matrix, galore_step, project, step_by
+from deftcore.ops.galore import galore_step
+from deftcore.ops.galore_matrix import AdamMatrix, Matrix, project, step_by
+from deftcore.ops.natural import Damping
 
 Group = dict[str, Any]
 

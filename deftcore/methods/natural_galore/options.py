@@ -7,7 +7,7 @@ import torch
 
 from deftcore._names import near
 from deftcore.ops.checks import check_choice, check_number
-from deftcore.ops.galore import DAMPING_MODES, FISHER_NORMS
+from deftcore.ops.natural import DAMPING_MODES, FISHER_NORMS
 
 PROJ_TYPES = ("galore", "natural_galore")
 SIDES = ("auto", "left", "right")

@@ -5,7 +5,7 @@ from torch import Tensor
 from deftcore.methods.natural_galore.inner import InnerRule
 from deftcore.methods.natural_galore.state import Group, State, projected_shape, seed_of_step
 from deftcore.methods.natural_galore.subspace import Subspace, find_subspace, turned
-from deftcore.ops.galore import gram_of
+from deftcore.ops.natural import gram_of
 
 
 def is_due(state: State, group: Group) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from deftcore.methods.natural_galore.options import HISTORY_DTYPES
 from deftcore.methods.natural_galore.subspace import first_columns, sides_of
 from deftcore.nn.sharding import is_sharded
-from deftcore.ops.galore import Window
+from deftcore.ops.natural import Window
 
 Group = Mapping[str, Any]
 State = dict[str, Any]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deftcore.ops.galore import project
+from deftcore.ops.galore_matrix import project
 
 _OVERSAMPLE = 8  # columns beside the rank in a random start; they are dropped again
 
