@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from slim_models import model_of, save_task, some_kept
+import torch
+import transformers
+from slim_models import logits_of, model_of, save_task, some_kept
 from test_package import save_base
 
 import deftcore
@@ -64,3 +66,31 @@ def test_training_on_a_slim_model(recipe, tmp_path, capsys):
         return  # channels that are no whole blocks of 64 have no sparse form in 4 bits
     assert main(["export", str(base), str(out), "--adapter", str(run / "final")]) == 0
     assert main(["generate", str(out), "the quick", "--max-new-tokens", "4"]) == 0
+
+
+def test_uniform_layers_from_a_recipe(tmp_path, capsys):
+    """The merged result loads in Transformers; a config that cannot say it is refused before anything trains."""
+    for kind in ("llama", "opt"):
+        (tmp_path / kind).mkdir()
+        save_base(tmp_path / kind, model_of(kind))
+
+    def run(kind, *more):
+        base, output = tmp_path / kind, f"output={tmp_path / 'run' / kind}"
+        words = [f"model={base}", f"data.train={base / 'data.txt'}", output, "data.max_length=12", "training.epochs=1",
+                 "training.max_steps=2", "adapter.estimate_steps=4", "adapter.head_ratio=0.5",
+                 "adapter.uniform=true", *more]  # fmt: skip
+        return main(["train", str(RECIPES / "light-peft.yaml"), *words])
+
+    assert run("llama") == 0
+    task = tmp_path / "run" / "llama" / "final"
+    merged = deftcore.load_slim(deftcore.load_model(tmp_path / "llama"), task).merge_and_unload().eval()
+    assert merged.config.num_attention_heads == 2
+    assert merged.config.intermediate_size == 48
+    merged.save_pretrained(tmp_path / "stock")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    assert torch.equal(logits_of(stock, "llama"), logits_of(merged, "llama"))
+    capsys.readouterr()
+    assert run("opt") == 2
+    assert "adapter: uniform: the config of opt cannot say what stays" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "opt").exists()
+    assert run("opt", "adapter.head_ratio=0") == 0

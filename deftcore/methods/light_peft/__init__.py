@@ -86,6 +86,9 @@ them, or in the second, which begins with a fresh optimizer and schedule.
 - With AdamW at 3e-4 over 800 steps a mask moves by about 0.1 at most: only their order says anything. The phase's
   result has their range, and the share of what is pruned that the last tenth of the steps decided.
 - A ratio of 0 leaves a part as it is, bit for bit. Ratios that are less than one head, or group, are refused.
+- `uniform` results load in Transformers where the config has a field for the size of a head (Llama's, Phi-3's and T5's
+  families); of others channels alone may go then. All others load with `deftcore.load_model` and in the commands.
+- A task fits the base that it was cut from, which is compared; its folder is what `deftcore generate --adapter` takes.
 - Stacks whose layers share a table of position biases (T5) share their heads' masks too.
 - In several processes all see the same sums, and the first one's selection counts.
 - Adapters are plain LoRA or bottlenecks on linear layers, one on each. Merged adapters, other variants, latent

@@ -13,7 +13,8 @@ from deftcore.methods.light_peft.estimation import Estimation
 from deftcore.methods.light_peft.selection import check_shares, select
 from deftcore.methods.light_peft.slimming import slim
 from deftcore.models.blocks import base_of
-from deftcore.models.coupled import find_coupled
+from deftcore.models.coupled import find_coupled, stored_sizes
+from deftcore.models.families import model_type
 from deftcore.models.kept import Kept
 from deftcore.models.slimming import check_cut
 from deftcore.training.fields import Count, Share
@@ -65,6 +66,11 @@ def _check(model: Any, config: LightPeftConfig) -> None:
     """Prunes a model without weights, by chance."""
     adapted = peft.get_peft_model(model, peft_config(model, config))
     slim(adapted, _by_chance(adapted, config))
+    if config.uniform and stored_sizes(base_of(adapted).config):
+        raise ValueError(
+            f"uniform: the config of {model_type(model)} cannot say what stays, as a head is as wide as its width over "
+            "their number; head_ratio=0 prunes channels alone"
+        )
 
 
 _LIGHT: dict[str, Any] = {
