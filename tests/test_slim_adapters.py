@@ -86,3 +86,19 @@ def test_all_adapters_of_a_model_are_cut():
         for each in (adapted, expected):
             each.set_adapter(name)
         assert_same(logits_of(adapted, "llama"), logits_of(expected, "llama"), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_fold_with_adapters(kind, tmp_path):
+    """The masks of what stays go into the base's columns and of A; so is a base as a task is loaded."""
+    base = model_of(kind)
+    adapted = lora_of(copy.deepcopy(base), kind)
+    units = some_kept(base).units
+    scales = {name: tuple(0.8 + 0.01 * i for i in range(len(places))) for name, places in units.items()}
+    kept = with_ranks(Kept(units, {}, scales), adapted)
+    expected = logits_of(zeroed(adapted, kept), kind)
+    deftcore.slim(adapted, kept)
+    found = logits_of(adapted, kind)
+    assert_same(found, expected, 1e-5)
+    deftcore.save_slim(adapted, tmp_path)
+    assert torch.equal(logits_of(deftcore.load_slim(base, tmp_path).eval(), kind), found)

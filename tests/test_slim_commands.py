@@ -91,6 +91,6 @@ def test_uniform_layers_from_a_recipe(tmp_path, capsys):
     assert torch.equal(logits_of(stock, "llama"), logits_of(merged, "llama"))
     capsys.readouterr()
     assert run("opt") == 2
-    assert "adapter: uniform: the config of opt cannot say what stays" in capsys.readouterr().err
+    assert "adapter: uniform: the config of opt has no field for the size of a head" in capsys.readouterr().err
     assert not (tmp_path / "run" / "opt").exists()
     assert run("opt", "adapter.head_ratio=0") == 0

@@ -155,7 +155,8 @@ def test_truncated_files(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"format": 2}, {"kept": []}, {"kept": {"units": {"model.layers.0.mlp": [3, 2]}}}, {"base": 3}]
+    "change",
+    [{"format": 2}, {"base": {}}, {"kept": []}, {"kept": {"units": {"model.layers.0.mlp": [3, 2]}}}, {"base": 3}],
 )
 def test_a_record_with_other_values(change, tmp_path):
     save_task(model_of("llama"), tmp_path)
@@ -163,6 +164,17 @@ def test_a_record_with_other_values(change, tmp_path):
     (tmp_path / RECORD_FILE).write_text(json.dumps(values | change))
     with pytest.raises(ValueError, match=f"task: .*{RECORD_FILE} is damaged"):
         SlimRecord.load(tmp_path)
+
+
+def test_a_record_of_another_kind_of_adapter(tmp_path):
+    base = model_of("llama")
+    save_task(base, tmp_path)
+    values = json.loads((tmp_path / RECORD_FILE).read_text())
+    (tmp_path / RECORD_FILE).write_text(json.dumps(values | {"adapter": {"widths": {}}}))
+    with pytest.raises(ValueError, match=r"is damaged: no fields of the adapter's config: \['widths'\]"):
+        deftcore.expand(base, tmp_path)
+    with pytest.raises(ValueError, match="base: is on the meta device"):
+        deftcore.load_slim(copy.deepcopy(base).to("meta"), tmp_path)
 
 
 def test_adapters_that_cannot_be_slimmed():

@@ -55,13 +55,18 @@ class SlimRecord:
             values = json.loads(file.read_text())
             if values["format"] != _FORMAT:
                 raise ValueError(f"format is {values['format']!r}")
+            if not values["base"]:
+                raise ValueError("no fingerprint of the base")
             return cls(Kept.from_dict(values["kept"]), dict(values["base"]), dict(values["adapter"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"task: {file} is damaged: {error}") from error
 
     def check(self, base: nn.Module) -> None:
         """Raises ValueError where a whole base is not the one that this was cut from."""
-        check_base("task", self.base, base_fingerprints(base))
+        here = base_fingerprints(base)
+        if not here:
+            raise ValueError("base: is on the meta device, without weights to compare")
+        check_base("task", self.base, here)
 
 
 def record_of(model: Any) -> SlimRecord | None:

@@ -68,8 +68,8 @@ def _check(model: Any, config: LightPeftConfig) -> None:
     slim(adapted, _by_chance(adapted, config))
     if config.uniform and stored_sizes(base_of(adapted).config):
         raise ValueError(
-            f"uniform: the config of {model_type(model)} cannot say what stays, as a head is as wide as its width over "
-            "their number; head_ratio=0 prunes channels alone"
+            f"uniform: the config of {model_type(model)} has no field for the size of a head, without which none is "
+            "built with fewer; head_ratio=0 prunes channels alone"
         )
 
 

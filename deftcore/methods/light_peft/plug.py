@@ -67,13 +67,15 @@ def expand(base: Any, task: str | os.PathLike) -> Any:
         base, task: as in `load_slim`. The base stays as it is.
     """
     record = _record(base, task)
-    slim = load_slim(base, task)
     config = PeftConfig.from_pretrained(os.fspath(task))
+    unknown = sorted(record.adapter.keys() - vars(config).keys())
+    if unknown:
+        raise ValueError(f"task: {Path(task) / RECORD_FILE} is damaged: no fields of the adapter's config: {unknown}")
     for name, value in record.adapter.items():
         setattr(config, name, value)
     whole = _sharing(base)
     cuts = {(each.layer, each.dim): each.lines for each in plan(whole, find_coupled(whole), record.kept)}
-    full = get_peft_model(whole, config)
+    full, slim = get_peft_model(whole, config), load_slim(base, task)
     stored, state = get_peft_model_state_dict(slim), get_peft_model_state_dict(full)
     layers = {f"base_model.model.{name}.": name for name in adapted_layers(base_of(full))}
     for key, value in state.items():
