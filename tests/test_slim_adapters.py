@@ -9,6 +9,7 @@ from slim_models import KINDS, assert_same, bottleneck_of, filled, logits_of, lo
 import deftcore
 from deftcore.methods.light_peft.slimming import adapted_layers, parts_of
 from deftcore.models.blocks import base_of
+from deftcore.models.coupled import find_coupled
 from deftcore.models.kept import Kept
 
 
@@ -102,3 +103,27 @@ def test_fold_with_adapters(kind, tmp_path):
     assert_same(found, expected, 1e-5)
     deftcore.save_slim(adapted, tmp_path)
     assert torch.equal(logits_of(deftcore.load_slim(base, tmp_path).eval(), kind), found)
+
+
+@pytest.mark.parametrize("wrap", [lora_of, bottleneck_of])
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
+def test_adapters_of_sub_layers_that_are_gone(kind, wrap, tmp_path):
+    """They go too, from PEFT's files as well; LoRA there computed nothing any more."""
+    base = model_of(kind)
+    structures = find_coupled(base)
+    empty = {next(each.name for each in structures if (each.mlp is None) == heads) for heads in (True, False)}
+    kept = some_kept(base, empty=empty)
+    adapted = wrap(copy.deepcopy(base), kind)
+    expected = logits_of(zeroed(adapted, kept), kind)
+    whole = adapted_layers(base_of(adapted)).keys()
+    deftcore.slim(adapted, kept)
+    found = logits_of(adapted, kind)
+    if wrap is lora_of:
+        assert_same(found, expected, 1e-5)
+    gone = {axis.module for each in structures if each.name in empty for axis in each.axes}
+    assert adapted_layers(base_of(adapted)).keys() == whole - gone != whole
+    deftcore.save_slim(adapted, tmp_path)
+    assert torch.equal(logits_of(deftcore.load_slim(base, tmp_path).eval(), kind), found)
+    full = adapted_layers(base_of(deftcore.expand(base, tmp_path)))
+    assert full.keys() == whole
+    assert not any(part["default"].weight.any() for name in gone & whole for part in parts_of(full[name]))

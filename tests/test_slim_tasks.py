@@ -140,6 +140,8 @@ def test_what_is_refused(tmp_path):
         deftcore.load_slim(base, tmp_path)
     with pytest.raises(ValueError, match="has adapters and has not been slimmed"):
         deftcore.save_slim(lora_of(model_of("llama"), "llama"), tmp_path / "new")
+    with pytest.raises(ValueError, match="its base was on the meta device when it was slimmed"):
+        SlimRecord(Kept()).save(tmp_path)
     assert not (tmp_path / "new").exists()
 
 

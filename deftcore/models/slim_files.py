@@ -37,7 +37,13 @@ class SlimRecord:
     adapter: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the record's file into a folder, whole or not at all."""
+        """Writes the record's file into a folder, whole or not at all.
+
+        Raises:
+            ValueError: the base had no weights when it was slimmed, and nothing would tell whether another is it.
+        """
+        if not self.base:
+            raise ValueError("model: its base was on the meta device when it was slimmed; slim it with its weights")
         values = {"kept": self.kept.to_dict(), "base": dict(self.base), "adapter": dict(self.adapter)}
         write_json(Path(folder) / RECORD_FILE, {"format": _FORMAT, **values})
 
