@@ -34,6 +34,7 @@ FAMILIES = {
     "partial_linear": ("partial_linear.cu",),
     "masks": ("masks.cu",),
     "conv1d": ("conv1d.cu",),
+    "galore": ("galore.cu",),
     "logits": ("logits.cu",),
     "quant4": ("quant4.cu",),
     "ssd": ("ssd.cu", "ssm.cu"),

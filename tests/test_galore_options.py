@@ -57,6 +57,18 @@ def test_unknown_options_and_parameters_are_refused():
         NaturalGaLore([torch.nn.Parameter(torch.zeros(3).half())], stochastic_rounding=True)
 
 
+@pytest.mark.parametrize(
+    ("mark", "by"), [("ds_id", "ZeRO-3"), ("_fsdp_flattened", "FSDP1"), ("_is_flat_param", "FSDP1")]
+)
+def test_what_others_have_flattened_is_refused(mark, by):
+    """They would take AdamW without a word, having one dimension; without a rank that is what was asked for."""
+    p = torch.nn.Parameter(torch.zeros(3))
+    setattr(p, mark, 1)
+    NaturalGaLore([p])
+    with pytest.raises(TypeError, match=f"params: no subspace of what .*{by} has flattened"):
+        NaturalGaLore([{"params": [p], "rank": 3}])
+
+
 @pytest.mark.parametrize("key", ["rnak", "update_proj_gaps", "weight_dcay", "dampning"])
 def test_misspelt_options_of_a_group_are_refused(key):
     with pytest.raises(TypeError, match=f"{key}: no such option of a group; did you mean"):

@@ -10,6 +10,13 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def flattened_by(tensor: Tensor) -> str:
+    """Who has taken a parameter's rows and columns away, so that its whole cannot be asked for; empty for nobody."""
+    if hasattr(tensor, "ds_id"):
+        return "DeepSpeed's ZeRO-3"
+    return "FSDP1" if hasattr(tensor, "_fsdp_flattened") or getattr(tensor, "_is_flat_param", False) else ""
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor that a shard belongs to; every process of the mesh must call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

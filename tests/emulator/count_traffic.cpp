@@ -63,7 +63,7 @@ class Tensors {
   T random() {
     if constexpr (std::is_integral_v<T>) return static_cast<T>(engine_());
     const float value = normal_(engine_);
-    if constexpr (std::is_same_v<T, float>) return value;
+    if constexpr (std::is_floating_point_v<T>) return value;
     uint32_t bits = 0;
     std::memcpy(&bits, &value, sizeof bits);
     if constexpr (std::is_same_v<T, BFloat16>) return {static_cast<uint16_t>(bits >> 16)};
@@ -424,6 +424,7 @@ void galore_ops() {
     m.grad = t.in<float>(kCount), m.out = t.out<float>(kCount);
     m.exp_avg = t.in_out<float>(kCount), m.exp_avg_sq = t.in_out<float>(kCount);
     m.history = t.in<float>(kSteps * kCount, 2.0), m.gram = t.in_out<double>(kSteps * kSteps);
+    for (int64_t i = 0; i < kSteps; ++i) m.gram[i * (kSteps + 1)] = 1e7;  // far enough from singular
     m.failures = t.out<int64_t>(1), m.outcome = t.out<int64_t>(1);
     t.written += kCount * 4;
     m.elements = kCount, m.rows = m.fill = kSteps, m.age = kSteps;

@@ -73,7 +73,7 @@ is `deftcore.methods.natural_galore.trainer.optimizer_of(args, model)`; TRL's `S
 - The state is tensors and numbers, and resumes bit for bit; float32 for 16-bit weights, which
   `stochastic_rounding=True` keeps unbiased (bfloat16).
 - Data parallelism: gradients that are equal on all processes give equal states. FSDP2: each matrix is gathered for
-  its step, and its state is whole on every process; all else is sharded.
+  its step, and its state is whole on every process; all else is sharded. What FSDP1 or ZeRO-3 has flattened is refused.
 - `step_in_backward`, `accumulate_in_subspace`: without clipping by the norm of all gradients. The former neither with
   DistributedDataParallel, whose work it does (`average`), nor with sharded parameters.
 - A window that does not hold starts anew with the current gradient; `diagnostics()` counts such failures. They come of

@@ -27,7 +27,7 @@ from deftcore.methods.natural_galore.state import (
     state_from_file,
     window_of,
 )
-from deftcore.nn.sharding import is_sharded, sharded_as, whole
+from deftcore.nn.sharding import flattened_by, is_sharded, sharded_as, whole
 from deftcore.ops.checks import FLOAT_DTYPES, check_number
 from deftcore.ops.galore import galore_step
 from deftcore.ops.galore_matrix import AdamMatrix, Matrix, project, step_by
@@ -113,6 +113,8 @@ class NaturalGaLore(Optimizer):
             p = each[1] if isinstance(each, tuple) else each
             if isinstance(p, Tensor) and (p.dtype not in FLOAT_DTYPES or p.layout != torch.strided):
                 raise TypeError(f"params: must be dense and floating-point, got {p.dtype}, {p.layout}")
+            if group["rank"] is not None and (by := flattened_by(p)):
+                raise TypeError(f"params: no subspace of what {by} has flattened; FSDP2's matrices are gathered")
             if group["stochastic_rounding"] and isinstance(p, Tensor) and p.dtype == torch.float16:
                 raise TypeError("stochastic_rounding: is for bfloat16 weights, got torch.float16")
         super().add_param_group(group)

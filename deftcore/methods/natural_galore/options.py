@@ -74,9 +74,12 @@ class NaturalOptions(GaloreOptions):
     history_dtype: str | None = field(
         default=None, metadata={"help": "Of the window: float32, bfloat16; None is that of the rest of the state."}
     )
-    damping: float = field(default=1e-3, metadata={"help": "lambda of the damped Fisher."})
+    damping: float = field(
+        default=1e-3,
+        metadata={"help": "lambda of the damped Fisher. The paper names none; 1e-3 is the published code's."},
+    )
     damping_mode: str = field(
-        default="absolute", metadata={"help": "absolute; relative: times the window's mean squared norm."}
+        default="absolute", metadata={"help": "absolute, as published; relative: times the window's mean squared norm."}
     )
     fisher_norm: str = field(default="sum", metadata={"help": "Over the window: sum, as published; mean."})
 
