@@ -1,12 +1,13 @@
 """The commands over slim models and tasks."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from slim_models import logits_of, model_of, save_task, some_kept
+from slim_models import assert_same, bottleneck_of, logits_of, lora_of, model_of, save_task, some_kept
 from test_package import save_base
 
 import deftcore
@@ -40,6 +41,26 @@ def test_the_commands(tmp_path, capsys):
         assert main(["export", str(tmp_path / source[0]), str(place), *source[1:]]) == 0
         capsys.readouterr()
         assert answer(place) == expected
+
+
+@pytest.mark.parametrize(("kind", "wrap"), [("opt", bottleneck_of), ("llama", lora_of)])
+def test_an_unmerged_task_is_exported(kind, wrap, tmp_path, capsys):
+    """Bottlenecks on the outputs of attention and MLP, and LoRA over 4 bits, stay beside the slim model."""
+    save_base(tmp_path, model_of(kind))
+    base = deftcore.load_model(tmp_path, quantize={"block_size": 32} if kind == "llama" else None)
+    if kind == "llama":
+        base.save_pretrained(tmp_path)  # the base in 4 bits
+    adapted = wrap(copy.deepcopy(base), kind)
+    deftcore.slim(adapted, some_kept(base, round_to=32), requantize=True)
+    deftcore.save_slim(adapted, tmp_path / "task")
+    capsys.readouterr()
+    words = [str(tmp_path), str(tmp_path / "out"), "--adapter", str(tmp_path / "task"), "--json"]
+    assert main(["export", *words]) == 0
+    assert json.loads(capsys.readouterr().out)["unmerged_adapter"]
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        found, expected = deftcore.load_sparse(tmp_path / "out")(input_ids=ids).logits, adapted(input_ids=ids).logits
+    assert_same(found, expected, 1e-3)
 
 
 @pytest.mark.parametrize("recipe", ["deft-lora", "deft-qlora", "s2ft"])
