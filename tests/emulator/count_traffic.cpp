@@ -442,7 +442,7 @@ void galore_ops() {
     m.exp_avg = t.in_out<float>(kCount), m.exp_avg_sq = t.in_out<float>(kCount);
     m.elements = kCount, m.age = 1;
     GaloreStepArgs a{};
-    a.matrices = &m, a.count = 1, a.elements = kCount, a.dtype = kDType, a.whole = true;
+    a.matrices = &m, a.count = 1, a.elements = kCount, a.dtype = kDType, a.whole = a.stochastic = true;
     a.beta1 = 0.9, a.beta2 = 0.99, a.eps = 1e-3;
     cuda::galore_step(a, nullptr);
   });
