@@ -62,7 +62,7 @@ def _mask_units(draw: Numbers) -> Iterator[Case]:
     for activation in (None, *ACTIVATIONS):
         for rows, units, width in ((5, 17, 1), (3, 264, 1), (70, 3, 40), (2, 9, 3), (200, 2056, 1)):
             yield Case(
-                f"{activation}, {rows} x {units} x {width}", lambda *t, w=width, f=activation: run(*t, w, f),
+                f"{activation}, {rows} x {units} x {width}", lambda x, m, w=width, f=activation: run(x, m, w, f),
                 [draw.normal(rows, units * width), draw.normal(units)], gradients=True,
             )  # fmt: skip
 
