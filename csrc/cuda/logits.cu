@@ -124,6 +124,7 @@ __device__ float gradient(const LogitRowsBackwardArgs& args, int64_t row, float 
 template <int kPack, class T>
 __global__ void __launch_bounds__(kThreads, kMinBlocks) logit_rows_backward_kernel(LogitRowsBackwardArgs args) {
   using Elements = Pack<T, kPack>;
+  using Factors = Pack<float, kPack == 1 ? 1 : 4>;
   constexpr int64_t kTile = kThreads * kPack;
   const LogitRowsArgs& f = args.forward;
   const int64_t columns = args.end - args.begin, tiles = ceil_div(columns, kTile);
@@ -140,9 +141,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) logit_rows_backward_kern
       for (int r = 0; r < kGroup; ++r)
         left[r] = first_row + r < f.rows ? args.left[(first_row + r) * args.rank + j] : 0;
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) {
-        const float right = args.right[j * columns + first + i];
-        for (int r = 0; r < kGroup; ++r) products[r][i] += left[r] * right;
+      for (int i = 0; i < kPack; i += Factors::kSize) {
+        const Factors right = *reinterpret_cast<const Factors*>(args.right + j * columns + first + i);
+        for (int k = 0; k < Factors::kSize; ++k) {
+          for (int r = 0; r < kGroup; ++r) products[r][i + k] += left[r] * right.values[k];
+        }
       }
     }
     for (int r = 0; r < kGroup && first_row + r < f.rows; ++r) {
@@ -200,7 +203,7 @@ void logit_rows_backward(const LogitRowsBackwardArgs& args, Stream stream) {
   if (f.rows == 0 || columns == 0) return;
   dispatch_dtype(f.dtype, [&](auto t) {
     using T = decltype(t);
-    const bool packs = fits_packs<T>({f.student, f.teacher, args.grad}, {args.begin, columns, f.stride});
+    const bool packs = fits_packs<T>({f.student, f.teacher, args.grad, args.right}, {args.begin, columns, f.stride});
     dispatch_pack<T>(packs, [&](auto pack) {
       const int64_t blocks = ceil_div(columns, kThreads * pack()) * ceil_div(f.rows, kGroup);
       launch(logit_rows_backward_kernel<pack(), T>, blocks_for(blocks, 1), kThreads, 0, stream, args);

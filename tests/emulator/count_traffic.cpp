@@ -403,7 +403,7 @@ void logit_ops() {
     a.stats = t.out<float>(kTokens * kRowStats);
     cuda::logit_rows(a, nullptr);
   });
-  show("logit_rows_backward, 20 of each kept, 10 singular vectors", 2.6, [&](Tensors& t) {
+  show("logit_rows_backward, 20 of each kept, 10 singular vectors", 1.95, [&](Tensors& t) {
     LogitRowsBackwardArgs b{};
     b.forward = args_of(t);
     b.forward.stats = t.in<float>(kTokens * kRowStats), b.slopes = t.in<float>(3);
