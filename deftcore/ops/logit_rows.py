@@ -130,12 +130,9 @@ def row_stats_ref(rows: Rows, sharpness: Sharpness) -> Tensor:
         if rows.teacher is not None:
             y = rows.teacher_block(block, columns)
             out[:, TEACHER_LARGEST] = y.amax(1)
-            y = y.sub_(out[:, TEACHER_LARGEST, None])
-            out[:, LOG_SUM], out[:, TEACHER_LOG_SUM] = (
-                (a * sharpness.of_divergence).logsumexp(1) for a in (x, y)
-            )  # fmt: skip
-            log_q, log_p = (a * sharpness.of_divergence - out[:, at, None]
-                            for a, at in ((x, LOG_SUM), (y, TEACHER_LOG_SUM)))  # fmt: skip
+            log_q, log_p = x * sharpness.of_divergence, y.sub_(out[:, TEACHER_LARGEST, None]) * sharpness.of_divergence
+            out[:, LOG_SUM], out[:, TEACHER_LOG_SUM] = log_q.logsumexp(1), log_p.logsumexp(1)
+            log_q, log_p = log_q.sub_(out[:, LOG_SUM, None]), log_p.sub_(out[:, TEACHER_LOG_SUM, None])
             p = log_p.exp()
             out[:, DIVERGENCE] = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(1)
         if sharpness.of_entropy:
@@ -196,10 +193,8 @@ def _gradient_ref(
         slope = slope.masked_fill_(z == -math.inf, 0.0)
         if rows.teacher is not None:
             y = rows.teacher_block(block, columns) - of(TEACHER_LARGEST)
-            q, p = (
-                (x * sharpness.of_divergence - of(LOG_SUM)).exp_(),
-                (y * sharpness.of_divergence - of(TEACHER_LOG_SUM)).exp_(),
-            )
+            q = (x * sharpness.of_divergence - of(LOG_SUM)).exp_()
+            p = (y * sharpness.of_divergence - of(TEACHER_LOG_SUM)).exp_()
             slope = slope.add_(slopes.terms[0] * (q - p))
         kept = slopes.kept[block].long() - columns.start
         here = (kept >= 0) & (kept < z.shape[1])
