@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from deftcore.methods.kasa.interchange import load_peft_kasa, save_peft_kasa
 from deftcore.methods.kasa.layer import KasaLinear
 from deftcore.methods.kasa.penalty import KasaPenalty, gram_distance, layer_penalties
 from deftcore.methods.kasa.truncation import dropped_factors
+from deftcore.methods.lora import layer as lora_layer
 from deftcore.methods.lora import paired_model
 from deftcore.nn.linear import Linear4bit
 from deftcore.ops import minor_subspace, subspace
@@ -174,6 +176,24 @@ def test_a_damaged_cache_is_computed_again():
     first = dropped_factors(w, 5, "damaged")
     (cache_folder() / "minor_subspaces" / "damaged.safetensors").write_bytes(b"nothing")
     assert all(map(torch.equal, dropped_factors(w, 5, "damaged"), first))
+
+
+def test_the_cache_is_bounded(monkeypatch):
+    """What was not used for longest goes; a digest that was forgotten is computed again."""
+    from deftcore._files import cache_folder
+
+    w, folder = torch.randn(300, 280), cache_folder() / "minor_subspaces"
+    first = dropped_factors(w, 5, "used")
+    size = (folder / "used.safetensors").stat().st_size
+    monkeypatch.setattr("deftcore.methods.kasa.truncation.KEPT_BYTES", 2 * size)
+    dropped_factors(w, 5, "unused")
+    for age, name in ((2, "used"), (1, "unused")):
+        past = (folder / f"{name}.safetensors").stat().st_mtime - age
+        os.utime(folder / f"{name}.safetensors", (past, past))
+    dropped_factors(w, 5, "used")
+    dropped_factors(w, 5, "new")
+    assert sorted(path.name for path in folder.iterdir()) == ["new.safetensors", "used.safetensors"]
+    assert all(map(torch.equal, dropped_factors(w, 5, "unused"), first))
 
 
 # ---------------------------------------------------------------------------- properties of the specification
@@ -432,10 +452,17 @@ def test_a_base_in_another_precision_is_the_same_base(tmp_path):
     assert logits(peft.PeftModel.from_pretrained(wide, tmp_path)).isfinite().all()
 
 
+@pytest.mark.parametrize("alpha", [4, 3])  # a scaling of 3/4 rounds
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_without_truncation_and_with_ones_it_is_lora(dropout):
+def test_without_truncation_and_with_ones_it_is_lora(dropout, alpha):
     """Property 12: exactly."""
-    options = {"r": 4, "lora_alpha": 4, "target_modules": TARGETS, "lora_dropout": dropout, "task_type": "CAUSAL_LM"}
+    options = {
+        "r": 4,
+        "lora_alpha": alpha,
+        "target_modules": TARGETS,
+        "lora_dropout": dropout,
+        "task_type": "CAUSAL_LM",
+    }
     ours = llama(**options, truncate_rank=0)
     plain = deftcore.patch(peft.get_peft_model(tiny_model("llama").eval(), peft.LoraConfig(**options)), verify=False)
     with torch.no_grad():
@@ -609,6 +636,36 @@ def test_dropout_is_of_the_update_alone(dropout, dtype):
     )  # fmt: skip
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert (y.float() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", [None, Linear4bit.from_linear])
+@pytest.mark.parametrize(
+    ("method", "dropout"),
+    [(deftcore.KasaFactoredConfig, 0.0), (deftcore.KasaFactoredConfig, 0.5), (deftcore.BaLoraConfig, 0.0)],
+)
+def test_a_layer_is_one_op_without_gradients_of_what_is_frozen(method, dropout, kind):
+    """Dropout included, on rows that are not contiguous and on none."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    plain, rank, rows, columns = Net(32, 64, torch.float32), 3, 32, 64
+    plain.layer = plain.layer if kind is None else kind(plain.layer)
+    config = method(r=rank, lora_alpha=2, target_modules=["layer"], lora_dropout=dropout)
+    layer = next(m for m in perturbed(peft.get_peft_model(plain, config)).modules() if hasattr(m, "lora_minus_A"))
+    calls = []
+    run = lora_layer.lora_linear
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora_layer, "lora_linear", lambda *a, **k: calls.append(1) or run(*a, **k))
+        y = layer.train()(torch.randn(columns, 5).t().requires_grad_())
+        assert layer(torch.randn(0, columns)).shape == (0, rows)
+    assert calls == [1, 1]
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    paired = method is deftcore.BaLoraConfig  # A - A0 meets B, A0 meets B - B0: B twice, A once
+    needed = rows * 2 * rank + rank * columns + rows * rank * (1 + paired)
+    if kind is None:
+        needed += rows * columns + rank * columns  # of grad x; over 4 bits one op, uncounted
+    needed += rank * columns if kind is None or dropout else 0
+    assert counter.get_total_flops() == 2 * 5 * needed
 
 
 def test_masters_are_float32_and_train_over_bfloat16():

@@ -28,10 +28,10 @@ class BaLoraLinear(PairedLora):
         self.stored.discard(name)  # an earlier adapter of that name may have come from a file
         self.room_for(name, self.r[name])
 
-    def terms(self, name: str, *, drops: bool = False) -> Terms:
-        """s ((A - A0), B) and s (A0, B - B0), which are exactly 0 at the start; with dropout the two products."""
+    def terms(self, name: str) -> Terms:
+        """s (A - A0) with B, and s A0 with B - B0, exactly 0 at the start; s A with B where the weight has no B0 A0."""
         self.settle(name)
-        if drops or self.in_base:
+        if self.in_base:
             return super().terms(name)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         a0, b0, scaling = self.lora_minus_A[name], self.lora_minus_B[name], self.scaling[name]

@@ -114,12 +114,8 @@ class PairedLora(LoraLinear):
         """What stands between A and B on the diagonal [R], if anything."""
         return None
 
-    def terms(self, name: str, *, drops: bool = False) -> Terms:
-        """What the adapter adds, differentiable in its parameters.
-
-        Args:
-            drops: whether A's input is another than A0's, dropped out.
-        """
+    def terms(self, name: str) -> Terms:
+        """What the adapter adds, differentiable in its parameters."""
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         return Terms(a, b, self.scaling[name], self.sigma(name), self.minus(name))
 
@@ -246,15 +242,12 @@ class PairedLora(LoraLinear):
             return super().forward(x, *args, **kwargs)
         weight, takers = weight_of(self.get_base_layer()), self.takers(names)
         if not obstacle(self, weight, x.dtype):  # there is one
-            return fused_product(self, weight, x, *self._terms(names[0]), self.lora_dropout[names[0]])
+            return fused_product(self, weight, x, *self.terms(names[0]), self.lora_dropout[names[0]])
         y = self.base_layer(x)
         dtype = y.dtype
         for name in names:
             y = y + self.added(x, name, takes=name in takers)
         return y.to(dtype)
-
-    def _terms(self, name: str) -> Terms:
-        return self.terms(name, drops=self.training and not isinstance(self.lora_dropout[name], nn.Identity))
 
     def added(self, x: Tensor, name: str, *, takes: bool = True) -> Tensor:
         """What an adapter adds to the output [..., M] for an input x [..., K], as products of their own.
@@ -262,7 +255,7 @@ class PairedLora(LoraLinear):
         Args:
             takes: whether its frozen pair is taken away.
         """
-        a, b, scaling, sigma, minus = self._terms(name)
+        a, b, scaling, sigma, minus = self.terms(name)
         x = self._cast_input_dtype(x, a.dtype)
         low = F.linear(self.lora_dropout[name](x), a) * (scaling if sigma is None else scaling * sigma)
         y = F.linear(low, b)
