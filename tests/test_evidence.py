@@ -23,10 +23,11 @@ def evidence():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[1])
-        from bench.evidence import cost, measures, models, report, runs, sets, sides, spectral
+        from bench.evidence import cost, light_peft, measures, models, report, runs, sets, sides, spectral
 
-        yield type("Evidence", (), {"cost": cost, "measures": measures, "models": models, "report": report,
-                                    "runs": runs, "sets": sets, "sides": sides, "spectral": spectral})  # fmt: skip
+        yield type("Evidence", (), {"cost": cost, "light_peft": light_peft, "measures": measures, "models": models,
+                                    "report": report, "runs": runs, "sets": sets, "sides": sides,
+                                    "spectral": spectral})  # fmt: skip
 
 
 def tokenizer():
@@ -226,3 +227,24 @@ def test_steps_are_timed_and_memory_watched(evidence, data, capsys):
     assert 0 < found["seconds"] <= found["first"] * 100
     evidence.cost.print_peak(evidence.sides.Side("full", "full", (1e-3, 1e-2, 1e-1)), data["classes"])
     assert float(capsys.readouterr().out.splitlines()[-1]) > 10
+
+
+@pytest.mark.parametrize("name", ["texts", "classes"])
+def test_pruned_sides_run_in_two_phases(evidence, data, name, tmp_path, capsys, monkeypatch):
+    """At a half: one of two heads, 12 of 24 channels."""
+    module, each = evidence.light_peft, data[name]
+    monkeypatch.setattr(module, "SETS", (name,))
+    monkeypatch.setitem(module.SPECS, name, each.spec)
+    results = evidence.runs.Results(tmp_path / "light_peft.jsonl")
+    for side in module.PRUNINGS:
+        side = side if side.options is None else replace(side, options={**side.options, **module.ratios(0.5)})
+        found = results.add(module.run(side, each, 0))
+        assert math.isfinite(found["loss"])
+        assert (found["base"] < found["base_whole"]) == (side.options is not None) == (found["estimate_steps"] > 0)
+        assert 0 <= found["first_phase_s"] < found["train_s"]
+    assert module.run(side, each, 0)["loss"] == found["loss"]
+    module.print_table(results)
+    assert capsys.readouterr().out.count("\n| ") == len(module.PRUNINGS) + 1
+    sides = [side.as_side(each) for side in (module.PRUNINGS[0], module.PRUNINGS[2])]
+    times = module.inference(sides, each)
+    assert {count: set(found) for count, found in times.items()} == {n: {s.name for s in sides} for n in ("1", "32")}

@@ -8,6 +8,6 @@
 | losses, accuracy, BLEU, exact numbers, drift | `measures.py` |
 | one run, through deftcore's own loop; a file of runs that goes on where it stopped | `runs.py` |
 | step time and peak memory, on an idle machine | `cost.py` |
-| an experiment: its sides, sets, steps | `spectral.py` |
+| an experiment: its sides, sets, steps | `spectral.py`, `light_peft.py` |
 | page and pictures from the files in `results/` | `report.py` |
 """
