@@ -198,6 +198,30 @@ float float_of(BFloat16 x) {
   return value;
 }
 
+// In bfloat16: a row counts as it is held, but for R / lambda behind an infinite gradient.
+void test_narrow_window(bool infinite) {
+  Owned m(9, 4, 2, 2, 6);
+  if (infinite) m.grad[5] = std::numeric_limits<float>::infinity();
+  std::vector<BFloat16> history(4 * 9, BFloat16{0});
+  std::fill(m.gram.begin(), m.gram.end(), 0.0);
+  const Owned before = m;
+  std::vector<GaloreMatrix> table = {m.record()};
+  table[0].history = history.data();
+  GaloreStepArgs args = args_of(table);
+  args.history_dtype = DType::kBFloat16;
+  run(args);
+  CHECK(m.outcome == (infinite ? kEmpty : kHeld));
+  double square = kDamping;
+  for (size_t i = 18; i < 27; ++i) square += static_cast<double>(float_of(history[i])) * float_of(history[i]);
+  std::vector<double> n;
+  for (size_t i = 0; i < 9; ++i) n.push_back(infinite ? m.grad[i] / kDamping : float_of(history[18 + i]) / square);
+  for (size_t i = 0; i < 9; ++i) {
+    if (infinite && i == 5) continue;
+    CHECK(close(m.mean[i], kBeta1 * before.mean[i] + (1 - kBeta1) * n[i], 1e-6));
+    if (!infinite) CHECK(std::fabs(float_of(history[18 + i]) - m.grad[i]) <= std::ldexp(std::fabs(m.grad[i]), -8));
+  }
+}
+
 void test_whole(int64_t elements, bool stochastic) {
   Owned m(elements, 0, 0, 0, 5);
   std::vector<BFloat16> grad(m.grad.size()), weight(m.grad.size());
@@ -262,6 +286,7 @@ int main() {
       for (const bool mean : {false, true}) test_windows(relative, mean);
     }
     test_windows_that_do_not_hold();
+    for (const bool infinite : {false, true}) test_narrow_window(infinite);
     for (const bool stochastic : {false, true}) {
       for (const int64_t elements : {int64_t{0}, int64_t{1}, int64_t{37}, kGalorePiece + 1}) {
         test_whole(elements, stochastic);
