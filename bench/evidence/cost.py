@@ -22,7 +22,7 @@ import torch
 
 from bench.evidence.runs import about, begin, settings
 from bench.evidence.sets import SPECS, Data
-from bench.evidence.sides import Side
+from bench.evidence.sides import Side, forget_truncated
 from bench.harness import alternate
 from deftcore._files import write_json
 from deftcore.training import train
@@ -97,6 +97,7 @@ def print_peak(side: Side, data: Data) -> None:
     examples, task = data.train[:64], data.task
     ready, training = begin(side, data, 0), settings(data, side.rates[1], 0, 2)
     data.spec.base.load.cache_clear()  # the copy that trains is enough
+    forget_truncated()
     gc.collect()
     done = threading.Event()
     seen = [_resident()]

@@ -182,7 +182,10 @@ def _beside(experiment: Experiment, entries: list[Entry]) -> str:
 
 def _extras(extras: list[Entry]) -> str:
     measured = [key for key in MEASURES if any(key in each for each in extras)]
-    rows = [[each["side"], f"{each['rate']:g}", *(_cell(key, [each]) for key in measured)] for each in extras]
+    rows = [
+        [each["side"], f"{each['rate']:g}", *(_cell(key, [each]) for key in measured)]
+        for each in sorted(extras, key=lambda each: each["side"])
+    ]
     return table(["", "rate", *(MEASURES[key][0] for key in measured)], rows)
 
 

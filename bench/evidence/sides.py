@@ -111,6 +111,11 @@ def _as_it_is(model: Any, config: Any, setup: Setup) -> Any:
 _TRUNCATED: dict[str, Any] = {}
 
 
+def forget_truncated() -> None:
+    """Lets go of what is kept of PEFT's KaSA, where memory counts."""
+    _TRUNCATED.clear()
+
+
 def _wrap_peft_kasa(model: Any, config: Any, setup: Setup) -> Any:
     """PEFT decomposes all weights in every run; what it makes of them is the same for all, and is kept."""
     key = f"{type(model).__name__} {config.r}"

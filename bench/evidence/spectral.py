@@ -59,6 +59,8 @@ EXTRAS = tuple(
         ("Natural GaLore, absolute 1e-3", "natural-galore", NATURAL),  # the default
         ("Natural GaLore, relative 0.1", "natural-galore", NATURAL | {"damping": 0.1, "damping_mode": "relative"}),
         ("Natural GaLore, relative 1", "natural-galore", NATURAL | {"damping": 1.0, "damping_mode": "relative"}),
+        ("Natural GaLore, absolute 1e-5", "natural-galore", NATURAL | {"damping": 1e-5}),
+        ("GaLore (galore-torch) of rank 8", galore_torch(8, 1.0), {}),
         ("GaLore of rank 4", "galore", {"rank": 4, "scale": 1.0}),
         ("KaSA, nothing cut", "kasa", LORA | {"truncate_rank": 0}),
         ("KaSA, one value cut", "kasa", LORA | {"truncate_rank": 1}),
