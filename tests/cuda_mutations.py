@@ -66,7 +66,7 @@ BY_FILE = {
         ("barrier", "  __syncthreads();  // the tile stands; what is kept of it is written again, whole\n", ""),
         ("index", "(logits) + row * args.stride", "(logits) + row * args.width"),
         ("index", "args.left[row * args.rank + k]", "args.left[first_row * args.rank + k]"),
-        ("index", "args.right + j * columns + first + i", "args.right + j * columns + first"),
+        ("index", "args.right + j * columns + first + i", "args.right + first + i"),
         ("index", "args.kept[row * args.most + j] - args.begin", "args.kept[row * args.most + j]"),
         ("mask", "if (threadIdx.x % kWarp == 0) parts", "if (threadIdx.x == 0) parts"),
         ("mask", "if (x != -INFINITY) squares += x * x;", "squares += x * x;"),
