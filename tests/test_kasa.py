@@ -132,6 +132,22 @@ def test_the_iteration_settles_where_it_is_used():
     assert subspace._inverse_krylov(torch.zeros(800, 800, dtype=torch.float64), 4) is None
 
 
+@pytest.mark.parametrize("shape", [(5, 1), (600, 511), (600, 512), (1100, 1030)])
+def test_gram_is_the_product(shape):
+    w = torch.randn(shape, dtype=torch.float64)
+    assert torch.allclose(subspace._gram(w), w.t() @ w, rtol=1e-12, atol=1e-10)
+
+
+def test_a_square_weight_takes_one_factorisation(monkeypatch):
+    """The second is for a lower end that is far from zero."""
+    calls = []
+    factorise = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *a: calls.append(1) or factorise(*a))
+    minor_subspace(torch.randn(900, 900), 8)
+    assert calls == [1]
+    assert minor_subspace(torch.randn(1500, 800), 8)[1].min() > 0
+
+
 def test_minor_subspace_is_reproducible():
     w = torch.randn(800, 800)
     assert all(torch.equal(a, b) for a, b in zip(minor_subspace(w, 5), minor_subspace(w, 5), strict=True))

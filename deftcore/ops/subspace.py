@@ -8,6 +8,7 @@ from deftcore.ops.checks import check_float
 _DENSE = 768  # short sides up to here: all of the Gram matrix's eigenvectors cost less than the iteration
 _TOLERANCE = 1e-13  # of the Gram matrix's largest eigenvalue: the residual of an eigenpair that is good enough
 _SEED = 0x5EED
+_GRAM_BLOCK = 512  # columns a product; wide enough for the library's full speed
 
 
 def minor_subspace(w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,7 +50,7 @@ def minor_subspace(w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         empty = (w.shape[0], 0), (0,), (w.shape[1], 0)
         return tuple(w.new_zeros(shape, dtype=torch.float64) for shape in empty)  # type: ignore[return-value]
     tall = w.detach().double()
-    gram = tall.t() @ tall
+    gram = _gram(tall)
     side = gram.shape[0]
     basis = None if side <= _DENSE or 4 * rank > side else _inverse_krylov(gram, rank)
     if basis is None:
@@ -57,6 +58,16 @@ def minor_subspace(w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     # Within the subspace w itself is decomposed: values keep their digits, which the Gram matrix has squared away.
     u, s, rotation = torch.linalg.svd(tall @ basis, full_matrices=False)
     return u[:, -rank:], s[-rank:], (basis @ rotation.t())[:, -rank:]
+
+
+def _gram(tall: Tensor) -> Tensor:
+    """tall^T tall [N, N] with half of the work: blocks below the diagonal, and what mirrors them."""
+    gram = tall.new_empty(tall.shape[1], tall.shape[1])
+    for start in range(0, len(gram), _GRAM_BLOCK):
+        stop = min(start + _GRAM_BLOCK, len(gram))
+        gram[start:, start:stop] = tall[:, start:].t() @ tall[:, start:stop]
+        gram[start:stop, stop:] = gram[stop:, start:stop].t()
+    return gram
 
 
 def _inverse_krylov(gram: Tensor, rank: int) -> Tensor | None:
@@ -69,9 +80,9 @@ def _inverse_krylov(gram: Tensor, rank: int) -> Tensor | None:
     generator = torch.Generator().manual_seed(_SEED)
     start = torch.randn(side, width, generator=generator, dtype=torch.float64).to(gram.device)
     shift = -2.0 * side * torch.finfo(torch.float64).eps * scale
-    # Far from zero the spectrum's lower end looks flat to the plain inverse. A few steps say where it begins; the
-    # factorisation just below it then tells the values there apart.
-    for steps, last in ((3, False), (max(24, 2 * rank // width + 12), True)):
+    # Near zero, where square weights' values are, a few steps settle. Far from it the spectrum's lower end looks flat
+    # to the plain inverse: they say where it begins, and a factorisation just below tells the values there apart.
+    for steps, last in ((8, False), (max(24, 2 * rank // width + 12), True)):
         factor, info = torch.linalg.cholesky_ex(_shifted(gram, shift))
         if int(info):
             return None
