@@ -98,7 +98,7 @@ def section(experiment: Experiment) -> str:
     parts += ["What came out:\n\n" + "\n".join(f"- {claim.text}" for claim in experiment.claims)] * bool(
         experiment.claims
     )
-    parts += [f"![losses of every run](evidence-{experiment.name}.png)"]
+    parts += [f"![losses of every run; arrows: above the untrained model's](evidence-{experiment.name}.png)"]
     for name in experiment.sides:
         runs = [each for each in entries if each["kind"] == "run" and each["set"] == name]
         if runs:
@@ -224,13 +224,16 @@ def picture(experiment: Experiment, path: Path) -> None:
     figure, axes = plt.subplots(1, len(sets), figsize=(3.1 * len(sets), 3.4), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], sets, strict=True):
         sides = list(reversed(experiment.sides[name]))
+        untrained = next(each["loss"] for each in entries if each["kind"] == "untrained" and each["set"] == name)
         for row, side in enumerate(sides):
             losses = [each["loss"] for each in entries if each["kind"] == "run" and each["set"] == name
                       and each["side"] == side.name and "loss" in each]  # fmt: skip
-            axis.plot(losses, [row] * len(losses), "o", color=side.color, alpha=0.75, markersize=7)
-        for each in entries:
-            if each["kind"] == "untrained" and each["set"] == name:
-                axis.axvline(each["loss"], color="#bbbbbb", linestyle="--", linewidth=1)
+            shown = [loss for loss in losses if loss <= 1.02 * untrained]
+            axis.plot(shown, [row] * len(shown), "o", color=side.color, alpha=0.75, markersize=7)
+            if len(shown) < len(losses):  # the others would be one dot
+                axis.plot([untrained], [row], ">", color=side.color, markersize=8)
+                axis.annotate(f"to {max(losses):.1f}    ", (untrained, row), ha="right", va="center", fontsize=8)
+        axis.axvline(untrained, color="#bbbbbb", linestyle="--", linewidth=1, zorder=0)
         axis.set_yticks(range(len(sides)), [side.name for side in sides], fontsize=8)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("held-out loss; dashed: untrained", fontsize=8)

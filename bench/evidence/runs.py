@@ -36,8 +36,9 @@ def settings(data: Data, rate: float, seed: int, steps: int) -> TrainingConfig:
 
 def begin(side: Side, data: Data, seed: int) -> Ready:
     """What a side trains, from the pre-trained model."""
+    model = data.model()  # before: reading one for the first time may draw
     set_seed(seed)
-    return side.make(data.model(), data.spec.base.targets, data.spec.base.task_type)
+    return side.make(model, data.spec.base.targets, data.spec.base.task_type)
 
 
 def run(side: Side, data: Data, seed: int, rate: float, *, steps: int, whole: bool) -> Entry:
