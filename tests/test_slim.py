@@ -71,6 +71,19 @@ def test_empty_sub_layers(kind, tmp_path):
         check_generation(model, kind)
 
 
+@pytest.mark.parametrize("part", ["attention", "MLP"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_stock_transformers_refuses_empty_sub_layers(kind, part, tmp_path):
+    """Where nothing else is cut too, it would make random weights of those that the files lack."""
+    model = model_of(kind)
+    name = next(each.name for each in find_coupled(model) if (each.mlp is None) == (part == "attention"))
+    cut(model, Kept({name: ()}))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="mismatch"):
+        type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits_of(load_model(tmp_path), kind), logits_of(model, kind))
+
+
 def check_generation(model, kind, **options):
     """Greedy answers with caches are those without."""
     inputs = {name: tiny_batch(kind)[name][:1] for name in ("input_ids", "attention_mask")}

@@ -7,16 +7,19 @@ from torch import Tensor, nn
 class Constant(nn.Module):
     """y = bias, whatever x: stands where a linear layer was whose channels are all cut. Without a bias y is zero.
 
+    Its weight [0] is there for files: of none a reader that expects the whole layer would make a random one; its shape
+    stops it.
+
     Shapes: x [..., in_features] -> [..., out_features].
     """
 
-    weight: None
+    weight: nn.Parameter
     bias: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.register_parameter("weight", None)
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
         frozen = None if bias is None else nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
         self.register_parameter("bias", frozen)
 
