@@ -48,6 +48,24 @@ def test_two_tasks_over_one_base(tmp_path):
     assert torch.equal(logits_of(base, "llama"), logits)
 
 
+def test_a_task_that_was_slimmed_twice(tmp_path):
+    """Its record is of the base that it was first cut from, not of what stood between."""
+    base = model_of("llama")
+    made = lora_of(copy.deepcopy(base), "llama")
+    mlp, query, key = "model.layers.0.mlp", "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
+    deftcore.slim(made, Kept({mlp: tuple(range(1, 60))}, {query: (0, 2, 3), key: ()}, {mlp: (2.0,) * 59}))
+    again = {mlp: (0, 5, 7), "model.layers.1.mlp": (3, 4)}
+    deftcore.slim(made, Kept(again, {query: (1, 2)}, {"model.layers.1.mlp": (0.5, 4.0)}))
+    deftcore.save_slim(made, tmp_path / "task")
+    kept = SlimRecord.load(tmp_path / "task").kept
+    assert kept.units == {mlp: (1, 6, 8), "model.layers.1.mlp": (3, 4)}
+    assert kept.ranks == {query: (2, 3), key: ()}
+    assert kept.scales == {mlp: (2.0, 2.0, 2.0), "model.layers.1.mlp": (0.5, 4.0)}
+    assert torch.equal(logits_of(deftcore.load_slim(base, tmp_path / "task").eval(), "llama"), logits_of(made, "llama"))
+    full = adapted_layers(base_of(deftcore.expand(base, tmp_path / "task")))
+    assert full[query].lora_A["default"].weight.abs().sum(1).nonzero().flatten().tolist() == [2, 3]
+
+
 @pytest.mark.parametrize("wrap", [lora_of, bottleneck_of])
 def test_through_peft_alone(wrap, tmp_path):
     """Over a base that is slim already PEFT reads a task by itself, adds a second adapter, and merges LoRA."""

@@ -74,6 +74,23 @@ class Kept:
                     f"units[{name!r}]: key-value groups must keep equally many query heads or none, got {counts}"
                 )
 
+    def then(self, later: "Kept") -> "Kept":
+        """What stays where `later`, whose places are in what this one left, was cut after it.
+
+        >>> first = Kept({"layer.0.mlp": (0, 2, 5)}, scales={"layer.0.mlp": (1.0, 2.0, 4.0)})
+        >>> first.then(Kept({"layer.0.mlp": (1, 2)}))
+        Kept(units={'layer.0.mlp': (2, 5)}, ranks={}, scales={'layer.0.mlp': (2.0, 4.0)})
+        """
+        scales = {name: _picked(each, later.units.get(name)) for name, each in self.scales.items()}
+        for name, factors in later.scales.items():
+            before = scales.get(name) or (1.0,) * len(factors)
+            scales[name] = tuple(a * b for a, b in zip(before, factors, strict=True))
+        units, ranks = (
+            {**after, **{name: _picked(places, after.get(name)) for name, places in before.items()}}
+            for before, after in ((self.units, later.units), (self.ranks, later.ranks))
+        )
+        return Kept(units, ranks, scales)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
         return {
@@ -96,6 +113,10 @@ class Kept:
         return cls(*(
             {name: tuple(each) for name, each in values.get(what, {}).items()} for what in ("units", "ranks", "scales")
         ))  # fmt: skip
+
+
+def _picked(values: tuple[Any, ...], places: tuple[int, ...] | None) -> tuple[Any, ...]:
+    return values if places is None else tuple(values[place] for place in places)
 
 
 def _check_places(what: str, places: Any) -> None:

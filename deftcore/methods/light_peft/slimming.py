@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from deftcore.methods.lora.layer import FusedLoraLinear
 from deftcore.models.blocks import base_of
 from deftcore.models.coupled import find_coupled
 from deftcore.models.kept import Kept
-from deftcore.models.slim_files import SlimRecord, base_fingerprints, keep_record
+from deftcore.models.slim_files import SlimRecord, base_fingerprints, keep_record, record_of
 from deftcore.models.slimming import Cut, SlimReport, cut, plan
 
 # Of an adapter's config: what changes with it, and what says where it is.
@@ -59,7 +60,11 @@ def slim(model: Any, kept: Kept, *, requantize: bool = False) -> SlimReport:
     kept.check(structures, {name: _rank(layer) for name, layer in layers.items()})
     cuts = plan(base, structures, kept)
     _check(layers, cuts, kept)
-    record = SlimRecord(kept, base_fingerprints(base), _original_fields(model))
+    earlier = record_of(model)
+    if earlier is None:
+        record = SlimRecord(kept, base_fingerprints(base), _original_fields(model))
+    else:  # a task is of the whole base
+        record = replace(earlier, kept=earlier.kept.then(kept))
     report = cut(model, kept, requantize=requantize)
     gone = {name for name, layer in layers.items() if base.get_submodule(name) is not layer}
     for each in cuts:
