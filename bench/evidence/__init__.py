@@ -9,5 +9,7 @@
 | one run, through deftcore's own loop; a file of runs that goes on where it stopped | `runs.py` |
 | step time and peak memory, on an idle machine | `cost.py` |
 | an experiment: its sides, sets, steps | `spectral.py`, `light_peft.py` |
-| page and pictures from the files in `results/` | `report.py` |
+| its prose, its claims | `spectral_page.py` |
+| tables, verdicts and pictures from the files in `results/` | `report.py` |
+| docs/evidence.md, of all experiments: `python -m bench.evidence` | `__main__.py` |
 """

@@ -100,7 +100,9 @@ LIMITS = """### What this cannot show
   points, BLEU of 12 prompts to several, and exact numbers, with this model near none right, not at all. Only what all
   seeds agree on is called better or worse; with three seeds that happens by chance in one comparison of four.
 - BA-LoRA's consistency holds a classifier to the pre-trained one, whose head is new and knows nothing.
-- Learning rates were chosen on runs of 4 to 16 steps, which favours rates that are fast at first."""
+- Seconds in the result file are of a busy machine, and say nothing of speed.
+- Learning rates were chosen on runs of 4 to 16 steps, which favours rates that are fast at first; for
+  many a best rate is the highest or lowest tried."""
 
 SPECTRAL = Experiment(
     name="spectral",
