@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import peft
 import pytest
@@ -46,6 +47,32 @@ def test_two_tasks_over_one_base(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     assert base.config._attn_implementation == "sdpa"
     assert torch.equal(logits_of(base, "llama"), logits)
+
+
+def test_peft_saves_the_record_too(tmp_path):
+    """Adapters that lost no side fit on the whole base, where they would compute something else."""
+    base = model_of("llama")
+    made = lora_of(copy.deepcopy(base), "llama", target_modules=["q_proj"])
+    deftcore.slim(made, Kept({"model.layers.0.mlp": tuple(range(1, 60))}))
+    for i, model in enumerate((made, copy.deepcopy(made), pickle.loads(pickle.dumps(made)))):
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.data *= i + 1  # another model
+        model.save_pretrained(tmp_path / str(i))
+        loaded = load_adapter(copy.deepcopy(base), tmp_path / str(i)).eval()
+        assert torch.equal(logits_of(loaded, "llama"), logits_of(model, "llama"))
+    loaded.save_pretrained(tmp_path / "again")
+    assert SlimRecord.load(tmp_path / "again") == SlimRecord.load(tmp_path / "0")
+    named = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["q_proj"]), adapter_name="mine")
+    deftcore.slim(named, Kept({"model.layers.0.mlp": (0, 3)}))
+    named.save_pretrained(tmp_path / "named")
+    loaded = load_adapter(copy.deepcopy(base), tmp_path / "named" / "mine").eval()
+    assert torch.equal(logits_of(loaded, "llama"), logits_of(named.eval(), "llama"))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("...")
+    with pytest.raises(FileExistsError, match="holds neither a task nor a model"):
+        deftcore.save_slim(model_of("llama"), tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_task_that_was_slimmed_twice(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,25 @@ def record_of(model: Any) -> SlimRecord | None:
 
 
 def keep_record(model: Any, record: SlimRecord) -> None:
-    """Gives a PEFT model its record: to the wrapper, for it goes with the adapters."""
+    """Gives a PEFT model its record: to the wrapper, for it goes with the adapters, by `save_pretrained` too. Without
+    it nothing would tell that they do not belong on the whole base, where they fit if none of them lost a side.
+    """
     model.deftcore_record = record
+    model.save_pretrained = partial(_save_with_record, model)
+
+
+def drop_record(model: Any) -> None:
+    """Takes a PEFT model's record away, where it has one: its adapters then go with the base as it is now."""
+    if record_of(model) is not None:
+        del model.deftcore_record, model.save_pretrained
+
+
+def _save_with_record(model: Any, save_directory: str | os.PathLike, *args: Any, **options: Any) -> None:
+    type(model).save_pretrained(model, save_directory, *args, **options)
+    for adapter in model.peft_config:
+        place = Path(save_directory) / ("" if adapter == "default" else adapter)
+        if options.get("is_main_process", True) and (place / "adapter_config.json").is_file():
+            model.deftcore_record.save(place)
 
 
 def base_fingerprints(base: nn.Module) -> dict[str, str]:

@@ -26,7 +26,8 @@ def _shadow(module: nn.Module, dtype: torch.dtype | None, seen: dict[int, Any]) 
         return new
     new = object.__new__(type(module))
     seen[id(module)] = new
-    state = {name: value for name, value in vars(module).items() if name not in ("forward", "_hf_hook", "_old_forward")}
+    bound = ("forward", "_hf_hook", "_old_forward", "save_pretrained")  # to the module itself
+    state = {name: value for name, value in vars(module).items() if name not in bound}
     state = {name: OrderedDict() if name.endswith("_hooks") else value for name, value in state.items()}
     new.__dict__.update(state, _parameters={}, _buffers=dict(module._buffers), _modules={})
     if "merged_adapters" in state:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from deftcore.models.slim_files import record_of
 from deftcore.nn.sharding import is_sharded, whole
 
 
@@ -25,9 +24,6 @@ def save_trained(model: Any, folder: Path, processor: Any = None) -> None:
     model.save_pretrained(folder, **options)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
-    record = record_of(model)
-    if record is not None:
-        record.save(folder)
     if processor is not None:
         processor.save_pretrained(folder)
     written = 0

@@ -11,6 +11,7 @@ from deftcore.models.checkpoints import load_model, load_tokenizer, own_adapter
 from deftcore.models.folders import is_4bit
 from deftcore.models.gates import gates_of
 from deftcore.models.preflight import empty_model
+from deftcore.models.slim_files import drop_record
 from deftcore.models.sparsify import check_sparsify
 from deftcore.models.tied import merge_and_unload
 from deftcore.nn.linear import Linear4bit
@@ -74,6 +75,7 @@ def export(
                 base = merge_adapters(adapted, to=merge or "16bit")
             else:
                 kept = Path(temporary) / "adapter"
+                drop_record(adapted)  # the base is written as slim as it is
                 adapted.save_pretrained(kept)
                 check_sparsify(adapted, skip=skip, merge=False)
                 base = adapted.unload() if hasattr(adapted, "unload") else adapted.get_base_model()

@@ -18,6 +18,7 @@ from deftcore.nn.shadow import shadow
 from deftcore.training.adapters import load_adapter
 from deftcore.training.saving import save_trained
 
+_CONFIGS = ("adapter_config.json", "config.json")  # of a task, of a model
 _FIRST = ("lora_A", "bottleneck_down")  # [rank, in]; the others are [out, rank]
 _SIDES = {"lora_A": 1, "lora_B": 0}  # of the layer's weight, with which they are cut
 
@@ -27,13 +28,16 @@ def save_slim(model: Any, folder: str | os.PathLike) -> Path:
     for `load_slim`. Without, a model that stands alone, for `deftcore.load_model`.
 
     Args:
-        folder: a new folder, or an earlier one, which is replaced whole or not at all.
+        folder: a new folder, or that of an earlier task or model, which is replaced whole or not at all.
 
     Raises:
         ValueError: a PEFT model that `slim` has not seen.
+        FileExistsError: the folder holds something else.
     """
     if isinstance(model, PeftModel) and record_of(model) is None:
         raise ValueError("model: has adapters and has not been slimmed; write it with save_pretrained")
+    if Path(folder).exists() and not any((Path(folder) / name).is_file() for name in _CONFIGS) and os.listdir(folder):
+        raise FileExistsError(f"folder: {folder} exists and holds neither a task nor a model")
     with replacing_folder(folder) as partial:
         save_trained(model, partial)
     return Path(folder)

@@ -37,8 +37,9 @@ def slim(model: Any, kept: Kept, *, requantize: bool = False) -> SlimReport:
 
     The base loses rows and columns of its linear layers, plain LoRA those of B and A that belong to them, LoRA and
     bottlenecks their other ranks. A LoRA keeps its scaling, alpha over the rank that it had, so what is left computes
-    what it computed; PEFT saves and loads the result. An adapter without ranks is taken out, and one on a sub-layer of
-    which nothing is left. Optimizers hold parameters that are gone then: make new ones.
+    what it computed; PEFT saves the result, and loads it over a base that is as slim. An adapter without ranks is
+    taken out, and one on a sub-layer of which nothing is left. Optimizers hold parameters that are gone then: make
+    new ones.
 
     Args:
         model: a Transformers model of a family of the table, dense or in 4 bits, or its PEFT model.
