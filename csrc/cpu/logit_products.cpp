@@ -37,7 +37,9 @@ void top_of_row(const TopLogitsArgs& args, int64_t row) {
         top[count - 1] = column;
         std::push_heap(top, top + count, first);
       }
-      if (count == args.most) bound = to_float(z[top[0]]);
+      if (count < args.most) return;
+      bound = to_float(z[top[0]]);
+      if (bound != bound) bound = INFINITY;  // all are NaN: nothing may pass, least of all what stands behind the row
     };
     int64_t column = 0;
     over(args.width, [&](auto read) {

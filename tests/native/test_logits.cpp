@@ -138,6 +138,17 @@ void test_top(const Shape& shape) {
   }
 }
 
+// NaN is above all numbers, and a heap full of it takes nothing from behind the row.
+void test_top_of_nan(int64_t width) {
+  for (const int64_t most : {int64_t{1}, std::min<int64_t>(5, width), width}) {
+    const std::vector<float> z(static_cast<size_t>(width), NAN);
+    std::vector<int32_t> top(static_cast<size_t>(most), 99);
+    cpu::top_logits({z.data(), nullptr, top.data(), 1, width, width, most, DType::kFloat32}, nullptr);
+    std::sort(top.begin(), top.end());
+    for (int64_t i = 0; i < most; ++i) CHECK(top[static_cast<size_t>(i)] == i);
+  }
+}
+
 void test_products(const Shape& shape, int64_t rank) {
   const Problem problem(shape);
   const auto [rows, width, stride, begin, end] = shape;
@@ -197,5 +208,8 @@ int main() {
       for (const int64_t rank : {1, 4, 7}) test_products(shape, rank);
 #endif
     }
+#if !defined(DEFTCORE_TEST_CUDA)
+    for (const int64_t width : {1, 15, 16, 17, 37}) test_top_of_nan(width);
+#endif
   });
 }
