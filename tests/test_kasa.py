@@ -859,9 +859,9 @@ def test_a_weight_that_is_not_finite_is_refused():
 
 
 @pytest.mark.parametrize("mode", ["factored", "destructive"])
-@pytest.mark.parametrize("first", ["forward", "merge"])
+@pytest.mark.parametrize("first", ["forward", "merge", "gates"])
 def test_weights_that_come_later(first, mode):
-    """Wrapped on the meta device; the first forward, or merge, truncates."""
+    """Wrapped on the meta device; the first forward, or merge, truncates, and so do gates that fold into the layer."""
     torch.manual_seed(0)
     source = Net(24, 10)
     with torch.device("meta"):
@@ -878,7 +878,10 @@ def test_weights_that_come_later(first, mode):
     x = torch.randn(4, 10, dtype=torch.float64)
     if first == "merge":
         model.merge_adapter()
+    if first == "gates":
+        layer.scale_output_(0.25)
     expected = x @ truncated(source.layer.weight.detach(), 3)[0].t() + source.layer.bias
+    expected = 0.25 * expected if first == "gates" else expected
     assert torch.allclose(model(x), expected, rtol=1e-5, atol=1e-6)
     model.state_dict()
     assert not layer.pending

@@ -324,6 +324,8 @@ class PairedLora(LoraLinear):
     def scale_output_(self, factor: float) -> None:
         """Multiplies what the layer returns by a number: weight, bias and what adapters add and take away."""
         base: Any = self.get_base_layer()
+        for name in self.lora_B:
+            self.settle(name)  # from the weight as it was
         if hasattr(base, "scale_output_"):
             base.scale_output_(factor)
         else:
@@ -332,7 +334,6 @@ class PairedLora(LoraLinear):
         if self.merged:
             self._before = self._before.scaled(factor) if isinstance(base, Linear4bit) else self._before * factor
         for name, up in self.lora_B.items():
-            self.settle(name)
             up.weight.mul_(factor)
             self.lora_minus_B[name].mul_(factor)
 
