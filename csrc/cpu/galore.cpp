@@ -178,7 +178,8 @@ void write_weight(const float* values, T* weight, int64_t place, int64_t n, bool
   }
 }
 
-// fn(i, load, store) for vectors of a piece, the last one in part: load(p) reads p + i, store(p, v) writes there.
+// fn(get, put) for vectors of a piece, the last one in part: get(p) reads the vector of an array that begins at p,
+// put(p, v) writes it.
 template <class Fn>
 void for_vectors(int64_t n, Fn&& fn) {
   int64_t i = 0;

@@ -39,7 +39,7 @@ def galore_step(
     the failure is counted. Where |R|^2 is infinite or NaN, N is R / lambda, and the window is empty.
 
     Moments in float32 with windows in float32 or bfloat16 have native kernels; others run on the reference. On a GPU
-    each call waits once for the device, to know which windows held.
+    each kind of matrix with a window waits once for the device, to know which windows held.
 
     Args:
         matrices: their dtypes, shapes and sides may differ.
