@@ -536,6 +536,8 @@ def test_token_penalties_refuse(options, message):
     [
         (torch.ones(3), {}, "student: must be logits"), (torch.ones(3, 4), {"consistency": 1.0}, "teacher"),
         (torch.ones(3, 4), {"k": 0}, "k: must"), (torch.ones(3, 4).int(), {}, "student: dtype"),
+        (torch.ones(3, 4), {"consistency": 1.0, "teacher": torch.ones(3, 4).int()}, "teacher: dtype"),
+        (torch.ones(3, 4), {"consistency": 1.0, "teacher": torch.ones(3, 4, device="meta")}, "teacher: must be on cpu"),
     ],
 )  # fmt: skip
 def test_class_penalties_refuse(student, options, message):

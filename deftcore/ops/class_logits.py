@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from deftcore.ops._library import define
-from deftcore.ops.checks import check_float, check_number, check_shape
-from deftcore.ops.logits import LogitPenalties
+from deftcore.ops.checks import check_float, check_number
+from deftcore.ops.logits import LogitPenalties, check_teacher
 
 _NOTHING = 1e-8  # sums of singular values below it have no shares
 
@@ -52,7 +52,7 @@ def class_penalties(
     if consistency and teacher is None:
         raise ValueError("teacher: consistency needs the pre-trained model's logits, got None")
     if teacher is not None:
-        check_shape("teacher", teacher, tuple(student.shape), "as student")
+        check_teacher(teacher, student)
     z = student.to(torch.promote_types(student.dtype, torch.float32))
     zero = z[:0].sum()  # in the graph
     values = [zero, zero, zero]

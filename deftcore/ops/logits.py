@@ -92,10 +92,7 @@ def logit_penalties(
     if weights[0] and teacher is None:
         raise ValueError("teacher: consistency needs the pre-trained model's logits, got None")
     if teacher is not None:
-        check_float("teacher", teacher)
-        check_shape("teacher", teacher, tuple(student.shape), "as student")
-        if teacher.device != student.device:
-            raise ValueError(f"teacher: must be on {student.device} as student, got {teacher.device}")
+        check_teacher(teacher, student)
     _check_mask(mask, student)
     terms = _logit_terms(
         student, teacher.detach() if teacher is not None and weights[0] else None, mask, width, float(temperature),
@@ -122,6 +119,14 @@ def mean_entropy(logits: Tensor, *, mask: Tensor | None = None, temperature: flo
     check_number("temperature", temperature, minimum=0.0, strict=True)
     _check_mask(mask, logits)
     return _mean_entropy(logits.detach(), mask, _check_vocabulary("logits", logits, vocabulary), float(temperature))
+
+
+def check_teacher(teacher: Tensor, student: Tensor) -> None:
+    """Raises TypeError or ValueError unless it has logits of the student's shape, on its device."""
+    check_float("teacher", teacher)
+    check_shape("teacher", teacher, tuple(student.shape), "as student")
+    if teacher.device != student.device:
+        raise ValueError(f"teacher: must be on {student.device} as student, got {teacher.device}")
 
 
 def _check_mask(mask: Tensor | None, logits: Tensor) -> None:
