@@ -70,6 +70,8 @@ files, writes a plain LoRA of rank 2r on the original weights. Recipes: `ba-lora
 - Covariances and singular values are those of a micro-batch, on each process its own.
 - Classifiers: the spectral term is inert where k is at least min(N, D), as on all of GLUE with the published k = 5; all
   three are with one output; one example a batch has no covariance. Each is warned of once.
+- A classifier's new head starts at random, and consistency holds it to that start: give it the weight 0 there, or train
+  the head before.
 - The positions that count are those that predict a label; the authors' code takes those that have one
   (`shift=False`), and so leaves out the first token of an answer.
 - `variant="v5"` has the terms of the preprint before. Dropout is refused: the start would not be the pre-trained model.
