@@ -137,7 +137,7 @@ def test_s2ft_scores_rows_of_fused_matrices(kind, role, module, rows):
     weight[rows] *= 30
     options = {"channel_ratio": 1.5 / 72, "head_ratio": 0.5 if kind == "phi3" else 0.25}
     config = deftcore.S2ftConfig(strategy="weight", targets=[role], **options)
-    peft.get_peft_model(model, config)
+    config = peft.get_peft_model(model, config).peft_config["default"]
     unit = {"gpt_neox": [2], "gpt2": [2], "phi3": [1] if role == "v" else [5]}[kind]
     assert config.indices[f"{module}:{role}"] == unit
 

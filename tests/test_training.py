@@ -487,7 +487,7 @@ MISTAKES = [
     ("deft=3", "deft: must be a mapping, got 3"),
     ("deft.surrogate=l3", "deft.surrogate: must be one of l0, tanh, l1, got 'l3'"),
     ("quantize.block_size=33", "quantize.block_size: must be one of 32, 64"),
-    ("quantize.block_size=32", "quantize: goes with method qlora, qba-lora, qkasa or qs2ft, got 'lora'"),
+    ("quantize.block_size=32", "quantize: goes with method qlora, qba-lora, qkasa, qlight-peft or qs2ft, got 'lora'"),
     ("nonsense", "override: must be key=value, got 'nonsense'"),
 ]
 
