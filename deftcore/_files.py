@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,16 +37,20 @@ def replacing_file(target: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing_folder(target: str | os.PathLike, *, discard: bool = True) -> Iterator[Path]:
+def replacing_folder(target: str | os.PathLike, *, discard: bool = True, only: Sequence[str] = ()) -> Iterator[Path]:
     """A new folder beside `target` that takes its place when the block ends well.
 
     Args:
         discard: what target holds by then goes; False leaves it and raises.
+        only: names of files, one of which tells that what target holds may go; none: anything may.
 
     Raises:
+        FileExistsError: target holds none of `only`, but something else; before anything is written.
         OSError: target holds something that is not to be discarded.
     """
     target = Path(target)
+    if only and target.exists() and not any((target / name).is_file() for name in only) and any(target.iterdir()):
+        raise FileExistsError(f"folder: {target} exists and holds something else: none of {', '.join(only)}")
     partial = _beside(target)
     partial.mkdir(parents=True)
     try:

@@ -11,6 +11,8 @@ from test_package import save_base
 
 import deftcore
 from deftcore.cli.main import main
+from deftcore.methods.kasa.interchange import save_peft_kasa
+from deftcore.methods.lora.exporting import export_lora
 from deftcore.models.checkpoints import load_model
 from deftcore.training.adapters import load_adapter
 
@@ -100,3 +102,11 @@ def test_the_command(tmp_path, capsys, method):
     with torch.no_grad():
         expected, found = (each.eval()(input_ids=ids).logits for each in (ours, theirs))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("write", [export_lora, save_peft_kasa])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, write):
+    (tmp_path / "thesis.txt").write_text("...")
+    with pytest.raises(FileExistsError, match="holds something else"):
+        write(adapted("llama", deftcore.KasaFactoredConfig), tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["thesis.txt"]

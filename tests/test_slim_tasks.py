@@ -70,7 +70,7 @@ def test_peft_saves_the_record_too(tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("...")
-    with pytest.raises(FileExistsError, match="holds neither a task nor a model"):
+    with pytest.raises(FileExistsError, match="holds something else"):
         deftcore.save_slim(model_of("llama"), tmp_path)
     assert [each.name for each in tmp_path.iterdir()] == ["thesis.txt"]
 

@@ -69,7 +69,7 @@ Under `transformers.Trainer` the penalty is an objective: `class KasaTrainer(Obj
 
 - Over LoRA: r (M + K) more frozen numbers a layer, and the products with them, which are columns of LoRA's own.
 - The cut can break a model: of SmolLM2 one value taken from each weight is enough, and training does not make up for it
-  ([evidence](../evidence.md)); MiniLM gains. Compare the loss after wrapping with that of the model before.
+  (`docs/evidence.md`); MiniLM gains. Compare the loss after wrapping with that of the model before.
 - Weights are decomposed once, on wrapping: about one product and two factorisations of the shorter side's square in
   float64. What was found is kept in the cache folder by a hash of the weight, 4 r (M + K) bytes each.
 - An adapter knows its base by a hash, in the dtypes that it may be loaded in; another base is refused.

@@ -73,6 +73,7 @@ def save_peft_kasa(model: Any, folder: str | os.PathLike, *, adapter: str = "def
         The folder.
 
     Raises:
+        FileExistsError: the folder holds something else than an adapter.
         ValueError: no such adapter; one that PEFT's form cannot say: another number of singular values taken away
             than the rank, or a Conv1D.
     """
@@ -95,7 +96,7 @@ def save_peft_kasa(model: Any, folder: str | os.PathLike, *, adapter: str = "def
     )
     state = get_peft_model_state_dict(model, adapter_name=adapter)
     tensors = {key: value.cpu().contiguous() for key, value in state.items() if "lora_minus_" not in key}
-    with replacing_folder(folder) as partial:
+    with replacing_folder(folder, only=["adapter_config.json"]) as partial:
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         plain.save_pretrained(str(partial))
     return Path(folder)

@@ -36,9 +36,7 @@ def save_slim(model: Any, folder: str | os.PathLike) -> Path:
     """
     if isinstance(model, PeftModel) and record_of(model) is None:
         raise ValueError("model: has adapters and has not been slimmed; write it with save_pretrained")
-    if Path(folder).exists() and not any((Path(folder) / name).is_file() for name in _CONFIGS) and os.listdir(folder):
-        raise FileExistsError(f"folder: {folder} exists and holds neither a task nor a model")
-    with replacing_folder(folder) as partial:
+    with replacing_folder(folder, only=_CONFIGS) as partial:
         save_trained(model, partial)
     return Path(folder)
 

@@ -37,6 +37,7 @@ def export_lora(model: Any, folder: str | os.PathLike, *, adapter: str = "defaul
         The folder, with adapter_config.json and adapter_model.safetensors as PEFT writes them.
 
     Raises:
+        FileExistsError: the folder holds something else than an adapter.
         ValueError: no such adapter; one whose weights were truncated in place.
     """
     config, layers = model.peft_config.get(adapter), dict(paired_layers(model, adapter))
@@ -57,7 +58,7 @@ def export_lora(model: Any, folder: str | os.PathLike, *, adapter: str = "defaul
     for name, (a, b) in joined.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
-    with replacing_folder(folder) as partial:
+    with replacing_folder(folder, only=["adapter_config.json"]) as partial:
         save_file(
             {key: value.cpu() for key, value in tensors.items()},
             partial / "adapter_model.safetensors",

@@ -47,8 +47,9 @@ class S2ftModel(GathersShards):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's. Of a config that knows no base the model holds a copy, which learns the base and what was
         selected: the one that was given goes on other bases too."""
-        if self.peft_config[adapter_name].base_hash is None:
-            self.peft_config[adapter_name] = deepcopy(self.peft_config[adapter_name])
+        config: Any = self.peft_config[adapter_name]
+        if config.base_hash is None:
+            self.peft_config[adapter_name] = deepcopy(config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_model(self, peft_config: S2ftConfig, model: nn.Module) -> None:  # type: ignore[override]
