@@ -136,7 +136,10 @@ def problems(error: ValidationError, kind: Any) -> list[str]:
             takes = _TAKES.get(what, each["msg"]).format(**each.get("ctx", {}))
             found[name] = list(dict.fromkeys([*found.get(name, []), takes]))
             got[name] = each["input"]
-    return lines + [f"{name}: must be {' or '.join(takes)}, got {_short(got[name])}" for name, takes in found.items()]
+    # Sorted: typing keeps one object for unions of the same members, in the order of whoever asked first.
+    return lines + [
+        f"{name}: must be {' or '.join(sorted(takes))}, got {_short(got[name])}" for name, takes in found.items()
+    ]
 
 
 def _fields(kind: Any) -> dict[Any, Any]:
