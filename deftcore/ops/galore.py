@@ -55,6 +55,8 @@ def galore_step(
     )  # fmt: skip
     if len(betas) != 2 or max(betas) >= 1:
         raise ValueError(f"betas: must be two numbers in [0, 1), got {betas}")
+    if not isinstance(correct_bias, bool):
+        raise TypeError(f"correct_bias: must be True or False, got {correct_bias!r}")
     if damping is not None:
         if not isinstance(damping, Damping):
             raise TypeError(f"damping: must be a Damping or None, got {type(damping).__name__}")
