@@ -511,7 +511,7 @@ def galore(d: Draw) -> Call:
         if windowed and isinstance(history, Tensor) and history.dim() == 2 and history.device.type == "cpu":
             gram = history.double() @ history.double().t() if history.layout == torch.strided else history
             window = Window(history, gram, slot, fill, torch.zeros((), dtype=torch.int64))
-        if isinstance(square, Tensor) and square.is_floating_point():
+        if isinstance(square, Tensor) and square.is_floating_point() and square.layout == torch.strided:
             square = square.square() + 0.5
         galore_step([AdamMatrix(**rest, exp_avg_sq=square, window=window)], lr=lr, damping=damping, **options)
         return [square, *([] if window is None else [window.gram])]
