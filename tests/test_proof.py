@@ -547,6 +547,7 @@ def test_cases_reach_every_function(function, monkeypatch):
 
 
 KERNEL_OF = {
+    "galore_update": "galore_step",
     "causal_conv1d_update": "causal_conv1d",
     "ssd": "mamba_chunk_scan",
     "ssd_backward": "mamba_chunk_scan",
