@@ -20,17 +20,21 @@ OWN = {  # activations of the real models, where it is not silu
 KINDS = [kind for kind, family in FAMILIES.items() if not family.buffers]
 
 
+@torch.no_grad()
+def weighty(model, generator):
+    """The model, its matrices and biases drawn so large that each matters."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(std=0.2, generator=generator)
+        elif name.endswith("bias"):
+            parameter.normal_(std=0.1, generator=generator)
+    return model
+
+
 def model_of(kind, activation=None):
     """A tiny model whose heads and channels weigh enough in its logits for a fault to show."""
     model = tiny_model(kind, activation or OWN.get(kind, "silu")).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.2, generator=generator)
-            elif name.endswith("bias"):
-                parameter.normal_(std=0.1, generator=generator)
-    return model
+    return weighty(model, torch.Generator().manual_seed(3))
 
 
 def some_kept(model, *, seed=0, grouped=True, empty=(), round_to=1):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from conftest import recompute, tiny_batch, tiny_model
+from slim_models import KINDS, weighty
 
 import deftcore
 from deftcore.methods.light_peft.adapters import add_adapters, sites
@@ -13,11 +14,9 @@ from deftcore.methods.light_peft.config import LightPeftConfig
 from deftcore.methods.light_peft.estimation import Estimation
 from deftcore.methods.light_peft.selection import select
 from deftcore.models.coupled import find_coupled
-from deftcore.models.families import FAMILIES
 from deftcore.models.kept import Kept
 from deftcore.training.objective import Objective
 
-KINDS = [kind for kind, family in FAMILIES.items() if not family.buffers]
 PARTS = {"heads": False, "ffn": True}
 
 
@@ -26,12 +25,8 @@ def adapted(kind="llama", dtype=torch.float32, **options):
     config = LightPeftConfig(**({"r": 3, "dropout": 0.0, "head_ratio": 0.5} | options))
     model = tiny_model(kind, "gated-gelu" if kind in ("t5", "mt5") else "silu").to(dtype)
     generator = torch.Generator().manual_seed(5)
+    weighty(model, generator)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.2, generator=generator)
-            elif name.endswith("bias"):
-                parameter.normal_(std=0.1, generator=generator)
         model = add_adapters(model, config).to(dtype)
         for site in sites(model):
             site.second.normal_(std=0.3, generator=generator)

@@ -95,18 +95,24 @@ void add_rows(const T* rows, int64_t stride, const double* c, int64_t n, double*
   }
 }
 
+// n floats, rounded to T.
+template <class T>
+void narrow(const float* from, int64_t n, T* to) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store_ieee(to + i, load(from + i));
+  if (i < n) {
+    T tail[kWidth];
+    store_ieee(tail, load_tail(from + i, n - i));
+    std::memcpy(to + i, tail, static_cast<size_t>(n - i) * sizeof(T));
+  }
+}
+
 // Writes R into its row, and the products of that part of the row with all of them.
 template <class T>
 void push(const GaloreMatrix& m, int64_t begin, int64_t n, double* sums) {
   const float* r = static_cast<const float*>(m.grad) + begin;
   T* own = row_of<T>(m, m.slot, begin);
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store_ieee(own + i, load(r + i));
-  if (i < n) {
-    T tail[kWidth];
-    store_ieee(tail, load_tail(r + i, n - i));
-    std::memcpy(own + i, tail, static_cast<size_t>(n - i) * sizeof(T));
-  }
+  narrow(r, n, own);
   alignas(64) double x[kGalorePiece];
   widen(own, n, x);
   const int64_t rows = rows_of(m);
@@ -169,13 +175,7 @@ void write_weight(const float* values, T* weight, int64_t place, int64_t n, bool
       return;
     }
   }
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store_ieee(weight + i, load(values + i));
-  if (i < n) {
-    T tail[kWidth];
-    store_ieee(tail, load_tail(values + i, n - i));
-    std::memcpy(weight + i, tail, static_cast<size_t>(n - i) * sizeof(T));
-  }
+  narrow(values, n, weight);
 }
 
 // fn(get, put) for vectors of a piece, the last one in part: get(p) reads the vector of an array that begins at p,
