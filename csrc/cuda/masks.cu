@@ -1,7 +1,7 @@
 // y = x * mask, and its backward in one pass over x and its output's gradient, both bound by device memory: a thread
-// moves 16 bytes at a time where the columns allow it. In the backward a block takes kMaskRows rows of 32 packs, a warp
-// every eighth row, and writes one sum per column to the workspace; a warp per unit adds those up. No atomics: repeats
-// give the same bits.
+// moves 16 bytes at a time where the columns allow it. A block takes kMaskRows rows of 32 packs, a warp every eighth
+// row. In the backward it writes one sum per column to the workspace; a warp per unit adds those up. No atomics:
+// repeats give the same bits.
 #include "deftcore/masks.h"
 #include "deftcore/math.h"
 #include "deftcore/workspace.h"
@@ -11,19 +11,35 @@
 namespace deftcore::cuda {
 namespace {
 
+// What a thread works on, of block `across` + b * `blocks_across`: kPack columns of the rows [b * kMaskRows, ...),
+// every kWarps-th from its warp's. So it reads its columns' masks once.
+template <int kPack>
+struct Share {
+  int64_t row, last;
+  int column;
+  float mask[kPack];
+
+  __device__ Share(const float* all, int64_t rows, int columns, int width, int blocks_across) {
+    const int64_t part = blockIdx.x / blocks_across;
+    row = part * kMaskRows + threadIdx.x / kWarp;
+    column = static_cast<int>(blockIdx.x % blocks_across * kWarp + threadIdx.x % kWarp) * kPack;
+    last = column < columns ? min(rows, (part + 1) * kMaskRows) : 0;
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) mask[i] = column < columns ? all[(column + i) / width] : 0.0f;
+  }
+};
+
 template <int kPack, class T>
-__global__ void __launch_bounds__(kThreads) mask_kernel(MaskUnitsArgs args) {
+__global__ void __launch_bounds__(kThreads) mask_kernel(MaskUnitsArgs args, int blocks_across) {
   using Elements = Pack<T, kPack>;
   const int width = static_cast<int>(args.width), columns = static_cast<int>(args.units) * width;
-  const int64_t packs = args.rows * columns / kPack, step = threads_of_grid();
-  for (int64_t p = thread_in_grid(); p < packs; p += step) {
-    Elements values = static_cast<const Elements*>(args.x)[p];
-    const int column = static_cast<int>(p * kPack % columns);
+  const Share<kPack> own(args.mask, args.rows, columns, width, blocks_across);
+  for (int64_t row = own.row; row < own.last; row += kWarps) {
+    const int64_t at = (row * columns + own.column) / kPack;
+    Elements values = static_cast<const Elements*>(args.x)[at];
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      values.values[i] = from_float<T>(to_float(values.values[i]) * args.mask[(column + i) / width]);
-    }
-    static_cast<Elements*>(args.y)[p] = values;
+    for (int i = 0; i < kPack; ++i) values.values[i] = from_float<T>(to_float(values.values[i]) * own.mask[i]);
+    static_cast<Elements*>(args.y)[at] = values;
   }
 }
 
@@ -43,42 +59,35 @@ float* sums_of(const MaskUnitsBackwardArgs& args, Workspace& room) {
   return room.take<float>(ceil_div(args.rows, kMaskRows) * args.units * args.width);
 }
 
-// Block `across` + b * `blocks_across`: rows [b * kMaskRows, ...) of the columns [across * kWarp * kPack, ...).
 template <class F, int kPack, class T>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     mask_backward_kernel(MaskUnitsBackwardArgs args, float* sums, int blocks_across) {
   using Elements = Pack<T, kPack>;
   __shared__ float totals[kWarps][kWarp * kPack];
   const int width = static_cast<int>(args.width), columns = static_cast<int>(args.units) * width;
-  const int first = static_cast<int>(blockIdx.x % blocks_across) * kWarp * kPack;
-  const int64_t part = blockIdx.x / blocks_across, last = min(args.rows, (part + 1) * kMaskRows);
-  const int warp = threadIdx.x / kWarp, own = threadIdx.x % kWarp * kPack, column = first + own;
-  float mask[kPack], total[kPack];
-#pragma unroll
-  for (int i = 0; i < kPack; ++i) {
-    mask[i] = column < columns ? args.mask[(column + i) / width] : 0.0f;
-    total[i] = 0.0f;
-  }
-  for (int64_t row = part * kMaskRows + warp; row < last && column < columns; row += kWarps) {
-    const int64_t at = (row * columns + column) / kPack;
+  const Share<kPack> own(args.mask, args.rows, columns, width, blocks_across);
+  float total[kPack] = {};
+  for (int64_t row = own.row; row < own.last; row += kWarps) {
+    const int64_t at = (row * columns + own.column) / kPack;
     Elements values = static_cast<const Elements*>(args.x)[at];
     const Elements grads = static_cast<const Elements*>(args.grad)[at];
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
-      const auto f = F::slopes(to_float(values.values[i]), mask[i], to_float(grads.values[i]));
+      const auto f = F::slopes(to_float(values.values[i]), own.mask[i], to_float(grads.values[i]));
       total[i] += f.up;
       values.values[i] = from_float<T>(f.gate);
     }
     static_cast<Elements*>(args.grad_x)[at] = values;
   }
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) totals[warp][own + i] = total[i];
+  for (int i = 0; i < kPack; ++i) totals[warp][lane * kPack + i] = total[i];
   __syncthreads();
-  const int mine = static_cast<int>(threadIdx.x);
+  const int mine = static_cast<int>(threadIdx.x), first = static_cast<int>(blockIdx.x % blocks_across) * kWarp * kPack;
   if (mine >= kWarp * kPack || first + mine >= columns) return;
   float sum = 0.0f;
   for (int w = 0; w < kWarps; ++w) sum += totals[w][mine];
-  sums[part * columns + first + mine] = sum;
+  sums[blockIdx.x / blocks_across * columns + first + mine] = sum;
 }
 
 // A warp per unit.
@@ -95,14 +104,23 @@ __global__ void __launch_bounds__(kThreads) mask_sums_kernel(MaskUnitsBackwardAr
   if (lane == 0) args.grad_mask[unit] = sum;
 }
 
+// Blocks of Share, and how many lie across.
+struct Blocks {
+  unsigned all;
+  int across;
+
+  Blocks(int64_t rows, int64_t columns, int pack)
+      : all(static_cast<unsigned>(ceil_div(columns, kWarp * pack) * ceil_div(rows, kMaskRows))),
+        across(static_cast<int>(ceil_div(columns, kWarp * pack))) {}
+};
+
 template <class F, class T>
 void backward(const MaskUnitsBackwardArgs& args, float* sums, Stream stream) {
   const int64_t columns = args.units * args.width;
   dispatch_pack<T>(fits_packs<T>({args.x, args.grad, args.grad_x}, {columns}), [&](auto pack) {
-    const int64_t across = ceil_div(columns, kWarp * pack()), blocks = across * ceil_div(args.rows, kMaskRows);
-    if (blocks == 0) return;
-    launch(mask_backward_kernel<F, pack(), T>, static_cast<unsigned>(blocks), kThreads, 0, stream, args, sums,
-           static_cast<int>(across));
+    const Blocks blocks(args.rows, columns, pack());
+    if (blocks.all == 0) return;
+    launch(mask_backward_kernel<F, pack(), T>, blocks.all, kThreads, 0, stream, args, sums, blocks.across);
   });
 }
 
@@ -117,8 +135,8 @@ void mask_units(const MaskUnitsArgs& args, Stream stream) {
   dispatch_dtype(args.dtype, [&](auto t) {
     using T = decltype(t);
     dispatch_pack<T>(fits_packs<T>({args.x, args.y}, {columns}), [&](auto pack) {
-      launch(mask_kernel<pack(), T>, striding_blocks(args.rows * columns / pack(), kThreads), kThreads, 0, stream,
-             args);
+      const Blocks blocks(args.rows, columns, pack());
+      launch(mask_kernel<pack(), T>, blocks.all, kThreads, 0, stream, args, blocks.across);
     });
   });
 }
