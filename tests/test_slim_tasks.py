@@ -64,6 +64,9 @@ def test_peft_saves_the_record_too(tmp_path):
     named = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["q_proj"]), adapter_name="mine")
     deftcore.slim(named, Kept({"model.layers.0.mlp": (0, 3)}))
     named.save_pretrained(tmp_path / "named")
+    with pytest.raises(ValueError, match="model: a task has one adapter, named 'default', got 'mine'"):
+        deftcore.save_slim(named, tmp_path / "task")
+    assert not (tmp_path / "task").exists()
     loaded = load_adapter(copy.deepcopy(base), tmp_path / "named" / "mine").eval()
     assert torch.equal(logits_of(loaded, "llama"), logits_of(named.eval(), "llama"))
 

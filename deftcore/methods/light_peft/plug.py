@@ -31,11 +31,14 @@ def save_slim(model: Any, folder: str | os.PathLike) -> Path:
         folder: a new folder, or that of an earlier task or model, which is replaced whole or not at all.
 
     Raises:
-        ValueError: a PEFT model that `slim` has not seen.
+        ValueError: a PEFT model that `slim` has not seen, or with other adapters than the one that it cut with the model.
         FileExistsError: the folder holds something else.
     """
     if isinstance(model, PeftModel) and record_of(model) is None:
         raise ValueError("model: has adapters and has not been slimmed; write it with save_pretrained")
+    if isinstance(model, PeftModel) and set(model.peft_config) != {"default"}:
+        found = ", ".join(map(repr, model.peft_config))
+        raise ValueError(f"model: a task has one adapter, named 'default', got {found}")
     with replacing_folder(folder, only=_CONFIGS) as partial:
         save_trained(model, partial)
     return Path(folder)
