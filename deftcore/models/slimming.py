@@ -180,7 +180,8 @@ def _check(model: nn.Module, each: Cut, requantize: bool) -> None:
             what = "cut through" if not whole else "scale"
             raise ValueError(
                 f"{each.layer}: this would {what} blocks of {layer.quantized.block_size} weights in 4 bits; pass "
-                "requantize=True (in a recipe adapter.requantize=true), which rounds them again and reports the error, or slim before quantize"
+                "requantize=True (a recipe's adapter.requantize=true), which rounds them again and reports the error, "
+                "or slim before quantize"
             )
 
 

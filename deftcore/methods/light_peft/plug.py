@@ -31,7 +31,7 @@ def save_slim(model: Any, folder: str | os.PathLike) -> Path:
         folder: a new folder, or that of an earlier task or model, which is replaced whole or not at all.
 
     Raises:
-        ValueError: a PEFT model that `slim` has not seen, or with other adapters than the one that it cut with the model.
+        ValueError: a PEFT model that `slim` has not seen, or whose adapters are not one named "default".
         FileExistsError: the folder holds something else.
     """
     if isinstance(model, PeftModel) and record_of(model) is None:
