@@ -122,6 +122,25 @@ class OwnModel(nn.Module):
             save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, partial)
         write_json(Path(folder) / CONFIG_FILE, self.config.to_dict())
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """From now on training computes activations again in the backward, by Transformers' name for it.
+
+        What a model does it for, a stack of blocks say, has an attribute `recompute`: None, or these options.
+
+        Args:
+            gradient_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`; None: not reentrant.
+        """
+        self._set_recompute(gradient_checkpointing_kwargs or {"use_reentrant": False})
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps activations again."""
+        self._set_recompute(None)
+
+    def _set_recompute(self, options: dict[str, Any] | None) -> None:
+        for module in self.modules():
+            if hasattr(module, "recompute"):
+                module.recompute = options
+
 
 def read_config(folder: str | os.PathLike, kind: type[Config]) -> Config:
     """The config in a folder of one of our models.
