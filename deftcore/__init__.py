@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from deftcore.methods.s2ft.delta import DeltaAdapter, DeltaHost, extract_adapter, fuse
     from deftcore.methods.s2ft.selection import select_channels
     from deftcore.methods.s2ft.serving import serve
+    from deftcore.methods.tsvit.model import TSViT
     from deftcore.models.checkpoints import load_model
     from deftcore.models.kept import Kept
     from deftcore.models.quantized_files import load_quantized
@@ -53,6 +54,7 @@ _HOMES = {
     "MambaLoraConfig": "deftcore.methods.mamba.lora",
     "NaturalGaLore": "deftcore.methods.natural_galore.optimizer",
     "S2ftConfig": "deftcore.methods.s2ft.config",
+    "TSViT": "deftcore.methods.tsvit.model",
     "expand": "deftcore.methods.light_peft.plug",
     "export_lora": "deftcore.methods.lora.exporting",
     "extract_adapter": "deftcore.methods.s2ft.delta",
@@ -89,6 +91,7 @@ __all__ = [
     "MambaLoraConfig",
     "NaturalGaLore",
     "S2ftConfig",
+    "TSViT",
     "expand",
     "export_lora",
     "extract_adapter",

@@ -1,0 +1,52 @@
+"""TSViT: maps of crops from satellite series, by a Transformer over dates and then over the picture, per class.
+
+- The model: Tarasiou, Chavez, Zafeiriou, *ViTs for SITS: Vision Transformers for Satellite Image Time Series*, CVPR
+  2023, arXiv 2301.04944.
+- Adapted to winter wheat: Zahweh, Nasrallah, Shukor, Faour, Ghandour, *Empirical Study of PEFT Techniques for
+  Winter-Wheat Segmentation*, Environ. Sci. Proc. 2024, 29(1), 50, arXiv 2310.01825.
+
+Each patch of p x p pixels is read through the year, K learned class tokens in front, every frame with the code of its
+day; then each class's outputs are read over the picture, for each class by itself, and give the logits of its pixels.
+
+## Equations
+
+For a series x [B, T, C, H, W], days doy [B, T], n = H / p:
+
+```text
+tokens    z = x' W_p + b_p + E[doy] + b_E                  x' [B, n^2, T, p^2 C] the pixels of a patch, E [366, d]
+time      c = Encoder([class tokens; z])[: K]              [B, n^2, K, d]; masked frames are no keys
+space     s = Encoder(c^T + positions)                     [B, K, n^2, d]; a class does not see the others
+logits    y[i p + u, j p + v] = (LN(s) W_h + b_h)[u p + v] of patch (i, j);    with a mixer: y M^T + m over classes
+Encoder   x <- x + Attn(LN x),  x <- x + W_2 gelu(W_1 LN x + b_1) + b_2,  a LayerNorm at the end
+```
+
+## Example
+
+```python
+import torch
+
+import deftcore
+
+model = deftcore.TSViT(num_classes=19, image_size=24, patch_size=2, channels=10, temporal_depth=1, spatial_depth=1)
+x, doy = torch.randn(1, 9, 10, 24, 24), torch.arange(15, 285, 30).unsqueeze(0)
+usable = torch.ones(1, 9, dtype=torch.bool)
+usable[0, 3] = False  # a cloud
+logits = model(x, doy, usable)  # [1, 19, 24, 24]
+```
+
+## Where things are
+
+| | |
+|---|---|
+| the model | `model.py`, `encoder.py`, `heads.py` |
+| days, masks, bands, the authors' packed form | `inputs.py` |
+| the authors' checkpoints | `checkpoints.py` |
+
+## Costs and limits
+
+- Pictures are square and of the size that the model was made for.
+- Attention is `scaled_dot_product_attention`: no [heads, T, T] is kept. The last layer over dates computes the class
+  tokens' rows alone.
+- Without a mask padding takes part in attention, as where the authors' weights were trained.
+- The values of days are not looked at inside `torch.compile`.
+"""
