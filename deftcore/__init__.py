@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deftcore.methods.light_peft.config import LightPeftConfig
     from deftcore.methods.light_peft.plug import expand, load_slim, save_slim
     from deftcore.methods.light_peft.slimming import slim
+    from deftcore.methods.lora.bitfit import BitFitConfig
     from deftcore.methods.lora.bottleneck import BottleneckConfig
     from deftcore.methods.lora.exporting import export_lora
     from deftcore.methods.lora.merging import merge
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BaLoraConfig": "deftcore.methods.ba_lora.config",
     "BaLoraPenalty": "deftcore.methods.ba_lora.penalty",
+    "BitFitConfig": "deftcore.methods.lora.bitfit",
     "BottleneckConfig": "deftcore.methods.lora.bottleneck",
     "DeltaAdapter": "deftcore.methods.s2ft.delta",
     "DeltaHost": "deftcore.methods.s2ft.delta",
@@ -80,6 +82,7 @@ _HOMES = {
 __all__ = [
     "BaLoraConfig",
     "BaLoraPenalty",
+    "BitFitConfig",
     "BottleneckConfig",
     "DeltaAdapter",
     "DeltaHost",

@@ -12,6 +12,7 @@ from conftest import tiny_model
 from torch import nn
 
 import deftcore
+from deftcore.methods.lora.bitfit import BitFitConfig
 from deftcore.methods.lora.bottleneck import BottleneckConfig
 from deftcore.methods.lora.paired import PairedLora
 from deftcore.methods.mamba import kernel_aliases
@@ -41,6 +42,10 @@ def bottleneck():
     return layer_of(peft.get_peft_model(tiny_model("llama"), BottleneckConfig()), "BottleneckLayer")
 
 
+def bitfit():
+    return layer_of(peft.get_peft_model(tiny_model("opt"), BitFitConfig()), "BitFitLayer")
+
+
 def paired(config):
     model = peft.get_peft_model(tiny_model("llama"), config(r=2, lora_alpha=2, target_modules=["q_proj"]))
     return next(m for m in model.modules() if isinstance(m, PairedLora))
@@ -49,6 +54,7 @@ def paired(config):
 # Those whose forward takes arguments of any name, and how to make one.
 OPEN = {
     "FusedLoraLinear": fused_lora, "FusedBnbLora": fused_bnb_lora, "BottleneckLayer": bottleneck,
+    "BitFitLayer": bitfit,
     "KasaLinear": lambda: paired(deftcore.KasaFactoredConfig), "BaLoraLinear": lambda: paired(deftcore.BaLoraConfig),
 }  # fmt: skip
 

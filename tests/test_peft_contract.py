@@ -17,6 +17,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from deftcore.methods.ba_lora.config import BaLoraConfig
 from deftcore.methods.kasa.config import KasaFactoredConfig
+from deftcore.methods.lora.bitfit import BitFitConfig
 from deftcore.methods.lora.bottleneck import BottleneckConfig
 from deftcore.methods.mamba.lora import MambaLoraConfig
 from deftcore.methods.s2ft.config import S2ftConfig
@@ -42,6 +43,7 @@ MAMBA = {"r": 2, "init_lora_weights": False}
 CASES = {
     "bottleneck": Case(BottleneckConfig, "llama", {"reduction_factor": 4}, merges=False),
     "parallel": Case(BottleneckConfig, "opt", {"reduction_factor": 4, "parallel": True}, merges=False),
+    "bitfit": Case(BitFitConfig, "opt"),
     "s2ft": Case(S2ftConfig, "llama", {"channel_ratio": 0.2, "targets": ["o", "down"]}, several=False, layers=False),
     "s2ft split": Case(
         S2ftConfig, "llama", {"channel_ratio": 0.2, "targets": ["o", "down"], "storage": "split"},

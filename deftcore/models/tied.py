@@ -18,7 +18,8 @@ def tuned_ties(model: Any) -> list[nn.Module]:
         weight = module._parameters.get("weight")
         if weight is not None:
             owners.setdefault(id(weight), []).append((name, module))
-    tuned = [m.get_base_layer() for m in model.modules() if hasattr(m, "get_base_layer") and hasattr(m, "merge")]
+    layers: Any = [m for m in model.modules() if hasattr(m, "get_base_layer") and hasattr(m, "merge")]
+    tuned = [m.get_base_layer() for m in layers if not getattr(m, "bias_alone", False)]
     ends = _embeddings(model)
     found: list[nn.Module] = []
     for layer in tuned:

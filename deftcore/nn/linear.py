@@ -116,6 +116,14 @@ def shape_of(layer: Any) -> tuple[int, int]:
     return (columns, rows) if is_transposed(layer) else (rows, columns)
 
 
+def dtype_of(layer: Any) -> torch.dtype:
+    """The dtype of a layer's weight; of what was quantised, where the weight is packed bytes."""
+    if layer.weight.is_floating_point():
+        return layer.weight.dtype
+    packed = getattr(layer, "quantized", None) or getattr(layer.weight, "quant_state", None)
+    return getattr(packed, "dtype", torch.float32)
+
+
 class Linear4bit(PackedModule, nn.Linear):
     """y = x W^T + bias with a packed, frozen W; files are those of bitsandbytes' layer of the same name.
 

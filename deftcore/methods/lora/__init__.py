@@ -5,11 +5,13 @@
 - QLoRA: Dettmers, Pagnoni, Holtzman, Zettlemoyer, *QLoRA: Efficient Finetuning of Quantized LLMs*, arXiv 2305.14314.
 - Bottleneck adapters: Pfeiffer et al., *AdapterFusion*, arXiv 2005.00052; the parallel form: Chen et al.,
   *AdaptFormer*, arXiv 2205.13535.
+- BitFit: Ben Zaken, Goldberg, Ravfogel, *BitFit*, arXiv 2106.10199.
 - Prompt tuning: Lester, Al-Rfou, Constant, arXiv 2104.08691. Prefix tuning: Li, Liang, arXiv 2101.00190. Both are
   PEFT's, as they are.
 
 PEFT wraps, saves, loads and merges. deftcore changes how the wrapped layers compute, in place and back
-(`patch`, `unpatch`), keeps the frozen weights in 4 bits, and adds the one config that PEFT lacks, `BottleneckConfig`.
+(`patch`, `unpatch`), keeps the frozen weights in 4 bits, and adds two configs that PEFT lacks, `BottleneckConfig` and
+`BitFitConfig`.
 
 ## Equations
 
@@ -17,6 +19,7 @@ PEFT wraps, saves, loads and merges. deftcore changes how the wrapped layers com
 LoRA        y = x W^T + b + s (drop(x) A^T) B^T        W [M, K] frozen, A [R, K], B [M, R], s = alpha / R
 QLoRA       W = code[nibble] scale[block]              NF4 or FP4, blocks of 64; scales in 8 bits (double quantisation)
 bottleneck  y = MLP(x) + s up(f(down(MLP(x))))         parallel, as AdaptFormer: ... + s up(f(down(x)))
+BitFit      y = f(x; W, b')                            b' starts at b, or at 0 where a linear layer has none
 backward    dB = s dy^T (x A^T),  dA = s (dy B)^T x,  dx = dy W + s (dy B) A;  none for W
 ```
 
@@ -43,7 +46,8 @@ print(merged.deftcore_merge["model.layers.0.mlp.up_proj"])  # what the merge los
 
 From files straight into 4 bits, tensor by tensor: `deftcore.load_quantized(folder)`. `patch` also takes the layers of
 models that Transformers loaded with bitsandbytes. `BottleneckConfig(reduction_factor=16)` goes to `get_peft_model`
-like any config of PEFT's. Recipes: `lora`, `qlora`, `bottleneck`, `prompt`, `prefix`, and `full` without any adapter.
+like any config of PEFT's, and so does `BitFitConfig()`. Recipes: `lora`, `qlora`, `bottleneck`, `bitfit`, `prompt`,
+`prefix`, and `full` without any adapter.
 
 ## Where things are
 
@@ -56,6 +60,7 @@ like any config of PEFT's. Recipes: `lora`, `qlora`, `bottleneck`, `prompt`, `pr
 | bitsandbytes' layers | `bitsandbytes.py` |
 | `merge` over 4-bit bases | `merging.py` |
 | bottleneck adapters: config, layer, model | `bottleneck.py` |
+| BitFit: config, layer, model | `bitfit.py` |
 | what recipes get | `method.py` |
 | 4-bit layers, `quantize` | `deftcore/nn/linear.py`, `deftcore/nn/quantization.py` |
 | loading into 4 bits | `deftcore/models/quantized_files.py` |
@@ -72,13 +77,17 @@ like any config of PEFT's. Recipes: `lora`, `qlora`, `bottleneck`, `prompt`, `pr
 - Merging into 4 bits rounds most of a small update away; `deftcore_merge` says how much. `to="16bit"`, or exporting
   with the adapter unmerged, keeps it.
 - Bottleneck adapters are not linear and cannot be merged.
+- BitFit trains parameters called `bias` of modules without children, of any kind: linear layers, norms, convolutions.
+  A merge writes them into the module and is exact; for a bias that a linear layer lacked, up to one rounding.
 """
 
 from deftcore.methods.lora import method  # noqa: F401  registers what the room gives to recipes
+from deftcore.methods.lora.bitfit import BitFitConfig, BitFitModel
 from deftcore.methods.lora.bottleneck import BottleneckConfig, BottleneckModel
 from deftcore.methods.lora.patch import register_replacements
 from deftcore.training.adapters import register_with_peft
 
+register_with_peft("BITFIT", BitFitConfig, BitFitModel)
 register_with_peft("BOTTLENECK", BottleneckConfig, BottleneckModel)
 register_replacements("PEFT LoRA", "deftcore.methods.lora.layer", ["peft"])
 register_replacements("bitsandbytes 4-bit layer", "deftcore.methods.lora.bitsandbytes", ["bitsandbytes"])

@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from deftcore.models.families import FAMILIES, MLP_FORMS, check_part
-from deftcore.nn.linear import is_transposed, shape_of
+from deftcore.nn.linear import dtype_of, is_transposed, shape_of
 from deftcore.training.adapters import GathersShards, MethodName
 
 _NON_LINEARITIES = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -102,7 +102,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         width = shape_of(reference)[0]
         size = r or config.r or max(width // config.reduction_factor, 1)
         options: dict[str, Any] = {
-            "bias": config.bottleneck_bias, "device": reference.weight.device, "dtype": _dtype_of(reference)
+            "bias": config.bottleneck_bias, "device": reference.weight.device, "dtype": dtype_of(reference)
         }  # fmt: skip
         self.configs[adapter_name] = config
         up, down = nn.Linear(size, width, **options), nn.Linear(width, size, **options)
@@ -247,11 +247,3 @@ def _output_projection(module: nn.Module) -> Any:
     if isinstance(module, nn.Linear) or is_transposed(module):
         return module
     raise ValueError(f"target_modules: {type(module).__name__} is neither a linear layer nor an MLP module")
-
-
-def _dtype_of(linear: Any) -> torch.dtype:
-    """The dtype of a layer's weight; of what was quantised, where the weight is packed bytes."""
-    if linear.weight.is_floating_point():
-        return linear.weight.dtype
-    packed = getattr(linear, "quantized", None) or getattr(linear.weight, "quant_state", None)
-    return getattr(packed, "dtype", torch.float32)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import peft
 from pydantic import Field
 
+from deftcore.methods.lora.bitfit import BitFitConfig
 from deftcore.methods.lora.bottleneck import BottleneckConfig
 from deftcore.methods.lora.patch import concerns, patch
 from deftcore.training.fields import Count, Share
@@ -65,6 +66,15 @@ register(
         part="MLP",
         config=BottleneckConfig,
         export="keep",
+    )
+)
+register(
+    Method(
+        name="bitfit",
+        summary="Biases alone, those that are there or new ones.",
+        paper="arXiv 2106.10199",
+        needs="biases, or names of linear layers to get one (new_biases)",
+        config=BitFitConfig,
     )
 )
 register(
