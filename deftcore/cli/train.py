@@ -31,10 +31,11 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, device: str, a
     if int(os.environ.get("RANK", "0")) > 0:
         return
     value = result.to_dict()
-    shown = {k: v for k, v in value.items() if isinstance(v, int | float) and k != "best_step"}
+    shown = {k: v for k, v in value.items() if isinstance(v, int | float) and k not in ("best_step", "best_metric")}
     lines = [f"{k}: {v:.6g}" for k, v in shown.items()]
     folder = Path(loaded.output)
     if result.best_step is not None:
-        best = f"step {result.best_step}, loss {result.best_eval_loss:.4g}"
+        by = f"{loaded.training.best_by} {result.best_metric:.4g}, " if result.best_metric is not None else ""
+        best = f"step {result.best_step}, {by}loss {result.best_eval_loss:.4g}"
         lines.append(f"best checkpoint at {folder / 'best'} ({best})")
     show(as_json, value, [*lines, f"final: {folder / 'final'}"])

@@ -55,6 +55,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     seed: Seed = 0
     eval_every: Whole = 0  # steps; 0: at the end only
+    best_by: Text = ""  # the task's metric whose highest value is best; "": the lowest loss
     save_every: Whole = 0  # steps; 0: no checkpoints to resume from
     log_every: Count = 10
     logger: Loggers = field(default_factory=lambda: ["jsonl"])  # a name or a list; log.jsonl is always written

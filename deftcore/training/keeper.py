@@ -13,7 +13,7 @@ from deftcore._files import replacing_folder
 from deftcore.nn.sharding import is_sharded, whole
 from deftcore.training.objective import Objective
 from deftcore.training.result import TrainResult
-from deftcore.training.run_folder import RunFolder, load_parameters, save_parameters
+from deftcore.training.run_folder import EVALUATION, RunFolder, load_parameters, save_parameters
 
 
 class Keeper:
@@ -57,6 +57,16 @@ class Keeper:
         elif self.save_model is not None and any(map(is_sharded, self.model.parameters())):
             with tempfile.TemporaryDirectory() as unused:  # all gather shards, one writes what counts
                 self.save_model(self.model, Path(unused))
+        self.accelerator.wait_for_everyone()
+
+    def report(self, write: Callable[[Path], None]) -> None:
+        """Has what there is to see of the last evaluation written into its folder."""
+        if self.accelerator.is_main_process:
+            with replacing_folder(self.folder.path / EVALUATION) as folder:
+                write(folder)
+        else:
+            with tempfile.TemporaryDirectory() as unused:
+                write(Path(unused))
         self.accelerator.wait_for_everyone()
 
     def finish(self, result: TrainResult) -> None:

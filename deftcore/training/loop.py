@@ -27,6 +27,7 @@ from transformers import get_scheduler
 from deftcore.nn.preparation import checkpoint_activations
 from deftcore.training import sizes
 from deftcore.training.config import TrainingConfig
+from deftcore.training.evaluation import Evaluated, check_best_by, evaluate, measure
 from deftcore.training.identity import dependences
 from deftcore.training.keeper import Keeper
 from deftcore.training.objective import Objective, listed, numbers, spare_from_decay
@@ -73,7 +74,8 @@ def train(
 
     `output` receives run.json (what the run depends on), log.jsonl, checkpoints/ (the newest two), at the end
     result.json and trained/ (the trained parameters), and, with `save_model`, final/ and best/ (lowest validation
-    loss). Everything is written under a temporary name and renamed.
+    loss, or highest metric of the name `config.best_by`); evaluation/ holds what the task has to show of the last
+    evaluation. Everything is written under a temporary name and renamed.
 
     A second call with the same `output` continues the run from its newest checkpoint, exactly; after the run's end it
     loads the trained parameters, says that the run has finished, and returns its result. It must be the same run: the
@@ -99,7 +101,8 @@ def train(
 
     Raises:
         ValueError: no examples, an example without labels, validation without any, fewer of either than processes, no
-            trainable parameter, objectives of one name; `output` holds another run (naming what differs, old and new).
+            trainable parameter, objectives of one name, the best by a metric that the task does not have, or without
+            validation; `output` holds another run (naming what differs, old and new).
         Diverged: a step's loss is infinite or NaN.
     """
     if not examples:
@@ -165,9 +168,10 @@ class _Run:
         where: dict[str, Any] = {
             "process": accelerator.process_index, "processes": accelerator.num_processes, "device": accelerator.device,
         }  # fmt: skip
-        size = config.batch_size
-        self.batches = Batches(examples, size, task.collate, config.seed, **where)
-        self.validation = Batches(validation, size, task.collate, shuffle=False, **where) if validation else None
+        check_best_by(config, task, validation)
+        of_task = {"batch_size": config.batch_size, "collate": task.collate, "draw": task.draw, **where}
+        self.batches = Batches(examples, seed=config.seed, **of_task)
+        self.validation = Batches(validation, shuffle=False, **of_task) if validation else None
         silent = [i for i, example in enumerate(examples) if not task.predicts(example)]
         if silent:  # the mean loss of a batch of them is NaN
             raise ValueError(
@@ -277,14 +281,18 @@ class _Run:
                         break
             evaluated = self._evaluate_and_keep()
         self.keeper.save("final")
+        if self.validation is not None and evaluated is not None and evaluated.counts is not None:
+            examples, counts = self.validation.examples, evaluated.counts
+            self.keeper.report(lambda folder: self.task.report(self.plain_model, examples, counts, folder))
         result = TrainResult(
             steps=state.step,
             train_loss=state.train_loss,
-            eval_loss=evaluated,
+            eval_loss=None if evaluated is None else evaluated.loss,
             best_eval_loss=None if math.isinf(state.best) else state.best,
             seconds=time.perf_counter() - start,
             best_step=state.best_step or None,
-            measured=self._measure(),
+            best_metric=None if math.isinf(state.best_metric) else state.best_metric,
+            measured=measure(self.objectives, self.accelerator) if evaluated is None else evaluated.shown(),
         )
         self.keeper.finish(result)
         return result
@@ -333,52 +341,30 @@ class _Run:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         of_objectives = {f"{each.measure}_loss": value for each, value in zip(objectives, extra, strict=True)}
-        return {"loss": loss, "learning_rate": rate, **of_objectives, **numbers(self._measure())}
+        return {
+            "loss": loss,
+            "learning_rate": rate,
+            **of_objectives,
+            **numbers(measure(self.objectives, self.accelerator)),
+        }
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _measure(self) -> dict[str, Any]:
-        """What the objectives measured since their last reset, over all processes; every one of them must ask."""
-        device, reduce = self.accelerator.device, self.accelerator.reduce
-        found: dict[str, Any] = {}
-        for objective in self.objectives:
-            found |= objective.summary(objective.report(reduce=lambda x: reduce(x.to(device), "sum")))
-        return found
-
     # ------------------------------------------------------------------ evaluation
 
-    @torch.no_grad()
-    def _evaluate(self) -> float | None:
-        """The loss over the validation examples; None where there are none."""
+    def _evaluate_and_keep(self) -> Evaluated | None:
+        """None where there is nothing to evaluate on."""
         if self.validation is None:
             return None
-        self.model.eval()
-        for objective in self.objectives:
-            objective.reset()
-        total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
-        for batch in self.validation.epoch(0):
-            with self.accelerator.autocast():
-                output = self.task.output(self.model, batch)
-            for objective in self.objectives:
-                objective.observe(batch, output)
-            count = self.task.predictions(batch)
-            total += torch.tensor(
-                [float(output.loss) * count if count else 0.0, count], dtype=torch.float64, device=total.device
-            )
-        self.model.train()
-        loss_sum, count = self.accelerator.reduce(total, "sum").tolist()
-        return loss_sum / max(count, 1)
-
-    def _evaluate_and_keep(self) -> float | None:
-        state, loss = self.state, self._evaluate()
-        if loss is not None:
-            found = {f"eval_{name}": value for name, value in numbers(self._measure()).items()}
-            self._log({"step": state.step, "eval_loss": loss, **found})
-            if loss < state.best:
-                state.best, state.best_step = loss, state.step
-                self.keeper.save("best")
-        return loss
+        state, by = self.state, self.config.best_by
+        found = evaluate(self.model, self.validation, self.task, self.objectives, self.accelerator)
+        self._log({"step": state.step, **found.logged()})
+        metric = found.metrics.get(by, -math.inf)  # one that is not defined is none to be best by
+        if metric > state.best_metric if by else found.loss < state.best:
+            state.best, state.best_metric, state.best_step = found.loss, metric, state.step
+            self.keeper.save("best")
+        return found
 
     def _log(self, entry: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:

@@ -67,8 +67,8 @@ def draw_maps(
         from matplotlib.colors import ListedColormap
         from matplotlib.patches import Patch
 
-        table = colormaps["tab10" if count <= 10 else "tab20"].colors
-        colours = [table[i % len(table)] for i in range(max(count, 1))]
+        table = colormaps["tab10" if count <= 10 else "tab20"]
+        colours = table(np.arange(max(count, 1)) % table.N)
         palette = ListedColormap(colours).with_extremes(bad=_UNKNOWN)
         for i, (name, value) in enumerate(arrays.items()):
             axes = figure.add_subplot(1, len(arrays), i + 1)

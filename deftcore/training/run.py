@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deftcore.models.preflight import check_quantize
 from deftcore.training.device import choose_device
+from deftcore.training.evaluation import check_best_by
 from deftcore.training.fields import DataFile, OptionalFile, OutputFolder, mistakes
 from deftcore.training.identity import digest_tensors, options_of, settings_and_data
 from deftcore.training.loop import TrainResult, train
@@ -51,6 +52,7 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     task = kind.of_model(recipe.model, empty)
     examples = task.read(data.train, data)
     validation = task.read(data.validation, data) if data.validation else None
+    check_best_by(training, task, validation)
     task.check(empty, [*examples, *(validation or [])])
 
     set_seed(training.seed)  # adapters start from the recipe's seed
@@ -72,7 +74,7 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
 
     def batches(share: float, at_least: int) -> Iterable[Mapping[str, Tensor]]:
         few = examples[: max(int(len(examples) * share), at_least)]
-        return Batches(few, training.batch_size, task.collate, shuffle=False, device=device).epoch(0)
+        return Batches(few, training.batch_size, task.collate, shuffle=False, draw=task.draw, device=device).epoch(0)
 
     def phase(model: Any, name: str, changes: Mapping[str, Any], **options: Any) -> TrainResult:
         nonlocal resume

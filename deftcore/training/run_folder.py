@@ -30,9 +30,9 @@ from deftcore.training.result import TrainResult
 _log = logging.getLogger(__name__)
 _KEEP_CHECKPOINTS = 2
 _RUN, _RESULT, _LOG, _CHECKPOINTS = "run.json", "result.json", "log.jsonl", "checkpoints"
-_LATER = ("run_format", "task")  # which the first run folders did not have
+_LATER = ("run_format", "task", "training.best_by")  # which the first run folders did not have
 _MODELS = ("best", "final", "trained")
-_TRACKED = "tensorboard"
+_TRACKED, EVALUATION = "tensorboard", "evaluation"
 _PHASE = "phase"  # what makes a phase another run than the one it is a phase of
 _PARAMETERS = "trainable.safetensors"
 _WAYS = "train anew with --restart (resume=False), or choose another output"
@@ -72,7 +72,7 @@ class RunFolder:
         Raises:
             ValueError: the name is not one for a folder, or that of something else in a run's folder.
         """
-        taken = (_RUN, _RESULT, _LOG, _CHECKPOINTS, _TRACKED, *_MODELS)
+        taken = (_RUN, _RESULT, _LOG, _CHECKPOINTS, _TRACKED, EVALUATION, *_MODELS)
         if Path(name).name != name or name[:1] in ("", ".") or name in taken:
             raise ValueError(f"name: must be one for a folder beside {', '.join(_MODELS)} ..., got {name!r}")
         return RunFolder(self.path / name, {**self.depends_on, _PHASE: name})
@@ -129,7 +129,7 @@ class RunFolder:
         """Forgets the run: its checkpoints, results and log would otherwise be taken for the next one's."""
         for name in (_RUN, _RESULT, _LOG):
             (self.path / name).unlink(missing_ok=True)
-        for name in (_CHECKPOINTS, *_MODELS, _TRACKED):
+        for name in (_CHECKPOINTS, *_MODELS, _TRACKED, EVALUATION):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def clear_all(self) -> None:

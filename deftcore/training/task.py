@@ -20,12 +20,14 @@ Batch = dict[str, Tensor]
 class Task:
     """One kind of data. The loop asks for batches, outputs and counts; a recipe also has it read files and models.
 
-    A task gives at least `name`, `load_model`, `read`, `collate` and `predictions`.
+    A task gives at least `name`, `load_model`, `read`, `collate` and `predictions`; one with metrics gives
+    `metric_names`, `counts` and `metrics` too.
     """
 
     name: ClassVar[str]  # what `task:` of a recipe says
     summary: ClassVar[str] = ""  # one line for `deftcore methods`
     config: ClassVar[type[DataConfig]] = DataConfig  # of the recipe's section `data:`
+    metric_names: Sequence[str] = ()  # what `metrics` gives
 
     # ------------------------------------------------------------------ files, for recipes
 
@@ -74,6 +76,16 @@ class Task:
 
     # ------------------------------------------------------------------ the loop
 
+    def draw(self, example: Any, generator: torch.Generator, training: bool) -> Any:
+        """The example as the model sees it: augmented, with what is drawn at random.
+
+        Args:
+            generator: depends on the seed, the epoch and the example's index alone; in an evaluation on the index
+                alone. Whatever is drawn from another source makes a run that goes on another one.
+            training: whether the model learns from it, or is evaluated on it.
+        """
+        return example
+
     def collate(self, examples: Sequence[Any]) -> Batch:
         """The batch of examples, on the CPU."""
         raise NotImplementedError
@@ -89,6 +101,24 @@ class Task:
     def predicts(self, example: Any) -> bool:
         """Whether an example has anything to predict."""
         return True
+
+    # ------------------------------------------------------------------ metrics, over validation examples
+
+    def counts(self, batch: Batch, output: Any) -> Tensor:
+        """What the metrics are made of, for one batch of an evaluation: sums over batches and processes must be the
+        same thing for all of them. Of classes, `ConfusionCounts(...).add(labels, predictions).counts`."""
+        raise NotImplementedError
+
+    def metrics(self, counts: Tensor) -> dict[str, float]:
+        """A number for each of `metric_names`, the higher the better, from the sum of `counts`; NaN where it is not
+        defined."""
+        raise NotImplementedError
+
+    def report(self, model: Any, examples: Sequence[Any], counts: Tensor, folder: Path) -> None:
+        """Writes what is to be seen of a run's last evaluation, pictures for one, into a new folder. Every process is
+        asked, the first one's files count."""
+
+    # ------------------------------------------------------------------ which data it was
 
     def digest(self, examples: Sequence[Any]) -> str:
         """Their number, and a short hash of all that they hold: numbers, arrays or tensors by name."""
@@ -108,7 +138,8 @@ def described(examples: Sequence[Any], digest: str) -> str:
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches of examples in an order that depends on (seed, epoch) alone, so that any step can be returned to.
+    """Batches of examples in an order that depends on (seed, epoch) alone, so that any step can be returned to; so does
+    what `draw` makes of an example, on (seed, epoch, index).
 
     With several processes each takes its share of every batch; a last batch with fewer examples than processes is left
     out. Shares may differ by one example.
@@ -118,7 +149,8 @@ class Batches:
     batch_size: int  # per process
     collate: Callable[[Sequence[Any]], Batch]
     seed: int = 0
-    shuffle: bool = True
+    shuffle: bool = True  # they are to learn from
+    draw: Callable[[Any, torch.Generator, bool], Any] | None = None  # `Task.draw`; None: examples are as they are
     process: int = 0
     processes: int = 1
     device: torch.device | str = "cpu"
@@ -137,11 +169,23 @@ class Batches:
         """Batches `start`... of one epoch, on the device."""
         order = list(range(len(self.examples)))
         if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(order), generator=generator).tolist()
+            order = torch.randperm(len(order), generator=self._generator(epoch)).tolist()
         step = self.batch_size * self.processes
         for index in range(start, len(self)):
             batch = order[index * step : (index + 1) * step]
             first, last = (len(batch) * p // self.processes for p in (self.process, self.process + 1))
-            collated = self.collate([self.examples[i] for i in batch[first:last]])
+            collated = self.collate([self._drawn(i, epoch) for i in batch[first:last]])
             yield {name: value.to(self.device) for name, value in collated.items()}
+
+    def _drawn(self, index: int, epoch: int) -> Any:
+        example = self.examples[index]
+        if self.draw is None:
+            return example
+        place = (epoch, index) if self.shuffle else (0, index)
+        return self.draw(example, self._generator(*place), self.shuffle)
+
+    def _generator(self, *place: int) -> torch.Generator:
+        found = self.seed
+        for each in place:
+            found = found * 1_000_003 + each
+        return torch.Generator().manual_seed(found % 2**63)
