@@ -413,6 +413,34 @@ def clouds(tmp_path, monkeypatch):
     return lambda name, *more: load_recipe(tmp_path / "r.yaml", [f"output={tmp_path / name}", *more])
 
 
+def test_a_task_prepares_the_model_and_holds_out(clouds, tmp_path):
+    """Before the method wraps it, without weights and with them; what is held out need not be a file."""
+    seen = []
+
+    class Prepared(CloudTask):
+        name = "prepared"
+
+        def prepare(self, model, config):
+            seen.append((next(model.parameters()).device.type, config.scale))
+            with torch.no_grad():
+                model.encoder.bias.fill_(7.0)
+            return model
+
+        def read(self, path, config):
+            return super().read(path, config)[:-3]
+
+        def held_out(self, config):
+            return super().read(config.train, config)[-3:]
+
+    register(Prepared)
+    assert train_recipe(clouds("run", "task=prepared", "data.validation=")).eval_loss is not None
+    assert seen == [("meta", 0.5), ("cpu", 0.5)]
+    assert load_file(tmp_path / "run" / "final" / "w.safetensors")["encoder.bias"].sub(7).abs().max() < 2
+    depends_on = json.loads((tmp_path / "run" / "run.json").read_text())["depends_on"]
+    assert depends_on["data.train"].startswith("9 examples")
+    assert depends_on["data.validation"].startswith("3 examples")
+
+
 def test_data_that_is_no_text_in_two_phases(clouds, tmp_path, stopping):
     """An interrupted main run finds its first phase done, and ends where the whole one ends."""
     result = train_recipe(clouds("whole"))

@@ -46,12 +46,12 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     empty = kind.empty_model(recipe.model)
     if quantize:
         check_quantize(empty, recipe.quantize.skip)
+    task = kind.of_model(recipe.model, empty)
+    empty = task.prepare(empty, data)
     check_adapter(empty, method, recipe.adapter)
     for section, fields in sections.items():
         section.make(empty, fields)
-    task = kind.of_model(recipe.model, empty)
-    examples = task.read(data.train, data)
-    validation = task.read(data.validation, data) if data.validation else None
+    examples, validation = task.read(data.train, data), task.held_out(data)
     check_best_by(training, task, validation)
     task.check(empty, [*examples, *(validation or [])])
 
@@ -59,7 +59,7 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     options: dict[str, Any] = _dtype(recipe, method.float32, getattr(empty, "config", None))
     if quantize:
         options["quantize"] = quantize
-    base = kind.load_model(recipe.model, **options)
+    base = task.prepare(kind.load_model(recipe.model, **options), data)
     config = make_config(method, base, recipe.adapter)
     depends_on = {
         "method": recipe.method,

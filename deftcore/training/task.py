@@ -67,6 +67,19 @@ class Task:
         """
         raise NotImplementedError
 
+    def held_out(self, config: Any) -> list[Any] | None:
+        """The examples to validate on, after `read` gave those to train on; None where there are none."""
+        return self.read(config.validation, config) if config.validation else None
+
+    def prepare(self, model: Any, config: Any) -> Any:
+        """The model as the data need it, before a method wraps it: with an output for other classes, for example.
+        Called for the empty model before data is read, and for the loaded one afterwards.
+
+        Raises:
+            ValueError: naming what of `data` does not fit.
+        """
+        return model
+
     def check(self, model: Any, examples: Sequence[Any]) -> None:
         """Raises ValueError for examples that the (empty) model cannot take."""
 
