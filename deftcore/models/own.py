@@ -139,7 +139,7 @@ class OwnModel(nn.Module):
     def _set_recompute(self, options: dict[str, Any] | None) -> None:
         for module in self.modules():
             if hasattr(module, "recompute"):
-                module.recompute = options
+                vars(module)["recompute"] = options
 
 
 def read_config(folder: str | os.PathLike, kind: type[Config]) -> Config:

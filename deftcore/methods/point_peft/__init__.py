@@ -30,6 +30,8 @@ model(torch.randn(2, 128, 3), labels=torch.tensor([0, 4])).loss.backward()
 |---|---|
 | the backbone, its blocks, the patches of a cloud | `backbone.py`, `blocks.py`, `patches.py` |
 | the classifier | `classifier.py` |
+| masked pre-training | `pretraining.py` |
+| published checkpoints | `checkpoints.py`, `deftcore/models/published.py` |
 | folders of models | `deftcore/models/own.py` |
 
 ## Costs and limits

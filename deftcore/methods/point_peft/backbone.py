@@ -26,6 +26,7 @@ class PointConfig(OwnConfig):
         patch_points: S a patch.
         mlp_ratio: hidden width of the blocks' MLPs over C.
         drop_path: stochastic depth's rate in the last block, rising linearly from 0 in the first.
+        encoder_width: of the patch encoder's tokens, which a layer then brings to C (Point-BERT: 256); None: C at once.
         skip_near_origin: points with a squared norm of at most 1e-3 are no centres, as where published checkpoints were
             trained.
 
@@ -40,10 +41,13 @@ class PointConfig(OwnConfig):
     patch_points: int = 32
     mlp_ratio: float = 4.0
     drop_path: float = 0.1
+    encoder_width: int | None = None
     skip_near_origin: bool = False
 
     def __post_init__(self) -> None:
         check_counts(self, "width", "depth", "heads", "patches", "patch_points")
+        if self.encoder_width is not None:
+            check_counts(self, "encoder_width")
         check_rates(self, "drop_path")
         if self.width % self.heads:
             raise ValueError(f"heads: must divide the width {self.width}, got {self.heads}")
@@ -79,11 +83,17 @@ def check_rates(config: Any, *names: str) -> None:
 
 class BatchNorm(nn.BatchNorm1d):
     """BatchNorm over rows [..., C], as ever where its weight trains. Frozen it is frozen whole: it applies its running
-    statistics and leaves them as they are, whatever the mode of the model around it."""
+    statistics and leaves them as they are, whatever the mode of the model around it.
+
+    Raises:
+        ValueError: in training one row alone, which has no spread.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         if self.weight.requires_grad or not self.training:
+            if self.training and rows.shape[0] == 1:
+                raise ValueError("points: BatchNorm trains on the spread of a batch, and this one has a single cloud")
             return super().forward(rows).view_as(x)
         fixed = batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         return fixed.view_as(x)
@@ -125,13 +135,14 @@ class PointTransformer(OwnModel):
 
     def __init__(self, config: PointConfig) -> None:
         super().__init__(config)
-        self.encoder = PatchEncoder(config.width)
+        self.encoder = PatchEncoder(config.encoder_width or config.width)
+        self.reduce = nn.Linear(config.encoder_width, config.width) if config.encoder_width else nn.Identity()
         self.position = position_mlp(config.width)
         self.class_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.class_position = nn.Parameter(torch.empty(1, 1, config.width))
         self.blocks = BlockStack(config.depth, config.width, config.heads, config.hidden, config.drop_path)
         self.norm = nn.LayerNorm(config.width)
-        start_small(self)
+        start_small(*self.children(), self.class_token, self.class_position)
 
     def group(self, points: Tensor) -> Patches:
         """The patches of clouds [B, N, 3].
@@ -145,7 +156,8 @@ class PointTransformer(OwnModel):
     def embed(self, patches: Patches) -> tuple[Tensor, Tensor]:
         """Tokens and positions of the patches alone, each [B, G, C]."""
         dtype = self.class_token.dtype  # coordinates stay float32 up to here
-        return self.encoder(patches.neighbourhoods.to(dtype)), self.position(patches.centres.to(dtype))
+        x = self.reduce(self.encoder(patches.neighbourhoods.to(dtype)))
+        return x, self.position(patches.centres.to(dtype))
 
     def forward(self, points: Tensor) -> Tensor:
         """Normalised tokens [B, 1 + G, C] of clouds [B, N, 3]."""
@@ -169,12 +181,14 @@ def position_mlp(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, _POSITION_WIDTH), nn.GELU(), nn.Linear(_POSITION_WIDTH, width))
 
 
-def start_small(model: nn.Module) -> None:
-    """Weights of linear layers and a module's own tokens from a truncated normal of spread 0.02, biases zero."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=_STD)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for token in model.parameters(recurse=False):
-        nn.init.trunc_normal_(token, std=_STD)
+def start_small(*parts: nn.Module | nn.Parameter) -> None:
+    """Tokens, and the weights of linear layers, from a truncated normal of spread 0.02; the layers' biases zero."""
+    for part in parts:
+        if isinstance(part, nn.Parameter):
+            nn.init.trunc_normal_(part, std=_STD)
+            continue
+        for layer in part.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=_STD)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)

@@ -21,6 +21,11 @@ class Patches(NamedTuple):
     members: Tensor
     neighbourhoods: Tensor
 
+    def chosen(self, numbers: Tensor) -> "Patches":
+        """Some of each cloud's patches, by their numbers [B, K] int64."""
+        clouds = torch.arange(numbers.shape[0], device=numbers.device).unsqueeze(1)
+        return Patches(self.points, *(each[clouds, numbers] for each in self[1:]))
+
 
 def cut_patches(points: Tensor, patches: int, size: int, *, skip_near_origin: bool = False) -> Patches:
     """Centres by farthest point sampling from point 0, patches by nearest neighbours; coordinates in float32 at least.
