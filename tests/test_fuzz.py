@@ -10,6 +10,7 @@ import dataclasses
 import os
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -291,6 +292,68 @@ def mask_units(d: Draw) -> Call:
         "activation": d.random.choice((None, None, *ACTIVATIONS)),
     }  # fmt: skip
     return Call(_masked, arguments, ("x", "mask"))
+
+
+def _cloud(d: Draw, batch: int, points: int) -> Tensor:
+    """On a grid that every dtype has: distances are exact, and many are equal."""
+    return d.tensor(batch, points, 3, scale=3.0).round_()
+
+
+@case("farthest_point_sample")
+def farthest_point_sample(d: Draw) -> Call:
+    batch, points = d.size(4), d.size(150, 1)
+    lengths = d.maybe(lambda: torch.randint(1, points + 1, (batch,), generator=d.generator))
+    arguments = {
+        "points": _cloud(d, batch, points), "samples": d.size(40, 1),
+        "start": points // 2 if lengths is None else 0, "lengths": lengths, "repeat": True, "skip_near_origin": d.chance(0.3),
+    }  # fmt: skip
+    return Call(ops.farthest_point_sample, arguments)
+
+
+def _found(run: Callable[..., tuple[Tensor, Tensor]], **arguments: Any) -> list[Tensor]:
+    """Indices, and distances or the mask; a slot without a neighbour has no finite distance."""
+    indices, other = run(**arguments)
+    return [indices, other.int() if other.dtype == torch.bool else other.clamp(max=1e4)]
+
+
+@case("knn")
+def knn(d: Draw) -> Call:
+    batch, points = d.size(4), d.size(150, 1)
+    lengths = d.maybe(lambda: torch.randint(1, points + 1, (batch,), generator=d.generator))
+    arguments = {
+        "points": _cloud(d, batch, points), "queries": _cloud(d, batch, d.size(30)), "k": d.size(40, 1),
+        "lengths": lengths,
+    }  # fmt: skip
+    return Call(partial(_found, ops.knn), arguments, ("points", "queries"))
+
+
+@case("ball_query")
+def ball_query(d: Draw) -> Call:
+    call = knn(d)
+    arguments = call.arguments | {"radius": d.random.choice((0.5, 1.0, 2.0, 40.0))}
+    return Call(partial(_found, ops.ball_query), arguments)
+
+
+@case("gather_points", "gather_points_grad")
+def gather_points(d: Draw) -> Call:
+    batch, points, width = d.size(4), d.size(60, 1), d.size(140)
+    shape = (batch, *(d.size(20) for _ in range(d.random.randint(1, 2))))
+    arguments = {
+        "features": d.tensor(batch, points, width),
+        "indices": torch.randint(0, points, shape, generator=d.generator),
+        "weights": d.maybe(lambda: d.tensor(*shape, dtype=torch.float32)),
+    }
+    return Call(ops.gather_points, arguments, ("features", "weights"))
+
+
+@case("knn", "gather_points")
+def interpolate(d: Draw) -> Call:
+    batch, points = d.size(4), d.size(30, 1)
+    arguments = {
+        "centres": _cloud(d, batch, points), "queries": _cloud(d, batch, d.size(30)),
+        "values": d.tensor(batch, points, d.size(140)), "k": d.maybe(lambda: d.size(40, 1)),
+    }  # fmt: skip
+    return Call(ops.interpolate, arguments, ("values",))
 
 
 def _sparse(d: Draw, run: Callable[..., Any], arguments: dict[str, Any], grads: tuple[str, ...]) -> Call:

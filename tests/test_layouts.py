@@ -69,6 +69,13 @@ def calls(dtype):
     mask = torch.randn(17, requires_grad=True)
     yield lambda x: ops.mask_units(x, mask), [r(2, 3, 17)], True
     yield lambda z: ops.mask_units(z.detach(), mask, 2, z=z, activation="silu"), [r(3, 34)], True
+    p, indices = r(2, 9, 3), torch.randint(0, 9, (2, 4, 3))
+    yield lambda p: ops.farthest_point_sample(p, 4), [p], False
+    yield lambda p, q: ops.knn(p, q, 4)[1], [p, r(2, 5, 3)], True
+    yield lambda p, q: ops.ball_query(p, q, 4, 1.0), [p, r(2, 5, 3)], False
+    yield lambda x: ops.gather_points(x, indices), [r(2, 9, 7)], True
+    wide = torch.promote_types(dtype, torch.float32)
+    yield lambda x, w: ops.gather_points(x, indices, w.to(wide)), [r(2, 9, 7), r(2, 4, 3)], True
     if dtype != torch.float64:
         yield lambda w: ops.quantize_4bit(w).packed, [r(7, 33)], False
     yield lambda: ops.dequantize_4bit(q, dtype), [], False

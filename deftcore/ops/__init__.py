@@ -9,6 +9,9 @@ from deftcore.ops.kernels import cuda_enabled
 from deftcore.ops.logits import LogitPenalties, logit_penalties, mean_entropy
 from deftcore.ops.lora import lora_linear
 from deftcore.ops.masks import mask_units
+from deftcore.ops.neighbours import ball_query, farthest_point_sample, knn
+from deftcore.ops.neighbours_gather import gather_points
+from deftcore.ops.neighbours_interpolate import Interpolation, interpolate
 from deftcore.ops.partial_linear import partial_linear
 from deftcore.ops.quant4 import dequantize_4bit, linear_4bit, quantize_4bit
 from deftcore.ops.quantized import QuantizedTensor
@@ -31,6 +34,7 @@ from deftcore.ops.subspace import minor_subspace
 
 __all__ = [
     "DeltaBank",
+    "Interpolation",
     "LogitPenalties",
     "LoraPair",
     "LowRankDelta",
@@ -38,6 +42,7 @@ __all__ = [
     "QuantizedTensor",
     "SliceDelta",
     "act_density",
+    "ball_query",
     "bundle_rows",
     "causal_conv1d",
     "causal_conv1d_update",
@@ -46,8 +51,12 @@ __all__ = [
     "cuda_enabled",
     "density",
     "dequantize_4bit",
+    "farthest_point_sample",
     "gated_linear",
+    "gather_points",
     "grouped_delta_linear",
+    "interpolate",
+    "knn",
     "linear_4bit",
     "logit_penalties",
     "lora_linear",
