@@ -305,7 +305,8 @@ def farthest_point_sample(d: Draw) -> Call:
     lengths = d.maybe(lambda: torch.randint(1, points + 1, (batch,), generator=d.generator))
     arguments = {
         "points": _cloud(d, batch, points), "samples": d.size(40, 1),
-        "start": points // 2 if lengths is None else 0, "lengths": lengths, "repeat": True, "skip_near_origin": d.chance(0.3),
+        "start": points // 2 if lengths is None else 0, "lengths": lengths, "repeat": True,
+        "skip_near_origin": d.chance(0.3),
     }  # fmt: skip
     return Call(ops.farthest_point_sample, arguments)
 
