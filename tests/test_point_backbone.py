@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy, linear
+from transformers import Trainer, TrainingArguments
 
 from deftcore.methods.point_peft import blocks
 from deftcore.methods.point_peft.backbone import PatchEncoder, PointConfig, PointTransformer
@@ -216,7 +217,9 @@ def test_recomputed_activations(monkeypatch):
     model, runs = classifier(drop_path=0.4), []
     monkeypatch.setattr(blocks.Attention, "forward", counted(blocks.Attention.forward, runs))
     grads = []
-    for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+    with pytest.raises(ValueError, match="every_n_layers, offload: must be 1 and False, got 2 and False"):
+        model.activation_checkpointing_enable(every_n_layers=2)
+    for enable in (model.activation_checkpointing_disable, model.gradient_checkpointing_enable):
         enable()
         model.zero_grad()
         torch.manual_seed(3)
@@ -298,6 +301,24 @@ def test_a_new_head_on_a_backbone():
     assert model(clouds()).logits.shape == (2, 7)
     assert model.config.backbone == backbone.config
     assert model.head[0].out_features == 10
+
+
+def test_the_trainer_of_transformers(tmp_path):
+    """Steps with recomputed activations, an evaluation, a picture of the config for TensorBoard, and a resume."""
+    data = [{"points": cloud, "labels": i % 5} for i, cloud in enumerate(clouds(8))]
+    tuned = get_peft_model(classifier(), LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["head"]))
+    now = "activation_checkpointing" in TrainingArguments.__dataclass_fields__  # since Transformers 5.23
+    recomputing = {f"{'activation' if now else 'gradient'}_checkpointing": True}
+    for steps in (2, 3):
+        args = TrainingArguments(
+            str(tmp_path), max_steps=steps, save_steps=2, per_device_train_batch_size=4, report_to=["tensorboard"],
+            use_cpu=True, disable_tqdm=True, **recomputing,
+        )  # fmt: skip
+        trainer = Trainer(model=tuned, args=args, train_dataset=data, eval_dataset=data)
+        trainer.train(resume_from_checkpoint=steps == 3)
+        assert trainer.state.global_step == steps
+        assert trainer.evaluate()["eval_loss"] > 0
+    assert tuned.get_base_model().backbone.blocks.recompute == {"use_reentrant": False}
 
 
 def test_lora_through_peft(tmp_path):

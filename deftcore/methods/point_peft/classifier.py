@@ -12,7 +12,7 @@ from deftcore.methods.point_peft.backbone import BatchNorm, PointConfig, PointTr
 from deftcore.models.own import OwnModel
 
 
-@dataclass(frozen=True)
+@dataclass
 class PointClassifierConfig(PointConfig):
     """Sizes of a backbone and of the head on it.
 
