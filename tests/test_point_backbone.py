@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy, linear
 from transformers import Trainer, TrainingArguments
 
@@ -92,6 +93,15 @@ def test_patches_of_a_cloud():
     assert torch.equal(chosen.neighbourhoods[0], patches.neighbourhoods[0, [3, 1]])
 
 
+def test_centres_near_the_origin():
+    points = clouds() + 2
+    points[:, 9] = 0.0  # far from all others
+    model = classifier().backbone
+    assert (model.group(points).centres == 0).all(-1).any(1).all()
+    model.config.skip_near_origin = True
+    assert (model.group(points).centres != 0).all()
+
+
 def test_clouds_do_not_see_each_other():
     model, points = classifier().eval(), clouds(3)
     before = model(points).logits
@@ -118,6 +128,18 @@ def test_drop_path():
     assert abs(dropped.mean() - 1) < 0.05
     assert drop.eval()(x) is x
     assert drop.train()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_gradients_are_those_of_finite_differences():
+    model = classifier(depth=1).double().eval()
+    names = ["backbone.class_token", "backbone.position.2.bias", "backbone.encoder.token.2.bias", "head.0.bias"]
+    start = [model.get_parameter(name).detach().clone().requires_grad_() for name in names]
+
+    def loss(*parameters):
+        options = {"labels": torch.tensor([0, 3])}
+        return functional_call(model, dict(zip(names, parameters, strict=True)), clouds().double(), options).loss
+
+    assert torch.autograd.gradcheck(loss, start, fast_mode=True)
 
 
 # ---------------------------------------------------------------------------- inputs that hurt
@@ -160,6 +182,8 @@ def test_one_cloud_alone_cannot_train_a_head():
         (torch.ones(40, 3), r"points: must be \[B, N, 3\], got shape \(40, 3\)"),
         (torch.ones(2, 40, 4), r"points: must be \[B, N, 3\], got shape \(2, 40, 4\)"),
         (torch.ones(2, 7, 3), "points: 8 patches of 4 points need as many in a cloud, got 7"),
+        (torch.full((2, 40, 3), torch.nan), "points: must be finite"),
+        (torch.full((2, 40, 3), -torch.inf, dtype=torch.float64), "points: must be finite"),
     ],
 )
 def test_points_that_it_does_not_take(points, told):
@@ -264,7 +288,7 @@ def test_low_precision_trains():
 
 def test_compiled():
     """Whole, without a break in the graph; in training, with its statistics."""
-    model = classifier(drop_path=0.0, head_dropout=0.0)
+    model = classifier(depth=1, drop_path=0.0, head_dropout=0.0)
     results = []
     for each in (copy.deepcopy(model), torch.compile(model, backend="aot_eager", fullgraph=True)):
         made = each(clouds(), labels=torch.tensor([0, 1]))
