@@ -42,9 +42,19 @@ def export(
     """Merge an adapter and write a folder for sparse inference.
 
     MODEL is a Transformers folder or hub id, OUTPUT a new folder, which `deftcore generate` and
-    `deftcore.load_sparse` open.
+    `deftcore.load_sparse` open. Of models of other tasks, as points, the adapter is merged and nothing else.
     """
     hush()
+    from deftcore.training.registry import task_of
+
+    if (task := task_of(model)) is not None:
+        from deftcore.training.exporting import export_own
+
+        for name, value in (("skip", skip), ("merge", merge), ("quantize", quantize), ("lora", lora)):
+            if value:
+                raise ValueError(f"{name}: is not for a model of {task.name}, got {value!r}")
+        show(as_json, export_own(model, output, adapter), [f"{output}: adapter merged"])
+        return
     if lora:
         from deftcore.methods.lora import exporting
 

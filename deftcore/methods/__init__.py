@@ -14,6 +14,7 @@ from deftcore.methods import (  # noqa: F401  each makes itself known
     lora,
     mamba,
     natural_galore,
+    point_peft,
     s2ft,
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ A folder is read strictly, every tensor by name and shape, or refused; nothing i
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -26,10 +26,9 @@ Config = TypeVar("Config", bound="OwnConfig")
 Model = TypeVar("Model", bound="OwnModel")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class OwnConfig:
-    """What a model of ours is built from: a dataclass of JSON's kinds of values, checked in `__post_init__`. It may be
-    given attributes beside its fields, as Transformers' Trainer does; they are not kept."""
+    """What a model of ours is built from: a frozen dataclass of JSON's kinds of values, checked in `__post_init__`."""
 
     model_type: ClassVar[str]  # what config.json says of the kind
 
@@ -66,7 +65,7 @@ class OwnModel(nn.Module):
     """A module of ours that folders can hold. A class of such says its config's, and is built from one.
 
     >>> import tempfile
-    >>> @dataclasses.dataclass
+    >>> @dataclasses.dataclass(frozen=True)
     ... class LineConfig(OwnConfig):
     ...     model_type = "line"
     ...     features: int = 2
@@ -123,37 +122,19 @@ class OwnModel(nn.Module):
             save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, partial)
         write_json(Path(folder) / CONFIG_FILE, self.config.to_dict())
 
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """From now on training computes activations again in the backward; by Transformers' name for it.
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """From now on training computes activations again in the backward, by Transformers' name for it.
 
         What a model does it for, a stack of blocks say, has an attribute `recompute`: None, or these options.
 
         Args:
-            activation_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`; None: not reentrant.
-
-        Raises:
-            ValueError: for what Transformers' models can beyond that.
+            gradient_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`; None: not reentrant.
         """
-        if every_n_layers != 1 or offload:
-            raise ValueError(f"every_n_layers, offload: must be 1 and False, got {every_n_layers} and {offload}")
-        self._set_recompute(activation_checkpointing_kwargs or {"use_reentrant": False})
-
-    def activation_checkpointing_disable(self) -> None:
-        """Keeps activations again."""
-        self._set_recompute(None)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """`activation_checkpointing_enable`, by the name before Transformers 5.23."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+        self._set_recompute(gradient_checkpointing_kwargs or {"use_reentrant": False})
 
     def gradient_checkpointing_disable(self) -> None:
-        """`activation_checkpointing_disable`, by the name before Transformers 5.23."""
-        self.activation_checkpointing_disable()
+        """Keeps activations again."""
+        self._set_recompute(None)
 
     def _set_recompute(self, options: dict[str, Any] | None) -> None:
         for module in self.modules():
@@ -168,6 +149,31 @@ def read_config(folder: str | os.PathLike, kind: type[Config]) -> Config:
         FileNotFoundError: there is none.
         ValueError: naming the file, when it is damaged or of another kind of model.
     """
+    values = _config_values(folder)
+    try:
+        return kind.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"model: {Path(folder) / CONFIG_FILE}: {error}") from error
+
+
+def load_own(folder: str | os.PathLike, kinds: Sequence[type[OwnModel]], **options: Any) -> Any:
+    """The model in a folder, of whichever of these kinds its config says.
+
+    Args:
+        options: of `OwnModel.from_pretrained`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `OwnModel.from_pretrained`; it is of none of these kinds.
+    """
+    found = _config_values(folder).get("model_type")
+    types = {kind.config_class.model_type: kind for kind in kinds}
+    if found not in types:
+        file = Path(folder) / CONFIG_FILE
+        raise ValueError(f"model: {file}: model_type must be {' or '.join(types)}, got {found!r}")
+    return types[found].from_pretrained(folder, **options)
+
+
+def _config_values(folder: str | os.PathLike) -> dict[str, Any]:
     file = Path(folder) / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"model: {folder} is no folder of a model, it has no {CONFIG_FILE}")
@@ -175,9 +181,9 @@ def read_config(folder: str | os.PathLike, kind: type[Config]) -> Config:
         values = json.loads(file.read_text())
         if not isinstance(values, dict):
             raise ValueError("no JSON object")
-        return kind.from_dict(values)
     except ValueError as error:  # JSON's own among them
         raise ValueError(f"model: {file}: {error}") from error
+    return values
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], source: str | os.PathLike) -> None:

@@ -54,6 +54,12 @@ def _existing_file(path: str) -> str:
     return path
 
 
+def _existing(path: str) -> str:
+    if not Path(path).exists():
+        raise Mistakes([f": no such file or folder: {path}"])
+    return path
+
+
 def _adapter_folder(path: str) -> str:
     name = "adapter_config.json"
     if path and not (Path(path) / name).is_file():
@@ -82,8 +88,8 @@ def _writable(path: str) -> str:
 
 Text = Annotated[str, BeforeValidator(_text)]
 Needed = Annotated[Text, Field(min_length=1)]
-OptionalFile = Annotated[Text, AfterValidator(_existing_file)]
 DataFile = Annotated[Needed, AfterValidator(_existing_file)]
+DataPlace = Annotated[Needed, AfterValidator(_existing)]  # a file or a folder
 AdapterFolder = Annotated[Text, AfterValidator(_adapter_folder)]  # or nothing
 OutputFolder = Annotated[Needed, AfterValidator(_writable)]  # it, or its nearest existing parent, is one
 NewFolder = Annotated[OutputFolder, AfterValidator(_empty)]

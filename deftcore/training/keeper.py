@@ -106,6 +106,9 @@ class Keeper:
 
     def _trainable(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        for name, module in self.model.named_modules():  # a BatchNorm's statistics learn in its forward
+            if getattr(module, "track_running_stats", False):
+                state |= {f"{name}.{own}": value for own, value in module.named_buffers(recurse=False)}
         for i, objective in enumerate(self.objectives):
             prefix = f"objective{i or ''}"
             state |= {f"{prefix}.{name}": value for name, value in objective.state_dict(keep_vars=True).items()}

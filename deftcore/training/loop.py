@@ -170,7 +170,9 @@ class _Run:
         }  # fmt: skip
         check_best_by(config, task, validation)
         of_task = {"batch_size": config.batch_size, "collate": task.collate, "draw": task.draw, **where}
-        self.batches = Batches(examples, seed=config.seed, **of_task)
+        if config.batch_size < task.smallest:
+            raise ValueError(f"training.batch_size: must be at least {task.smallest}, got {config.batch_size}")
+        self.batches = Batches(examples, seed=config.seed, smallest=task.smallest, **of_task)
         self.validation = Batches(validation, shuffle=False, **of_task) if validation else None
         silent = [i for i, example in enumerate(examples) if not task.predicts(example)]
         if silent:  # the mean loss of a batch of them is NaN
@@ -187,7 +189,7 @@ class _Run:
                 raise ValueError(f"{name}: {count} are too few for {accelerator.num_processes} processes")
             if batches.left_out and accelerator.is_main_process:
                 _log.warning(
-                    "%s: the last %d of an epoch's %d are left out, fewer than the %d processes",
+                    "%s: the last %d of an epoch's %d are left out, too few for a batch of %d processes",
                     name, batches.left_out, len(batches.examples), accelerator.num_processes,
                 )  # fmt: skip
         self.per_epoch = math.ceil(len(self.batches) / config.gradient_accumulation_steps)

@@ -5,12 +5,15 @@ A package adds a room of its own by an entry point of the group `deftcore.method
 module registers its records. deftcore's own rooms are known without being installed.
 """
 
+import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Literal
 
 import peft
@@ -187,6 +190,15 @@ def all_tasks() -> list[type[Task]]:
     """Every kind of data that a recipe can name."""
     load_rooms()
     return list(_TASKS.values())
+
+
+def task_of(folder: str | os.PathLike) -> type[Task] | None:
+    """The task whose own models the model in a folder is one of; None for one of Transformers', or none."""
+    try:
+        found = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None  # who loads the model says what is wrong
+    return next((each for each in all_tasks() if found in each.model_types), None)
 
 
 def uses() -> dict[str, Part]:

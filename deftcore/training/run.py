@@ -14,7 +14,7 @@ from torch import Tensor
 from deftcore.models.preflight import check_quantize
 from deftcore.training.device import choose_device
 from deftcore.training.evaluation import check_best_by
-from deftcore.training.fields import DataFile, OptionalFile, OutputFolder, mistakes
+from deftcore.training.fields import OutputFolder, mistakes
 from deftcore.training.identity import digest_tensors, options_of, settings_and_data
 from deftcore.training.loop import TrainResult, train
 from deftcore.training.options import make_config
@@ -34,12 +34,12 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     """
     recipe = complete(recipe)
     device, training, data = choose_device(recipe.device), recipe.training, recipe.data
-    found = mistakes("output", OutputFolder, recipe.output) + mistakes("data.train", DataFile, data.train)
-    found += mistakes("data.validation", OptionalFile, data.validation)
-    if found:
-        raise ValueError("; ".join(found))
     method = find(recipe.method)
     kind = next((each for each in all_tasks() if each.name == recipe.task), method.task)
+    found = mistakes("output", OutputFolder, recipe.output) + mistakes("data.train", kind.source, data.train)
+    found += mistakes("data.validation", kind.source, data.validation) if data.validation else []
+    if found:
+        raise ValueError("; ".join(found))
     quantize = asdict(recipe.quantize) if method.quantized else None
     sections = {section: getattr(recipe, section.name) for section in all_sections()}
 

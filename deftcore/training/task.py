@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deftcore.training.config import DataConfig
+from deftcore.training.fields import DataFile
 from deftcore.training.saving import save_trained
 
 Example = Mapping[str, Any]
@@ -27,6 +28,9 @@ class Task:
     name: ClassVar[str]  # what `task:` of a recipe says
     summary: ClassVar[str] = ""  # one line for `deftcore methods`
     config: ClassVar[type[DataConfig]] = DataConfig  # of the recipe's section `data:`
+    model_types: ClassVar[Sequence[str]] = ()  # of config.json, of models that are not Transformers'
+    source: ClassVar[Any] = DataFile  # the type of `data.train` and `data.validation`; another is DataPlace
+    smallest: ClassVar[int] = 1  # examples that a batch must have to learn from: 2 under BatchNorm
     metric_names: Sequence[str] = ()  # what `metrics` gives
 
     # ------------------------------------------------------------------ files, for recipes
@@ -49,6 +53,15 @@ class Task:
                 bases.
         """
         raise NotImplementedError
+
+    @classmethod
+    def base_of(cls, path: str | os.PathLike, trained: str | os.PathLike) -> Any:
+        """The model that an adapter in the folder `trained`, which `save` wrote, goes on.
+
+        Args:
+            path: what the run was given as `model`.
+        """
+        return cls.load_model(path)
 
     @classmethod
     def of_model(cls, path: str | os.PathLike, model: Any) -> "Task":
@@ -154,8 +167,8 @@ class Batches:
     """Batches of examples in an order that depends on (seed, epoch) alone, so that any step can be returned to; so does
     what `draw` makes of an example, on (seed, epoch, index).
 
-    With several processes each takes its share of every batch; a last batch with fewer examples than processes is left
-    out. Shares may differ by one example.
+    With several processes each takes its share of every batch; a last batch in which a process would have fewer
+    examples than `smallest` is left out. Shares may differ by one example.
     """
 
     examples: Sequence[Any]
@@ -167,6 +180,7 @@ class Batches:
     process: int = 0
     processes: int = 1
     device: torch.device | str = "cpu"
+    smallest: int = 1
 
     def __len__(self) -> int:
         step = self.batch_size * self.processes
@@ -176,7 +190,7 @@ class Batches:
     def left_out(self) -> int:
         """Examples of an epoch that are in no batch."""
         rest = len(self.examples) % (self.batch_size * self.processes)
-        return rest if rest < self.processes else 0
+        return rest if rest < self.processes * self.smallest else 0
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches `start`... of one epoch, on the device."""

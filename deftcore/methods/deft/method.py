@@ -4,9 +4,10 @@ import logging
 from typing import Annotated, Any
 
 from pydantic.dataclasses import dataclass
+from transformers import PreTrainedModel
 
 from deftcore.methods.deft.objective import DensityLoss
-from deftcore.models.blocks import find_mlp_blocks
+from deftcore.models.blocks import base_of, find_mlp_blocks
 from deftcore.models.families import is_mamba
 from deftcore.ops.density import SURROGATES
 from deftcore.training.fields import OPTIONS, NonNegative, Positive, Text, one_of
@@ -47,7 +48,8 @@ def _make(model: Any, config: DeftConfig) -> DensityLoss | None:
     except ValueError as error:
         if config.enabled:
             raise ValueError(f"deft: {error}") from error
-        logger.warning("no density is reported: %s", error)
+        if isinstance(base_of(model), PreTrainedModel):
+            logger.warning("no density is reported: %s", error)
         return None
     return DensityLoss(
         model,

@@ -32,9 +32,20 @@ model(torch.randn(2, 128, 3), labels=torch.tensor([0, 4])).loss.backward()
 | the classifier | `classifier.py` |
 | masked pre-training | `pretraining.py` |
 | published checkpoints | `checkpoints.py`, `deftcore/models/published.py` |
+| sets of clouds: formats, what is in a set | `formats.py`, `data.py` |
+| what a model sees of a cloud | `augment.py` |
+| tasks: classes, pre-training | `task.py`, `pretraining_task.py` |
+| where a classifier looks | `attention.py` |
 | folders of models | `deftcore/models/own.py` |
 
 ## Costs and limits
 
 - Clouds of a batch have the same number of points.
 """
+
+from deftcore.methods.point_peft.pretraining_task import PointPretrainingTask
+from deftcore.methods.point_peft.task import PointTask
+from deftcore.training.registry import register
+
+register(PointTask)
+register(PointPretrainingTask)

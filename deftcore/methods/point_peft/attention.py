@@ -1,0 +1,42 @@
+"""Where a classifier looks: the attention of its class token, laid on the points of a cloud."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deftcore import ops
+from deftcore.methods.point_peft.backbone import PointTransformer
+from deftcore.methods.point_peft.blocks import Attention
+
+
+@torch.no_grad()
+def attention_to_points(model: nn.Module, cloud: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention that the class token of the last block pays to each point's patch, [N], and the logits [classes].
+
+    Means over heads; a point's patch is the one whose centre is nearest. Of adapted models too.
+
+    Args:
+        model: with a `PointTransformer` in it; its mode is left as it was.
+        cloud: [N, 3].
+
+    Raises:
+        ValueError: there is no such backbone in it.
+    """
+    backbone = next((each for each in model.modules() if isinstance(each, PointTransformer)), None)
+    if backbone is None:
+        raise ValueError(f"model: must hold a PointTransformer, got {type(model).__name__}")
+    last: Any = [each for each in backbone.modules() if isinstance(each, Attention)][-1]
+    seen: list[Tensor] = []
+    handle = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    training = model.training
+    try:
+        logits = model.eval()(points=cloud.unsqueeze(0)).logits[0]
+    finally:
+        handle.remove()
+        model.train(training)
+    query, key, _ = last.split(seen[-1])
+    weights = torch.softmax(query[:, :, :1] @ key.transpose(-1, -2) / query.shape[-1] ** 0.5, -1).mean(1)[0, 0]
+    centres = backbone.group(cloud.unsqueeze(0)).centres
+    nearest, _ = ops.knn(centres, cloud.unsqueeze(0).to(centres.dtype), 1)
+    return weights[-centres.shape[1] :][nearest[0, :, 0]], logits

@@ -1,0 +1,225 @@
+"""Sets of clouds, with or without classes, as they lie on disk: in one file of arrays, or a file for each cloud."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from deftcore import ops
+from deftcore.methods.point_peft.formats import ARRAYS, CLOUDS, checked_cloud, read_arrays, read_cloud
+
+_PARTS = {"train": "train", "test": "test", "val": "test", "validation": "test"}  # folders, and `split` of arrays
+_TOGETHER = 64  # clouds that are sampled at a time
+_SLOW = 200  # clouds whose reading shows its progress
+
+
+@dataclass(frozen=True)
+class CloudSet:
+    """Clouds that belong together.
+
+    Args:
+        points: [N, 3] of each, as stored.
+        labels: of each, below the number of classes; None: nothing is known of them.
+        classes: names.
+        places: where each is from, for messages.
+    """
+
+    points: Sequence[np.ndarray]
+    labels: Sequence[int] | None
+    classes: Sequence[str]
+    places: Sequence[str]
+
+
+def class_names(path: str | os.PathLike) -> list[str]:
+    """The classes of a set, without its points; none where the set has no labels.
+
+    Raises:
+        ValueError, FileNotFoundError: as `read_clouds`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _classes_of([_placed(path, file)[1] for file in _files(path)], path)
+    return _of_arrays(path)[1] if path.suffix.lower() in ARRAYS else []
+
+
+def has_test(path: str | os.PathLike) -> bool:
+    """Whether a set is divided into a part to train on and one to test on."""
+    path = Path(path)
+    if path.is_dir():
+        return any(_placed(path, file)[0] == "test" for file in _files(path))
+    return path.suffix.lower() in ARRAYS and _is_test(read_arrays(path), path) is not None
+
+
+def read_clouds(path: str | os.PathLike, part: str = "train", *, surface: int = 4096) -> CloudSet:
+    """A set of clouds:
+
+    - a folder of files (.npy, .txt, .xyz, .pts, .off, .ply, .obj, .stl), a cloud each, in folders of their classes;
+      folders `train` and `test` above or below those divide the set, as ModelNet40's;
+    - .npz or .h5 with `points` [M, N, 3], and `labels` [M], names of `classes`, and `is_test` [M] or `split` [M], the
+      words train and test, where there are such;
+    - .npy [M, N, 3], clouds without classes.
+
+    Args:
+        part: "train" or "test", of a set that is divided; one that is not is read whole.
+        surface: points on a mesh.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: naming file and array, or the cloud: other shapes, no points, points that are not finite, labels
+            outside the classes, nothing in that part.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"data: no such file: {path}")
+    if path.is_dir():
+        found = _read_folder(path, part, surface)
+    elif path.suffix.lower() in ARRAYS:
+        found = _read_file(path, part)
+    elif path.suffix.lower() == ".npy":
+        found = _read_file(path, part, read_array_of_clouds(path))
+    else:
+        raise ValueError(f"data: {path} must be a folder, or end in {', '.join((*ARRAYS, '.npy'))}")
+    if not found.points:
+        raise ValueError(f"data: {path} has no clouds to {part} on")
+    return found
+
+
+def read_array_of_clouds(path: Path) -> dict[str, np.ndarray]:
+    """A .npy file as arrays.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        return {"points": np.load(path, allow_pickle=False)}
+    except ValueError as error:
+        raise ValueError(f"data: {path} cannot be read: {error}") from error
+
+
+# ---------------------------------------------------------------------------- folders
+
+
+def _files(folder: Path) -> list[Path]:
+    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in CLOUDS and file.is_file())
+    if not found:
+        raise ValueError(f"data: {folder} holds no file that ends in {', '.join(CLOUDS)}")
+    return found
+
+
+def _placed(folder: Path, file: Path) -> tuple[str, str]:
+    """The part of a set that a file is in and its class, "" for none."""
+    above = [name for name in file.relative_to(folder).parts[:-1]]
+    parts = [_PARTS[name.lower()] for name in above if name.lower() in _PARTS]
+    classes = [name for name in above if name.lower() not in _PARTS]
+    return (parts[0] if parts else ""), (classes[0] if classes else "")
+
+
+def _classes_of(names: list[str], folder: Path) -> list[str]:
+    found = sorted(set(names))
+    if "" in found and len(found) > 1:
+        raise ValueError(
+            f"data: {folder} holds clouds in folders of their classes ({found[1]}, ...), and others in none"
+        )
+    return [] if found == [""] else found
+
+
+def _read_folder(folder: Path, part: str, surface: int) -> CloudSet:
+    files = _files(folder)
+    placed = [_placed(folder, file) for file in files]
+    divided = any(where for where, _ in placed)
+    if divided and not all(where for where, _ in placed):
+        stray = next(file for file, (where, _) in zip(files, placed, strict=True) if not where)
+        raise ValueError(f"data: {folder} is divided into train and test, but {stray} is in neither")
+    classes = _classes_of([name for _, name in placed], folder)
+    chosen = [(f, name) for f, (where, name) in zip(files, placed, strict=True) if not divided or where == part]
+    points = [read_cloud(file, surface) for file, _ in _shown(chosen, f"reading {folder}")]
+    labels = [classes.index(name) for _, name in chosen] if classes else None
+    return CloudSet(points, labels, classes, [str(file) for file, _ in chosen])
+
+
+# ---------------------------------------------------------------------------- arrays
+
+
+def _read_file(path: Path, part: str, arrays: dict[str, np.ndarray] | None = None) -> CloudSet:
+    arrays, classes = (arrays, []) if arrays else _of_arrays(path)
+    points, labels = arrays["points"], arrays.get("labels")
+    if points.ndim != 3 or points.shape[2] != 3 or points.dtype.kind not in "fiu":
+        raise ValueError(f"data: {path}: `points` must be numbers [M, N, 3], got {points.dtype} {list(points.shape)}")
+    test = _is_test(arrays, path)
+    rows = range(len(points)) if test is None else np.flatnonzero(test == (part == "test")).tolist()
+    places = [f"{path}, cloud {row}" for row in rows]
+    clouds = [checked_cloud(points[row], place) for row, place in zip(rows, places, strict=True)]
+    return CloudSet(clouds, None if labels is None else labels.reshape(-1)[list(rows)].tolist(), classes, places)
+
+
+def _of_arrays(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """A file's arrays, and the names of its classes; its labels are sound."""
+    arrays = read_arrays(path)
+    if "labels" not in arrays:
+        return arrays, []
+    labels = _one_each(arrays, "labels", path)
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"data: {path}: `labels` must be whole numbers, got {labels.dtype}")
+    names = arrays.get("classes")
+    count = len(names) if names is not None else int(labels.max(initial=-1)) + 1
+    wrong = (labels < 0) | (labels >= count)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(f"data: {path}: `labels` must be from 0 to {count - 1}, got {labels[row]} for cloud {row}")
+    return arrays, [str(i) for i in range(count)] if names is None else [str(name) for name in names]
+
+
+def _is_test(arrays: dict[str, np.ndarray], path: Path) -> np.ndarray | None:
+    if "is_test" in arrays:
+        return _one_each(arrays, "is_test", path).astype(bool)
+    if "split" not in arrays:
+        return None
+    words = [str(word).lower() for word in _one_each(arrays, "split", path)]
+    strange = sorted(set(words) - _PARTS.keys())
+    if strange:
+        raise ValueError(f"data: {path}: `split` must be train or test, got {strange[0]!r}")
+    return np.array([_PARTS[word] == "test" for word in words])
+
+
+def _one_each(arrays: dict[str, np.ndarray], name: str, path: Path) -> np.ndarray:
+    values, clouds = arrays[name], len(arrays["points"])
+    if values.size != clouds:
+        raise ValueError(f"data: {path}: `{name}` must be [{clouds}], one of each cloud, got {list(values.shape)}")
+    return values.reshape(-1)
+
+
+# ---------------------------------------------------------------------------- made ready
+
+
+def unit_ball(points: np.ndarray) -> np.ndarray:
+    """A cloud about its mean, its farthest point at distance 1, float32; one whose points are all equal stays there."""
+    centred = points.astype(np.float64) - points.astype(np.float64).mean(0)
+    radius = np.sqrt(np.square(centred).sum(1).max())
+    return (centred / radius if radius > 0 else centred).astype(np.float32)
+
+
+def farthest_first(clouds: Sequence[np.ndarray], most: int) -> list[Tensor]:
+    """Of each cloud [N, 3] as many points as N, but `most` at the most, in the order of farthest point sampling: the
+    first n are those that sampling n would pick."""
+    found = []
+    starts = range(0, len(clouds), _TOGETHER)
+    for start in _shown(starts, "sampling points", len(clouds)):
+        tensors = [torch.as_tensor(cloud, dtype=torch.float32) for cloud in clouds[start : start + _TOGETHER]]
+        lengths = torch.tensor([len(each) for each in tensors])
+        padded = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+        order = ops.farthest_point_sample(padded, min(most, padded.shape[1]), lengths=lengths, repeat=True)
+        found += [each[order[i, : min(most, len(each))]] for i, each in enumerate(tensors)]
+    return found
+
+
+def _shown(items: Sequence[Any], what: str, clouds: int | None = None) -> Any:
+    """The items, with progress where there are many clouds; the first process shows it."""
+    quick = (len(items) if clouds is None else clouds) < _SLOW or int(os.environ.get("RANK", "0")) > 0
+    return track(items, what, console=Console(stderr=True), transient=True, disable=quick)
