@@ -12,6 +12,7 @@ LARGE = "4096x11008"
 def words(row):
     """What a row was measured on, in words."""
     found = [row["shape"].replace("x", " to ")] if "shape" in row else []
+    found += [f"{row['series']} series{', masked' if row['mask'] else ''}"] if "series" in row else []
     found += [f"{row['layers']} x {row['width']}"] if "layers" in row else []
     found += [row[name] for name in ("variant", "base", "activation") if name in row]
     found += [row["dtype"]]
@@ -149,6 +150,8 @@ TARGETS = [
     Target("a step of Light-PEFT's estimation, time over the same LoRA's step",
            "at most 1.1x", "light_peft", lambda r: r["estimation_over_lora"], most=1.1,
            fits=lambda r: r["variant"] == "adapters too", kinds=CPUS),  # it is the same for all of a model's rows
+    Target("TSViT, 60 frames of PASTIS's size, forward + backward, over the same module with attention written out",
+           "at least 1x", "tsvit", lambda r: r["ratio"], least=1.0),
     Target("BA-LoRA's penalties, forward + backward, over PyTorch's operations",
            "at least 2x", "logit_penalties", lambda r: r["ratio"], least=2.0, kinds=CPUS),
     Target("the same, memory beyond the logits, share of theirs",

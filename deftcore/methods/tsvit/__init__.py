@@ -26,13 +26,24 @@ Encoder   x <- x + Attn(LN x),  x <- x + W_2 gelu(W_1 LN x + b_1) + b_2,  a Laye
 import torch
 
 import deftcore
+from deftcore.methods.tsvit.adapting import adapt_classes
+from deftcore.methods.tsvit.losses import segmentation_loss
 
 model = deftcore.TSViT(num_classes=19, image_size=24, patch_size=2, channels=10, temporal_depth=1, spatial_depth=1)
 x, doy = torch.randn(1, 9, 10, 24, 24), torch.arange(15, 285, 30).unsqueeze(0)
 usable = torch.ones(1, 9, dtype=torch.bool)
 usable[0, 3] = False  # a cloud
 logits = model(x, doy, usable)  # [1, 19, 24, 24]
+
+adapt_classes(model, 1)  # wheat or not: a layer over the classes, 20 parameters
+labels = torch.randint(0, 2, (1, 24, 24))
+labels[:, :8] = -100  # nobody knows
+segmentation_loss(model(x, doy, usable), labels).backward()
 ```
+
+The authors' weights: `load_published("best.pth")` of `checkpoints.py`, and for pictures in their packed form
+`model(*unpack(packed, legacy_dates=True))`. A model that was trained on PASTIS as it is stored takes `band_mean` and
+`band_std` from `inputs.py`: `TSViT(..., band_mean=PASTIS_MEAN, band_std=PASTIS_STD)`.
 
 ## Where things are
 
@@ -40,13 +51,18 @@ logits = model(x, doy, usable)  # [1, 19, 24, 24]
 |---|---|
 | the model | `model.py`, `encoder.py`, `heads.py` |
 | days, masks, bands, the authors' packed form | `inputs.py` |
+| other classes: `head`, `token`, `extend` | `adapting.py` |
+| losses over labelled pixels | `losses.py` |
 | the authors' checkpoints | `checkpoints.py` |
 
 ## Costs and limits
 
-- Pictures are square and of the size that the model was made for.
+- Pictures are square and of the size that the model was made for; `resize_positions` makes it another.
 - Attention is `scaled_dot_product_attention`: no [heads, T, T] is kept. The last layer over dates computes the class
   tokens' rows alone.
+- Weights of the authors' code from before June 2026 have their pixels in scrambled order: `legacy_layout=True`, which
+  `load_published` sets, reads them as they were trained.
+- Day 366 has the row of day 365.
 - Without a mask padding takes part in attention, as where the authors' weights were trained.
 - The values of days are not looked at inside `torch.compile`.
 """

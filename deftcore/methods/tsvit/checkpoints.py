@@ -1,17 +1,15 @@
 """The authors' checkpoints of TSViT (github.com/michaeltrs/DeepSatModels), and of its wheat adaptation, by name."""
 
 import math
-import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deftcore.methods.tsvit.model import TSViT
 from deftcore.models.own import load_strictly
+from deftcore.models.published import Source, published_tensors, told
 
-_WRAPPED = "module."  # what torch.nn.DataParallel puts before every name
 _MIXER = "mlp_change.weight"
 _BATCHED = ("class_tokens.weight", "positions")  # theirs have a dimension more, of size 1
 # Ours and theirs of what is there once, of an encoder, and of its layers.
@@ -59,9 +57,7 @@ def published_name(name: str) -> str:
     return f"{_ENCODERS[encoder]}.layers.{number}.{_LAYER[part]}.{kind}"
 
 
-def load_published(
-    source: str | os.PathLike | Mapping[str, Tensor], *, heads: int = 4, legacy_layout: bool = True, **options: Any
-) -> TSViT:
+def load_published(source: Source, *, heads: int = 4, legacy_layout: bool = True, **options: Any) -> TSViT:
     """The TSViT in a checkpoint of the authors' code, or of its wheat adaptation: all tensors by name and value.
 
     Args:
@@ -72,13 +68,10 @@ def load_published(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the names of tensors that are missing, unexpected, or of a shape that does not go with the others.
+        ValueError: it is no file of tensors; the names of those that are missing, unexpected, or of a shape that does
+            not go with the others.
     """
-    if isinstance(source, Mapping):
-        state, where = source, "state"
-    else:
-        state, where = torch.load(source, map_location="cpu", weights_only=True), os.fspath(source)
-    theirs = {name.removeprefix(_WRAPPED): tensor for name, tensor in state.items()}
+    theirs, where = published_tensors(source), told(source)
     model = TSViT(**_sizes(theirs, heads, where), legacy_layout=legacy_layout, **options)
     names = {name: published_name(name) for name, _ in model.named_parameters()}
     _check_names(theirs, names.values(), where)
@@ -89,7 +82,7 @@ def load_published(
     return model.eval()
 
 
-def _sizes(theirs: Mapping[str, Tensor], heads: int, where: str) -> dict[str, int | None]:
+def _sizes(theirs: Mapping[str, Tensor], heads: int, where: str) -> dict[str, Any]:
     """The arguments of `TSViT` that a checkpoint's shapes tell."""
     named = {"tokens": "class_tokens.weight", "positions": "positions", "patch": "patch.weight",
              "pixels": "head.pixels.weight", "qkv": "temporal.layers.0.attention.qkv.weight",
@@ -114,12 +107,12 @@ def _sizes(theirs: Mapping[str, Tensor], heads: int, where: str) -> dict[str, in
 
 def _depth(theirs: Mapping[str, Tensor], encoder: str) -> int:
     start = f"{_ENCODERS[encoder]}.layers."
-    return len({name.removeprefix(start).partition(".")[0] for name in theirs if name.startswith(start)})
+    return max(1, len({name.removeprefix(start).partition(".")[0] for name in theirs if name.startswith(start)}))
 
 
 def _check_names(theirs: Mapping[str, Tensor], expected: Collection[str], where: str, *, others: bool = False) -> None:
     missing = [name for name in expected if name not in theirs]
     unexpected = [] if others else [name for name in theirs if name not in set(expected)]
-    told = [f"{what}: {', '.join(n)}" for what, n in (("missing", missing), ("unexpected", unexpected)) if n]
-    if told:
-        raise ValueError(f"source: {where} is no checkpoint of TSViT's: tensors {'; '.join(told)}")
+    wrong = [f"{what}: {', '.join(n)}" for what, n in (("missing", missing), ("unexpected", unexpected)) if n]
+    if wrong:
+        raise ValueError(f"source: {where} is no checkpoint of TSViT's: tensors {'; '.join(wrong)}")

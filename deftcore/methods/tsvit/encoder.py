@@ -1,6 +1,8 @@
 """The Transformer of TSViT: residual branches that begin with their LayerNorm, so that an adapter put on a branch
 reads what the branch reads."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -88,7 +90,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, dim_head, hidden) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
-        self.recompute = False  # layers' activations in the backward, in place of keeping them
+        self.recompute: dict[str, Any] | None = None  # options of `checkpoint`, where layers are to be computed again
 
     def forward(self, x: Tensor, mask: Tensor | None = None, keep: int | None = None) -> Tensor:
         """The first `keep` rows, [N, keep, d], for x [N, L, d] and mask [N, L]: the last layer is asked for no others.
@@ -97,8 +99,8 @@ class Encoder(nn.Module):
         """
         for number, layer in enumerate(self.layers, 1):
             queries = keep if number == len(self.layers) else None
-            if self.recompute and self.training:
-                x = checkpoint(layer, x, mask, queries, use_reentrant=False)
-            else:
+            if self.recompute is None or not self.training:
                 x = layer(x, mask, queries)
+            else:
+                x = checkpoint(layer, x, mask, queries, **self.recompute)
         return self.norm(x)

@@ -55,7 +55,7 @@ def check_series(x: Tensor, doy: Tensor, mask: Tensor | None) -> None:
 
     Raises:
         TypeError: x is neither floating nor integer, doy not integer, mask not bool.
-        ValueError: a shape, or a day, is none of these.
+        ValueError: a shape, a device or a day is none of these.
     """
     if x.ndim != 5 or x.shape[1] < 1:
         raise ValueError(f"x: must be [B, T, C, H, W] with at least one frame, got {list(x.shape)}")
@@ -67,8 +67,11 @@ def check_series(x: Tensor, doy: Tensor, mask: Tensor | None) -> None:
         raise ValueError(f"doy: must be {list(x.shape[:2])} (B, T of x), got {list(doy.shape)}")
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask: must be bool, True where a frame is usable, got {mask.dtype}")
+    for name, other in (("doy", doy), ("mask", mask)):
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name}: must be on {x.device} as x is, got {other.device}")
     if not torch.compiler.is_compiling():  # the values; a compiled graph does not stop to look at them
-        _check_days(x, doy, mask)
+        _check_days(x, doy.long(), mask)
 
 
 def _check_days(x: Tensor, doy: Tensor, mask: Tensor | None) -> None:

@@ -57,6 +57,9 @@ class TSViT(OwnModel):
     """
 
     config_class = TSViTConfig
+    config: TSViTConfig
+    band_mean: Tensor
+    band_std: Tensor
 
     def __init__(
         self,
@@ -139,6 +142,20 @@ class TSViT(OwnModel):
         """The space encoder's outputs [B, K, n^2, d], each class by itself, for the time encoder's [B, n^2, K, d]."""
         z = z.transpose(1, 2) + self.positions
         return self.spatial(z.flatten(0, 1)).view(z.shape)
+
+    def resize_positions(self, image_size: int) -> "TSViT":
+        """Makes the model one for pictures of another size, in place: its space positions, resized bicubically.
+
+        Raises:
+            ValueError: image_size is no multiple of the patch's side.
+        """
+        config = dataclasses.replace(self.config, image_size=image_size)
+        old, new = (each.image_size // each.patch_size for each in (self.config, config))
+        grid = self.positions.detach().t().unflatten(1, (old, old)).unsqueeze(0).float()
+        grid = F.interpolate(grid, size=(new, new), mode="bicubic").squeeze(0).flatten(1).t()
+        self.positions = nn.Parameter(grid.to(self.positions.dtype).contiguous(), self.positions.requires_grad)
+        self.config = config
+        return self
 
     def _check_sizes(self, x: Tensor, mask: Tensor | None) -> None:
         config, (batch, length, channels, height, width) = self.config, x.shape
