@@ -127,7 +127,15 @@ def test_from_a_backbone_of_its_own_to_a_merged_classifier(place, tmp_path, caps
     adapted = load_adapter(PointTask.base_of(base, tmp_path / "run" / "final"), tmp_path / "run" / "final").eval()
     plain = PointClassifier.from_pretrained(merged)
     torch.testing.assert_close(plain(cloud).logits, adapted(points=cloud).logits, rtol=1e-4, atol=1e-5)
-    assert json.loads((merged / "classes.json").read_text()) == sorted(SHAPES)
+    reader, same = PointTask.reader(merged), PointTask.reader(base, tmp_path / "run" / "final")
+    assert (reader.clouds.classes, reader.clouds.points) == (sorted(SHAPES), 64)
+    file = tmp_path / "shapes" / "rod" / "test" / "7.npy"
+    found = reader(file)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert sum(found.values()) == pytest.approx(1)
+    assert found == pytest.approx(same(np.load(file)), rel=1e-3)
+    with pytest.raises(ValueError, match="does not say which classes it tells"):
+        PointTask.reader(base)
     paths = [f"model={merged}", f"data.train={tmp_path / 'shapes'}", f"output={tmp_path / 'again'}"]
     assert main(["train", "recipes/point-peft.yaml", *paths, "method=full", "adapter={}", *short]) == 0
 

@@ -35,6 +35,7 @@ model(torch.randn(2, 128, 3), labels=torch.tensor([0, 4])).loss.backward()
 | sets of clouds: formats, what is in a set | `formats.py`, `data.py` |
 | what a model sees of a cloud | `augment.py` |
 | tasks: classes, pre-training | `task.py`, `pretraining_task.py` |
+| what a cloud is, by a trained classifier | `predicting.py` |
 | where a classifier looks | `attention.py` |
 | folders of models | `deftcore/models/own.py` |
 

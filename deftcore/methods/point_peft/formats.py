@@ -11,6 +11,7 @@ import numpy as np
 ARRAYS = (".npz", ".h5", ".hdf5")  # many clouds, and what is known of them
 TEXT = (".txt", ".xyz", ".pts")
 MESHES = (".off", ".ply", ".obj", ".stl")
+SURFACE = 4  # points to draw on a mesh, over those that a model sees
 CLOUDS = (".npy", *TEXT, *MESHES)  # one cloud each
 # Names that an array goes by, the first that is there; the files of ScanObjectNN and ModelNet say `data` and `label`.
 _NAMES = {

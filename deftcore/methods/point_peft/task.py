@@ -17,8 +17,11 @@ from deftcore.methods.point_peft.augment import augment, choose_points
 from deftcore.methods.point_peft.backbone import PointTransformer
 from deftcore.methods.point_peft.classifier import PointClassifier
 from deftcore.methods.point_peft.data import CloudSet, class_names, farthest_first, has_test, read_clouds, unit_ball
+from deftcore.methods.point_peft.formats import SURFACE
+from deftcore.methods.point_peft.predicting import CloudReader, Clouds, with_head
 from deftcore.methods.point_peft.pretraining import PointMae
 from deftcore.models.own import load_own
+from deftcore.training.adapters import load_adapter
 from deftcore.training.config import DataConfig
 from deftcore.training.fields import OPTIONS, Count, DataPlace, NonNegative, Positive
 from deftcore.training.metrics import ConfusionCounts
@@ -27,9 +30,7 @@ from deftcore.training.saving import save_trained
 from deftcore.training.task import Batch, Task
 
 _POOL = 75 / 64  # points of a cloud to choose from, over those that a model sees: 1200 for 1024
-_SURFACE = 4  # points on a mesh, over those
 _SHOWN = 3  # classes of which a cloud is drawn
-CLASSES_FILE = "classes.json"
 MODELS = (PointClassifier, PointMae, PointTransformer)  # that a run may begin with
 
 
@@ -73,13 +74,13 @@ class CloudTask(Task):
         return model
 
     def read(self, path: str | os.PathLike, config: Any) -> list[dict[str, Any]]:
-        return self._examples(read_clouds(path, "train", surface=_SURFACE * config.points), config)
+        return self._examples(read_clouds(path, "train", surface=SURFACE * config.points), config)
 
     def held_out(self, config: Any) -> list[dict[str, Any]] | None:
         if not config.validation and not has_test(config.train):
             return None
         return self._examples(
-            read_clouds(config.validation or config.train, "test", surface=_SURFACE * config.points), config
+            read_clouds(config.validation or config.train, "test", surface=SURFACE * config.points), config
         )
 
     def _examples(self, found: CloudSet, config: Any) -> list[dict[str, Any]]:
@@ -127,12 +128,34 @@ class PointTask(CloudTask):
 
     @classmethod
     def base_of(cls, path: str | os.PathLike, trained: str | os.PathLike) -> PointClassifier:
-        model = cls.load_model(path)
-        return model if isinstance(model, PointClassifier) else with_head(model, len(read_classes(trained)))
+        model, known = cls.load_model(path), Clouds.load(trained)
+        if isinstance(model, PointClassifier):
+            return model
+        if known is None:
+            raise ValueError(f"adapter: {trained} does not say which classes it tells, and {path} has no head")
+        return with_head(model, len(known.classes))
+
+    @classmethod
+    def reader(cls, path: str | os.PathLike, trained: str | os.PathLike = "") -> CloudReader:
+        """What a run left, ready to tell what clouds are.
+
+        Args:
+            path: the run's final/, or what `model` of its recipe was, where final/ holds an adapter.
+            trained: final/ in the latter case.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no model, or one that does not say what its classes are.
+        """
+        known = Clouds.load(trained or path)
+        if known is None:
+            raise ValueError(f"model: {os.fspath(trained or path)} does not say which classes it tells")
+        model = load_adapter(cls.base_of(path, trained), trained) if trained else cls.load_model(path)
+        return CloudReader(model.eval(), known)
 
     @classmethod
     def of_model(cls, path: str | os.PathLike, model: Any) -> "PointTask":
-        return cls(read_classes(path))
+        known = Clouds.load(path)
+        return cls(() if known is None else known.classes)
 
     def prepare(self, model: Any, config: LabelledPointData) -> PointClassifier:
         """The classifier, or one with a new head on a backbone."""
@@ -174,7 +197,7 @@ class PointTask(CloudTask):
 
     def save(self, model: Any, folder: Path) -> None:
         save_trained(model, folder)
-        write_json(folder / CLASSES_FILE, self.classes)
+        Clouds(self.classes, self.data.points, self.data.normalize).save(folder)
 
     # ------------------------------------------------------------------ the loop
 
@@ -213,17 +236,3 @@ class PointTask(CloudTask):
             attention, logits = attention_to_points(model, points.to(device))
             told = f"{self.classes[label]}, taken for {self.classes[int(logits.argmax())]}"
             draw_cloud(points, folder / f"cloud-{label}.png", values=attention, label="attention", title=told)
-
-
-def with_head(model: Any, classes: int) -> PointClassifier:
-    """A new head on a backbone, or on that of a model in pre-training."""
-    backbone = model.backbone if isinstance(model, PointMae) else model
-    return PointClassifier.on(backbone, classes).to(backbone.class_token.device)
-
-
-def read_classes(folder: str | os.PathLike) -> list[str]:
-    """The names of the classes of a model in a folder; none where it does not say."""
-    import json
-
-    file = Path(folder) / CLASSES_FILE
-    return list(map(str, json.loads(file.read_text()))) if file.is_file() else []

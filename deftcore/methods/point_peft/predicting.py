@@ -1,0 +1,97 @@
+"""What a cloud is, by a classifier that a run left."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deftcore._files import write_json
+from deftcore.methods.point_peft.augment import choose_points
+from deftcore.methods.point_peft.classifier import PointClassifier
+from deftcore.methods.point_peft.data import farthest_first, unit_ball
+from deftcore.methods.point_peft.formats import SURFACE, checked_cloud, read_cloud
+from deftcore.methods.point_peft.pretraining import PointMae
+
+_FILE = "clouds.json"
+
+
+@dataclass(frozen=True)
+class Clouds:
+    """What a classifier knows of the clouds that it was trained on; a file beside its weights.
+
+    Args:
+        classes: names.
+        points: how many of a cloud it sees.
+        normalize: whether a cloud is brought into the unit ball.
+    """
+
+    classes: Sequence[str]
+    points: int
+    normalize: bool
+
+    def save(self, folder: str | os.PathLike) -> None:
+        write_json(Path(folder) / _FILE, asdict(self))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "Clouds | None":
+        """Of a folder; None where it does not say.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        file = Path(folder) / _FILE
+        if not file.is_file():
+            return None
+        try:
+            return cls(**json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"model: {file} is damaged: {error}") from error
+
+
+class CloudReader:
+    """A trained classifier, from clouds to probabilities of classes.
+
+    Args:
+        model: as `load_classifier` gives it.
+        clouds: what it was trained on.
+    """
+
+    def __init__(self, model: Any, clouds: Clouds) -> None:
+        self.model, self.clouds = model, clouds
+
+    def points(self, cloud: Any) -> Tensor:
+        """The points of a cloud that the model sees, [N, 3].
+
+        Args:
+            cloud: an array [N, 3], or a file as `read_cloud` takes it.
+
+        Raises:
+            ValueError: as `read_cloud`.
+        """
+        if isinstance(cloud, (str, os.PathLike)):
+            array = read_cloud(cloud, SURFACE * self.clouds.points)
+        else:
+            array = checked_cloud(cloud, "the array")
+        if self.clouds.normalize:
+            array = unit_ball(array)
+        return choose_points(farthest_first([array], self.clouds.points)[0], self.clouds.points)
+
+    @torch.no_grad()
+    def __call__(self, cloud: Any) -> dict[str, float]:
+        """The probability of each class, the likeliest first."""
+        device = next(self.model.parameters()).device
+        logits = self.model(points=self.points(cloud).unsqueeze(0).to(device)).logits[0]
+        order = logits.argsort(descending=True).tolist()
+        shares = logits.float().softmax(-1).tolist()
+        return {self.clouds.classes[i]: shares[i] for i in order}
+
+
+def with_head(model: Any, classes: int) -> PointClassifier:
+    """A new head on a backbone, or on that of a model in pre-training."""
+    backbone = model.backbone if isinstance(model, PointMae) else model
+    return PointClassifier.on(backbone, classes).to(backbone.class_token.device)
