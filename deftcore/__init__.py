@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from deftcore.methods.mamba.lora import MambaLoraConfig
     from deftcore.methods.natural_galore.groups import galore_param_groups
     from deftcore.methods.natural_galore.optimizer import NaturalGaLore
+    from deftcore.methods.point_peft.backbone import PointTransformer
+    from deftcore.methods.point_peft.classifier import PointClassifier, PointClassifierConfig
     from deftcore.methods.s2ft.config import S2ftConfig
     from deftcore.methods.s2ft.delta import DeltaAdapter, DeltaHost, extract_adapter, fuse
     from deftcore.methods.s2ft.selection import select_channels
@@ -55,6 +57,9 @@ _HOMES = {
     "LightPeftConfig": "deftcore.methods.light_peft.config",
     "MambaLoraConfig": "deftcore.methods.mamba.lora",
     "NaturalGaLore": "deftcore.methods.natural_galore.optimizer",
+    "PointClassifier": "deftcore.methods.point_peft.classifier",
+    "PointClassifierConfig": "deftcore.methods.point_peft.classifier",
+    "PointTransformer": "deftcore.methods.point_peft.backbone",
     "S2ftConfig": "deftcore.methods.s2ft.config",
     "TSViT": "deftcore.methods.tsvit.model",
     "expand": "deftcore.methods.light_peft.plug",
@@ -93,6 +98,9 @@ __all__ = [
     "LightPeftConfig",
     "MambaLoraConfig",
     "NaturalGaLore",
+    "PointClassifier",
+    "PointClassifierConfig",
+    "PointTransformer",
     "S2ftConfig",
     "TSViT",
     "expand",

@@ -259,6 +259,7 @@ def test_low_precision_trains():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_compiled():
     """Whole, without a break in the graph; in training, with its statistics."""
     model = classifier(drop_path=0.0, head_dropout=0.0)

@@ -122,9 +122,9 @@ class PatchEncoder(nn.Module):
 class PointTransformer(OwnModel):
     """Clouds [B, N, 3] to tokens [B, 1 + G, C]: the class token, then one for each patch.
 
-    What adapts it counts on these names: `group`, `encoder`, `position`, `class_token` and `class_position` [1, 1, C],
-    `blocks` (a module called with tokens, position and patches; each block with `norm1`, `attention` of `qkv` and
-    `projection`, `norm2`, `mlp` of `fc1` and `fc2`, `drop_path`), `norm`.
+    What adapts it counts on these names: `group` and `embed`, `class_token` and `class_position` [1, 1, C], `blocks` (a
+    `BlockStack`; each block with `norm1`, `attention` of `qkv` and `projection`, `norm2`, `mlp` of `fc1` and `fc2`, and
+    `drop_path`), `norm`.
 
     >>> backbone = PointTransformer(PointConfig(width=24, depth=2, heads=2, patches=8, patch_points=4))
     >>> backbone(torch.randn(2, 32, 3)).shape
@@ -167,13 +167,12 @@ class PointTransformer(OwnModel):
             torch.cat([first.expand(x.shape[0], -1, -1), rest], 1)
             for first, rest in ((self.class_token, x), (self.class_position, position))
         )
-        return self.norm(self.blocks(x, position, patches))
+        return self.norm(self.blocks(x, position))
 
     def features(self, points: Tensor) -> Tensor:
         """[B, C] of clouds [B, N, 3]: the largest over the normalised patch tokens, no class token among them. What a
         memory bank stores, and looks up."""
-        patches = self.group(points)
-        return self.norm(self.blocks(*self.embed(patches), patches)).max(1).values
+        return self.norm(self.blocks(*self.embed(self.group(points)))).max(1).values
 
 
 def position_mlp(width: int) -> nn.Sequential:

@@ -5,8 +5,6 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from deftcore.methods.point_peft.patches import Patches
-
 
 class DropPath(nn.Module):
     """x, or in training 0 for a share `rate` of the batch's rows and x / (1 - rate) for the others (stochastic depth,
@@ -78,7 +76,7 @@ class Block(nn.Module):
 
 
 class BlockStack(nn.ModuleList):
-    """Blocks one after another, each given the position anew. What adapts a backbone takes the place of its stack.
+    """Blocks one after another, each given the position anew.
 
     Args:
         drop_path: rate of the last block; it rises linearly from 0 at the first.
@@ -90,13 +88,8 @@ class BlockStack(nn.ModuleList):
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         super().__init__(Block(width, heads, hidden, rate) for rate in rates)
 
-    def forward(self, x: Tensor, position: Tensor, patches: Patches) -> Tensor:
-        """Tokens [B, T, C] through the blocks.
-
-        Args:
-            position: [B, T, C], added to the tokens at the input of every block.
-            patches: what the last G of the T tokens stand for; plain blocks do not look at it, adapted ones may.
-        """
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """Tokens [B, T, C] through the blocks, the position [B, T, C] added at the input of every one."""
         for block in self:
             x = self.run(block, x + position)
         return x

@@ -93,16 +93,15 @@ class PointMae(OwnModel):
         """
         patches = self.backbone.group(points)
         hidden, seen = self._split(patches.centres, masked)
-        visible, hidden_patches = patches.chosen(seen), patches.chosen(hidden)
-        x, position = self.backbone.embed(visible)
-        x = self.backbone.norm(self.backbone.blocks(x, position, visible))
+        visible, target = patches.chosen(seen), patches.chosen(hidden)
+        x = self.backbone.norm(self.backbone.blocks(*self.backbone.embed(visible)))
         x = torch.cat([x, self.mask_token.expand(x.shape[0], hidden.shape[1], -1).to(x.dtype)], 1)
-        order = patches.chosen(torch.cat([seen, hidden], 1))
-        x = self.decoder(x, self.decoder_position(order.centres.to(self.mask_token.dtype)), order)
+        centres = torch.cat([visible.centres, target.centres], 1)
+        x = self.decoder(x, self.decoder_position(centres.to(self.mask_token.dtype)))
         told = self.head(self.decoder_norm(x[:, seen.shape[1] :])).unflatten(-1, (-1, 3))
-        target = hidden_patches.neighbourhoods
-        loss = chamfer(told.flatten(0, 1).to(target.dtype), target.flatten(0, 1))
-        return PointMaeOutput(loss=loss, predicted=told, target=target, centres=hidden_patches.centres)
+        true = target.neighbourhoods
+        loss = chamfer(told.flatten(0, 1).to(true.dtype), true.flatten(0, 1))
+        return PointMaeOutput(loss=loss, predicted=told, target=true, centres=target.centres)
 
     def _split(self, centres: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor]:
         """The numbers of the hidden patches [B, M], and of the others."""
