@@ -15,6 +15,7 @@ from deftcore.cli.generate import generate
 from deftcore.cli.gpu_check import gpu_check
 from deftcore.cli.info import info
 from deftcore.cli.lyapunov import lyapunov
+from deftcore.cli.map import map_
 from deftcore.cli.methods import methods
 from deftcore.cli.quickstart import quickstart
 from deftcore.cli.train import train
@@ -58,7 +59,7 @@ def app(verbose: bool) -> None:
         logging.getLogger("deftcore").setLevel(logging.WARNING)
 
 
-for _command in (quickstart, train, methods, density, export, generate, lyapunov, bench, gpu_check, info):
+for _command in (quickstart, train, methods, density, export, generate, map_, lyapunov, bench, gpu_check, info):
     app.add_command(_command)
 
 

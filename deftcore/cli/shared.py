@@ -15,11 +15,12 @@ adapter_option = click.option("--adapter", default="", show_default="none", help
 batch_option = click.option("--batch-size", default=4, help="Sequences at a time.")
 
 
-def command(*, example: str) -> Decorator:
-    """A subcommand of the function's name: its docstring is the help, with an example below, and it takes --json."""
+def command(*, example: str, name: str | None = None) -> Decorator:
+    """A subcommand of the function's name, or this one: its docstring is the help, with an example below, and it takes
+    --json."""
 
     def declare(function: Callable[..., Any]) -> click.Command:
-        made = click.command(epilog=f"\b\nExample:\n  {example}")(function)
+        made = click.command(name, epilog=f"\b\nExample:\n  {example}")(function)
         made.params.append(click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."))
         return made
 

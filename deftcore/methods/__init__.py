@@ -16,6 +16,7 @@ from deftcore.methods import (  # noqa: F401  each makes itself known
     natural_galore,
     point_peft,
     s2ft,
+    tsvit,
 )  # fmt: skip
 
 warn_untested("transformers", "peft", "accelerate", "bitsandbytes")

@@ -63,12 +63,10 @@ def draw_maps(
     count = max([len(classes), *(int(value.max(initial=-1)) + 1 for value in labels.values())])
 
     def draw(figure: Any) -> None:
-        from matplotlib import colormaps
         from matplotlib.colors import ListedColormap
         from matplotlib.patches import Patch
 
-        table = colormaps["tab10" if count <= 10 else "tab20"]
-        colours = table(np.arange(max(count, 1)) % table.N)
+        colours = class_colours(max(count, 1))
         palette = ListedColormap(colours).with_extremes(bad=_UNKNOWN)
         for i, (name, value) in enumerate(arrays.items()):
             axes = figure.add_subplot(1, len(arrays), i + 1)
@@ -84,6 +82,14 @@ def draw_maps(
         figure.suptitle(title or None)
 
     _draw(draw, path, (3.2 * len(arrays), 3.8))
+
+
+def class_colours(count: int) -> np.ndarray:
+    """What classes are drawn in: red, green, blue and opacity from 0 to 1, [count, 4]."""
+    from matplotlib import colormaps
+
+    table = colormaps["tab10" if count <= 10 else "tab20"]
+    return table(np.arange(count) % table.N)
 
 
 def draw_cloud(points: Any, path: str | os.PathLike, *, values: Any = None, label: str = "", title: str = "") -> None:

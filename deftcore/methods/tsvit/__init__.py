@@ -54,6 +54,11 @@ The authors' weights: `load_published("best.pth")` of `checkpoints.py`, and for 
 | other classes: `head`, `token`, `extend` | `adapting.py` |
 | losses over labelled pixels | `losses.py` |
 | the authors' checkpoints | `checkpoints.py` |
+| series on disk: arrays, GeoTIFFs | `series.py`, `geotiff.py` |
+| from a series to the model's input: bands, units, codes, windows | `reading.py` |
+| years or areas held out | `splits.py` |
+| what a recipe trains on: `task: crops` | `task.py`, `predicting.py` |
+| whole scenes: `deftcore map` | `map.py`, `tiling.py`, `deftcore/cli/map.py` |
 
 ## Costs and limits
 
@@ -66,3 +71,5 @@ The authors' weights: `load_published("best.pth")` of `checkpoints.py`, and for 
 - Without a mask padding takes part in attention, as where the authors' weights were trained.
 - The values of days are not looked at inside `torch.compile`.
 """
+
+from deftcore.methods.tsvit import task  # noqa: F401  makes itself known to recipes

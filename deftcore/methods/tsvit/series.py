@@ -1,0 +1,301 @@
+"""Satellite image time series as they lie on disk: arrays in an .npz, a folder of GeoTIFFs, a list of either.
+
+An .npz holds `images` [T, C, H, W] and one of `dates` (text, `2020-05-17`, or a month, `2020-05`), `doy` (days of the
+year) and `months` (1 to 12), each [T]; where there are, `cloud` [T, H, W] or [T] (true: not to be used), `labels`
+[H, W] (codes), `labelled` [H, W] (false: no label), `bands` [C] (names), `nodata`, `crs` and `transform` (six numbers).
+A folder holds a GeoTIFF per date, see `geotiff.py`. A list, .jsonl, has a line per scene with its `series`, a path from
+the list's own folder, and what splits go by: `area` and `year`.
+"""
+
+import datetime
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from deftcore._names import near
+from deftcore.training.records import read_records
+
+_ARRAYS = ("images", "dates", "doy", "months", "cloud", "labels", "labelled", "bands", "nodata", "crs", "transform")
+_FIELDS = ("series", "area", "year")
+_OF_A_MONTH = 15  # the day that stands for a month
+UNLABELLED = -100  # in labels, as PyTorch's losses have it
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where a raster lies.
+
+    Args:
+        crs: its coordinate system, in WKT or as `EPSG:32631`.
+        transform: from (column, row) to coordinates: a, b, c, d, e, f of x = a column + b row + c, y = d column + ...
+    """
+
+    crs: str
+    transform: tuple[float, ...]
+
+
+class Pixels(Protocol):
+    """The values of a scene, read where they are asked for: rows and columns are slices with ends."""
+
+    def images(self, rows: slice, columns: slice) -> np.ndarray:
+        """[T, C, h, w], as stored."""
+
+    def cloud(self, rows: slice, columns: slice) -> np.ndarray | None:
+        """bool [T, h, w]; None: no clouds are known."""
+
+    def labels(self, rows: slice, columns: slice) -> np.ndarray | None:
+        """Codes, [h, w] integers, UNLABELLED where there is none; None: the scene has no labels."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a scene.
+
+    Args:
+        images: [T, C, h, w], as stored; anything where not usable.
+        usable: bool [T, h, w]: neither cloud nor without data.
+        labels: int64 [h, w], codes or UNLABELLED; None without labels.
+    """
+
+    images: np.ndarray
+    usable: np.ndarray
+    labels: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One place over time.
+
+    Args:
+        where: its file or folder, for messages.
+        pixels: its values.
+        doy: the day of the year of each frame, 1 to 366.
+        bands: names, or "1", "2" ... where it has none.
+        nodata: the stored value that is none, in any band; NaN may be one.
+    """
+
+    where: str
+    pixels: Pixels
+    height: int
+    width: int
+    doy: tuple[int, ...]
+    bands: tuple[str, ...]
+    nodata: float | None = None
+    grid: Grid | None = None
+    labelled: bool = False  # whether it has labels
+    area: str = ""
+    year: int = 0
+
+    def picked(self, bands: Sequence[str | int]) -> list[int]:
+        """Places of bands, by name or by number from 1; all of them where none is named.
+
+        Raises:
+            ValueError: for a band that the scene does not have.
+        """
+        found = []
+        for band in bands:
+            if isinstance(band, int):
+                if not 1 <= band <= len(self.bands):
+                    raise ValueError(f"bands: {self.where} has bands 1 to {len(self.bands)}, got {band}")
+                found.append(band - 1)
+            elif band in self.bands:
+                found.append(self.bands.index(band))
+            else:
+                raise ValueError(f"bands: {self.where} has no band {band!r}{near(band, self.bands)}")
+        return found or list(range(len(self.bands)))
+
+    def read(
+        self, rows: slice | None = None, columns: slice | None = None, *, bands: Sequence[str | int] = (),
+        nodata: float | None = None,
+    ) -> Window:  # fmt: skip
+        """A part of the scene, or the whole.
+
+        Args:
+            bands: as in `picked`.
+            nodata: in place of the scene's own.
+
+        Raises:
+            ValueError: a band is unknown; a value is no finite number though nothing says that it is not to be used.
+        """
+        rows, columns = rows or slice(0, self.height), columns or slice(0, self.width)
+        images = self.pixels.images(rows, columns)[:, self.picked(bands)]
+        cloud, empty = self.pixels.cloud(rows, columns), self.nodata if nodata is None else nodata
+        usable = np.ones((len(images), *images.shape[2:]), bool) if cloud is None else ~cloud
+        if empty is not None:
+            usable &= ~(np.isnan(images) if np.isnan(empty) else images == empty).any(1)
+        if images.dtype.kind == "f":
+            wrong = usable & ~np.isfinite(images).all(1)
+            if wrong.any():
+                frame, row, column = (int(i[0]) for i in np.nonzero(wrong))
+                raise ValueError(
+                    f"images: {self.where} has NaN or infinity at {int(wrong.sum())} pixels that no mask leaves out, "
+                    f"the first in frame {frame} at row {rows.start + row}, column {columns.start + column}; "
+                    "give `cloud`, or nodata"
+                )
+        return Window(images, usable, self.pixels.labels(rows, columns))
+
+
+def read_scenes(path: str | os.PathLike) -> list[Scene]:
+    """The scenes of a path: of an .npz or a folder one, of a list all.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file, its line or array, and what it takes.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".jsonl":
+        return [read_scene(path)]
+    found = []
+    for record in read_records(path):
+        for name in record:
+            if name not in _FIELDS:
+                raise ValueError(f"data: {record.where}: no field {name!r}{near(name, _FIELDS)}")
+        series, area, year = record.get("series"), record.get("area", ""), record.get("year", 0)
+        if not isinstance(series, str) or not isinstance(area, str) or type(year) is not int:
+            raise ValueError(
+                f"data: {record.where}: must be a path `series`, where there are a text `area` and a whole number "
+                f"`year`, got {dict(record)}"
+            )
+        found.append(replace(read_scene(path.parent / series), area=area, year=year))
+    return found
+
+
+def read_scene(path: str | os.PathLike) -> Scene:
+    """The scene of an .npz or a folder; raises as `read_scenes`."""
+    path = Path(path)
+    if path.is_dir():
+        from deftcore.methods.tsvit.geotiff import read_folder
+
+        return read_folder(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"data: no such file or folder: {path}")
+    if path.suffix.lower() != ".npz":
+        raise ValueError(f"data: {path} must be an .npz, a .jsonl or a folder of GeoTIFFs")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"data: {path} is no .npz of plain arrays: {error}") from error
+    return scene_of(arrays, str(path))
+
+
+def scene_of(arrays: dict[str, Any], where: str = "series") -> Scene:
+    """The scene of arrays as an .npz has them.
+
+    Raises:
+        ValueError: naming the array.
+    """
+    for name in arrays:
+        if name not in _ARRAYS:
+            raise ValueError(f"data: {where}: no array {name!r} is known{near(name, _ARRAYS)}")
+    arrays = {name: np.asarray(value) for name, value in arrays.items()}
+    if "images" not in arrays or arrays["images"].ndim != 4 or arrays["images"].dtype.kind not in "uif":
+        got = f"{arrays['images'].dtype} {arrays['images'].shape}" if "images" in arrays else "none"
+        raise ValueError(f"images: {where}: must be numbers [T, C, H, W], got {got}")
+    frames, channels, height, width = arrays["images"].shape
+    if not arrays["images"].size:
+        raise ValueError(f"images: {where}: must not be empty, got {arrays['images'].shape}")
+    pixels = _Arrays(arrays["images"], _cloud(arrays, where), _labels(arrays, where))
+    bands = tuple(map(str, arrays["bands"])) if "bands" in arrays else tuple(str(i + 1) for i in range(channels))
+    if len(bands) != channels:
+        raise ValueError(f"bands: {where}: must be {channels} names, one a band, got {len(bands)}")
+    nodata = float(arrays["nodata"]) if "nodata" in arrays else None
+    grid = None
+    if "crs" in arrays or "transform" in arrays:
+        if "crs" not in arrays or arrays.get("transform", np.empty(0)).shape != (6,):
+            raise ValueError(f"transform: {where}: must be six numbers, beside a crs")
+        grid = Grid(str(arrays["crs"]), tuple(map(float, arrays["transform"])))
+    doy = _days(arrays, frames, where)
+    return Scene(where, pixels, height, width, doy, bands, nodata, grid, labelled="labels" in arrays)
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """Pixels in memory."""
+
+    stored: np.ndarray
+    clouds: np.ndarray | None
+    codes: np.ndarray | None
+
+    def images(self, rows: slice, columns: slice) -> np.ndarray:
+        return self.stored[:, :, rows, columns]
+
+    def cloud(self, rows: slice, columns: slice) -> np.ndarray | None:
+        return None if self.clouds is None else self.clouds[:, rows, columns]
+
+    def labels(self, rows: slice, columns: slice) -> np.ndarray | None:
+        return None if self.codes is None else self.codes[rows, columns]
+
+
+def _cloud(arrays: dict[str, np.ndarray], where: str) -> np.ndarray | None:
+    if "cloud" not in arrays:
+        return None
+    cloud, (frames, _, height, width) = arrays["cloud"], arrays["images"].shape
+    if cloud.dtype != bool or cloud.shape not in ((frames,), (frames, height, width)):
+        raise ValueError(
+            f"cloud: {where}: must be true or false, [{frames}, {height}, {width}] or [{frames}], "
+            f"got {cloud.dtype} {cloud.shape}"
+        )
+    return np.broadcast_to(cloud.reshape(frames, *cloud.shape[1:] or (1, 1)), (frames, height, width))
+
+
+def _labels(arrays: dict[str, np.ndarray], where: str) -> np.ndarray | None:
+    if "labels" not in arrays:
+        if "labelled" in arrays:
+            raise ValueError(f"labelled: {where}: is for labels, and there are none")
+        return None
+    size = arrays["images"].shape[2:]
+    for name, kinds, takes in (("labels", "ui", "whole numbers"), ("labelled", "b", "true or false")):
+        array = arrays.get(name)
+        if array is not None and (array.dtype.kind not in kinds or array.shape != size):
+            raise ValueError(f"{name}: {where}: must be {takes} {size}, got {array.dtype} {array.shape}")
+    codes = arrays["labels"].astype(np.int64)
+    return codes if "labelled" not in arrays else np.where(arrays["labelled"], codes, UNLABELLED)
+
+
+def _days(arrays: dict[str, np.ndarray], frames: int, where: str) -> tuple[int, ...]:
+    given = [name for name in ("dates", "doy", "months") if name in arrays]
+    if len(given) != 1 or arrays[given[0]].shape != (frames,):
+        got = ", ".join(f"{name} {arrays[name].shape}" for name in given) or "none"
+        raise ValueError(f"dates: {where}: must be one of dates, doy and months, [{frames}], got {got}")
+    (name,) = given
+    values = arrays[name]
+    if name != "dates" and values.dtype.kind not in "ui":
+        raise ValueError(f"{name}: {where}: must be whole numbers, got {values.dtype}")
+    readers: dict[str, Callable[[Any], int]] = {"dates": day_of, "doy": _checked_day, "months": _middle}
+    try:
+        return tuple(map(readers[name], values.tolist()))
+    except ValueError as error:
+        raise ValueError(f"{name}: {where}: {error}") from error
+
+
+def day_of(date: str) -> int:
+    """The day of the year of a date; a month stands for its 15th.
+
+    Raises:
+        ValueError: there is no such day.
+
+    >>> day_of("2020-05-17"), day_of("2021-05"), day_of("2020-12-31")
+    (138, 135, 366)
+    """
+    text = str(date)
+    try:
+        return datetime.date.fromisoformat(f"{text}-{_OF_A_MONTH}" if len(text) == 7 else text).timetuple().tm_yday
+    except ValueError as error:
+        raise ValueError(f"must be a day as 2020-05-17 or a month as 2020-05, got {text!r}") from error
+
+
+def _checked_day(day: int) -> int:
+    if not 1 <= day <= 366:
+        raise ValueError(f"days of the year are 1 to 366, got {day}")
+    return day
+
+
+def _middle(month: int) -> int:
+    if not 1 <= month <= 12:
+        raise ValueError(f"months are 1 to 12, got {month}")
+    return day_of(f"2001-{month:02}")  # or any other year that is no leap year
