@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import deftcore
+from deftcore.cli.main import main
 from deftcore.methods.tsvit.predicting import load_trained
 from deftcore.methods.tsvit.reading import Reading, statistics, usable_patches, windows
 from deftcore.methods.tsvit.series import UNLABELLED, day_of, read_scene, read_scenes, scene_of
@@ -547,3 +548,20 @@ def test_pre_training_then_adapting(recipe, tmp_path):
     assert logits.shape == (2, 1, 6, 6)
     again, *_ = load_trained(tmp_path / "run" / "final")
     assert torch.equal(again(batch["x"], batch["doy"]), logits)
+    assert (
+        main(
+            [
+                "export",
+                str(tmp_path / "pre" / "final"),
+                str(tmp_path / "merged"),
+                "--adapter",
+                str(tmp_path / "run" / "final"),
+            ]
+        )
+        == 0
+    )
+    merged, merged_config, merged_reading = load_trained(tmp_path / "merged")
+    assert type(merged) is deftcore.TSViT
+    assert merged_config == config
+    torch.testing.assert_close(merged(batch["x"], batch["doy"]), logits, rtol=1e-5, atol=1e-5)
+    assert merged_reading.codes == ((7,), (9,))

@@ -14,12 +14,13 @@ from torch import Tensor
 from deftcore._files import write_json
 from deftcore.methods.tsvit.adapting import MODES
 from deftcore.methods.tsvit.losses import predicted_classes, segmentation_loss
-from deftcore.methods.tsvit.model import TSViT
+from deftcore.methods.tsvit.model import TSViT, TSViTConfig
 from deftcore.methods.tsvit.predicting import (
     NEW_PARTS,
     is_normalized,
     outputs_of,
     predict,
+    read_as,
     with_classes,
     with_statistics,
 )
@@ -27,7 +28,7 @@ from deftcore.methods.tsvit.reading import Reading, statistics, windows
 from deftcore.methods.tsvit.series import UNLABELLED, Scene, read_scenes
 from deftcore.methods.tsvit.splits import hold_out
 from deftcore.training.config import DataConfig
-from deftcore.training.fields import OPTIONS, Integer, NonNegative, Number, Positive, Text, Whole, one_of
+from deftcore.training.fields import OPTIONS, DataPlace, Integer, NonNegative, Number, Positive, Text, Whole, one_of
 from deftcore.training.metrics import ConfusionCounts
 from deftcore.training.pictures import draw_confusion, draw_maps
 from deftcore.training.registry import register
@@ -70,6 +71,8 @@ class CropTask(Task):
     name = "crops"
     summary = "Classes of pixels in satellite image time series, by a TSViT."
     config: ClassVar[type[CropData]] = CropData
+    model_types = (TSViTConfig.model_type,)
+    source = DataPlace
 
     def __init__(self, model: TSViT, reading: Reading) -> None:
         self.model, self.reading = model.config, reading
@@ -87,6 +90,10 @@ class CropTask(Task):
     @classmethod
     def load_model(cls, path: str | os.PathLike, **options: Any) -> TSViT:
         return TSViT.from_pretrained(path, **options)
+
+    @classmethod
+    def base_of(cls, path: str | os.PathLike, trained: str | os.PathLike) -> TSViT:
+        return read_as(cls.load_model(path), Reading.load(trained) or Reading())
 
     @classmethod
     def of_model(cls, path: str | os.PathLike, model: TSViT) -> "CropTask":
