@@ -12,7 +12,7 @@ from deftcore.methods.tsvit.geotiff import read_folder, writing_map
 from deftcore.methods.tsvit.map import write_map
 from deftcore.methods.tsvit.model import TSViT
 from deftcore.methods.tsvit.reading import Reading
-from deftcore.methods.tsvit.series import Grid
+from deftcore.methods.tsvit.scene import Grid
 
 rasterio = pytest.importorskip("rasterio")
 

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import Stopped
-from deftcore.methods.tsvit.losses import predicted_classes
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import deftcore
 from deftcore.cli.main import main
+from deftcore.methods.tsvit.losses import predicted_classes
 from deftcore.methods.tsvit.predicting import load_trained
 from deftcore.methods.tsvit.reading import Reading, statistics, usable_patches, windows
-from deftcore.methods.tsvit.series import UNLABELLED, day_of, read_scene, read_scenes, scene_of
+from deftcore.methods.tsvit.scene import UNLABELLED, day_of
+from deftcore.methods.tsvit.series import read_scene, read_scenes, scene_of
 from deftcore.methods.tsvit.splits import hold_out, leave_one_out
 from deftcore.methods.tsvit.task import CropTask
 from deftcore.methods.tsvit.tiling import mosaic, starts, tiles

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from deftcore._files import replacing_file
-from deftcore.methods.tsvit.series import UNLABELLED, Grid, Scene, day_of
+from deftcore.methods.tsvit.scene import UNLABELLED, Grid, Scene, day_of
 from deftcore.training.pictures import class_colours
 
 _DATE = re.compile(r"(?<!\d)(\d{4})-?(\d{2})(?:-?(\d{2}))?(?!\d)")

@@ -15,7 +15,8 @@ from deftcore.methods.tsvit.losses import predicted_classes
 from deftcore.methods.tsvit.model import TSViTConfig
 from deftcore.methods.tsvit.predicting import load_trained, predict
 from deftcore.methods.tsvit.reading import Reading
-from deftcore.methods.tsvit.series import UNLABELLED, Scene, read_scene
+from deftcore.methods.tsvit.scene import UNLABELLED, Scene
+from deftcore.methods.tsvit.series import read_scene
 from deftcore.methods.tsvit.tiling import mosaic, starts
 from deftcore.training.device import choose_device
 from deftcore.training.fields import Count, Needed, Text, Whole, checked

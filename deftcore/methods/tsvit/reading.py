@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deftcore._files import write_json
-from deftcore.methods.tsvit.series import UNLABELLED, Scene, Window
+from deftcore.methods.tsvit.scene import UNLABELLED, Scene, Window
 from deftcore.methods.tsvit.tiling import tiles
 
 READING_FILE = "series.json"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from deftcore.methods.tsvit.series import Scene
+from deftcore.methods.tsvit.scene import Scene
 
 By = Literal["year", "area"]
 

@@ -25,7 +25,8 @@ from deftcore.methods.tsvit.predicting import (
     with_statistics,
 )
 from deftcore.methods.tsvit.reading import Reading, statistics, windows
-from deftcore.methods.tsvit.series import UNLABELLED, Scene, read_scenes
+from deftcore.methods.tsvit.scene import UNLABELLED, Scene
+from deftcore.methods.tsvit.series import read_scenes
 from deftcore.methods.tsvit.splits import hold_out
 from deftcore.training.config import DataConfig
 from deftcore.training.fields import OPTIONS, DataPlace, Integer, NonNegative, Number, Positive, Text, Whole, one_of
