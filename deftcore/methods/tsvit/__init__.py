@@ -45,9 +45,9 @@ The authors' weights: `load_published("best.pth")` of `checkpoints.py`, and for 
 `model(*unpack(packed, legacy_dates=True))`. A model that was trained on PASTIS as it is stored takes `band_mean` and
 `band_std` from `inputs.py`: `TSViT(..., band_mean=PASTIS_MEAN, band_std=PASTIS_STD)`.
 
-`deftcore train recipes/wheat-tsvit.yaml` trains on scenes in `.npz` files or folders of GeoTIFFs, with a year or an area
-held out, and `deftcore map` draws a whole scene; `series.py` says what they hold. `examples/torchgeo_tsvit.py` puts the
-model under TorchGeo's task, `examples/terratorch_tsvit.py` adapters on it by TerraTorch's factory.
+`deftcore train recipes/wheat-tsvit.yaml` trains on scenes in `.npz` files or folders of GeoTIFFs, with a year or an
+area held out, and `deftcore map` draws a whole scene; `series.py` says what they hold. `examples/torchgeo_tsvit.py`
+puts the model under TorchGeo's task, `examples/terratorch_tsvit.py` adapters on it by TerraTorch's factory.
 
 ## Where things are
 
@@ -73,8 +73,8 @@ model under TorchGeo's task, `examples/terratorch_tsvit.py` adapters on it by Te
   `load_published` sets, reads them as they were trained.
 - Day 366 has the row of day 365.
 - Without a mask padding takes part in attention, as where the authors' weights were trained.
-- `deftcore map` reads a row of tiles of GeoTIFFs at a time; scenes in `.npz` files, and those to train on, lie in memory
-  as they are stored. Overlapping tiles' logits are averaged.
+- `deftcore map` reads a row of tiles of GeoTIFFs at a time, and averages logits where tiles overlap; scenes in `.npz`
+  files, and those to train on, lie in memory as they are stored.
 - The values of days are not looked at inside `torch.compile`.
 """
 
