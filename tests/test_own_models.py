@@ -13,7 +13,7 @@ from deftcore.models import own
 from deftcore.models.own import OwnConfig, OwnModel, load_strictly
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class ToyConfig(OwnConfig):
     model_type = "toy"
     width: int

@@ -6,7 +6,9 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy, linear
+from transformers import Trainer, TrainingArguments
 
 from deftcore.methods.point_peft import blocks
 from deftcore.methods.point_peft.backbone import PatchEncoder, PointConfig, PointTransformer
@@ -91,6 +93,15 @@ def test_patches_of_a_cloud():
     assert torch.equal(chosen.neighbourhoods[0], patches.neighbourhoods[0, [3, 1]])
 
 
+def test_centres_near_the_origin():
+    points = clouds() + 2
+    points[:, 9] = 0.0  # far from all others
+    model = classifier().backbone
+    assert (model.group(points).centres == 0).all(-1).any(1).all()
+    model.config.skip_near_origin = True
+    assert (model.group(points).centres != 0).all()
+
+
 def test_clouds_do_not_see_each_other():
     model, points = classifier().eval(), clouds(3)
     before = model(points).logits
@@ -117,6 +128,18 @@ def test_drop_path():
     assert abs(dropped.mean() - 1) < 0.05
     assert drop.eval()(x) is x
     assert drop.train()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_gradients_are_those_of_finite_differences():
+    model = classifier(depth=1).double().eval()
+    names = ["backbone.class_token", "backbone.position.2.bias", "backbone.encoder.token.2.bias", "head.0.bias"]
+    start = [model.get_parameter(name).detach().clone().requires_grad_() for name in names]
+
+    def loss(*parameters):
+        options = {"labels": torch.tensor([0, 3])}
+        return functional_call(model, dict(zip(names, parameters, strict=True)), clouds().double(), options).loss
+
+    assert torch.autograd.gradcheck(loss, start, fast_mode=True)
 
 
 # ---------------------------------------------------------------------------- inputs that hurt
@@ -159,6 +182,8 @@ def test_one_cloud_alone_cannot_train_a_head():
         (torch.ones(40, 3), r"points: must be \[B, N, 3\], got shape \(40, 3\)"),
         (torch.ones(2, 40, 4), r"points: must be \[B, N, 3\], got shape \(2, 40, 4\)"),
         (torch.ones(2, 7, 3), "points: 8 patches of 4 points need as many in a cloud, got 7"),
+        (torch.full((2, 40, 3), torch.nan), "points: must be finite"),
+        (torch.full((2, 40, 3), -torch.inf, dtype=torch.float64), "points: must be finite"),
     ],
 )
 def test_points_that_it_does_not_take(points, told):
@@ -216,7 +241,9 @@ def test_recomputed_activations(monkeypatch):
     model, runs = classifier(drop_path=0.4), []
     monkeypatch.setattr(blocks.Attention, "forward", counted(blocks.Attention.forward, runs))
     grads = []
-    for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+    with pytest.raises(ValueError, match="every_n_layers, offload: must be 1 and False, got 2 and False"):
+        model.activation_checkpointing_enable(every_n_layers=2)
+    for enable in (model.activation_checkpointing_disable, model.gradient_checkpointing_enable):
         enable()
         model.zero_grad()
         torch.manual_seed(3)
@@ -262,7 +289,7 @@ def test_low_precision_trains():
 @pytest.mark.slow
 def test_compiled():
     """Whole, without a break in the graph; in training, with its statistics."""
-    model = classifier(drop_path=0.0, head_dropout=0.0)
+    model = classifier(depth=1, drop_path=0.0, head_dropout=0.0)
     results = []
     for each in (copy.deepcopy(model), torch.compile(model, backend="aot_eager", fullgraph=True)):
         made = each(clouds(), labels=torch.tensor([0, 1]))
@@ -299,6 +326,24 @@ def test_a_new_head_on_a_backbone():
     assert model(clouds()).logits.shape == (2, 7)
     assert model.config.backbone == backbone.config
     assert model.head[0].out_features == 10
+
+
+def test_the_trainer_of_transformers(tmp_path):
+    """Steps with recomputed activations, an evaluation, a picture of the config for TensorBoard, and a resume."""
+    data = [{"points": cloud, "labels": i % 5} for i, cloud in enumerate(clouds(8))]
+    tuned = get_peft_model(classifier(), LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["head"]))
+    now = "activation_checkpointing" in TrainingArguments.__dataclass_fields__  # since Transformers 5.23
+    recomputing = {f"{'activation' if now else 'gradient'}_checkpointing": True}
+    for steps in (2, 3):
+        args = TrainingArguments(
+            str(tmp_path), max_steps=steps, save_steps=2, per_device_train_batch_size=4, report_to=["tensorboard"],
+            use_cpu=True, disable_tqdm=True, **recomputing,
+        )  # fmt: skip
+        trainer = Trainer(model=tuned, args=args, train_dataset=data, eval_dataset=data)
+        trainer.train(resume_from_checkpoint=steps == 3)
+        assert trainer.state.global_step == steps
+        assert trainer.evaluate()["eval_loss"] > 0
+    assert tuned.get_base_model().backbone.blocks.recompute == {"use_reentrant": False}
 
 
 def test_lora_through_peft(tmp_path):

@@ -26,9 +26,10 @@ Config = TypeVar("Config", bound="OwnConfig")
 Model = TypeVar("Model", bound="OwnModel")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class OwnConfig:
-    """What a model of ours is built from: a frozen dataclass of JSON's kinds of values, checked in `__post_init__`."""
+    """What a model of ours is built from: a dataclass of JSON's kinds of values, checked in `__post_init__`. It may be
+    given attributes beside its fields, as Transformers' Trainer does; they are not kept."""
 
     model_type: ClassVar[str]  # what config.json says of the kind
 
@@ -65,7 +66,7 @@ class OwnModel(nn.Module):
     """A module of ours that folders can hold. A class of such says its config's, and is built from one.
 
     >>> import tempfile
-    >>> @dataclasses.dataclass(frozen=True)
+    >>> @dataclasses.dataclass
     ... class LineConfig(OwnConfig):
     ...     model_type = "line"
     ...     features: int = 2
@@ -122,19 +123,37 @@ class OwnModel(nn.Module):
             save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, partial)
         write_json(Path(folder) / CONFIG_FILE, self.config.to_dict())
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """From now on training computes activations again in the backward, by Transformers' name for it.
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """From now on training computes activations again in the backward; by Transformers' name for it.
 
         What a model does it for, a stack of blocks say, has an attribute `recompute`: None, or these options.
 
         Args:
-            gradient_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`; None: not reentrant.
-        """
-        self._set_recompute(gradient_checkpointing_kwargs or {"use_reentrant": False})
+            activation_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`; None: not reentrant.
 
-    def gradient_checkpointing_disable(self) -> None:
+        Raises:
+            ValueError: for what Transformers' models can beyond that.
+        """
+        if every_n_layers != 1 or offload:
+            raise ValueError(f"every_n_layers, offload: must be 1 and False, got {every_n_layers} and {offload}")
+        self._set_recompute(activation_checkpointing_kwargs or {"use_reentrant": False})
+
+    def activation_checkpointing_disable(self) -> None:
         """Keeps activations again."""
         self._set_recompute(None)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """`activation_checkpointing_enable`, by the name before Transformers 5.23."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """`activation_checkpointing_disable`, by the name before Transformers 5.23."""
+        self.activation_checkpointing_disable()
 
     def _set_recompute(self, options: dict[str, Any] | None) -> None:
         for module in self.modules():

@@ -16,7 +16,7 @@ _POSITION_WIDTH = 128
 _STD = 0.02  # of the start of weights and tokens
 
 
-@dataclass(frozen=True)
+@dataclass
 class PointConfig(OwnConfig):
     """Sizes of a backbone; the defaults are those of the published checkpoints, at 1024 points a cloud.
 

@@ -12,7 +12,7 @@ from deftcore.methods.point_peft.backbone import BatchNorm, PointConfig, PointTr
 from deftcore.models.own import OwnModel
 
 
-@dataclass(frozen=True)
+@dataclass
 class PointClassifierConfig(PointConfig):
     """Sizes of a backbone and of the head on it.
 
@@ -86,5 +86,7 @@ class PointClassifier(OwnModel):
         tokens = self.backbone(points)
         pooled = torch.cat([tokens[:, 0], tokens[:, 1:].max(1).values], -1)
         logits = self.head(pooled)
-        loss = None if labels is None else cross_entropy(logits.float(), labels)
-        return PointClassifierOutput(loss=loss, logits=logits)
+        if labels is None:
+            return PointClassifierOutput(logits=logits)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return PointClassifierOutput(loss=cross_entropy(wide, labels), logits=logits)

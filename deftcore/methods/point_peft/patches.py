@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deftcore.ops import farthest_point_sample, gather_points, knn
+
 
 class Patches(NamedTuple):
     """G patches of S points each.
@@ -44,21 +46,7 @@ def cut_patches(points: Tensor, patches: int, size: int, *, skip_near_origin: bo
     if points.shape[1] < max(patches, size):
         raise ValueError(f"points: {patches} patches of {size} points need as many in a cloud, got {points.shape[1]}")
     points = points if points.dtype == torch.float64 else points.float()
-    centres = _rows(points, _farthest(points, patches))
-    members = (centres.unsqueeze(2) - points.unsqueeze(1)).square().sum(-1).topk(size, largest=False).indices
-    neighbourhoods = _rows(points, members.flatten(1)).unflatten(1, (patches, size)) - centres.unsqueeze(2)
-    return Patches(points, centres, members, neighbourhoods)
-
-
-def _rows(points: Tensor, indices: Tensor) -> Tensor:
-    return points.gather(1, indices.unsqueeze(-1).expand(-1, -1, 3))
-
-
-def _farthest(points: Tensor, picks: int) -> Tensor:
-    found = torch.zeros(points.shape[0], picks, dtype=torch.int64, device=points.device)
-    nearest = torch.full(points.shape[:2], torch.inf, dtype=points.dtype, device=points.device)
-    for i in range(1, picks):
-        last = points.gather(1, found[:, i - 1].view(-1, 1, 1).expand(-1, 1, 3))
-        nearest = torch.minimum(nearest, (points - last).square().sum(-1))
-        found[:, i] = nearest.argmax(1)
-    return found
+    picks = farthest_point_sample(points, patches, skip_near_origin=skip_near_origin)
+    centres = gather_points(points, picks)
+    members, _ = knn(points, centres, size)
+    return Patches(points, centres, members, gather_points(points, members) - centres.unsqueeze(2))

@@ -19,7 +19,7 @@ from deftcore.methods.point_peft.blocks import BlockStack
 from deftcore.models.own import OwnModel
 
 
-@dataclass(frozen=True)
+@dataclass
 class PointMaeConfig(PointConfig):
     """Sizes of a backbone and of the decoder that it is pre-trained with.
 

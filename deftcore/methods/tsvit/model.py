@@ -13,7 +13,7 @@ from deftcore.methods.tsvit.inputs import DATE_ROWS, check_series
 from deftcore.models.own import OwnConfig, OwnModel
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class TSViTConfig(OwnConfig):
     """What a TSViT is built from; see there."""
 
