@@ -82,6 +82,8 @@ inline Vec rcp(Vec a) {  // 14-bit estimate and one Newton step: relative error 
   return _mm512_mul_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(2.0f)));
 }
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline uint32_t bits_of(Mask m) { return m; }
 // Bit i set where !(|a| <= tau): NaN counts as active.
 inline uint32_t active_bits(Vec a, Vec tau) { return _mm512_cmp_ps_mask(abs(a).v, tau.v, _CMP_NLE_UQ); }
 
@@ -161,6 +163,12 @@ inline float reduce_add(Vec a) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+inline float reduce_max(Vec a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+inline uint32_t bits_of(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m.m)); }
 inline uint32_t active_bits(Vec a, Vec tau) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(abs(a).v, tau.v, _CMP_NLE_UQ)));
 }
@@ -203,6 +211,8 @@ using math::tanh;
 using math::where;
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline float reduce_add(Vec a) { return a; }
+inline float reduce_max(Vec a) { return a; }
+inline uint32_t bits_of(Mask m) { return m; }
 inline uint32_t active_bits(Vec a, Vec tau) { return !(fabsf(a) <= tau); }
 
 inline Vec load(const float* p) { return *p; }

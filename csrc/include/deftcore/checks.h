@@ -44,6 +44,27 @@ inline void check_units(int64_t units, int64_t width, const char* op) {
   require(units < INT32_MAX && width < INT32_MAX && units * width < INT32_MAX, op, "columns must be below 2^31");
 }
 
+// int32 numbers of points.
+inline void check_clouds(int64_t clouds, int64_t size, const char* op) {
+  require(clouds >= 0 && size >= 1 && size < INT32_MAX, op, "clouds must have 1 to 2^31 - 2 points");
+}
+
+template <class Args>
+void check_search(const Args& args, const char* op) {
+  check_clouds(args.clouds, args.size, op);
+  require(args.count >= 0 && args.k >= 1, op, "count must not be negative, k must be at least 1");
+}
+
+// int32 numbers of slots.
+template <class Args>
+void check_gather(const Args& args, const char* op) {
+  check_clouds(args.clouds, args.size, op);
+  require(args.rows >= 0 && args.k >= 0 && args.width >= 0, op, "sizes must not be negative");
+  require(args.rows < INT32_MAX && args.k < INT32_MAX && args.rows * args.k < INT32_MAX, op,
+          "a cloud's indices must be below 2^31");
+  require(args.weights != nullptr || args.k == 1 || args.clouds * args.rows == 0, op, "without weights k must be 1");
+}
+
 // ----------------------------------------------------------------------------
 
 inline void check_args(const SparseDownArgs& args, const char* op) { check_sparse(args, op); }
@@ -119,6 +140,17 @@ inline void check_args(const GaloreStepArgs& args, const char* op) {
 }
 
 inline void check_args(const SsdBackwardArgs& args, const char* op) { check_args(args.forward, op); }
+
+inline void check_args(const FarthestPointSampleArgs& args, const char* op) {
+  check_clouds(args.clouds, args.size, op);
+  require(args.samples >= 1, op, "samples must be at least 1");
+  require(args.start >= 0 && args.start < args.size, op, "start must be a point");
+}
+
+inline void check_args(const KnnArgs& args, const char* op) { check_search(args, op); }
+inline void check_args(const BallQueryArgs& args, const char* op) { check_search(args, op); }
+inline void check_args(const GatherPointsArgs& args, const char* op) { check_gather(args, op); }
+inline void check_args(const GatherPointsBackwardArgs& args, const char* op) { check_gather(args, op); }
 
 // int32 columns.
 inline void check_args(const LogitRowsArgs& args, const char* op) {

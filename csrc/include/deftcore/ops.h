@@ -7,6 +7,7 @@
 #include "deftcore/galore.h"
 #include "deftcore/logits.h"
 #include "deftcore/masks.h"
+#include "deftcore/neighbours.h"
 #include "deftcore/partial_linear.h"
 #include "deftcore/quant4.h"
 #include "deftcore/sparse_mlp.h"
@@ -47,7 +48,12 @@
   X(top_logits, TopLogitsArgs, PLAIN, CPU_ONLY, where)                                \
   X(logit_product, LogitProductArgs, PLAIN, CPU_ONLY, where)                          \
   X(galore_step, GaloreStepArgs, WORKSPACE, EVERYWHERE, where)                        \
-  X(galore_update, GaloreUpdateArgs, PLAIN, EVERYWHERE, where)
+  X(galore_update, GaloreUpdateArgs, PLAIN, EVERYWHERE, where)                        \
+  X(farthest_point_sample, FarthestPointSampleArgs, WORKSPACE, CPU_ONLY, where)       \
+  X(knn, KnnArgs, WORKSPACE, CPU_ONLY, where)                                         \
+  X(ball_query, BallQueryArgs, WORKSPACE, CPU_ONLY, where)                            \
+  X(gather_points, GatherPointsArgs, PLAIN, CPU_ONLY, where)                          \
+  X(gather_points_backward, GatherPointsBackwardArgs, WORKSPACE, CPU_ONLY, where)
 
 // Text that stands only where the list says so.
 #define DEFTCORE_IF_PLAIN(...)
