@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_tsvit_data import arrays_of, small, write_folder
+from test_tsvit_data import RECIPE, arrays_of, small, write_folder
 
 from deftcore.cli.main import main
 from deftcore.methods.tsvit.geotiff import read_folder, writing_map
 from deftcore.methods.tsvit.map import write_map
 from deftcore.methods.tsvit.model import TSViT
+from deftcore.methods.tsvit.predicting import load_trained, outputs_of
 from deftcore.methods.tsvit.reading import Reading
 from deftcore.methods.tsvit.scene import Grid
 
@@ -108,6 +109,56 @@ def test_command(place, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert main(["map", *arguments, "--overlap", "6"]) == 2
     assert "overlap: must be at least 0 and below the tiles' 6 pixels, got 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "head", "adapter", "outputs"),
+    [
+        ("lora", "head", "{r: 1, target_modules: all-linear, modules_to_save: [mixer, head]}", 1),
+        ("bitfit", "token", "{modules_to_save: [class_tokens]}", 1),
+        ("bottleneck", "extend", "{r: 2, target_modules: [fc2], modules_to_save: [class_tokens]}", 3),
+        ("full", "head", "{}", 1),
+    ],
+)
+def test_from_geotiffs_to_a_map(method, head, adapter, outputs, tmp_path, capsys):
+    """By commands alone: the shipped recipe over a list of folders, a map of the run; every way to other classes."""
+    small(num_classes=2).save_pretrained(tmp_path / "base")
+    bands, codes = ["B02", "B03", "B08"], {"other": [7], "wheat": [9]} | ({"fallow": [0]} if outputs == 3 else {})
+    for year in (2019, 2020):
+        arrays = arrays_of(year, frames=2, height=12, width=12)
+        arrays["cloud"] = np.random.default_rng(year).random((2, 12, 12)) < 0.1
+        write_folder(tmp_path / str(year), arrays, [f"{year}-01", f"{year}-05-17"], names=bands)
+    lines = [json.dumps({"series": str(year), "area": "a", "year": year}) for year in (2019, 2020)]
+    (tmp_path / "scenes.jsonl").write_text("\n".join(lines))
+    overrides = [
+        f"model={tmp_path / 'base'}", f"data.train={tmp_path / 'scenes.jsonl'}", f"output={tmp_path / 'run'}",
+        f"method={method}", f"adapter={adapter}", f"data.head={head}", f"data.bands={json.dumps(bands)}",
+        f"data.classes={json.dumps(codes)}", "training.max_steps=2", "training.batch_size=2",
+        "training.best_by=macro_f1",
+    ]  # fmt: skip
+    assert main(["train", str(RECIPE), *overrides, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert 0 <= result["macro_f1"] <= 1
+    model, config, reading = load_trained(tmp_path / "run")
+    assert outputs_of(config) == outputs
+    assert reading.classes == tuple(codes)
+    assert {name.partition(".")[0] for name, _ in model.named_parameters()} == (
+        {"base_model"}
+        if method != "full"
+        else {name.partition(".")[0] for name, _ in small().named_parameters()} | {"mixer"}
+    )
+    output = tmp_path / "map.tif"
+    assert (
+        main(
+            ["map", str(tmp_path / "run"), str(tmp_path / "2020"), "--output", str(output), "--overlap", "0", "--json"]
+        )
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
+    assert sum(map(sum, found["metrics"]["counts"])) <= sum(map(sum, metrics["counts"]))  # less what no frame shows
+    if np.all(seen(output)[0] != 255):
+        assert found["metrics"]["counts"] == metrics["counts"]
 
 
 def test_a_map_that_fails_leaves_the_old_one(place, tmp_path, monkeypatch):

@@ -33,9 +33,10 @@ def with_classes(model: TSViT, reading: Reading) -> TSViT:
         ValueError: it has others, and nothing says how these are made.
     """
     classes = len(reading.classes)
+    fewest = 1 if classes == 2 else classes
     if reading.head:
-        return adapt_classes(model, 1 if classes == 2 else classes, reading.head)
-    if outputs_of(model.config) not in (classes, 1 if classes == 2 else classes):
+        return adapt_classes(model, classes if reading.head == "extend" else fewest, reading.head)
+    if outputs_of(model.config) not in (classes, fewest):
         raise ValueError(
             f"data.classes: the model has {outputs_of(model.config)} outputs, the data {classes} classes; data.head "
             f"({', '.join(MODES)}) says how others are made"
