@@ -102,6 +102,14 @@ def test_centres_near_the_origin():
     assert (model.group(points).centres != 0).all()
 
 
+def test_sizes_of_the_papers():
+    """22.1 M parameters, 267 535 of them the head's for 15 classes."""
+    with torch.device("meta"):
+        model = PointClassifier(PointClassifierConfig(classes=15, patches=128))
+    assert sum(parameter.numel() for parameter in model.head.parameters()) == 267_535
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == 22.1
+
+
 def test_clouds_do_not_see_each_other():
     model, points = classifier().eval(), clouds(3)
     before = model(points).logits

@@ -74,7 +74,11 @@ def test_a_fine_tuned_model(tmp_path):
     same(loaded, model)
     assert not loaded.training
     same(load_backbone(file, **UNTOLD), model.backbone)
-    same(load_classifier(published(model), **UNTOLD, width=24, classes=5), model)
+    other = load_classifier(published(model), **UNTOLD, width=24, classes=5)
+    same(other, model)
+    with torch.no_grad():
+        other.backbone.norm.weight.mul_(2)  # its own: what was given stays
+    same(loaded, model)
 
 
 def test_a_pre_training_of_point_mae():

@@ -22,7 +22,7 @@ def published_tensors(source: Source) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name.
 
     Args:
-        source: a file that `torch.save` wrote, or the names and tensors themselves.
+        source: a file that `torch.save` wrote, or the names and tensors themselves, which are copied.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -34,6 +34,8 @@ def published_tensors(source: Source) -> dict[str, Tensor]:
             stored = stored[part]
     if not isinstance(stored, Mapping) or not stored or not all(isinstance(each, Tensor) for each in stored.values()):
         raise ValueError(f"source: {told(source)} holds no tensors by name")
+    if isinstance(source, Mapping):
+        stored = {name: tensor.detach().clone() for name, tensor in stored.items()}
     return {name.removeprefix(_WRAPPED): tensor for name, tensor in stored.items()}
 
 

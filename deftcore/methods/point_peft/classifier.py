@@ -70,11 +70,14 @@ class PointClassifier(OwnModel):
 
     @classmethod
     def on(cls, backbone: PointTransformer, classes: int, **options: Any) -> "PointClassifier":
-        """A new head on a backbone, which becomes the classifier's own.
+        """A new head on a backbone, which becomes the classifier's own. The class token, which pre-training holds
+        still, trains with the head.
 
         Args:
             options: `head_width` and `head_dropout` of the config.
         """
+        for token in (backbone.class_token, backbone.class_position):
+            token.requires_grad_(True)
         return cls(PointClassifierConfig(**asdict(backbone.config), classes=classes, **options), backbone)
 
     def forward(self, points: Tensor, labels: Tensor | None = None) -> PointClassifierOutput:

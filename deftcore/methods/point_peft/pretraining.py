@@ -72,6 +72,8 @@ class PointMae(OwnModel):
     def __init__(self, config: PointMaeConfig) -> None:
         super().__init__(config)
         self.backbone = PointTransformer(config.backbone)
+        for unused in (self.backbone.class_token, self.backbone.class_position):  # by the loss: no gradient comes
+            unused.requires_grad_(False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.decoder_position = position_mlp(config.width)
         self.decoder = BlockStack(
