@@ -157,7 +157,7 @@ def test_files_that_are_no_checkpoints(tmp_path, capsys):
         load_backbone(tmp_path / "none.pth")
     (tmp_path / "text.pth").write_text("hello")
     torch.save({"base_model": {"x": torch.ones(1)}, "config": Dangerous()}, tmp_path / "code.pth")
-    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Dangerous()))
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Dangerous(), protocol=2))
     (tmp_path / "empty.pth").write_bytes(b"")
     for name in ("text.pth", "code.pth", "pickle.pth", "empty.pth"):
         with pytest.raises(ValueError, match=rf"source: .*{name} is no checkpoint that PyTorch reads safely: \w"):
