@@ -327,6 +327,12 @@ def test_checkpoints_that_are_none(change, told):
         load_published(state, heads=2)
 
 
+@pytest.mark.parametrize("heads", [0, 3])
+def test_heads_that_no_checkpoint_has(heads):
+    with pytest.raises(ValueError, match=f"heads: must divide the 16 columns of q, k and v, got {heads}"):
+        load_published(published(small()), heads=heads)
+
+
 # ---------------------------------------------------------------------------- other classes
 
 

@@ -89,7 +89,9 @@ def _sizes(theirs: Mapping[str, Tensor], heads: int, where: str) -> dict[str, An
              "fc1": "temporal.layers.0.mlp.fc1.weight"}  # fmt: skip
     _check_names(theirs, [published_name(name) for name in named.values()], where, others=True)
     shape = {short: theirs[published_name(name)].shape for short, name in named.items()}
-    dim, side = shape["tokens"][-1], math.isqrt(shape["pixels"][0])
+    dim, side, columns = shape["tokens"][-1], math.isqrt(shape["pixels"][0]), shape["qkv"][0]
+    if heads < 1 or columns % (3 * heads):
+        raise ValueError(f"heads: must divide the {columns // 3} columns of q, k and v, got {heads}")
     return {
         "num_classes": shape["tokens"][-2],
         "image_size": math.isqrt(shape["positions"][-2]) * side,
@@ -97,7 +99,7 @@ def _sizes(theirs: Mapping[str, Tensor], heads: int, where: str) -> dict[str, An
         "channels": shape["patch"][1] // side**2,
         "dim": dim,
         "heads": heads,
-        "dim_head": shape["qkv"][0] // (3 * heads),
+        "dim_head": columns // (3 * heads),
         "temporal_depth": _depth(theirs, "temporal"),
         "spatial_depth": _depth(theirs, "spatial"),
         "mlp_ratio": shape["fc1"][0] // dim,
