@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from deftcore.methods.natural_galore.groups import galore_param_groups
     from deftcore.methods.natural_galore.optimizer import NaturalGaLore
     from deftcore.methods.point_peft.backbone import PointTransformer
+    from deftcore.methods.point_peft.bank import MemoryBank
     from deftcore.methods.point_peft.classifier import PointClassifier, PointClassifierConfig
+    from deftcore.methods.point_peft.config import PointPeftConfig
     from deftcore.methods.s2ft.config import S2ftConfig
     from deftcore.methods.s2ft.delta import DeltaAdapter, DeltaHost, extract_adapter, fuse
     from deftcore.methods.s2ft.selection import select_channels
@@ -56,9 +58,11 @@ _HOMES = {
     "Kept": "deftcore.models.kept",
     "LightPeftConfig": "deftcore.methods.light_peft.config",
     "MambaLoraConfig": "deftcore.methods.mamba.lora",
+    "MemoryBank": "deftcore.methods.point_peft.bank",
     "NaturalGaLore": "deftcore.methods.natural_galore.optimizer",
     "PointClassifier": "deftcore.methods.point_peft.classifier",
     "PointClassifierConfig": "deftcore.methods.point_peft.classifier",
+    "PointPeftConfig": "deftcore.methods.point_peft.config",
     "PointTransformer": "deftcore.methods.point_peft.backbone",
     "S2ftConfig": "deftcore.methods.s2ft.config",
     "TSViT": "deftcore.methods.tsvit.model",
@@ -97,9 +101,11 @@ __all__ = [
     "Kept",
     "LightPeftConfig",
     "MambaLoraConfig",
+    "MemoryBank",
     "NaturalGaLore",
     "PointClassifier",
     "PointClassifierConfig",
+    "PointPeftConfig",
     "PointTransformer",
     "S2ftConfig",
     "TSViT",

@@ -8,18 +8,23 @@ import pytest
 import torch
 import yaml
 from conftest import Stopped
+from peft import get_peft_model
 from point_clouds import SHAPES, shape, tiny_mae, write_arrays, write_folders
 from safetensors.torch import load_file
 
+from deftcore import PointPeftConfig
 from deftcore.cli import main
 from deftcore.methods.point_peft.attention import attention_to_points
+from deftcore.methods.point_peft.bank import MemoryBank
 from deftcore.methods.point_peft.classifier import PointClassifier
 from deftcore.methods.point_peft.pretraining import PointMae
 from deftcore.methods.point_peft.pretraining_task import NEW
 from deftcore.methods.point_peft.task import LabelledPointData, PointTask
 from deftcore.training.adapters import load_adapter
+from deftcore.training.config import TrainingConfig
 from deftcore.training.metrics import ConfusionCounts
 from deftcore.training.recipe import load_recipe
+from deftcore.training.registry import find
 from deftcore.training.run import train_recipe
 from deftcore.training.task import Batches
 
@@ -27,6 +32,7 @@ ADAPTERS = {
     "lora": {"r": 4, "target_modules": ["qkv", "projection", "fc1", "fc2"], "modules_to_save": ["head"]},
     "bitfit": {"modules_to_save": ["head"]},
     "bottleneck": {"r": 4, "parallel": True, "target_modules": ["mlp"], "modules_to_save": ["head"]},
+    "point-peft": {"prompt_tokens": 4, "rank": 4, "prompt_blocks": 2, "exclude_self": True, "dropout": 0.1},
     "full": {},
 }
 
@@ -202,6 +208,48 @@ def test_attention_is_laid_on_points():
     values = attention.unique()
     assert 2 <= len(values) <= 8
     assert 0 < values.sum() < 1
+
+
+def test_attention_of_an_adapted_classifier():
+    """Of its own tokens, also where the last block has prompts: as the plain one's while the adapter does nothing."""
+    torch.manual_seed(1)
+    model = PointClassifier.on(tiny_mae().backbone, 3).eval()
+    cloud = torch.from_numpy(shape("ball", 64, np.random.default_rng(0)))
+    want, _ = attention_to_points(model, cloud)
+    bank = MemoryBank.build(model.backbone, [torch.randn(4, 64, 3)])
+    adapted = get_peft_model(model, PointPeftConfig(prompts="gated", prompt_blocks=2, prompt_tokens=4, bank=bank))
+    assert torch.equal(attention_to_points(adapted, cloud)[0], want)
+
+
+def test_a_bank_that_a_recipe_names_is_of_its_backbone_and_clouds(place, tmp_path):
+    task = PointTask(SHAPES)
+    data = LabelledPointData(str(place / "clouds.npz"), points=64)
+    backbone = PointMae.from_pretrained(place / "mae").backbone
+    task.prepare(backbone, data)
+    found = list(Batches(task.read(data.train, data), 4, task.collate, shuffle=False, draw=task.draw).epoch(0))
+    for name, batches in (("own", found), ("other", found[:-1])):
+        MemoryBank.build(backbone, batches).save(tmp_path / f"{name}.safetensors")
+    few = ["training.max_steps=2", f"adapter.bank={tmp_path / 'own.safetensors'}"]
+    train_recipe(recipe(place, tmp_path / "named", "point-peft", *few))
+    train_recipe(recipe(place, tmp_path / "built", "point-peft", few[0]))
+    ours, theirs = (load_file(tmp_path / run / "final" / "adapter_model.safetensors") for run in ("named", "built"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    with pytest.raises(ValueError, match="bank: it was built from other clouds"):
+        train_recipe(recipe(place, tmp_path / "x", "point-peft", f"adapter.bank={tmp_path / 'other.safetensors'}"))
+    with pytest.raises(FileNotFoundError, match="bank: no such file"):
+        train_recipe(recipe(place, tmp_path / "y", "point-peft", "adapter.bank=none.safetensors"))
+
+
+def test_what_decays():
+    """Weights of linear layers: no token, norm, gate or bias."""
+    model = PointClassifier.on(tiny_mae().backbone, 3)
+    model = get_peft_model(model, PointPeftConfig(prompts="gated", memory=False))
+    decayed, spared = find("point-peft").optimizer(model, None, TrainingConfig(weight_decay=0.05)).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
+    assert all(names[id(p)].endswith("weight") and p.dim() == 2 for p in decayed["params"])
+    assert any("prompts.tokens" in names[id(p)] for p in spared["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == sum(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """BitFit: only biases train (Ben Zaken, Goldberg, Ravfogel, arXiv 2106.10199)."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +46,12 @@ def has_bias(module: nn.Module) -> bool:
     return module._parameters.get("bias") is not None and next(module.children(), None) is None
 
 
+def with_biases(module: nn.Module, biases: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """What a module returns with other biases, by their names in it, in their places; in its own ones' dtypes."""
+    own = {name: bias.to(module.get_parameter(name).dtype) for name, bias in biases.items()}
+    return functional_call(module, own, args, kwargs)
+
+
 class BitFitLayer(nn.Module, BaseTunerLayer):
     """A module run with another bias; several active adapters' changes add up."""
 
@@ -81,7 +88,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         return total
 
     def _trained(self) -> Tensor | None:
-        """The bias to run with in place of the module's, in the dtype that it computes in; None: there is none."""
+        """The bias to run with in place of the module's, in its dtype; None: there is none."""
         active = [name for name in self.active_adapters if name in self.bitfit_bias]
         if self.disable_adapters or self.merged or not active:
             return None
@@ -104,7 +111,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         if self.base_layer.bias is None:
             y = self.base_layer(*args, **kwargs)
             return y + trained.to(y.dtype)
-        return functional_call(self.base_layer, {"bias": trained}, args, kwargs)
+        return with_biases(self.base_layer, {"bias": trained}, *args, **kwargs)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

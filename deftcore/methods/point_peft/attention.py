@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from deftcore import ops
 from deftcore.methods.point_peft.backbone import PointTransformer
-from deftcore.methods.point_peft.blocks import Attention
 
 
 @torch.no_grad()
@@ -26,16 +25,16 @@ def attention_to_points(model: nn.Module, cloud: Tensor) -> tuple[Tensor, Tensor
     backbone = next((each for each in model.modules() if isinstance(each, PointTransformer)), None)
     if backbone is None:
         raise ValueError(f"model: must hold a PointTransformer, got {type(model).__name__}")
-    last: Any = [each for each in backbone.modules() if isinstance(each, Attention)][-1]
-    seen: list[Tensor] = []
-    handle = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    last: Any = backbone.blocks[-1]
+    seen: list[Tensor] = []  # by its attention, of which an adapter may use the parts alone
+    handle = last.norm1.register_forward_hook(lambda module, inputs, normed: seen.append(normed))
     training = model.training
     try:
         logits = model.eval()(points=cloud.unsqueeze(0)).logits[0]
     finally:
         handle.remove()
         model.train(training)
-    query, key, _ = last.split(seen[-1])
+    query, key, _ = last.attention.split(seen[-1])
     weights = torch.softmax(query[:, :, :1] @ key.transpose(-1, -2) / query.shape[-1] ** 0.5, -1).mean(1)[0, 0]
     centres = backbone.group(cloud.unsqueeze(0)).centres
     nearest, _ = ops.knn(centres, cloud.unsqueeze(0).to(centres.dtype), 1)

@@ -159,8 +159,12 @@ class PointTransformer(OwnModel):
         x = self.reduce(self.encoder(patches.neighbourhoods.to(dtype)))
         return x, self.position(patches.centres.to(dtype))
 
-    def forward(self, points: Tensor) -> Tensor:
-        """Normalised tokens [B, 1 + G, C] of clouds [B, N, 3]."""
+    def forward(self, points: Tensor, index: Tensor | None = None) -> Tensor:
+        """Normalised tokens [B, 1 + G, C] of clouds [B, N, 3].
+
+        Args:
+            index: [B] int64, the clouds' numbers in a training set; what adapts a backbone may ask for them.
+        """
         patches = self.group(points)
         x, position = self.embed(patches)
         x, position = (

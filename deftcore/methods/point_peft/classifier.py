@@ -80,13 +80,18 @@ class PointClassifier(OwnModel):
             token.requires_grad_(True)
         return cls(PointClassifierConfig(**asdict(backbone.config), classes=classes, **options), backbone)
 
-    def forward(self, points: Tensor, labels: Tensor | None = None) -> PointClassifierOutput:
+    def forward(
+        self, points: Tensor, labels: Tensor | None = None, index: Tensor | None = None
+    ) -> PointClassifierOutput:
         """Logits, and with labels [B] int64 the mean cross-entropy.
+
+        Args:
+            index: as of the backbone.
 
         Raises:
             TypeError, ValueError: naming the argument; one cloud alone in training, of which BatchNorm has no spread.
         """
-        tokens = self.backbone(points)
+        tokens = self.backbone(points, index)
         pooled = torch.cat([tokens[:, 0], tokens[:, 1:].max(1).values], -1)
         logits = self.head(pooled)
         if labels is None:

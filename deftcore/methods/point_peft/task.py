@@ -102,7 +102,8 @@ class CloudTask(Task):
 
 
 class PointTask(CloudTask):
-    """Classes of clouds. A batch has points [B, N, 3] and labels [B]; in an evaluation with votes points [B, V, N, 3].
+    """Classes of clouds. A batch has points [B, N, 3], labels [B] and index [B], the clouds' numbers in the data;
+    in an evaluation with votes points [B, V, N, 3].
 
     Args:
         classes: names that the model's folder gives its classes; empty: none.
@@ -184,7 +185,10 @@ class PointTask(CloudTask):
             raise ValueError(f"data: {found.places[0]}: no cloud to train on has the class {', '.join(strange)}")
         labels = [self.classes.index(found.classes[label]) for label in found.labels]
         examples = super()._examples(found, config)
-        return [{**each, "labels": label} for each, label in zip(examples, labels, strict=True)]
+        return [
+            {**each, "labels": label, "index": index}
+            for index, (each, label) in enumerate(zip(examples, labels, strict=True))
+        ]
 
     def held_out(self, config: LabelledPointData) -> list[dict[str, Any]] | None:
         found = super().held_out(config)
@@ -206,12 +210,12 @@ class PointTask(CloudTask):
         points = self.view(cloud, generator if training else None)
         if votes > 1:
             points = torch.stack([points, *(self.view(cloud, generator) for _ in range(votes - 1))])
-        return {"points": points, "labels": example["labels"]}
+        return {"points": points, "labels": example["labels"], "index": example["index"]}
 
     def output(self, model: Any, batch: Batch) -> Any:
         points, labels = batch["points"], batch["labels"]
         if points.dim() == 3:
-            return model(points=points, labels=labels)
+            return model(points=points, labels=labels, index=batch["index"])
         logits = model(points=points.flatten(0, 1)).logits.unflatten(0, points.shape[:2]).mean(1)
         return SimpleNamespace(logits=logits, loss=cross_entropy(logits.float(), labels))
 
