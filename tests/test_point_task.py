@@ -1,6 +1,7 @@
 """Point clouds through recipes: a backbone is made, adapted in several ways, stopped, gone on with, loaded, merged."""
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from deftcore.methods.point_peft.attention import attention_to_points
 from deftcore.methods.point_peft.bank import MemoryBank
 from deftcore.methods.point_peft.classifier import PointClassifier
 from deftcore.methods.point_peft.pretraining import PointMae
-from deftcore.methods.point_peft.pretraining_task import NEW
+from deftcore.methods.point_peft.pretraining_task import NEW, PointPretrainingTask
 from deftcore.methods.point_peft.task import LabelledPointData, PointTask
 from deftcore.training.adapters import load_adapter
 from deftcore.training.config import TrainingConfig
@@ -164,9 +165,18 @@ def test_pretraining_learns_and_goes_on(place, tmp_path, stopping):
     assert PointMae.from_pretrained(tmp_path / "parts" / "final").config == tiny_mae().config
 
 
-def test_sizes_to_begin_with():
-    from deftcore.methods.point_peft.pretraining_task import PointPretrainingTask
+def test_the_example_for_newcomers(tmp_path, capsys):
+    file = Path(__file__).parents[1] / "examples" / "point_clouds.py"
+    example = runpy.run_path(str(file))
+    example["main"](tmp_path, "training.max_steps=1", "training.batch_size=4")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "backbone", "classes", "a ball", "a cube", "a ring", "a rod", "a helix"
+    ]  # fmt: skip
+    assert (tmp_path / "classes" / "evaluation" / "confusion.png").exists()
 
+
+def test_sizes_to_begin_with():
     small = PointPretrainingTask.load_model("point-mae-small")
     assert sum(p.numel() for p in small.backbone.parameters()) < 2e6
     assert small.config == NEW["point-mae-small"]

@@ -14,7 +14,7 @@ from deftcore.models.own import load_own
 NEW: Mapping[str, PointMaeConfig] = {
     "point-mae": PointMaeConfig(),
     "point-mae-small": PointMaeConfig(
-        width=96, depth=6, heads=4, patches=32, patch_points=32, decoder_depth=2, decoder_heads=4
+        width=96, depth=4, heads=4, patches=32, patch_points=16, decoder_depth=2, decoder_heads=4
     ),
 }
 
