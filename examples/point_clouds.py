@@ -49,8 +49,8 @@ def main(folder: Path, *overrides: str) -> None:
         is_test=np.tile(np.arange(each) % 4 == 0, len(SHAPES)),
     )
     shared = [
-        f"data.train={folder / 'clouds.npz'}", "data.points=256", "training.batch_size=15", "training.eval_every=0",
-        "training.save_every=20",
+        f"data.train={folder / 'clouds.npz'}", "data.points=256", "data.scale=[0.9, 1.1]", "training.batch_size=15",
+        "training.eval_every=0", "training.save_every=100",
     ]  # fmt: skip
 
     def run(recipe: str, model: object, output: str, epochs: int, rate: float) -> Path:
@@ -61,7 +61,7 @@ def main(folder: Path, *overrides: str) -> None:
         return folder / output / "final"
 
     backbone = run("point-mae.yaml", "point-mae-small", "backbone", 10, 1e-3)
-    trained = run("point-peft.yaml", backbone, "classes", 10, 3e-3)
+    trained = run("point-peft.yaml", backbone, "classes", 40, 5e-3)
     reader = PointTask.reader(backbone, trained)
     for kind in SHAPES:
         told = ", ".join(f"{name} {share:.0%}" for name, share in list(reader(shape(kind, 300, rng)).items())[:3])

@@ -145,6 +145,22 @@ def test_from_a_backbone_of_its_own_to_a_merged_classifier(place, tmp_path, caps
         PointTask.reader(base)
     paths = [f"model={merged}", f"data.train={tmp_path / 'shapes'}", f"output={tmp_path / 'again'}"]
     assert main(["train", "recipes/point-peft.yaml", *paths, "method=full", "adapter={}", *short]) == 0
+    capsys.readouterr()
+    for more, message in (
+        ([str(merged)], "output: must be a new folder"),
+        ([str(tmp_path / "new"), "--adapter", ""], r"adapter (--adapter): is needed"),
+        ([str(tmp_path / "new"), "--quantize", "nf4"], "quantize: is not for a model of points, got 'nf4'"),
+    ):
+        assert main(["export", str(base), *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_is_not_linear_is_not_merged(place, tmp_path, capsys):
+    train_recipe(recipe(place, tmp_path / "run", "bottleneck", "training.max_steps=1"))
+    words = ["export", str(place / "mae"), str(tmp_path / "merged"), "--adapter", str(tmp_path / "run" / "final")]
+    assert main(words) == 2
+    assert "adapter: one of bottleneck cannot be merged; it stays in" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
 
 
 def test_pretraining_learns_and_goes_on(place, tmp_path, stopping):

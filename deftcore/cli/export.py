@@ -53,7 +53,7 @@ def export(
         for name, value in (("skip", skip), ("merge", merge), ("quantize", quantize), ("lora", lora)):
             if value:
                 raise ValueError(f"{name}: is not for a model of {task.name}, got {value!r}")
-        show(as_json, export_own(model, output, adapter), [f"{output}: adapter merged"])
+        show(as_json, export_own(model, output, adapter=adapter), [f"{output}: adapter merged"])
         return
     if lora:
         from deftcore.methods.lora import exporting
