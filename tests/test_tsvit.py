@@ -78,6 +78,57 @@ def test_sizes_of_the_paper():
     assert sum(p.numel() for p in model.parameters()) == 1_657_476
 
 
+def by_formula(model, x, doy):
+    """The logits as the specification writes them, a patch, a class and a head at a time."""
+    w, config = {name: tensor.detach() for name, tensor in model.state_dict().items()}, model.config
+    heads, p, n = config.heads, config.patch_size, config.image_size // config.patch_size
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        spread = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return centred / spread * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+
+    def attend(x, name):
+        q, k, v = linear(x, f"{name}.qkv").chunk(3, -1)
+        cut = zip(*(each.chunk(heads, -1) for each in (q, k, v)), strict=True)
+        return linear(torch.cat([(q @ k.T * config.dim_head**-0.5).softmax(-1) @ v for q, k, v in cut], -1),
+                      f"{name}.projection")  # fmt: skip
+
+    def encode(x, name, depth):
+        for layer in (f"{name}.layers.{i}" for i in range(depth)):
+            x = x + attend(norm(x, f"{layer}.attention.norm"), f"{layer}.attention")
+            hidden = linear(norm(x, f"{layer}.mlp.norm"), f"{layer}.mlp.fc1")
+            x = x + linear(hidden * (1 + torch.erf(hidden / 2**0.5)) / 2, f"{layer}.mlp.fc2")
+        return norm(x, f"{name}.norm")
+
+    logits = torch.zeros(len(x), config.num_classes, config.image_size, config.image_size, dtype=x.dtype)
+    for b in range(len(x)):
+        maps = []
+        for i, j in ((i, j) for i in range(n) for j in range(n)):
+            pixels = x[b, :, :, i * p : i * p + p, j * p : j * p + p].permute(0, 2, 3, 1).flatten(1)
+            days = w["dates.weight"].T[doy[b]] + w["dates.bias"]
+            rows = torch.cat([w["class_tokens.weight"], linear(pixels, "patch") + days])
+            maps.append(encode(rows, "temporal", config.temporal_depth)[: config.num_classes])
+        for k in range(config.num_classes):
+            z = encode(torch.stack([each[k] for each in maps]) + w["positions"], "spatial", config.spatial_depth)
+            for patch, values in enumerate(linear(norm(z, "head.norm"), "head.pixels")):
+                i, j = divmod(patch, n)
+                logits[b, k, i * p : i * p + p, j * p : j * p + p] = values.view(p, p)
+    return logits
+
+
+def test_the_formulas():
+    model = small(heads=3, temporal_depth=1, spatial_depth=2, patch_size=4).double()  # heads * dim_head is not dim
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(parameter)
+    x, doy = series(dtype=torch.float64)
+    close(model(x, doy.clamp(max=365)), by_formula(model, x, doy.clamp(max=365)), 1e-10)
+
+
 # ---------------------------------------------------------------------------- frames
 
 
@@ -245,6 +296,7 @@ def test_other_sizes_by_an_explicit_option():
     before, kept = model(x, doy), model.positions.detach().clone()
     close(model.resize_positions(8).positions, kept, 1e-6)
     close(model(x, doy), before)
+    close(copy.deepcopy(model).double().resize_positions(8).positions, kept.double(), 1e-12)
     model.positions.requires_grad_(False)
     wide = model.resize_positions(12)
     assert wide is model

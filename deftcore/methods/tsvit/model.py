@@ -151,7 +151,8 @@ class TSViT(OwnModel):
         """
         config = dataclasses.replace(self.config, image_size=image_size)
         old, new = (each.image_size // each.patch_size for each in (self.config, config))
-        grid = self.positions.detach().t().unflatten(1, (old, old)).unsqueeze(0).float()
+        grid = self.positions.detach().t().unflatten(1, (old, old)).unsqueeze(0)
+        grid = grid.to(torch.promote_types(grid.dtype, torch.float32))  # there is no bicubic resize of all halves
         grid = F.interpolate(grid, size=(new, new), mode="bicubic").squeeze(0).flatten(1).t()
         self.positions = nn.Parameter(grid.to(self.positions.dtype).contiguous(), self.positions.requires_grad)
         self.config = config
