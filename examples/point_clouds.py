@@ -1,6 +1,6 @@
 """Point clouds from nothing to a classifier: `python examples/point_clouds.py [FOLDER]`, a minute on two cores.
 
-Makes clouds of five shapes, pre-trains a small backbone on them without their classes, adapts it by LoRA with the
+Makes clouds of five shapes, pre-trains a small backbone on them without their classes, adapts it by Point-PEFT with the
 classes, and asks it what a cloud is. What it wrote stays in FOLDER, or runs/point-clouds: pictures are in
 classes/evaluation/. Your own clouds go the same way: a .npz, or a folder for each class with .npy, .txt, .off or .ply.
 """
