@@ -283,6 +283,29 @@ def test_tiny_gradients_have_a_subspace_too():
     assert torch.linalg.svdvals(a.t() @ b).min() > 1 - 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("power", [None, 0.0, 8.0])
+def test_subspaces_of_degenerate_gradients(power, size, warm, dtype):
+    """Of rank 2 (None), of a flat spectrum, and of one that falls below the dtype's digits: orthonormal to its digits,
+    and nothing is lost that it could hold. A zero gradient has none."""
+    if power is None:
+        g = torch.outer(torch.arange(1.0, 97.0), torch.ones(64)) + torch.outer(torch.ones(96), torch.arange(64.0))
+    else:
+        g = decaying(96, 64, power, 3)
+    g = (g / g.abs().max() * size).to(dtype)
+    old = Subspace(None, torch.linalg.qr(decaying(64, 8, 0.0, 5).to(dtype)).Q)
+    for _ in range(3 if warm else 1):
+        found = find_subspace(g, old, warm=warm, exact=False, seed=2)
+        old = found
+    p, exact = found.right, find_subspace(g, old, warm=False, exact=True, seed=0).right
+    assert (p.t() @ p - torch.eye(8)).abs().max() < 50 * torch.finfo(dtype).eps
+    held, best = ((g / size).double() @ each.double() for each in (p, exact))
+    assert held.norm() ** 2 >= (0.8 if power == 0 else 1 - 1e-5) * best.norm() ** 2
+    assert find_subspace(0 * g, old, warm=warm, exact=False, seed=2) is None
+
+
 @pytest.mark.parametrize("options", [{}, {"refresh": "exact"}, {"projection": "two_sided"}, {"proj_type": "galore"}])
 def test_a_transposed_matrix_has_the_transposed_update(options):
     """Property 8, over three subspaces."""

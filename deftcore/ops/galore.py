@@ -1,6 +1,6 @@
 """One optimizer step of matrices whose state lives in a subspace of their gradients (GaLore, Natural GaLore).
 
-The products with a subspace's factors are PyTorch's; what stands between them is one native call over many matrices.
+The products with a subspace's factors are a library's; what stands between them is one native call over many matrices.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,7 @@ from deftcore.ops.checks import check_float, check_like, check_number, check_sha
 from deftcore.ops.galore_matrix import AdamMatrix, back_project, galore_step_ref, project, update
 from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, runs_cuda, stream
 from deftcore.ops.natural import Damping, Window
+from deftcore.ops.products import add_product_
 
 # Bytes that one native call goes over: on a CPU what may stay in a cache between the two readings of a window, on a GPU
 # enough to fill it.
@@ -310,7 +311,7 @@ def _change_weight(kernels: Any, m: AdamMatrix, u: Tensor, o: _Options) -> None:
     """W = keep (W - rate L U Q^T)."""
     if m.weight.dtype == u.dtype and (m.left is not None or m.right is not None):  # the change is not written
         pair = (u, m.right.t()) if m.left is None else (m.left, back_project(u, None, m.right))  # type: ignore[union-attr]
-        m.weight.addmm_(*pair, beta=o.keep, alpha=-o.rate * o.keep)
+        add_product_(m.weight, *pair, beta=o.keep, alpha=-o.rate * o.keep)
         return
     change = back_project(u, m.left, m.right).contiguous()
     if not _has_code(m.weight):

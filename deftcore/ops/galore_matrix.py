@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deftcore.ops.natural import Damping, Window, natural_gradient
+from deftcore.ops.products import product
 
 
 @dataclass(kw_only=True)
@@ -92,14 +93,14 @@ def project(g: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """
     factor = left if left is not None else right
     r = g if factor is None else g.to(factor.dtype)
-    r = r if left is None else left.t() @ r
-    return r if right is None else r @ right
+    r = r if left is None else product(left.t(), r)
+    return r if right is None else product(r, right)
 
 
 def back_project(u: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """L U Q^T: what `project` took, within the subspace."""
-    full = u if left is None else left @ u
-    return full if right is None else full @ right.t()
+    full = u if left is None else product(left, u)
+    return full if right is None else product(full, right.t())
 
 
 def adam(

@@ -58,6 +58,7 @@ is `deftcore.methods.natural_galore.trainer.optimizer_of(args, model)`; TRL's `S
 | Transformers' Trainer | `trainer.py` |
 | what recipes get | `method.py` |
 | the step itself | `deftcore/ops/galore.py`, native: `csrc/cpu/galore.cpp`, `csrc/cuda/galore.cu` |
+| its products with the subspace | `deftcore/ops/products.py` |
 | its definition in plain PyTorch | `deftcore/ops/galore_matrix.py`, `deftcore/ops/natural.py` |
 
 ## Costs and limits
@@ -68,7 +69,8 @@ is `deftcore.methods.natural_galore.trainer.optimizer_of(args, model)`; TRL's `S
   group that takes more than AdamW is warned of. `history_dtype="bfloat16"` halves the window.
 - Departures from the published code: the solve does not cancel; state follows the subspace (`on_switch="keep"` is
   theirs); one-sided projection as in the paper (`projection="two_sided"` is theirs, with other singular vectors than
-  their Tucker decomposition's); subspaces come from one product with the old one (`refresh="exact"` is an SVD).
+  their Tucker decomposition's); subspaces come from one pass of subspace iteration from the old one, G (G^T P), a thin
+  QR and Rayleigh-Ritz, in the state's dtype (`refresh="exact"` is an SVD).
 - With `damping_mode="absolute"`, gradients far below sqrt(damping) make it plain GaLore; `"relative"` follows them.
 - The state is tensors and numbers, and resumes bit for bit; float32 for 16-bit weights, which
   `stochastic_rounding=True` keeps unbiased (bfloat16).

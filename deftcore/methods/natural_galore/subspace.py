@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from deftcore.ops.galore_matrix import project
+from deftcore.ops.products import product
 
 _OVERSAMPLE = 8  # columns beside the rank in a random start; they are dropped again
+_SMALLEST = 1e-8  # gradients whose largest number is below are scaled
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,11 @@ def find_subspace(g: Tensor, old: Subspace, *, warm: bool, exact: bool, seed: in
     factor = old.left if old.left is not None else old.right
     assert factor is not None
     g = g.to(factor.dtype)
-    largest = float(g.abs().max()) if g.numel() else 0.0
+    largest = float(torch.stack(g.aminmax()).abs().max()) if g.numel() else 0.0
     if not 0 < largest < float("inf"):
         return None
-    g = g / largest  # squares of small gradients would vanish
+    if not _SMALLEST < largest < 1 / _SMALLEST:  # their squares would vanish, or overflow
+        g = g / largest
     if exact:
         u, _, vh = torch.linalg.svd(g, full_matrices=False)
         return Subspace(
@@ -89,7 +92,7 @@ def _range(g: Tensor, old: Tensor, warm: bool, seed: int) -> Tensor:
     drawn = drawn.to(old.device, old.dtype) / a**0.5
     start = torch.cat([old, drawn], 1) if warm else drawn
     for _ in range(1 if warm else 2):
-        start = torch.linalg.qr(g @ (g.t() @ start)).Q
-    inner = start.t() @ g
+        start = torch.linalg.qr(product(product(start.t(), g), g.t()).t()).Q
+    inner = product(start.t(), g)
     vectors = torch.linalg.eigh(inner @ inner.t()).eigenvectors  # ascending
-    return start @ vectors.flip(1)[:, :rank]  # as orthonormal as the two are
+    return product(start, vectors.flip(1)[:, :rank])  # as orthonormal as the two are
