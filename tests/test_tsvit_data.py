@@ -508,6 +508,10 @@ def test_recipe_from_end_to_end(recipe, tmp_path, stopping):
     [
         (["data.head="], "data.classes: the model has 4 outputs, the data 2 classes; data.head .head, token, extend."),
         (["data.head=token", "adapter={target_modules: all-linear}"], r"adapter.modules_to_save=\['class_tokens'\]"),
+        # An adapter on a layer that is new and frozen: another run's would be random in another way.
+        (["adapter={target_modules: all-linear}"], r"adapter.modules_to_save=\['mixer'\]"),
+        (["method=bitfit", "adapter={}"], r"adapter.modules_to_save=\['mixer'\]"),
+        (["method=qlora"], "are not kept in 4 bits"),
         (["data.bands=[1, 2]"], "bands: .*0.npz: the model takes 3, got 2 .1, 2."),
         (["data.bands=[B02]"], "has no band 'B02'"),
         (

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -90,6 +91,8 @@ class CropTask(Task):
 
     @classmethod
     def load_model(cls, path: str | os.PathLike, **options: Any) -> TSViT:
+        if options.pop("quantize", None):
+            raise ValueError("method: the weights of a TSViT are not kept in 4 bits")
         return TSViT.from_pretrained(path, **options)
 
     @classmethod
@@ -184,17 +187,13 @@ class CropTask(Task):
         return found
 
     def check(self, model: Any, examples: Sequence[Any]) -> None:
-        """Raises ValueError where parts that are new since the model was trained would stay as they began."""
-        if self.reading.head:
-            frozen = [
-                name for name in NEW_PARTS[self.reading.head]
-                if not any(p.requires_grad for p in model.get_submodule(name).parameters())
-            ]  # fmt: skip
-            if frozen:
-                raise ValueError(
-                    f"data.head: {self.reading.head} makes a new {', '.join(frozen)}, which must train: "
-                    f"adapter.modules_to_save={frozen}"
-                )
+        """Raises ValueError where a part that is new since the model was trained would not be written whole."""
+        new = [name for name in NEW_PARTS.get(self.reading.head, ()) if not _trains(model.get_submodule(name))]
+        if new:
+            raise ValueError(
+                f"data.head: {self.reading.head} makes a new {', '.join(new)}, which must train: "
+                f"adapter.modules_to_save={new}"
+            )
 
     def save(self, model: Any, folder: Path) -> None:
         save_trained(model, folder)
@@ -268,6 +267,11 @@ class CropTask(Task):
         maps = {"labels": batch["labels"][0], "predicted": predicted_classes(self.output(model, batch).logits)[0]}
         model.train()
         draw_maps(maps, folder / "map.png", classes=self.reading.classes)
+
+
+def _trains(module: torch.nn.Module) -> bool:
+    """Whether all of a module trains, or all of a copy that PEFT keeps; an adapter on what is frozen is not enough."""
+    return isinstance(module, ModulesToSaveWrapper) or all(p.requires_grad for p in module.parameters())
 
 
 def _flipped(value: Tensor, sides: list[int]) -> Tensor:
