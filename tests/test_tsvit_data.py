@@ -570,3 +570,6 @@ def test_pre_training_then_adapting(recipe, tmp_path):
     assert merged_config == config
     torch.testing.assert_close(merged(batch["x"], batch["doy"]), logits, rtol=1e-5, atol=1e-5)
     assert merged_reading.codes == ((7,), (9,))
+    (tmp_path / "pre").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="is an adapter on the model in .*pre/final', which is not there"):
+        load_trained(tmp_path / "run")

@@ -84,7 +84,9 @@ def load_trained(path: str | os.PathLike) -> tuple[Any, TSViTConfig, Reading]:
     if not (folder / _ADAPTER).is_file():
         model: Any = TSViT.from_pretrained(folder)
     else:
-        base = json.loads((folder / _ADAPTER).read_text())["base_model_name_or_path"] or ""
+        base = json.loads((folder / _ADAPTER).read_text()).get("base_model_name_or_path") or ""
+        if not (Path(base) / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"model: {folder} is an adapter on the model in {base!r}, which is not there")
         model = read_as(TSViT.from_pretrained(base), reading)
     config = model.config
     if not reading.classes:
