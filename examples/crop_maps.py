@@ -69,8 +69,8 @@ def main(folder: Path) -> None:
         "data.held_out_year=2018", "training.max_steps=150", "training.best_by=macro_f1", *shared,
     )  # fmt: skip
     run(
-        "train", str(RECIPE), f"model={folder / 'before' / 'final'}", f"data.train={here}", f"output={folder / 'wheat'}",
-        "data.classes={other: [2, 3], wheat: [1]}", "training.max_steps=60", *shared,
+        "train", str(RECIPE), f"model={folder / 'before' / 'final'}", f"data.train={here}",
+        f"output={folder / 'wheat'}", "data.classes={other: [2, 3], wheat: [1]}", "training.max_steps=60", *shared,
     )  # fmt: skip
     run("map", str(folder / "wheat"), str(folder / "here-2020.npz"), "--output", str(folder / "wheat-2020.tif"))
 

@@ -553,23 +553,13 @@ def test_pre_training_then_adapting(recipe, tmp_path):
     assert logits.shape == (2, 1, 6, 6)
     again, *_ = load_trained(tmp_path / "run" / "final")
     assert torch.equal(again(batch["x"], batch["doy"]), logits)
-    assert (
-        main(
-            [
-                "export",
-                str(tmp_path / "pre" / "final"),
-                str(tmp_path / "merged"),
-                "--adapter",
-                str(tmp_path / "run" / "final"),
-            ]
-        )
-        == 0
-    )
+    final = str(tmp_path / "run" / "final")
+    assert main(["export", str(tmp_path / "pre" / "final"), str(tmp_path / "merged"), "--adapter", final]) == 0
     merged, merged_config, merged_reading = load_trained(tmp_path / "merged")
     assert type(merged) is deftcore.TSViT
     assert merged_config == config
     torch.testing.assert_close(merged(batch["x"], batch["doy"]), logits, rtol=1e-5, atol=1e-5)
     assert merged_reading.codes == ((7,), (9,))
     (tmp_path / "pre").rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match="is an adapter on the model in .*pre/final', which is not there"):
+    with pytest.raises(FileNotFoundError, match=r"is an adapter on the model in .*pre/final', which is not there"):
         load_trained(tmp_path / "run")
