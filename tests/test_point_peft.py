@@ -1,6 +1,7 @@
 """Point-PEFT on a backbone: what it is at the start, what trains, what it keeps to itself (specification section 9)."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from deftcore import BitFitConfig, BottleneckConfig, MemoryBank, PointPeftConfig
+from deftcore.methods.point_peft.blocks import BlockStack
 from deftcore.methods.point_peft.checkpoints import load_classifier
 from deftcore.methods.point_peft.classifier import PointClassifier, PointClassifierConfig
 from deftcore.methods.point_peft.geometry import LocalMixing, Propagation, local_groups
 from deftcore.methods.point_peft.layer import AdaptedBlock, PointPeftLayer
 from deftcore.methods.point_peft.model import find_layer
+from deftcore.methods.point_peft.patches import cut_patches
 from deftcore.methods.point_peft.prompts import Prompts
 from deftcore.training.adapters import load_adapter
 
@@ -472,7 +475,8 @@ def test_gradients_are_those_of_finite_differences(form):
 
 def test_compiled():
     model = moved(adapted())
-    torch.testing.assert_close(torch.compile(model, backend="eager")(clouds()).logits, model(clouds()).logits)
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(clouds()).logits, model(clouds()).logits)
 
 
 @pytest.mark.parametrize(
@@ -499,6 +503,51 @@ def test_bad_models():
     for model in (classifier().backbone, nn.Linear(2, 2)):
         with pytest.raises(ValueError, match="model: must be a module around one backbone as PointTransformer is"):
             get_peft_model(model, PointPeftConfig(memory=False))
+
+
+class Other(nn.Module):
+    """A backbone of another kind: ordinary BatchNorm in its encoder, no class of the room's but the stack of blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(3, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 24))
+        self.place = nn.Linear(3, 24)
+        self.class_token, self.class_position = (nn.Parameter(torch.randn(1, 1, 24)) for _ in range(2))
+        self.blocks, self.norm = BlockStack(2, 24, 3, 48, 0.1), nn.LayerNorm(24)
+
+    def group(self, points):
+        return cut_patches(points, 6, 5)
+
+    def embed(self, patches):
+        flat = patches.neighbourhoods.flatten(0, 2)
+        return self.encoder(flat).unflatten(0, patches.members.shape).amax(2), self.place(patches.centres)
+
+    def forward(self, points):
+        patches = self.group(points)
+        x, position = self.embed(patches)
+        x, position = (
+            torch.cat([first.expand(len(points), -1, -1), rest], 1)
+            for first, rest in ((self.class_token, x), (self.class_position, position))
+        )
+        return self.norm(self.blocks(x, position))
+
+    def features(self, points):
+        patches = self.group(points)
+        return self.norm(self.blocks(*self.embed(patches))).amax(1)
+
+
+def test_a_backbone_of_another_kind():
+    torch.manual_seed(0)
+    parts = {"backbone": Other(), "flat": nn.Flatten(), "head": nn.Linear(7 * 24, 5)}
+    base = nn.Sequential(OrderedDict(parts)).eval()
+    want, kept = base(clouds()), copy.deepcopy(base.state_dict())
+    bank = MemoryBank.build(base.backbone, [clouds()])
+    model = get_peft_model(base, PointPeftConfig(**SMALL, prompts="gated", bank=bank))
+    assert torch.equal(model(clouds()), want)
+    cross_entropy(moved(model).train()(clouds()), torch.arange(6) % 5).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    backbone = model.unload().backbone.state_dict()
+    assert all(torch.equal(value, kept[f"backbone.{name}"]) for name, value in backbone.items())
 
 
 # ---------------------------------------------------------------------------- others on the same backbone

@@ -266,6 +266,16 @@ def test_a_bank_that_a_recipe_names_is_of_its_backbone_and_clouds(place, tmp_pat
         train_recipe(recipe(place, tmp_path / "y", "point-peft", "adapter.bank=none.safetensors"))
 
 
+def test_the_recipe_as_it_is(place, tmp_path):
+    """On a small backbone; what it leaves is read again, and is not merged."""
+    base, final = str(place / "mae"), tmp_path / "run" / "final"
+    paths = [f"model={base}", f"data.train={place / 'clouds.npz'}", f"output={final.parent}"]
+    short = ["data.points=64", "training.max_steps=2", "training.batch_size=8"]
+    assert main(["train", "recipes/point-peft.yaml", *paths, *short]) == 0
+    assert sum(PointTask.reader(base, final)(shape("rod", 70, np.random.default_rng(0))).values()) == pytest.approx(1)
+    assert main(["export", base, str(tmp_path / "merged"), "--adapter", str(final)]) == 2
+
+
 def test_what_decays():
     """Weights of linear layers: no token, norm, gate or bias."""
     model = PointClassifier.on(tiny_mae().backbone, 3)
