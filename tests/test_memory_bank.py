@@ -135,8 +135,13 @@ def test_as_many_rows_as_there_are_and_no_more():
         look_up(query, rows, 5, exclude=torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"query: must be \[B, 6\], got shape \(2, 5\)"):
         look_up(query[:, :5], rows, 2)
-    with pytest.raises(ValueError, match=r"exclude: must be \[2\], got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"exclude: must be \[2\] int64, got \[3\] torch.int64"):
         look_up(query, rows, 2, exclude=torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"exclude: must be \[2\] int64, got \[2\] torch.int32"):
+        look_up(query, rows, 2, exclude=torch.tensor([0, 1], dtype=torch.int32))
+    for wrong in ([0, 5], [-1, 2]):
+        with pytest.raises(ValueError, match=r"exclude: must be rows of the bank, 0\.\.4, got"):
+            look_up(query, rows, 2, exclude=torch.tensor(wrong))
 
 
 def test_a_row_that_a_cloud_does_not_see():

@@ -495,6 +495,8 @@ def test_compiled():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         PointPeftConfig(**options)
+    with pytest.raises(TypeError, match="bank: must be a MemoryBank or its file, got int"):
+        PointPeftConfig(bank=3)
 
 
 def test_bad_models():

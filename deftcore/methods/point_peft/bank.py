@@ -138,15 +138,24 @@ def look_up(
     seen = len(rows) - (exclude is not None)
     if seen < k:
         raise ValueError(f"bank: must have at least {k} rows that a cloud sees, got {seen}")
+    if exclude is not None:
+        _check_exclude(exclude, len(query), len(rows))
     unit = normalize(query.to(rows.dtype), dim=-1)
     with autocast_to(query.device.type, None):
         scores = unit @ rows.t()
         if exclude is not None:
-            if exclude.shape != query.shape[:1]:
-                raise ValueError(f"exclude: must be [{len(query)}], got shape {tuple(exclude.shape)}")
             scores = scores.scatter(1, exclude.unsqueeze(1), -torch.inf)
         best, found = scores.sort(dim=-1, descending=True, stable=True)
         features = rows[found[:, :k]]
         mean = (best[:, :k].softmax(-1).unsqueeze(-1) * features).sum(1, keepdim=True)
     first = unit if normalize_query else query.to(rows.dtype)
     return torch.cat([first.unsqueeze(1), mean, features], 1).to(query.dtype)
+
+
+def _check_exclude(exclude: Tensor, queries: int, rows: int) -> None:
+    if exclude.dtype != torch.int64 or exclude.shape != (queries,):
+        raise ValueError(f"exclude: must be [{queries}] int64, got {list(exclude.shape)} {exclude.dtype}")
+    if queries and not torch.compiler.is_compiling() and not 0 <= int(exclude.min()) <= int(exclude.max()) < rows:
+        raise ValueError(
+            f"exclude: must be rows of the bank, 0..{rows - 1}, got {int(exclude.min())}..{int(exclude.max())}"
+        )

@@ -1,11 +1,13 @@
 """The config of Point-PEFT."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
 
+from deftcore.methods.point_peft.bank import MemoryBank
 from deftcore.training.adapters import MethodName
 
 _CHOICES = {
@@ -22,7 +24,7 @@ _OPTIONAL_COUNTS = ("local_centres", "local_neighbours", "propagation_neighbours
 class PointPeftConfig(PeftConfig):
     """Config of Point-PEFT. The defaults are the paper's for ScanObjectNN, but for `init`.
 
-    Raises ValueError, naming the field, on a value out of range.
+    Raises ValueError, naming the field, on a value out of range; TypeError on a bank that is none.
     """
 
     prompts: str = field(
@@ -90,6 +92,8 @@ class PointPeftConfig(PeftConfig):
             least = 0 if name == "prompt_blocks" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}: must be an integer of at least {least}, got {value!r}")
+        if self.bank is not None and not isinstance(self.bank, (str, os.PathLike, MemoryBank)):
+            raise TypeError(f"bank: must be a MemoryBank or its file, got {type(self.bank).__name__}")
         for name in ("dropout", "prompt_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be in [0, 1), got {getattr(self, name)!r}")
