@@ -248,6 +248,7 @@ def test_windows_share_and_cover():
     assert {each["images"].untyped_storage().data_ptr() for each in found} == {
         found[0]["images"].untyped_storage().data_ptr()
     }
+    assert found[0]["images"].data_ptr() == arrays["images"].ctypes.data  # all bands in their order: no copy
     assert torch.equal(found[4]["images"], torch.from_numpy(arrays["images"][:, :, 6:12, 6:12]))
     assert torch.equal(found[-1]["labels"], torch.from_numpy(reading.targets(arrays["labels"])[14:, 11:]))
     once = windows(scene, reading, 6, once=True)

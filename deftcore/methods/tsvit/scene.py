@@ -110,7 +110,9 @@ class Scene:
             ValueError: a band is unknown; a value is no finite number though nothing says that it is not to be used.
         """
         rows, columns = rows or slice(0, self.height), columns or slice(0, self.width)
-        images = self.pixels.images(rows, columns)[:, self.picked(bands)]
+        picked, images = self.picked(bands), self.pixels.images(rows, columns)
+        if picked != list(range(len(self.bands))):  # which copies
+            images = images[:, picked]
         cloud, empty = self.pixels.cloud(rows, columns), self.nodata if nodata is None else nodata
         usable = np.ones((len(images), *images.shape[2:]), bool) if cloud is None else ~cloud
         if empty is not None:
