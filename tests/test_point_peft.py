@@ -447,11 +447,19 @@ def test_recomputed_activations_change_nothing(form, reentrant):
         assert torch.equal(a, b), name
 
 
+@pytest.fixture
+def group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @ALL
-def test_every_parameter_has_a_gradient(form):
-    """As processes need that share them (DDP)."""
-    model = moved(adapted(**form)).train()
-    model(clouds(), labels=torch.arange(6) % 5).loss.backward()
+def test_every_parameter_has_a_gradient(form, group):
+    """As processes need that share them: DDP refuses the second step otherwise."""
+    model = nn.parallel.DistributedDataParallel(moved(adapted(**form)).train())
+    for _ in range(2):
+        model(clouds(), labels=torch.arange(6) % 5).loss.backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
