@@ -199,15 +199,16 @@ def test_clouds_fill_the_unit_ball():
 
 def test_the_first_points_are_those_far_apart():
     """Of any number: sampling fewer gives the beginning of sampling more. Clouds of a batch have their own lengths."""
-    clouds = [unit_ball(shape("ball", n, np.random.default_rng(n))) for n in (9, 30, 17)]
-    found = farthest_first(clouds, 20)
-    assert [len(each) for each in found] == [9, 20, 17]
-    for cloud, each in zip(clouds, found, strict=True):
+    clouds = [unit_ball(shape("ball", n, np.random.default_rng(n))) for n in (9, 30, 17, 18)]
+    found = farthest_first(clouds, 16)
+    assert [len(each) for each in found] == [9, 19, 17, 18]
+    assert torch.equal(found[0], torch.from_numpy(clouds[0]))  # seen whole
+    for cloud, each in zip(clouds[1:], found[1:], strict=True):
         assert torch.equal(each[0], torch.from_numpy(cloud[0]))
         assert len({tuple(point) for point in each.tolist()}) == len(each)
         nearest = [(each[:i] - each[i]).square().sum(-1).min() for i in range(1, len(each))]
         assert all(a >= b - 1e-6 for a, b in pairwise(nearest))
-        assert torch.equal(farthest_first([cloud], 5)[0], each[:5])
+        assert torch.equal(farthest_first([cloud], 5)[0], each[:6])
 
 
 def test_points_are_chosen():

@@ -1,6 +1,7 @@
 """Point clouds through recipes: a backbone is made, adapted in several ways, stopped, gone on with, loaded, merged."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -126,7 +127,9 @@ def test_from_a_backbone_of_its_own_to_a_merged_classifier(place, tmp_path, caps
     options = ["method=lora", "adapter={r: 2, target_modules: [qkv], modules_to_save: [head]}"]
     paths = [f"model={base}", f"data.train={tmp_path / 'shapes'}", f"output={tmp_path / 'run'}"]
     assert main(["train", "recipes/point-peft.yaml", *paths, *options, *short]) == 0
-    assert "accuracy: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "\naccuracy: " in printed
+    assert re.search(r"best checkpoint at \S+ \(step \d+, accuracy [\d.]+, loss ", printed)
     merged = tmp_path / "merged"
     assert main(["export", str(base), str(merged), "--adapter", str(tmp_path / "run" / "final")]) == 0
     assert str(merged) in capsys.readouterr().out

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -52,7 +53,7 @@ class MemoryBank:
         backbone.eval()
         try:
             with torch.no_grad():
-                for batch in track(clouds, "memory bank", total=total, transient=True):
+                for batch in track(clouds, "memory bank", total=total, transient=True, console=Console(stderr=True)):
                     points = batch["points"] if isinstance(batch, Mapping) else batch
                     digest.update(_bytes(points))
                     rows.append(normalize(backbone.features(points.to(device)).float(), dim=-1).cpu())

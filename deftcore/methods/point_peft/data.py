@@ -16,6 +16,7 @@ from deftcore import ops
 from deftcore.methods.point_peft.formats import ARRAYS, CLOUDS, checked_cloud, read_arrays, read_cloud
 
 _PARTS = {"train": "train", "test": "test", "val": "test", "validation": "test"}  # folders, and `split` of arrays
+_POOL = 75 / 64  # points to choose from, over those that a model sees
 _TOGETHER = 64  # clouds that are sampled at a time
 _SLOW = 200  # clouds whose reading shows its progress
 
@@ -205,17 +206,20 @@ def unit_ball(points: np.ndarray) -> np.ndarray:
     return (centred / radius if radius > 0 else centred).astype(np.float32)
 
 
-def farthest_first(clouds: Sequence[np.ndarray], most: int) -> list[Tensor]:
-    """Of each cloud [N, 3] as many points as N, but `most` at the most, in the order of farthest point sampling: the
-    first n are those that sampling n would pick."""
-    found = []
-    starts = range(0, len(clouds), _TOGETHER)
-    for start in _shown(starts, "sampling points", len(clouds)):
-        tensors = [torch.as_tensor(cloud, dtype=torch.float32) for cloud in clouds[start : start + _TOGETHER]]
-        lengths = torch.tensor([len(each) for each in tensors])
-        padded = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-        order = ops.farthest_point_sample(padded, min(most, padded.shape[1]), lengths=lengths, repeat=True)
-        found += [each[order[i, : min(most, len(each))]] for i, each in enumerate(tensors)]
+def farthest_first(clouds: Sequence[np.ndarray], count: int) -> list[Tensor]:
+    """Clouds [N, 3] thinned for a model that sees `count` points: a pool of 75/64 as many to choose from (1200 for
+    1024), in the order of farthest point sampling, so that the first n are those that sampling n would pick. Clouds of
+    at most `count` points, all of which are seen, stay as they are."""
+    found = [torch.as_tensor(cloud, dtype=torch.float32) for cloud in clouds]
+    large = [i for i, cloud in enumerate(found) if len(cloud) > count]
+    for start in _shown(range(0, len(large), _TOGETHER), "sampling points", len(large)):
+        chosen = large[start : start + _TOGETHER]
+        lengths = torch.tensor([len(found[i]) for i in chosen])
+        padded = torch.nn.utils.rnn.pad_sequence([found[i] for i in chosen], batch_first=True)
+        pool = min(round(_POOL * count), padded.shape[1])
+        picks = ops.farthest_point_sample(padded, pool, lengths=lengths, repeat=True)
+        for i, each in zip(chosen, picks, strict=True):
+            found[i] = found[i][each[: len(found[i])]]
     return found
 
 

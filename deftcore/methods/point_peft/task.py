@@ -29,7 +29,6 @@ from deftcore.training.pictures import draw_cloud, draw_confusion
 from deftcore.training.saving import save_trained
 from deftcore.training.task import Batch, Task
 
-_POOL = 75 / 64  # points of a cloud to choose from, over those that a model sees: 1200 for 1024
 _SHOWN = 3  # classes of which a cloud is drawn
 MODELS = (PointClassifier, PointMae, PointTransformer)  # that a run may begin with
 
@@ -54,8 +53,8 @@ class LabelledPointData(PointData):
 
 
 class CloudTask(Task):
-    """What tasks over clouds share. An example has `points`, at most _POOL times as many as a model sees, in the order
-    of farthest point sampling, so that its first points are those to evaluate on."""
+    """What tasks over clouds share. An example has `points` as `farthest_first` gives them: its first points are those
+    to evaluate on."""
 
     config: ClassVar[type[PointData]] = PointData
     source = DataPlace
@@ -85,7 +84,7 @@ class CloudTask(Task):
 
     def _examples(self, found: CloudSet, config: Any) -> list[dict[str, Any]]:
         clouds = [unit_ball(cloud) for cloud in found.points] if config.normalize else found.points
-        return [{"points": each} for each in farthest_first(clouds, round(_POOL * config.points))]
+        return [{"points": each} for each in farthest_first(clouds, config.points)]
 
     def view(self, cloud: Tensor, generator: torch.Generator | None) -> Tensor:
         """What a model sees of a cloud: [N, 3], changed by chance or, without a generator, as it is."""
