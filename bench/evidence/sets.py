@@ -103,14 +103,15 @@ def _gsm8k(row: Row) -> tuple[str, ...]:
 SPECS = {
     spec.name: spec
     for spec in (
-        Spec("e2e_nlg", SMOLLM2, "test", _e2e, references=_e2e_references),
-        Spec("gsm8k", SMOLLM2, "test", _gsm8k, max_length=128, longest=160, batch_size=2, steps=10, test=16,
+        Spec("e2e_nlg", SMOLLM2, "test", _e2e, references=_e2e_references, steps=32, tries=8, test=32,
+             generated=(24, 32)),
+        Spec("gsm8k", SMOLLM2, "test", _gsm8k, max_length=128, longest=160, batch_size=2, steps=20, tries=5,
              references=lambda rows: {_gsm8k(row)[0]: [row["final"]] for row in rows}, generated=(12, 72),
              every_seed=False),
-        Spec("mr_sentiment", MINILM, "validation", _sentence, classes=2, batch_size=16, steps=32, tries=10, tuning=100,
-             test=300, max_length=48),
-        Spec("banking77", MINILM, "test", lambda row: (row["text"],), classes=77, batch_size=16, steps=48, tries=16,
-             tuning=154, test=400, max_length=64),
+        Spec("mr_sentiment", MINILM, "validation", _sentence, classes=2, batch_size=16, steps=96, tries=24, tuning=100,
+             test=600, max_length=48),
+        Spec("banking77", MINILM, "test", lambda row: (row["text"],), classes=77, batch_size=16, steps=144, tries=36,
+             tuning=154, test=600, max_length=64),
         Spec("qnli", MINILM, "validation", lambda row: (row["question"], row["sentence"]), classes=2, batch_size=16,
              steps=24, tries=8, tuning=80, test=200, max_length=80),
     )

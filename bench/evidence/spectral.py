@@ -28,29 +28,40 @@ TUNED_ON = {"gsm8k": "e2e_nlg"}  # whose learning rates a set takes, where it ha
 LORA = {"r": 8, "lora_alpha": 16}
 # The window of Natural GaLore takes what its lower rank saves: the state is LoRA's in size.
 NATURAL = {"rank": 4, "natural_history": 6, "history_dtype": "bfloat16", "scale": 1.0}
+FULL = Side("full", "full", (2e-5, 6e-5, 2e-4, 6e-4), color="#9aa5b1")
+LORA_SIDE = Side("LoRA", "lora", (5e-4, 1.5e-3, 5e-3, 1.5e-2), LORA, color="#4c78a8")
+KASA = Side("KaSA", "kasa", (1.5e-3, 5e-3, 1.5e-2, 5e-2), LORA, color="#2e8b57")
+BA_LORA = Side("BA-LoRA", "ba-lora", (6e-5, 2e-4, 6e-4, 2e-3), {"r": 8, "lora_alpha": 8, "svd_niter": 4},
+               color="#8e5ea2")  # fmt: skip
 GENERATIVE = (
-    Side("full", "full", (2e-5, 6e-5, 2e-4), color="#9aa5b1"),
-    Side("GaLore (galore-torch)", galore_torch(8, 1.0), (5e-4, 1.5e-3, 5e-3), color="#c9a227"),
-    Side("Natural GaLore", "natural-galore", (5e-4, 1.5e-3, 5e-3), NATURAL, color="#e4572e"),
-    Side("LoRA", "lora", (5e-4, 1.5e-3, 5e-3), LORA, color="#4c78a8"),
-    Side("PiSSA", "lora", (2e-4, 6e-4, 2e-3), {"r": 8, "lora_alpha": 8, "init_lora_weights": "pissa_niter_4"},
-         color="#7db8da"),
-    Side("KaSA (PEFT)", PEFT_KASA, (5e-4, 1.5e-3, 5e-3), LORA | {"kasa_config": {"beta": 1e-4, "gamma": 1e-3}},
-         color="#8cc07a"),
-    Side("KaSA", "kasa", (5e-4, 1.5e-3, 5e-3), LORA, color="#2e8b57"),
-    Side("BA-LoRA", "ba-lora", (2e-4, 6e-4, 2e-3), {"r": 8, "lora_alpha": 8, "svd_niter": 4},
-         color="#8e5ea2"),
+    FULL,
+    Side("GaLore (galore-torch)", galore_torch(8, 1.0), (1.5e-4, 5e-4, 1.5e-3, 5e-3), color="#c9a227"),
+    Side("Natural GaLore", "natural-galore", (1.5e-4, 5e-4, 1.5e-3, 5e-3), NATURAL, color="#e4572e"),
+    LORA_SIDE,
+    replace(BA_LORA, name="PiSSA", method="lora", color="#7db8da",
+            options={"r": 8, "lora_alpha": 8, "init_lora_weights": "pissa_niter_4"}),
+    replace(KASA, name="KaSA (PEFT)", method=PEFT_KASA, color="#8cc07a",
+            options=LORA | {"kasa_config": {"beta": 1e-4, "gamma": 1e-3}}),
+    KASA,
+    BA_LORA,
 )  # fmt: skip
-CLASSIFYING = tuple(
-    replace(side, rates=rates)
-    for name, rates in (
-        ("full", (1.5e-4, 5e-4, 1.5e-3)), ("LoRA", (1e-3, 3e-3, 1e-2)), ("KaSA", (1e-3, 3e-3, 1e-2)),
-        ("BA-LoRA", (5e-4, 1.5e-3, 5e-3)),
+
+
+def classifying(full: float, adapters: float, ba_lora: float) -> tuple[Side, ...]:
+    """The sides that classify, by their lowest rates."""
+    lowest = ((FULL, full), (LORA_SIDE, adapters), (KASA, adapters), (BA_LORA, ba_lora))
+    return tuple(
+        replace(side, rates=tuple(float(f"{rate * by:.1g}") for by in (1, 3, 10, 30))) for side, rate in lowest
     )
-    for side in GENERATIVE
-    if side.name == name
-)  # fmt: skip
-SIDES = {name: CLASSIFYING if spec.classes else GENERATIVE for name, spec in SPECS.items()}
+
+
+SIDES = {
+    "e2e_nlg": GENERATIVE,
+    "gsm8k": GENERATIVE,
+    "mr_sentiment": classifying(2e-5, 3e-4, 2e-4),
+    "banking77": classifying(2e-4, 1e-3, 6e-4),
+    "qnli": classifying(2e-5, 3e-4, 2e-4),
+}
 
 # Of one seed and one rate: Natural GaLore's damping, and what KaSA's cut does. Each is a side in its own right.
 EXTRAS = tuple(
