@@ -2,8 +2,8 @@
 
 FOLDER holds a folder per data set, as `bench.evidence.sets` reads them. Every run is a line of
 results/light_peft.jsonl, so that a second call goes on where the first one stopped; `--minutes` stops it in time.
-`--cost` measures step, inference and peak memory instead, on an idle machine, into results/light_peft_cost.json.
-`--table` prints what there is.
+Learning rates are LoRA's best in results/spectral.jsonl, whose tries come first. `--cost` measures step, inference and
+peak memory instead, on an idle machine, into results/light_peft_cost.json.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -25,15 +24,16 @@ from torch import nn
 
 from bench.evidence import cost
 from bench.evidence.measures import generation, score
-from bench.evidence.runs import Entry, Results, about, begin, settings
+from bench.evidence.runs import Entry, Results, about, begin, settings, untrained
 from bench.evidence.sets import SPECS, Data
 from bench.evidence.sides import Side
+from bench.evidence.spectral import SIDES
 from bench.harness import alternate
-from bench.markdown import table
 from deftcore._files import write_json
 from deftcore.methods.light_peft.adapters import add_adapters
 from deftcore.methods.light_peft.baselines import random_scores
 from deftcore.methods.light_peft.config import LightPeftConfig
+from deftcore.methods.light_peft.estimation import Estimation
 from deftcore.methods.light_peft.selection import select
 from deftcore.methods.light_peft.slimming import slim
 from deftcore.models.blocks import base_of
@@ -45,10 +45,8 @@ _log = logging.getLogger(__name__)
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 SETS = ("mr_sentiment", "banking77", "qnli", "e2e_nlg")
-RATES = {True: 3e-3, False: 5e-3}  # of classes, of texts, for every side; of texts LoRA's best in `spectral`
-ESTIMATED = 0.5  # the first phase's steps, as a share of the second's
+ESTIMATED = 0.25  # the first phase's steps, as a share of the second's
 INFERENCE = (1, 32)
-MEASURES = {"accuracy": "{:.1%}", "loss": "{:.3f}", "bleu": "{:.1f}"}
 
 
 def _unpruned(model: Any, config: Any, setup: Setup) -> Any:
@@ -63,8 +61,12 @@ def _cut_by_chance(model: Any, config: Any, setup: Setup) -> Any:
     return adapted
 
 
-def _peer(name: str, wrap: Any) -> Method:
-    return Method(name=name, summary="For comparison.", config=LightPeftConfig, wrap=wrap)
+def _peer(name: str, wrap: Any, **more: Any) -> Method:
+    return Method(name=name, summary="For comparison.", config=LightPeftConfig, wrap=wrap, **more)
+
+
+UNPRUNED, CUT = _peer("unpruned", _unpruned), _peer("cut", _cut_by_chance)
+ESTIMATING = _peer("estimating", _unpruned, objective=Estimation)
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,9 @@ class Pruning:
         found = {"seed": seed, "estimate_steps": round(ESTIMATED * data.spec.steps), **(self.options or {})}
         return found | ({"modules_to_save": ["classifier"]} if data.spec.classes else {})
 
-    def as_side(self, data: Data) -> Side:
+    def as_side(self, data: Data, method: Method) -> Side:
         """What `cost` measures."""
-        method = _peer("unpruned", _unpruned) if self.options is None else _peer("cut", _cut_by_chance)
-        return Side(self.name, method, (RATES[bool(data.spec.classes)],) * 3, self.fields(data, 0))
+        return Side(self.name, method, (1e-3,) * 3, self.fields(data, 0))
 
 
 def ratios(share: float, **more: Any) -> dict[str, Any]:
@@ -102,15 +103,22 @@ PRUNINGS = (
     Pruning("random, 1/3", ratios(1 / 3, importance="random")),
     Pruning("magnitude, 1/3", ratios(1 / 3, importance="magnitude")),
 )
-COSTED, COSTED_ON = PRUNINGS[:3], ("mr_sentiment", "e2e_nlg")  # chance and magnitude leave models of the same size
+COSTED_ON = ("mr_sentiment", "e2e_nlg")
+FIRST = Pruning("Light-PEFT, first phase", {})
 
 
-def run(side: Pruning, data: Data, seed: int) -> Entry:
+def costed(data: Data) -> list[Side]:
+    """What costs are of: what is cut by chance or magnitude leaves models of the same size."""
+    pairs = ((PRUNINGS[0], UNPRUNED), (FIRST, ESTIMATING), (PRUNINGS[1], CUT), (PRUNINGS[2], CUT))
+    return [side.as_side(data, method) for side, method in pairs]
+
+
+def run(side: Pruning, data: Data, seed: int, rate: float) -> Entry:
     """Trains, both phases, and measures."""
-    spec, rate = data.spec, RATES[bool(data.spec.classes)]
+    spec = data.spec
     training = settings(data, rate, seed, spec.steps)
     config = LightPeftConfig(**side.fields(data, seed))
-    method = _peer("unpruned", _unpruned) if side.options is None else find("light-peft")
+    method = UNPRUNED if side.options is None else find("light-peft")
     set_seed(seed)
     model = data.model()
     whole = weights(model)
@@ -153,7 +161,7 @@ def jobs() -> Iterator[tuple[str, Pruning, int]]:
 
 def measure(folder: Path, path: Path) -> None:
     """Step time and peak memory by `cost`, and inference of held-out examples; see `cost.measure`."""
-    sides = {name: [side.as_side(Data(SPECS[name], folder)) for side in COSTED] for name in COSTED_ON}
+    sides = {name: costed(Data(SPECS[name], folder)) for name in COSTED_ON}
     cost.measure("bench.evidence.light_peft", sides, folder, path)
     found = json.loads(path.read_text())
     found["inference"] = {name: inference(sides[name], Data(SPECS[name], folder)) for name in COSTED_ON}
@@ -174,42 +182,6 @@ def inference(sides: list[Side], data: Data) -> dict[str, dict[str, float]]:
     return found
 
 
-def print_table(results: Results) -> None:
-    """Prints a table per set: mean over seeds, and in brackets lowest and highest."""
-    for name in SETS:
-        rows = []
-        for side in PRUNINGS:
-            own = results.find(kind="run", set=name, side=side.name)
-            if own:
-                cells = [_cell(form, [each[key] for each in own if key in each]) for key, form in MEASURES.items()]
-                first = own[0]
-                rows.append([side.name, *cells, f"{first['trained'] / 1e6:.2f} M", f"{first['base'] / 1e6:.1f} M",
-                             _cell("{:.0f} s", [each["train_s"] for each in own])])  # fmt: skip
-        if rows:
-            print(f"\n{name}, {SPECS[name].base.name}\n")
-            print(table(["", *MEASURES, "trained", "base", "training, both phases"], rows))
-
-
-def print_costs(path: Path) -> None:
-    """Prints a table per set of what `measure` found."""
-    found = json.loads(path.read_text())
-    for name, steps in found["step"].items():
-        inference = found["inference"][name]
-        rows = [
-            [side, f"{1e3 * step['seconds']:.0f} ms", *(f"{1e3 * each[side]:.1f} ms" for each in inference.values()),
-             f"{found['peak_mb'][name][side]:.0f} MB"]
-            for side, step in steps.items()
-        ]  # fmt: skip
-        print(f"\n{name}, {found['threads']} threads\n")
-        print(table(["", "step", *(f"inference of {count}" for count in inference), "peak of the process"], rows))
-
-
-def _cell(form: str, values: list[float]) -> str:
-    if len(values) < 2:
-        return "".join(map(form.format, values))
-    return f"{form.format(mean(values))} ({form.format(min(values))} to {form.format(max(values))})"
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.evidence.light_peft", description=__doc__)
@@ -219,37 +191,36 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SETS, default=SETS, help="of these sets")
     parser.add_argument("--cost", action="store_true", help="measure times and peak memory; needs an idle machine")
     parser.add_argument("--peak-of", help="internal: one side's peak memory, as set/side, in this process")
-    parser.add_argument("--table", action="store_true", help="print what the results say, and do nothing else")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    results = Results(args.results / "light_peft.jsonl")
     if args.peak_of:
         name, _, wanted = args.peak_of.partition("/")
         data = Data(SPECS[name], args.data)
-        cost.print_peak(next(side for side in PRUNINGS if side.name == wanted).as_side(data), data)
+        cost.print_peak(next(side for side in costed(data) if side.name == wanted), data)
     elif args.cost:
         measure(args.data, args.results / "light_peft_cost.json")
-    elif args.table:
-        print_table(results)
-        if (path := args.results / "light_peft_cost.json").exists():
-            print_costs(path)
     else:
-        run_all(results, args.data, args.only, args.minutes)
+        run_all(args.results, args.data, args.only, args.minutes)
 
 
-def run_all(results: Results, folder: Path, only: Sequence[str], minutes: float) -> None:
-    """Adds the runs that are missing."""
+def run_all(found: Path, folder: Path, only: Sequence[str], minutes: float) -> None:
+    """Adds the runs that are missing to a folder of results, from a folder of data sets."""
     torch.set_num_threads(1)
+    results, tried = Results(found / "light_peft.jsonl"), Results(found / "spectral.jsonl")
     start, data = time.monotonic(), {name: Data(SPECS[name], folder) for name in SETS}
     if not results.find(kind="about"):
         results.add({"kind": "about", **about()})
+    for name in only:
+        if not results.find(kind="untrained", set=name):
+            results.add(untrained(data[name]))
     for name, side, seed in jobs():
         if name not in only or results.find(kind="run", set=name, side=side.name, seed=seed):
             continue
         if time.monotonic() - start > 60 * minutes:
             break
         try:
-            results.add(run(side, data[name], seed))
+            (lora,) = (each for each in SIDES[name] if each.name == "LoRA")
+            results.add(run(side, data[name], seed, tried.best_rate(lora, name)))
         except Exception:  # the others are worth having
             _log.exception("%s, %s, seed %d", name, side.name, seed)
 
