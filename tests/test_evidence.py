@@ -13,7 +13,7 @@ import transformers
 from deftcore.methods.natural_galore.optimizer import NaturalGaLore
 
 WORDS = ["[UNK]", "[PAD]", "[EOS]", "red", "blue", "is", "a", "colour", "."]
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
 @pytest.fixture(scope="module")
@@ -230,21 +230,75 @@ def test_steps_are_timed_and_memory_watched(evidence, data, capsys):
 
 
 @pytest.mark.parametrize("name", ["texts", "classes"])
-def test_pruned_sides_run_in_two_phases(evidence, data, name, tmp_path, capsys, monkeypatch):
-    """At a half: one of two heads, 12 of 24 channels."""
+def test_pruned_sides_run_in_two_phases(evidence, data, name):
     module, each = evidence.light_peft, data[name]
-    monkeypatch.setattr(module, "SETS", (name,))
-    monkeypatch.setitem(module.SPECS, name, each.spec)
-    results = evidence.runs.Results(tmp_path / "light_peft.jsonl")
-    for side in module.PRUNINGS:
-        side = side if side.options is None else replace(side, options={**side.options, **module.ratios(0.5)})
-        found = results.add(module.run(side, each, 0))
+    each = replace(each, spec=replace(each.spec, steps=8))
+    for side in module.SIDES:
+        found, pruned = module.run(side, each, 0, 1e-2), side is not module.LORA
         assert math.isfinite(found["loss"])
-        assert (found["base"] < found["base_whole"]) == (side.options is not None) == (found["estimate_steps"] > 0)
+        assert (found["base"] < found["base_whole"]) == pruned
+        assert found["estimate_steps"] == 2 * pruned
         assert 0 <= found["first_phase_s"] < found["train_s"]
-    assert module.run(side, each, 0)["loss"] == found["loss"]
-    module.print_table(results)
-    assert capsys.readouterr().out.count("\n| ") == len(module.PRUNINGS) + 1
-    sides = [side.as_side(each) for side in (module.PRUNINGS[0], module.PRUNINGS[2])]
+    assert module.run(side, each, 0, 1e-2)["loss"] == found["loss"]
+
+
+def test_missing_runs_are_added_at_the_rate_that_lora_tried(evidence, data, tmp_path, monkeypatch):
+    module, spec = evidence.light_peft, data["texts"].spec
+    monkeypatch.setattr(module, "SETS", ("texts",))
+    monkeypatch.setattr(module, "SIDES", module.SIDES[:2])
+    monkeypatch.setitem(module.SPECS, "texts", spec)
+    monkeypatch.setitem(module.TRIED, "texts", [evidence.sides.Side("LoRA", "lora", ())])
+    results, tried = (evidence.runs.Results(tmp_path / f"{name}.jsonl") for name in ("light_peft", "spectral"))
+    tried.add({"kind": "try", "set": "texts", "side": "LoRA", "rate": 0.02, "tuning_loss": 1.0})
+    present = results.add({"kind": "run", "set": "texts", "side": "LoRA", "seed": 0})
+    module.run_all(tmp_path, tmp_path, ["texts"], math.inf)
+    runs = results.find(kind="run")
+    assert runs[0] == present
+    assert sorted((each["side"], each["seed"]) for each in runs) == sorted(
+        (side.name, seed) for side in module.SIDES for seed in module.SEEDS
+    )
+    assert {each["rate"] for each in runs[1:]} == {0.02}
+    assert [len(results.find(kind=kind)) for kind in ("about", "untrained")] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["texts", "classes"])
+def test_costs_of_pruned_sides_count_both_phases(evidence, data, name):
+    module, each = evidence.light_peft, data[name]
+    each = replace(each, spec=replace(each.spec, steps=8))
+    sides = module.costed(each)
     times = module.inference(sides, each)
-    assert {count: set(found) for count, found in times.items()} == {n: {s.name for s in sides} for n in ("1", "32")}
+    whole = [side.name for side in sides if side.method is not module.ESTIMATING]
+    assert {count: list(found) for count, found in times.items()} == {"1": whole, "32": whole}
+    steps = {side.name: {"seconds": 3.0 if side.name == module.FIRST.name else 1.0} for side in sides}
+    found = module.both_phases(sides, each, steps)
+    assert found["LoRA"] == 8.0
+    assert 8 + 2 * 3 < found["Light-PEFT, 1/3"] < 8 + 2 * 3 + 5  # and the cut
+    assert evidence.cost.steps([sides[1]], each)[module.FIRST.name]["seconds"] > 0
+
+
+def test_a_page_has_sizes_and_where_they_were_measured_costs(evidence, data, tmp_path, monkeypatch):
+    report, module = evidence.report, evidence.light_peft
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setitem(report.SPECS, "texts", data["texts"].spec)
+    experiment = report.Experiment(
+        name="light_peft", sides={"texts": module.SIDES}, pairs=[("Light-PEFT, 1/3", "LoRA")], head="Head.",
+        papers=[("Light-PEFT, 1/3", "LoRA", "smaller")], limits="Limits.",
+    )  # fmt: skip
+    experiment.results.add({"kind": "about", "machine": "a machine", "versions": {}})
+    for side, base, loss in (("LoRA", 4e6, 2.0), ("Light-PEFT, 1/3", 3e6, 1.5)):
+        for seed in (0, 1):
+            experiment.results.add({"kind": "run", "set": "texts", "side": side, "seed": seed, "rate": 1e-2,
+                                    "trained": 1000, "base": base, "loss": loss})  # fmt: skip
+    page = report.section(experiment)
+    assert "| Light-PEFT, 1/3 | 2 | 0.01 | 0.00 M | 3.0 M | 1.500 (1.500 to 1.500) |" in page
+    assert "| texts: loss -0.500 (better in all 2 seeds) | texts: base 0.75x |" in page
+    assert "Time and memory" not in page
+    pairs = {"LoRA": 2.0, "Light-PEFT, 1/3": 1.0}
+    step = {side: {"seconds": value, "spread": 0.1, "first": value} for side, value in pairs.items()}
+    costs = {"about": {"machine": "a machine"}, "threads": 1, "step": {"texts": step}, "peak_mb": {"texts": pairs},
+             "inference": {"texts": {"1": pairs}}, "training": {"texts": pairs}}  # fmt: skip
+    (tmp_path / "light_peft_cost.json").write_text(json.dumps(costs))
+    page = report.section(experiment)
+    assert "base 0.75x, step 0.50x, inference of 1 0.50x, training 0.50x, peak 0.50x |" in page
+    assert "| texts, 4 examples | step | inference of 1 | training | peak | quartiles of steps apart |" in page
+    assert "| Light-PEFT, 1/3 | 1000 ms | 1000 ms | 1000 ms | 1 MB | 10% | 1.0 s |" in page

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from bench.evidence.light_page import LIGHT
 from bench.evidence.report import picture, section
 from bench.evidence.spectral_page import SPECTRAL
 from deftcore._files import write_text
 
 DOCS = Path(__file__).parents[2] / "docs"
-EXPERIMENTS = (SPECTRAL,)
+EXPERIMENTS = (SPECTRAL, LIGHT)
 HEAD = """# Evidence
 
 <!-- Made by `python -m bench.evidence` from the files in bench/evidence/results. Do not edit: the tests compare. -->

@@ -11,8 +11,8 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from bench.evidence.measures import generation, score
 from bench.evidence.runs import Entry, Results, about, begin, settings, untrained
 from bench.evidence.sets import SPECS, Data
 from bench.evidence.sides import Side
-from bench.evidence.spectral import SIDES
+from bench.evidence.spectral import SIDES as TRIED
 from bench.harness import alternate
 from deftcore._files import write_json
 from deftcore.methods.light_peft.adapters import add_adapters
@@ -39,7 +39,7 @@ from deftcore.methods.light_peft.slimming import slim
 from deftcore.models.blocks import base_of
 from deftcore.models.coupled import find_coupled
 from deftcore.training import train
-from deftcore.training.registry import Method, Setup, find
+from deftcore.training.registry import Method, Setup
 
 _log = logging.getLogger(__name__)
 RESULTS = Path(__file__).parent / "results"
@@ -54,11 +54,15 @@ def _unpruned(model: Any, config: Any, setup: Setup) -> Any:
 
 
 def _cut_by_chance(model: Any, config: Any, setup: Setup) -> Any:
-    """The sizes that a side trains in its second phase, without the first: costs do not depend on what is cut."""
     adapted = add_adapters(model, config)
+    cut(adapted, config)
+    return adapted
+
+
+def cut(adapted: Any, config: LightPeftConfig) -> None:
+    """Cuts by chance, which leaves what the second phase trains in size: costs do not depend on what goes."""
     structures = find_coupled(base_of(adapted))
     slim(adapted, select(structures, random_scores(adapted, structures, config), config))
-    return adapted
 
 
 def _peer(name: str, wrap: Any, **more: Any) -> Method:
@@ -69,56 +73,42 @@ UNPRUNED, CUT = _peer("unpruned", _unpruned), _peer("cut", _cut_by_chance)
 ESTIMATING = _peer("estimating", _unpruned, objective=Estimation)
 
 
-@dataclass(frozen=True)
-class Pruning:
-    """A side of the comparison.
-
-    Args:
-        name: in results.
-        options: of LightPeftConfig; None: nothing is pruned, and there is one phase.
-    """
-
-    name: str
-    options: dict[str, Any] | None = None
-
-    def fields(self, data: Data, seed: int) -> dict[str, Any]:
-        """Of LightPeftConfig, for a set: classes have a head that trains."""
-        found = {"seed": seed, "estimate_steps": round(ESTIMATED * data.spec.steps), **(self.options or {})}
-        return found | ({"modules_to_save": ["classifier"]} if data.spec.classes else {})
-
-    def as_side(self, data: Data, method: Method) -> Side:
-        """What `cost` measures."""
-        return Side(self.name, method, (1e-3,) * 3, self.fields(data, 0))
+def third(importance: str) -> dict[str, Any]:
+    """Options by which a third of heads and of channels goes."""
+    return {"head_ratio": 1 / 3, "ffn_ratio": 1 / 3, "importance": importance}
 
 
-def ratios(share: float, **more: Any) -> dict[str, Any]:
-    """Options by which a share of heads and of channels goes."""
-    return {"head_ratio": share, "ffn_ratio": share, **more}
-
-
-PRUNINGS = (
-    Pruning("LoRA"),
-    Pruning("Light-PEFT, 1/3", ratios(1 / 3)),
-    Pruning("Light-PEFT, 1/2", ratios(1 / 2)),
-    Pruning("random, 1/3", ratios(1 / 3, importance="random")),
-    Pruning("magnitude, 1/3", ratios(1 / 3, importance="magnitude")),
+LORA = Side("LoRA", UNPRUNED, (), color="#4c78a8")
+THIRD = Side("Light-PEFT, 1/3", "light-peft", (), third("estimated"), "#e4572e")
+HALF = Side("Light-PEFT, 1/2", "light-peft", (), {"head_ratio": 0.5, "ffn_ratio": 0.5}, "#f2a541")
+SIDES = (
+    LORA,
+    THIRD,
+    HALF,
+    Side("random, 1/3", "light-peft", (), third("random"), "#9aa5b1"),
+    Side("magnitude, 1/3", "light-peft", (), third("magnitude"), "#2e8b57"),
 )
-COSTED_ON = ("mr_sentiment", "e2e_nlg")
-FIRST = Pruning("Light-PEFT, first phase", {})
+# What costs are of; the other sides leave models of the size that THIRD does.
+FIRST = Side("Light-PEFT, first phase", ESTIMATING, ())
+COSTED, COSTED_ON = (LORA, FIRST, replace(THIRD, method=CUT), replace(HALF, method=CUT)), ("mr_sentiment", "e2e_nlg")
 
 
-def costed(data: Data) -> list[Side]:
-    """What costs are of: what is cut by chance or magnitude leaves models of the same size."""
-    pairs = ((PRUNINGS[0], UNPRUNED), (FIRST, ESTIMATING), (PRUNINGS[1], CUT), (PRUNINGS[2], CUT))
-    return [side.as_side(data, method) for side, method in pairs]
+def estimated(data: Data) -> int:
+    """Steps of the first phase."""
+    return round(ESTIMATED * data.spec.steps)
 
 
-def run(side: Pruning, data: Data, seed: int, rate: float) -> Entry:
+def options(side: Side, data: Data, seed: int) -> dict[str, Any]:
+    """Fields of LightPeftConfig on a set: classes have a head that trains."""
+    found = {"seed": seed, "estimate_steps": estimated(data), **side.options}
+    return found | ({"modules_to_save": ["classifier"]} if data.spec.classes else {})
+
+
+def run(side: Side, data: Data, seed: int, rate: float) -> Entry:
     """Trains, both phases, and measures."""
     spec = data.spec
     training = settings(data, rate, seed, spec.steps)
-    config = LightPeftConfig(**side.fields(data, seed))
-    method = UNPRUNED if side.options is None else find("light-peft")
+    config = LightPeftConfig(**options(side, data, seed))
     set_seed(seed)
     model = data.model()
     whole = weights(model)
@@ -129,16 +119,16 @@ def run(side: Pruning, data: Data, seed: int, rate: float) -> Entry:
                   label=f"{spec.name} {side.name}, {name}", **more)  # fmt: skip
 
         start = time.perf_counter()
-        model = method.wrap(model, config, Setup(phase=phase))
+        model = side.record.wrap(model, config, Setup(phase=phase))
         before = time.perf_counter() - start
         train(model, data.train, training, Path(folder) / "main", task=data.task, resume=False,
               label=f"{spec.name} {side.name}")  # fmt: skip
         total = time.perf_counter() - start
     found: Entry = {
         "kind": "run", "set": spec.name, "side": side.name, "seed": seed, "rate": rate, "steps": spec.steps,
-        "estimate_steps": config.estimate_steps if side.options is not None else 0, "first_phase_s": before,
-        "train_s": total, "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "base": weights(base_of(model)), "base_whole": whole,
+        "estimate_steps": 0 if side is LORA else config.estimate_steps, "first_phase_s": before, "train_s": total,
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "base": weights(base_of(model)),
+        "base_whole": whole,
     }  # fmt: skip
     found |= score(model, data, data.test)
     return found | (generation(model, data) if data.references else {})
@@ -151,27 +141,33 @@ def weights(model: nn.Module) -> int:
     )
 
 
-def jobs() -> Iterator[tuple[str, Pruning, int]]:
+def jobs() -> Iterator[tuple[str, Side, int]]:
     """All runs; a set's first seed is there for every side before the next."""
-    yield from ((name, side, seed) for seed in SEEDS for name in SETS for side in PRUNINGS)
+    yield from ((name, side, seed) for seed in SEEDS for name in SETS for side in SIDES)
 
 
 # ---------------------------------------------------------------------------- costs
 
 
+def costed(data: Data) -> list[Side]:
+    """The sides that costs are of, on a set."""
+    return [replace(side, rates=(1e-3,) * 3, options=options(side, data, 0)) for side in COSTED]
+
+
 def measure(folder: Path, path: Path) -> None:
-    """Step time and peak memory by `cost`, and inference of held-out examples; see `cost.measure`."""
-    sides = {name: costed(Data(SPECS[name], folder)) for name in COSTED_ON}
-    cost.measure("bench.evidence.light_peft", sides, folder, path)
+    """Step time and peak memory by `cost.measure`, inference, and what both phases take."""
+    sets = {name: Data(SPECS[name], folder) for name in COSTED_ON}
+    cost.measure("bench.evidence.light_peft", {name: costed(data) for name, data in sets.items()}, folder, path)
     found = json.loads(path.read_text())
-    found["inference"] = {name: inference(sides[name], Data(SPECS[name], folder)) for name in COSTED_ON}
+    found["inference"] = {name: inference(costed(data), data) for name, data in sets.items()}
+    found["training"] = {name: both_phases(costed(data), data, found["step"][name]) for name, data in sets.items()}
     write_json(path, found)
 
 
 @torch.no_grad()
-def inference(sides: list[Side], data: Data) -> dict[str, dict[str, float]]:
+def inference(sides: Sequence[Side], data: Data) -> dict[str, dict[str, float]]:
     """Seconds of a forward over held-out examples, adapters merged, by their number and by side."""
-    models = {side.name: begin(side, data, 0).model for side in sides}
+    models = {side.name: begin(side, data, 0).model for side in sides if side.method is not ESTIMATING}
     for model in models.values():
         model.eval().merge_adapter()
     found = {}
@@ -179,6 +175,22 @@ def inference(sides: list[Side], data: Data) -> dict[str, dict[str, float]]:
         batch = data.task.collate((data.test * INFERENCE[-1])[:count])
         calls = {name: partial(data.task.output, model, batch) for name, model in models.items()}
         found[str(count)] = {name: each["seconds"] for name, each in alternate(calls, 9).items()}
+    return found
+
+
+def both_phases(sides: Sequence[Side], data: Data, steps: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Seconds of a whole training by side, from those of a step: the first phase and the cut are part of it."""
+    found = {}
+    for side in sides:
+        if side.method is ESTIMATING:
+            continue
+        found[side.name] = data.spec.steps * steps[side.name]["seconds"]
+        if side.method is CUT:
+            config = LightPeftConfig(**side.options)
+            adapted = add_adapters(data.model(), config)
+            start = time.perf_counter()
+            cut(adapted, config)
+            found[side.name] += time.perf_counter() - start + estimated(data) * steps[FIRST.name]["seconds"]
     return found
 
 
@@ -219,7 +231,7 @@ def run_all(found: Path, folder: Path, only: Sequence[str], minutes: float) -> N
         if time.monotonic() - start > 60 * minutes:
             break
         try:
-            (lora,) = (each for each in SIDES[name] if each.name == "LoRA")
+            (lora,) = (each for each in TRIED[name] if each.name == "LoRA")
             results.add(run(side, data[name], seed, tried.best_rate(lora, name)))
         except Exception:  # the others are worth having
             _log.exception("%s, %s, seed %d", name, side.name, seed)

@@ -10,9 +10,15 @@ from typing import Any
 from bench.evidence.runs import Entry, Results
 from bench.evidence.sets import SPECS
 from bench.evidence.sides import Side
-from bench.markdown import table
+from bench.markdown import milliseconds, table
 
 RESULTS = Path(__file__).parent / "results"
+# How large what a run trained was: its column, how a value reads.
+SIZES = {
+    "trained": ("trained", lambda numbers: f"{numbers / 1e6:.2f} M"),
+    "state_bytes": ("state", lambda held: f"{held / 1e6:.1f} MB"),
+    "base": ("base", lambda numbers: f"{numbers / 1e6:.1f} M"),
+}
 # What a run measured: its column, how a value reads, whether less is better.
 MEASURES = {
     "loss": ("loss", "{:.3f}", True),
@@ -119,22 +125,20 @@ def _of_set(experiment: Experiment, name: str, entries: list[Entry], runs: list[
         f"{spec.steps} steps of {spec.batch_size} examples; {spec.test} held-out {texts}. Mean and, in brackets, "
         "lowest and highest over seeds."
     )
-    measured = [key for key in MEASURES if any(key in each for each in runs)]
+    measured, sized = ([key for key in kinds if any(key in each for each in runs)] for kinds in (MEASURES, SIZES))
     rows = []
     untrained = [each for each in entries if each["kind"] == "untrained" and each["set"] == name]
     if untrained:
-        rows.append(["*untrained*", "", "", "", "", *(_cell(key, untrained[:1]) for key in measured)])
+        rows.append(["*untrained*", "", "", *[""] * len(sized), *(_cell(key, untrained[:1]) for key in measured)])
     for side in experiment.sides[name]:
         own = [each for each in runs if each["side"] == side.name]
         if not own:
             continue
-        rate = f"{own[0]['rate']:g}" + ("" if own[0]["rate"] in side.rates[1:-1] else " (edge)")
-        stable = [each for each in own if "loss" in each]
-        trained, state = (
-            (f"{stable[0]['trained'] / 1e6:.2f} M", f"{stable[0]['state_bytes'] / 1e6:.1f} MB") if stable else ("", "")
-        )
-        rows.append([side.name, len(own), rate, trained, state, *(_cell(key, own) for key in measured)])
-    yield table(["", "seeds", "rate", "trained", "state", *(MEASURES[key][0] for key in measured)], rows)
+        rate = f"{own[0]['rate']:g}" + " (edge)" * (own[0]["rate"] in (*side.rates[:1], *side.rates[-1:]))
+        sizes = (next((SIZES[key][1](each[key]) for each in own if key in each), "") for key in sized)
+        rows.append([side.name, len(own), rate, *sizes, *(_cell(key, own) for key in measured)])
+    columns = [*(SIZES[key][0] for key in sized), *(MEASURES[key][0] for key in measured)]
+    yield table(["", "seeds", "rate", *columns], rows)
     said = {f"{ours} against {other}": verdict(ours, other, runs, measured) for ours, other in experiment.pairs}
     if any(said.values()):
         yield "\n".join(f"- {pair}: {', '.join(found)}." for pair, found in said.items() if found)
@@ -171,13 +175,23 @@ def verdict(ours: str, other: str, runs: Sequence[Entry], measured: Sequence[str
 def _beside(experiment: Experiment, entries: list[Entry]) -> str:
     rows = []
     for ours, other, claim in experiment.papers:
-        here = []
+        here, cheaper = [], []
         for name in experiment.sides:
             runs = [each for each in entries if each["kind"] == "run" and each["set"] == name]
             found = verdict(ours, other, runs, ["bleu" if SPECS[name].references else "accuracy", "loss"])
             here += [f"{name}: {', '.join(found)}"] if found else []
-        rows.append([f"{ours} against {other}", claim, "; ".join(here) or "too few runs"])
-    return table(["", "paper", "here"], rows)
+            ratios = _ratios(ours, other, runs, _costs_by(experiment.cost() or {}, name))
+            cheaper += [f"{name}: {', '.join(ratios)}"] if ratios else []
+        rows.append([f"{ours} against {other}", claim, "; ".join(here) or "too few runs", "; ".join(cheaper)])
+    return table(["", "paper", "here", "size and cost here"], rows)
+
+
+def _ratios(ours: str, other: str, runs: list[Entry], costs: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """How many times as large or as dear one side is as another."""
+    sizes = {SIZES[key][0]: {each["side"]: each[key] for each in runs if key in each} for key in SIZES}
+    for column, values in (sizes | costs).items():
+        if ours in values and other in values and values[ours] != values[other]:
+            yield f"{column} {values[ours] / values[other]:.2f}x"
 
 
 def _extras(extras: list[Entry]) -> str:
@@ -189,21 +203,37 @@ def _extras(extras: list[Entry]) -> str:
     return table(["", "rate", *(MEASURES[key][0] for key in measured)], rows)
 
 
+def _costs_by(cost: dict[str, Any], name: str) -> dict[str, dict[str, float]]:
+    """What was measured on a set, by what it is and by side: seconds, and MB of the peak."""
+    if name not in cost.get("step", {}):
+        return {}
+    found = {"step": {side: step["seconds"] for side, step in cost["step"][name].items()}}
+    found |= {f"inference of {count}": each for count, each in cost.get("inference", {}).get(name, {}).items()}
+    found |= {"training": cost["training"][name]} if "training" in cost else {}
+    return found | {"peak": cost["peak_mb"].get(name, {})}
+
+
 def _costs(cost: dict[str, Any]) -> Iterator[str]:
     for name, steps in cost["step"].items():
-        peaks = cost["peak_mb"].get(name, {})
+        columns = _costs_by(cost, name)
         rows = [
-            [side, f"{1e3 * step['seconds']:.0f} ms", f"{step['spread']:.0%}", f"{step['first']:.1f} s",
-             f"{peaks[side]:.0f} MB" if side in peaks else ""]
+            [side, *(_cost(column, values[side]) if side in values else "" for column, values in columns.items()),
+             f"{step['spread']:.0%}", f"{step['first']:.1f} s"]
             for side, step in steps.items()
         ]  # fmt: skip
         title = f"{name}, {SPECS[name].batch_size} examples"
-        yield table([title, "step, median", "quartiles apart", "first step", "peak of the process"], rows)
+        yield table([title, *columns, "quartiles of steps apart", "first step"], rows)
     yield (
         f"{cost['about']['machine']}, {cost['threads']} thread{'s' if cost['threads'] > 1 else ''}; sides alternate in "
-        "one process. The first step finds subspaces, where a method has them. Peaks are of two steps in a process "
-        "for each side, on one thread."
+        "one process; medians. The first step finds subspaces, where a method has them. Peaks are of two steps in a "
+        "process for each side, on one thread."
+        + " Training is all steps, the first phase's and the cut among them."
+        * ("training" in cost)
     )
+
+
+def _cost(column: str, value: float) -> str:
+    return f"{value:.0f} MB" if column == "peak" else f"{value:.1f} s" if value >= 10 else milliseconds(1e3 * value)
 
 
 def _about(entries: list[Entry]) -> str:

@@ -25,7 +25,7 @@ class Side:
     Args:
         name: in results and on the page.
         method: deftcore's, by name, or a peer's record.
-        rates: learning rates to try, in rising order; as many for each side.
+        rates: learning rates to try, in rising order; as many for each side; () where they are another's.
         options: of the method's config; those of adapters get the base's targets.
         color: in pictures.
     """
@@ -36,10 +36,14 @@ class Side:
     options: dict[str, Any] = field(default_factory=dict)
     color: str = "#777777"
 
+    @property
+    def record(self) -> Method:
+        """The method's."""
+        return find(self.method) if isinstance(self.method, str) else self.method
+
     def make(self, model: Any, targets: tuple[str, ...], task_type: str) -> "Ready":
         """The model that trains, with its objective and its optimizer."""
-        method = find(self.method) if isinstance(self.method, str) else self.method
-        options = dict(self.options)
+        method, options = self.record, dict(self.options)
         if method.config is not None and issubclass(method.config, peft.PeftConfig):
             options |= {"target_modules": list(targets), "task_type": task_type}
         config = make_config(method, model, options)
