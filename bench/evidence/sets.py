@@ -110,7 +110,7 @@ SPECS = {
              every_seed=False),
         Spec("mr_sentiment", MINILM, "validation", _sentence, classes=2, batch_size=16, steps=96, tries=24, tuning=100,
              test=600, max_length=48),
-        Spec("banking77", MINILM, "test", lambda row: (row["text"],), classes=77, batch_size=16, steps=144, tries=36,
+        Spec("banking77", MINILM, "test", lambda row: (row["text"],), classes=77, batch_size=16, steps=144, tries=144,
              tuning=154, test=600, max_length=64),
         Spec("qnli", MINILM, "validation", lambda row: (row["question"], row["sentence"]), classes=2, batch_size=16,
              steps=24, tries=8, tuning=80, test=200, max_length=80),
