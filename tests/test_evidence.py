@@ -282,7 +282,7 @@ def test_a_page_has_sizes_and_where_they_were_measured_costs(evidence, data, tmp
     monkeypatch.setitem(report.SPECS, "texts", data["texts"].spec)
     experiment = report.Experiment(
         name="light_peft", sides={"texts": module.SIDES}, pairs=[("Light-PEFT, 1/3", "LoRA")], head="Head.",
-        papers=[("Light-PEFT, 1/3", "LoRA", "smaller")], limits="Limits.",
+        papers=[("Light-PEFT, 1/3", "LoRA", "smaller"), ("random, 1/3", "LoRA", "none")], limits="Limits.",
     )  # fmt: skip
     experiment.results.add({"kind": "about", "machine": "a machine", "versions": {}})
     for side, base, loss in (("LoRA", 4e6, 2.0), ("Light-PEFT, 1/3", 3e6, 1.5)):
@@ -292,6 +292,7 @@ def test_a_page_has_sizes_and_where_they_were_measured_costs(evidence, data, tmp
     page = report.section(experiment)
     assert "| Light-PEFT, 1/3 | 2 | 0.01 | 0.00 M | 3.0 M | 1.500 (1.500 to 1.500) |" in page
     assert "| texts: loss -0.500 (better in all 2 seeds) | texts: base 0.75x |" in page
+    assert "| random, 1/3 against LoRA | none | too few runs |  |" in page
     assert "Time and memory" not in page
     pairs = {"LoRA": 2.0, "Light-PEFT, 1/3": 1.0}
     step = {side: {"seconds": value, "spread": 0.1, "first": value} for side, value in pairs.items()}

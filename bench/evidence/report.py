@@ -180,7 +180,7 @@ def _beside(experiment: Experiment, entries: list[Entry]) -> str:
             runs = [each for each in entries if each["kind"] == "run" and each["set"] == name]
             found = verdict(ours, other, runs, ["bleu" if SPECS[name].references else "accuracy", "loss"])
             here += [f"{name}: {', '.join(found)}"] if found else []
-            ratios = _ratios(ours, other, runs, _costs_by(experiment.cost() or {}, name))
+            ratios = list(_ratios(ours, other, runs, _costs_by(experiment.cost() or {}, name)))
             cheaper += [f"{name}: {', '.join(ratios)}"] if ratios else []
         rows.append([f"{ours} against {other}", claim, "; ".join(here) or "too few runs", "; ".join(cheaper)])
     return table(["", "paper", "here", "size and cost here"], rows)
