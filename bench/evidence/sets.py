@@ -108,7 +108,7 @@ SPECS = {
         Spec("gsm8k", SMOLLM2, "test", _gsm8k, max_length=128, longest=160, batch_size=2, steps=20, tries=5,
              references=lambda rows: {_gsm8k(row)[0]: [row["final"]] for row in rows}, generated=(12, 72),
              every_seed=False),
-        Spec("mr_sentiment", MINILM, "validation", _sentence, classes=2, batch_size=16, steps=96, tries=24, tuning=100,
+        Spec("mr_sentiment", MINILM, "validation", _sentence, classes=2, batch_size=16, steps=96, tries=96, tuning=100,
              test=600, max_length=48),
         Spec("banking77", MINILM, "test", lambda row: (row["text"],), classes=77, batch_size=16, steps=144, tries=144,
              tuning=154, test=600, max_length=64),

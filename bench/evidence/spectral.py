@@ -136,9 +136,9 @@ def jobs() -> Iterator[Job]:
     for seed in SEEDS:
         yield from runs(["e2e_nlg"], seed)
     yield from runs(["gsm8k"], 0)
-    yield from (Job("extra", "e2e_nlg", side, rate=side.rates[0]) for side in EXTRAS)
     for seed in SEEDS[1:]:
         yield from runs([*classifying, "gsm8k"], seed)
+    yield from (Job("extra", "e2e_nlg", side, rate=side.rates[0]) for side in EXTRAS)
 
 
 def main() -> None:

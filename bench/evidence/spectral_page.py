@@ -14,12 +14,13 @@ trains.
 Budgets are of optimizer state: adapters have rank 8 on every linear layer; GaLore's rank is 8, Natural GaLore's 4,
 since its window of 6 past gradients in bfloat16 takes the rest (compare "state"; AdamW's is 8 bytes a number). Full
 training is there as the bound on what a budget could matter. Each method gets four learning rates, a factor of about
-three apart, on a run of a quarter of the steps, of seed 0, chosen by the loss over rows at the end of the training file
-(`gsm8k` takes the rates of `e2e_nlg`; of `banking77` tries have all steps, since on a quarter LoRA chose a rate at which
-the whole run fell apart). Where the four lie was settled by earlier, still shorter runs, so that the best of those is
-inside; "edge" marks a best rate that is the lowest or highest tried all the same. Other options are as
-published: KaSA with alpha 16, beta 1e-4 and gamma 1e-3, PiSSA and BA-LoRA with alpha equal to the rank, BA-LoRA with
-the penalties of its version 6, `update_proj_gap` 200. galore-torch's GaLore and PEFT's KaSA run in the same loop.
+three apart, and trains at the one with the lowest loss over rows at the end of the training file: after a whole run of
+seed 0 on classes, where a quarter of a run chose rates at which the whole one falls apart, and after a quarter of a run
+on texts, where no more could be afforded (`gsm8k` takes the rates of `e2e_nlg`). Where the four lie was settled by
+earlier, shorter runs, so that the best of those is inside; "edge" marks a best rate that is the lowest or highest tried
+all the same. Other options are as published: KaSA with alpha 16, beta 1e-4 and gamma 1e-3, PiSSA and BA-LoRA with alpha
+equal to the rank, BA-LoRA with the penalties of its version 6, `update_proj_gap` 200. galore-torch's GaLore and PEFT's
+KaSA run in the same loop.
 
 Loss is nats per held-out answer token, or per text; elsewhere is the loss on sentences of an encyclopaedia, for
 classifiers one minus the cosine between the mean vectors of such sentences before and after."""
@@ -103,7 +104,7 @@ LIMITS = """### What this cannot show
   seeds agree on is called better or worse; with three seeds that happens by chance in one comparison of four.
 - BA-LoRA's consistency holds a classifier to the pre-trained one, whose head is new and knows nothing.
 - Seconds in the result file are of a busy machine, and say nothing of speed.
-- But for `banking77`, learning rates were chosen on runs of 5 to 24 steps, which favours rates that are fast at first."""
+- On texts learning rates were chosen on runs of 8 steps, which favours rates that are fast at first."""
 
 SPECTRAL = Experiment(
     name="spectral",
