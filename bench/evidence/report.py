@@ -227,7 +227,7 @@ def _costs(cost: dict[str, Any]) -> Iterator[str]:
         f"{cost['about']['machine']}, {cost['threads']} thread{'s' if cost['threads'] > 1 else ''}; sides alternate in "
         "one process; medians. The first step finds subspaces, where a method has them. Peaks are of two steps in a "
         "process for each side, on one thread."
-        + " Training is all steps, the first phase's and the cut among them."
+        + " Training is all steps, the first phase's and the cut among them; its peak is the larger of the two phases'."
         * ("training" in cost)
     )
 
