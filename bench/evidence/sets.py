@@ -113,7 +113,7 @@ SPECS = {
         Spec("banking77", MINILM, "test", lambda row: (row["text"],), classes=77, batch_size=16, steps=144, tries=144,
              tuning=154, test=600, max_length=64),
         Spec("qnli", MINILM, "validation", lambda row: (row["question"], row["sentence"]), classes=2, batch_size=16,
-             steps=24, tries=8, tuning=80, test=200, max_length=80),
+             steps=64, tries=64, tuning=100, test=400, max_length=80),
     )
 }  # fmt: skip
 
