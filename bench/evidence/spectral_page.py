@@ -86,17 +86,15 @@ EXTRAS = """### Damping, and KaSA's cut
 
 Sides that ran once, `e2e_nlg`, seed 0, one rate for all. Natural GaLore's damping is 1e-3 by default, as in the
 authors' code; `relative` multiplies it with the window's mean squared norm. Of KaSA, how many of the smallest singular
-values are taken from each weight: published is the rank, 8 here.
-
-The dampings differ by less than seeds do, and none differs from GaLore without any: no reason to leave the default, and
-none to prefer natural gradients, in so few steps."""
+values are taken from each weight: published is the rank, 8 here. One run says nothing of a difference smaller than that
+between the seeds above."""
 
 LIMITS = """### What this cannot show
 
 - Runs are of 20 to 144 steps, 40 to 2,300 examples: the beginning of a fine-tuning, not its end. A method that starts
   slower and ends higher looks worse here than it is. The papers train for thousands of steps.
 - One model of 135 M and one of 22 M weights. SmolLM2's were rounded to 4 bits before, which fills the smallest
-  singular values: KaSA may fare better on weights that were not. QNLI is not learned by any method in so few steps.
+  singular values: KaSA may fare better on weights that were not.
 - No run reaches `update_proj_gap`: GaLore's subspaces are those of the first batch, and nothing is seen of how state
   survives a switch.
 - Held-out examples are 24 to 32 of texts and 400 to 600 of classes: an accuracy of 600 texts is known to about 2
