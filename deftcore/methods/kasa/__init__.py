@@ -68,8 +68,8 @@ Under `transformers.Trainer` the penalty is an objective: `class KasaTrainer(Obj
 ## Costs and limits
 
 - Over LoRA: r (M + K) more frozen numbers a layer, and the products with them, which are columns of LoRA's own.
-- The cut can break a model: of SmolLM2 one value taken from each weight is enough, and training does not make up for it
-  (`docs/evidence.md`); MiniLM gains. Compare the loss after wrapping with that of the model before.
+- The cut can break a model: SmolLM2 stays far behind LoRA in every seed, training makes up for it only in part
+  (`docs/evidence.md`); MiniLM bears it. Compare the loss after wrapping with that of the model before.
 - Weights are decomposed once, on wrapping: about one product and two factorisations of the shorter side's square in
   float64. What was found is kept in the cache folder by a hash of the weight, 4 r (M + K) bytes each.
 - An adapter knows its base by a hash, in the dtypes that it may be loaded in; another base is refused.
