@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import track
 
-from bench import light_peft, quant4, s2ft, spectral, ssm, tsvit
+from bench import light_peft, neighbours, quant4, s2ft, spectral, ssm, tsvit
 from bench.harness import Rotating, alternate, console, keep_freed_memory, streaming_bandwidth
 from deftcore import ops
 from deftcore._files import write_json
@@ -324,6 +324,7 @@ def main():
         "mamba_decode": lambda: ssm.bench_decode(args.device, args.quick),
         "train_step": lambda: bench_train_step(args.quick),
         "light_peft": lambda: light_peft.bench_light_peft(args.quick),
+        "neighbours": lambda: neighbours.bench_neighbours(args.device, args.quick),
         "tsvit": lambda: tsvit.bench_tsvit(args.device, args.quick),
     }
     tuned |= {name: partial(run, args.quick) for name, run in spectral.FAMILIES.items()}  # on a CPU

@@ -237,6 +237,22 @@ def tsvit(results, _):
     )  # fmt: skip
 
 
+def neighbours(results, _):
+    """Points in a cube, float32. Plain are the usual loop over picks, `cdist` and `topk`, PyTorch's `gather` and its
+    backward (between patches' centres, 384 features, 16 neighbours). A kd-tree of SciPy is made and asked by all cores.
+    Memory is the allocator's peak, results included."""
+    yield table(
+        ["op", "clouds x points x picks or queries", "neighbours", "ms", "over PyTorch", "over the kd-tree",
+         "distances, G/s", "peak MB (PyTorch)"],
+        (
+            [f"`{r['op']}`", r["shape"], r["k"], f"{r['ours_ms']:.2f}", times("ratio")(r),
+             times("over_tree")(r) if r["over_tree"] else "", f"{r['g_per_s']:.1f}" if r["g_per_s"] else "",
+             f"{r['ours_peak_mb']:.2f} ({r['plain_peak_mb']:.2f})"]
+            for r in results["neighbours"]
+        ),
+    )  # fmt: skip
+
+
 def gated_linear(results, _):
     """5440 to 2048, SiLU, a frozen weight, against PyTorch's activation, product and projection."""
     yield table(
@@ -285,6 +301,7 @@ FAMILIES = {
     "Smallest singular values": spectral_tables.minor_subspace,
     "BA-LoRA's penalties": spectral_tables.logit_penalties,
     "Light-PEFT": light_peft,
+    "Neighbourhoods of points": neighbours,
     "TSViT": tsvit,
     "A LoRA step": train_step,
     "Calls on tiny tensors": overhead,

@@ -150,6 +150,12 @@ TARGETS = [
     Target("a step of Light-PEFT's estimation, time over the same LoRA's step",
            "at most 1.1x", "light_peft", lambda r: r["estimation_over_lora"], most=1.1,
            fits=lambda r: r["variant"] == "adapters too", kinds=CPUS),  # it is the same for all of a model's rows
+    Target("`farthest_point_sample`, 8 clouds, over the plain PyTorch loop",
+           "at least 10x", "neighbours", lambda r: r["ratio"], least=10.0,
+           fits=lambda r: r["op"] == "farthest_point_sample" and r["shape"].startswith("8x")),
+    Target("`knn`, 8 clouds, over `cdist` and `topk`",
+           "at least 3x", "neighbours", lambda r: r["ratio"], least=3.0,
+           fits=lambda r: r["op"] == "knn" and r["shape"].startswith("8x")),
     Target("TSViT, 60 frames of PASTIS's size, forward + backward, over the same module with attention written out",
            "at least 1x", "tsvit", lambda r: r["ratio"], least=1.0),
     Target("BA-LoRA's penalties, forward + backward, over PyTorch's operations",

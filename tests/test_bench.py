@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
         ("spectral", ("Natural GaLore", "a new subspace", "a KaSA layer", "`minor_subspace`", "BA-LoRA")),
         ("light_peft", ("Light-PEFT", "a step of Light-PEFT's estimation")),
         ("tsvit", ("TSViT",)),
+        ("neighbours", ("`farthest_point_sample`", "`knn`")),
     ],
 )
 def test_families_of_methods(tmp_path, monkeypatch, only, asked):

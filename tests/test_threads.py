@@ -41,6 +41,10 @@ for dtype in (torch.float32, torch.bfloat16):
     found["density", dtype] = [active_count(z, None, 0.5)]
     z, mask = rand(200, 1100, seed=32).to(dtype).requires_grad_(), rand(275, seed=33).requires_grad_()
     found["mask_units", dtype] = gradients(ops.mask_units(z.sin(), mask, 4, z=z, activation="silu"), z, mask)
+    p, near = rand(1, 40000, 3, seed=34), torch.arange(3000).view(1, 1000, 3) % 77
+    x, weights = rand(1, 77, 200, seed=35).to(dtype).requires_grad_(), rand(1, 1000, 3, seed=36).requires_grad_()
+    found["farthest", dtype] = [ops.farthest_point_sample(p, 9), *ops.knn(p, p[:, :50], 40)]
+    found["gather_points", dtype] = gradients(ops.gather_points(x, near, weights), x, weights)
     a = torch.relu(rand(5, 2048, seed=5) - 0.5).to(dtype)
     rows = rand(2048, 640, seed=6).to(dtype)
     for name, down in (("16-bit", rows), ("4-bit", ops.quantize_4bit(rows))):

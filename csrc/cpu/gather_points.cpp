@@ -148,7 +148,7 @@ void DEFTCORE_KERNEL(gather_points_backward)(const GatherPointsBackwardArgs& arg
     parallel(parts_for(bytes), [&](Team& team) {
       team.each(args.clouds, [&](int64_t cloud) { uses.list(args, cloud); });
       by_some(team, args.clouds * args.size, [&](int64_t point) { sum_uses<T>(args, uses, point); });
-      if (args.features == nullptr) return;
+      if (args.grad_weights == nullptr) return;
       by_some(team, rows, [&](int64_t row) { weights_of_row<T>(args, row); });
     });
   });

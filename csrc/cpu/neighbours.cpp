@@ -33,29 +33,44 @@ constexpr int64_t kRanked = 128;  // keys that are sorted by counting, without a
 // A bound that at least k distances do not exceed: close above the k-th least of the groups' least distances, found by
 // halving the range of their bits.
 float bound_of(const float* least, int64_t groups, int64_t k) {
-  int32_t bits[kGroups];
-  std::memcpy(bits, least, static_cast<size_t>(groups) * sizeof(float));
-  int32_t low = *std::min_element(bits, bits + groups), high = *std::max_element(bits, bits + groups);
+  Vec most = load(least), fewest = Vec(0.0f) - most;
+  for (int64_t i = kWidth; i < groups; i += kWidth) {
+    most = at_least(load(least + i), most);
+    fewest = at_least(Vec(0.0f) - load(least + i), fewest);
+  }
+  const float ends[2] = {-reduce_max(fewest), reduce_max(most)};
+  int32_t low, high;
+  std::memcpy(&low, ends, 4);
+  std::memcpy(&high, ends + 1, 4);
+  low &= INT32_MAX;  // of -0
   float bound;
-  for (int step = 0; step < 12; ++step) {
+  for (int step = 0; step < 8; ++step) {
     const int32_t middle = low + (high - low) / 2;
     std::memcpy(&bound, &middle, 4);
     int64_t below = 0;
     for (int64_t i = 0; i < groups; i += kWidth) {
       below += __builtin_popcount(bits_of(load(least + i) <= Vec(bound)));
     }
-    (below >= k ? high : low) = middle;
+    const bool enough = below >= k;
+    low = enough ? low : middle;
+    high = enough ? middle : high;
   }
   std::memcpy(&bound, &high, 4);
   return bound;
 }
 
-// Sorts count <= kRanked keys into `sorted`.
+// Sorts count <= kRanked keys into `sorted`, by counting for eight of them at a time how many are below.
 void rank(const Key* keys, int64_t count, Key* sorted) {
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t below = 0;
-    for (int64_t j = 0; j < count; ++j) below += keys[j] < keys[i];
-    sorted[below] = keys[i];
+  constexpr int64_t kSome = 8;
+  for (int64_t first = 0; first < count; first += kSome) {
+    const int64_t n = std::min(kSome, count - first);
+    Key own[kSome] = {};
+    int64_t below[kSome] = {};
+    std::copy_n(keys + first, n, own);
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t i = 0; i < kSome; ++i) below[i] += keys[j] < own[i];
+    }
+    for (int64_t i = 0; i < n; ++i) sorted[below[i]] = own[i];
   }
 }
 

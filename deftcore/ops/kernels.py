@@ -22,7 +22,7 @@ KERNELS = (
     "act_density", "density", "sparse_down", "sparse_mlp", "sparse_mlp_4bit", "quantize_4bit", "dequantize_4bit",
     "linear_4bit", "gated_act", "grouped_delta", "mask_units", "selective_scan", "mamba_chunk_scan",
     "causal_conv1d", "selective_state_update", "logit_rows",
-    "galore_step",
+    "galore_step", "farthest_point_sample", "knn", "ball_query", "gather_points",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deftcore.ops._library import define
 from deftcore.ops.checks import check_float, check_integers, check_like, check_number
-from deftcore.ops.kernels import capturing
+from deftcore.ops.kernels import address, backend, capturing, give_workspace, native, stream
 from deftcore.ops.neighbours_gather import gather_points, gather_points_grad
 
 _MOST = 1e18  # of a coordinate: the square of a difference is a float32 then
@@ -160,6 +160,11 @@ def _check_values(lengths: Tensor | None, **clouds: Tensor) -> None:
             raise ValueError(f"lengths: must be in 1..{size}, got {fewest if fewest < 1 else most}")
 
 
+def _sizes(lengths: Tensor | None) -> Tensor | None:
+    """As the kernels read them."""
+    return None if lengths is None else lengths.long().contiguous()
+
+
 # ---------------------------------------------------------------------------- farthest_point_sample
 
 
@@ -169,7 +174,18 @@ def _farthest_point_sample_impl(
     _check_values(lengths, points=points)
     if not capturing(points.device) and points.shape[0]:
         _check_samples(points, samples, start, lengths, repeat, skip_near_origin)
-    return farthest_point_sample_ref(points, samples, start, lengths, skip_near_origin)
+    kernels = backend("farthest_point_sample", points)
+    if kernels is None or not hasattr(kernels, "farthest_point_sample"):
+        return farthest_point_sample_ref(points, samples, start, lengths, skip_near_origin)
+    points, sizes = points.contiguous(), _sizes(lengths)
+    picks = torch.empty(points.shape[0], samples, dtype=torch.int64, device=points.device)
+    args = native.FarthestPointSample(
+        points=address(points), lengths=address(sizes), picks=address(picks), workspace=0, clouds=points.shape[0],
+        size=points.shape[1], samples=samples, start=start, skip_near_origin=skip_near_origin,
+    )  # fmt: skip
+    _held = give_workspace(args, kernels.farthest_point_sample_workspace(args), points)
+    kernels.farthest_point_sample(args, stream(points))
+    return picks
 
 
 def _check_samples(
@@ -233,7 +249,19 @@ def farthest_point_sample_ref(
 
 def _knn_impl(points: Tensor, queries: Tensor, k: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     _check_values(lengths, points=points, queries=queries)
-    indices, distances = knn_ref(points, queries, k, lengths)
+    kernels = backend("knn", points)
+    if kernels is None or not hasattr(kernels, "knn"):
+        indices, distances = knn_ref(points, queries, k, lengths)
+        return distances, indices
+    points, queries, sizes = points.contiguous(), queries.contiguous(), _sizes(lengths)
+    distances, indices = _knn_fake(points, queries, k, lengths)
+    args = native.Knn(
+        points=address(points), queries=address(queries), lengths=address(sizes), indices=address(indices),
+        distances=address(distances), workspace=0, clouds=points.shape[0], size=points.shape[1],
+        count=queries.shape[1], k=k,
+    )  # fmt: skip
+    _held = give_workspace(args, kernels.knn_workspace(args), points)
+    kernels.knn(args, stream(points))
     return distances, indices
 
 
@@ -293,7 +321,19 @@ def _ball_query_impl(
     points: Tensor, queries: Tensor, k: int, radius: float, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     _check_values(lengths, points=points, queries=queries)
-    return ball_query_ref(points, queries, k, radius, lengths)
+    kernels = backend("ball_query", points)
+    if kernels is None or not hasattr(kernels, "ball_query"):
+        return ball_query_ref(points, queries, k, radius, lengths)
+    points, queries, sizes = points.contiguous(), queries.contiguous(), _sizes(lengths)
+    indices, mask = _ball_query_fake(points, queries, k, radius, lengths)
+    args = native.BallQuery(
+        points=address(points), queries=address(queries), lengths=address(sizes), indices=address(indices),
+        mask=address(mask), workspace=0, clouds=points.shape[0], size=points.shape[1], count=queries.shape[1], k=k,
+        square=float(_square(radius, points)),
+    )  # fmt: skip
+    _held = give_workspace(args, kernels.ball_query_workspace(args), points)
+    kernels.ball_query(args, stream(points))
+    return indices, mask
 
 
 def _ball_query_fake(
@@ -303,13 +343,17 @@ def _ball_query_fake(
     return queries.new_empty(shape, dtype=torch.int64), queries.new_empty(shape, dtype=torch.bool)
 
 
+def _square(radius: float, points: Tensor) -> Tensor:
+    return torch.tensor(radius * radius, dtype=torch.float64).to(points.dtype)
+
+
 def ball_query_ref(
     points: Tensor, queries: Tensor, k: int, radius: float, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`ball_query` in PyTorch operations; any floating dtype."""
     size = points.shape[1]
     kept, found = min(k, size), []
-    square = torch.tensor(radius * radius, dtype=torch.float64).to(points.device, points.dtype)
+    square = _square(radius, points).to(points.device)
     number = torch.arange(size, device=points.device)
     for block in _blocks(queries, points):
         distances = _distances(points, block, lengths)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from deftcore.ops._library import define
 from deftcore.ops.checks import check_float, check_shape
+from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, stream
 
 
 def gather_points(features: Tensor, indices: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -62,7 +63,19 @@ def _gather_points_impl(features: Tensor, indices: Tensor, weights: Tensor | Non
         low, high = (int(n) for n in indices.aminmax())
         if low < 0 or high >= features.shape[1]:
             raise ValueError(f"indices: must be in 0..{features.shape[1] - 1}, got {low if low < 0 else high}")
-    return gather_points_ref(features, indices, weights)
+    kernels = backend("gather_points", features)
+    if kernels is None or not hasattr(kernels, "gather_points"):
+        return gather_points_ref(features, indices, weights)
+    features, indices = features.contiguous(), indices.contiguous()
+    weights = None if weights is None else weights.contiguous()
+    out = _gather_points_fake(features, indices, weights)
+    args = native.GatherPoints(
+        features=address(features), indices=address(indices), weights=address(weights), out=address(out),
+        clouds=features.shape[0], size=features.shape[1], rows=indices.shape[1], k=indices.shape[2],
+        width=features.shape[2], dtype=DTYPE_CODES[features.dtype],
+    )  # fmt: skip
+    kernels.gather_points(args, stream(features))
+    return out
 
 
 def _gather_points_fake(features: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
@@ -98,7 +111,22 @@ def gather_points_ref(features: Tensor, indices: Tensor, weights: Tensor | None 
 def _gather_points_grad_impl(
     grad: Tensor, indices: Tensor, weights: Tensor | None, features: Tensor | None, points: int
 ) -> tuple[Tensor, Tensor]:
-    return gather_points_grad_ref(grad, indices, weights, features, points)
+    kernels = backend("gather_points", grad)
+    if kernels is None or not hasattr(kernels, "gather_points_backward"):
+        return gather_points_grad_ref(grad, indices, weights, features, points)
+    grad, indices = grad.contiguous(), indices.contiguous()
+    weights, features = (None if x is None else x.contiguous() for x in (weights, features))
+    grad_features, grad_weights = _gather_points_grad_fake(grad, indices, weights, features, points)
+    weighted = weights is not None and features is not None
+    args = native.GatherPointsBackward(
+        grad=address(grad), features=address(features) if weighted else 0, indices=address(indices),
+        weights=address(weights), grad_features=address(grad_features),
+        grad_weights=address(grad_weights) if weighted else 0, workspace=0, clouds=grad.shape[0], size=points,
+        rows=indices.shape[1], k=indices.shape[2], width=grad.shape[2], dtype=DTYPE_CODES[grad.dtype],
+    )  # fmt: skip
+    _held = give_workspace(args, kernels.gather_points_backward_workspace(args), grad)
+    kernels.gather_points_backward(args, stream(grad))
+    return grad_features, grad_weights
 
 
 def _gather_points_grad_fake(

@@ -12,6 +12,7 @@ from deftcore import ops
 from deftcore.ops.density import ACTIVATIONS, SURROGATES, activate
 from deftcore.ops.proof_case import Case, Numbers
 from deftcore.ops.proof_galore import galore_cases
+from deftcore.ops.proof_neighbours import NEIGHBOUR_CASES
 from deftcore.ops.sparse_mlp4 import LowRank4, mlp_4bit
 
 # ---------------------------------------------------------------------------- activations
@@ -317,5 +318,5 @@ CASES: dict[str, Callable[[Numbers], Iterator[Case]]] = {
     "linear_4bit": _linear_4bit, "gated_act": _gated_act, "grouped_delta": _grouped_delta, "mask_units": _mask_units,
     "selective_scan": _selective_scan, "mamba_chunk_scan": _mamba_chunk_scan, "causal_conv1d": _causal_conv1d,
     "selective_state_update": _selective_state_update, "logit_rows": _logit_rows,
-    "galore_step": galore_cases,
+    "galore_step": galore_cases, **NEIGHBOUR_CASES,
 }  # fmt: skip

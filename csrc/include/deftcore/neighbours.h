@@ -72,11 +72,11 @@ struct GatherPointsArgs {
 // gathered rows once. No atomics: repeats give the same bits.
 struct GatherPointsBackwardArgs {
   const void* grad;        // [clouds, rows, width], contiguous
-  const void* features;    // [clouds, size, width], contiguous; null: no gradient of weights
+  const void* features;    // [clouds, size, width], contiguous; not read without grad_weights
   const int64_t* indices;  // [clouds, rows, k], in 0..size-1
   const float* weights;    // [clouds, rows, k]; null: ones
   void* grad_features;     // [clouds, size, width], contiguous, out
-  float* grad_weights;     // [clouds, rows, k], out; null without features
+  float* grad_weights;     // [clouds, rows, k], out; null: not wanted
   void* workspace;         // 64-byte aligned
   int64_t clouds, size, rows, k, width;
   DType dtype;
