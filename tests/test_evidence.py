@@ -251,7 +251,11 @@ def test_missing_runs_are_added_at_the_rate_that_lora_tried(evidence, data, tmp_
     results, tried = (evidence.runs.Results(tmp_path / f"{name}.jsonl") for name in ("light_peft", "spectral"))
     tried.add({"kind": "try", "set": "texts", "side": "LoRA", "rate": 0.02, "tuning_loss": 1.0})
     present = results.add({"kind": "run", "set": "texts", "side": "LoRA", "seed": 0})
+    monkeypatch.setattr(module, "ELSEWHERE", ("texts", 0.05))
     module.run_all(tmp_path, tmp_path, ["texts"], math.inf)
+    assert [(each["side"], each["rate"]) for each in results.find(kind="extra")] == [
+        (side.name, 0.05) for side in module.SIDES
+    ]
     runs = results.find(kind="run")
     assert runs[0] == present
     assert sorted((each["side"], each["seed"]) for each in runs) == sorted(

@@ -91,6 +91,19 @@ CLAIMS = (
         "BA-LoRA and LoRA cannot be told apart by loss on texts.",
         "BA-LoRA", "LoRA", "loss", {"e2e_nlg": "disagree", "gsm8k": "disagree"},
     ),
+    Claim(
+        "On sentiment full training is ahead of LoRA, by two points; on the 77 intents behind it.",
+        "full", "LoRA", "accuracy", {"mr_sentiment": "better", "banking77": "worse"},
+    ),
+    Claim(
+        "BA-LoRA is behind LoRA on the 77 intents; on sentiment seeds disagree.",
+        "BA-LoRA", "LoRA", "accuracy", {"mr_sentiment": "disagree", "banking77": "worse"},
+    ),
+    Claim(
+        "Its consistency does not keep a classifier near the pre-trained model: it drifts further than LoRA does, on "
+        "sentiment three times as far.",
+        "BA-LoRA", "LoRA", "drift", {"mr_sentiment": "worse", "banking77": "worse"},
+    ),
 )  # fmt: skip
 
 EXTRAS = """### Damping, and KaSA's cut
