@@ -51,8 +51,9 @@ CLAIMS = (
         "KaSA", "KaSA (PEFT)", "loss", {"e2e_nlg": "disagree", "gsm8k": "disagree"},
     ),
     Claim(
-        "On MiniLM the same cut does no harm; nor does KaSA beat LoRA in all seeds on sentiment.",
-        "KaSA", "LoRA", "accuracy", {"mr_sentiment": "disagree"},
+        "MiniLM bears the same cut, and gains nothing by KaSA: seeds disagree on sentiment, and on the 77 intents KaSA is "
+        "behind LoRA, by two points.",
+        "KaSA", "LoRA", "accuracy", {"mr_sentiment": "disagree", "banking77": "worse"},
     ),
     Claim(
         "Natural gradients gain nothing in loss: at one rate, Natural GaLore is a hundredth behind GaLore on "
