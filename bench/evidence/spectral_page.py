@@ -51,7 +51,7 @@ CLAIMS = (
         "KaSA", "KaSA (PEFT)", "loss", {"e2e_nlg": "disagree", "gsm8k": "disagree"},
     ),
     Claim(
-        "MiniLM bears the same cut, and gains nothing by KaSA: seeds disagree on sentiment, and on the 77 intents KaSA is "
+        "MiniLM bears the same cut, and gains nothing by KaSA: seeds disagree on sentiment, and on 77 intents KaSA is "
         "behind LoRA, by two points.",
         "KaSA", "LoRA", "accuracy", {"mr_sentiment": "disagree", "banking77": "worse"},
     ),
