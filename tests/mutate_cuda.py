@@ -36,6 +36,7 @@ FAMILIES = {
     "conv1d": ("conv1d.cu",),
     "galore": ("galore.cu",),
     "logits": ("logits.cu",),
+    "neighbours": ("neighbours.cu", "gather_points.cu"),
     "quant4": ("quant4.cu",),
     "ssd": ("ssd.cu", "ssm.cu"),
     "ssm": ("ssm.cu",),

@@ -127,6 +127,23 @@ def _logit_rows(device):
     return lambda z: (ops.logit_penalties(z, t.to(z.dtype), **options).total, ops.mean_entropy(z)), (9, 4104)
 
 
+def _farthest_point_sample(device):
+    return lambda x: ops.farthest_point_sample(x, 40), (3, 700, 3)
+
+
+def _knn(device):
+    return lambda x: ops.knn(x, x[:, :50], 40), (3, 1500, 3)
+
+
+def _ball_query(device):
+    return lambda x: ops.ball_query(x, x[:, :50], 40, 0.5), (3, 1500, 3)
+
+
+def _gather_points(device):
+    indices, weights = torch.randint(0, 90, (2, 300, 3), device=device), torch.rand(2, 300, 3, device=device)
+    return lambda x: ops.gather_points(x, indices, weights), (2, 90, 264)
+
+
 # Each makes, on a device, a function of one tensor whose results are the same bits every time, and that tensor's shape.
 CALLS = {
     make.__name__[1:]: make
@@ -134,6 +151,7 @@ CALLS = {
         _act_density, _density, _sparse_down, _sparse_mlp, _sparse_mlp_4bit, _quantize_4bit, _dequantize_4bit,
         _linear_4bit, _gated_act, _mask_units, _grouped_delta, _selective_scan, _mamba_chunk_scan,
         _causal_conv1d, _causal_conv1d_update, _selective_state_update, _logit_rows,
+        _farthest_point_sample, _knn, _ball_query, _gather_points,
     )
 }  # fmt: skip
 every_call = pytest.mark.parametrize("name", CALLS)

@@ -175,7 +175,7 @@ def _farthest_point_sample_impl(
     if not capturing(points.device) and points.shape[0]:
         _check_samples(points, samples, start, lengths, repeat, skip_near_origin)
     kernels = backend("farthest_point_sample", points)
-    if kernels is None or not hasattr(kernels, "farthest_point_sample"):
+    if kernels is None:
         return farthest_point_sample_ref(points, samples, start, lengths, skip_near_origin)
     points, sizes = points.contiguous(), _sizes(lengths)
     picks = torch.empty(points.shape[0], samples, dtype=torch.int64, device=points.device)
@@ -250,7 +250,7 @@ def farthest_point_sample_ref(
 def _knn_impl(points: Tensor, queries: Tensor, k: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     _check_values(lengths, points=points, queries=queries)
     kernels = backend("knn", points)
-    if kernels is None or not hasattr(kernels, "knn"):
+    if kernels is None:
         indices, distances = knn_ref(points, queries, k, lengths)
         return distances, indices
     points, queries, sizes = points.contiguous(), queries.contiguous(), _sizes(lengths)
@@ -322,7 +322,7 @@ def _ball_query_impl(
 ) -> tuple[Tensor, Tensor]:
     _check_values(lengths, points=points, queries=queries)
     kernels = backend("ball_query", points)
-    if kernels is None or not hasattr(kernels, "ball_query"):
+    if kernels is None:
         return ball_query_ref(points, queries, k, radius, lengths)
     points, queries, sizes = points.contiguous(), queries.contiguous(), _sizes(lengths)
     indices, mask = _ball_query_fake(points, queries, k, radius, lengths)

@@ -64,7 +64,7 @@ def _gather_points_impl(features: Tensor, indices: Tensor, weights: Tensor | Non
         if low < 0 or high >= features.shape[1]:
             raise ValueError(f"indices: must be in 0..{features.shape[1] - 1}, got {low if low < 0 else high}")
     kernels = backend("gather_points", features)
-    if kernels is None or not hasattr(kernels, "gather_points"):
+    if kernels is None:
         return gather_points_ref(features, indices, weights)
     features, indices = features.contiguous(), indices.contiguous()
     weights = None if weights is None else weights.contiguous()
@@ -112,7 +112,7 @@ def _gather_points_grad_impl(
     grad: Tensor, indices: Tensor, weights: Tensor | None, features: Tensor | None, points: int
 ) -> tuple[Tensor, Tensor]:
     kernels = backend("gather_points", grad)
-    if kernels is None or not hasattr(kernels, "gather_points_backward"):
+    if kernels is None:
         return gather_points_grad_ref(grad, indices, weights, features, points)
     grad, indices = grad.contiguous(), indices.contiguous()
     weights, features = (None if x is None else x.contiguous() for x in (weights, features))

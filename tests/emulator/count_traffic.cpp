@@ -451,6 +451,53 @@ void galore_ops() {
   });
 }
 
+void neighbour_ops() {
+  constexpr int64_t kPoints = 1024, kCentres = 64, kNear = 32, kFeatures = 384;
+  show("farthest_point_sample, 64 of 1024 points", 1.05, [](Tensors& t) {
+    FarthestPointSampleArgs a{};
+    a.points = t.in<float>(kPoints * 3), a.picks = t.out<int64_t>(kCentres);
+    a.clouds = 1, a.size = kPoints, a.samples = kCentres;
+    a.workspace = t.workspace(cuda::farthest_point_sample_workspace(a));
+    cuda::farthest_point_sample(a, nullptr);
+  });
+  show("knn, 32 of 1024 points, 64 queries", 2.1, [](Tensors& t) {
+    KnnArgs a{};
+    a.points = t.in<float>(kPoints * 3), a.queries = t.in<float>(kCentres * 3);
+    a.indices = t.out<int64_t>(kCentres * kNear), a.distances = t.out<float>(kCentres * kNear);
+    a.clouds = 1, a.size = kPoints, a.count = kCentres, a.k = kNear;
+    cuda::knn(a, nullptr);
+  });
+  show("ball_query, 32 of 1024 points, 64 queries", 2.3, [](Tensors& t) {
+    BallQueryArgs a{};
+    a.points = t.in<float>(kPoints * 3), a.queries = t.in<float>(kCentres * 3);
+    a.indices = t.out<int64_t>(kCentres * kNear), a.mask = t.out<uint8_t>(kCentres * kNear);
+    a.clouds = 1, a.size = kPoints, a.count = kCentres, a.k = kNear, a.square = 1.0f;
+    cuda::ball_query(a, nullptr);
+  });
+  // Three centres for each point, one after another.
+  const auto indices_of = [](Tensors& t) {
+    int64_t* indices = t.in<int64_t>(kPoints * 3);
+    for (int64_t i = 0; i < kPoints * 3; ++i) indices[i] = i % kCentres;
+    return indices;
+  };
+  show("gather_points, 1024 x 384 from 3 of 64 each", 3.85, [=](Tensors& t) {
+    GatherPointsArgs a{};
+    a.features = t.in<T>(kCentres * kFeatures), a.indices = indices_of(t), a.weights = t.in<float>(kPoints * 3);
+    a.out = t.out<T>(kPoints * kFeatures);
+    a.clouds = 1, a.size = kCentres, a.rows = kPoints, a.k = 3, a.width = kFeatures, a.dtype = kDType;
+    cuda::gather_points(a, nullptr);
+  });
+  show("gather_points_backward", 5.15, [=](Tensors& t) {
+    GatherPointsBackwardArgs a{};
+    a.grad = t.in<T>(kPoints * kFeatures), a.features = t.in<T>(kCentres * kFeatures), a.indices = indices_of(t);
+    a.weights = t.in<float>(kPoints * 3), a.grad_features = t.out<T>(kCentres * kFeatures);
+    a.grad_weights = t.out<float>(kPoints * 3);
+    a.clouds = 1, a.size = kCentres, a.rows = kPoints, a.k = 3, a.width = kFeatures, a.dtype = kDType;
+    a.workspace = t.workspace(cuda::gather_points_backward_workspace(a));
+    cuda::gather_points_backward(a, nullptr);
+  });
+}
+
 // Every op of ops.h that CUDA has must have been shown.
 void check_complete() {
 #define DEFTCORE_NAME(op, Args, room, devices, device) DEFTCORE_IF_##devices##_##device(#op, )
@@ -486,6 +533,7 @@ int main() {
   mamba2_ops();
   logit_ops();
   galore_ops();
+  neighbour_ops();
   check_complete();
   return g_failed;
 }

@@ -57,6 +57,7 @@ inline unsigned __float_as_uint(float x) {
   return bits;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   unsigned out = 0;
@@ -101,14 +102,24 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned x, emulator::Site site
   for (int lane = 0; lane < emulator::kWarp; ++lane) sum += mask >> lane & 1 ? static_cast<unsigned>(values[lane]) : 0;
   return sum;
 }
+namespace emulator {
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int other, emulator::Site site = emulator::Site::here()) {
+T value_of(const char* what, unsigned mask, T value, int lane, Site site) {
   static_assert(sizeof(T) <= 8);
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
-  bits = emulator::bits_of("__shfl_xor_sync", mask, bits, emulator::lane() ^ other, site);
+  bits = bits_of(what, mask, bits, lane, site);
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+}  // namespace emulator
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane, emulator::Site site = emulator::Site::here()) {
+  return emulator::value_of("__shfl_sync", mask, value, lane, site);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int other, emulator::Site site = emulator::Site::here()) {
+  return emulator::value_of("__shfl_xor_sync", mask, value, emulator::lane() ^ other, site);
 }
 
 // ---------------------------------------------------------------------------- runtime

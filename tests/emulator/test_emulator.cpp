@@ -39,6 +39,12 @@ __global__ void halves_kernel(int* out) {
   }
 }
 
+// Each lane's number in the one before it, and where its lowest bit is.
+__global__ void turn_kernel(int* out) {
+  const int lane = threadIdx.x;
+  out[lane] = 100 * __ffs(lane) + __shfl_sync(kAll, lane, (lane + 1) % kWarp);
+}
+
 __global__ void fill_dynamic_kernel(int* out) {
   DEFTCORE_DYNAMIC_SHARED(int, numbers);
   numbers[threadIdx.x] = static_cast<int>(threadIdx.x);
@@ -184,6 +190,8 @@ void test_values() {
     std::vector<int> out(32, -7);
     launch(halves_kernel, 1, 32, 0, nullptr, out.data());
     for (int i = 0; i < 32; ++i) CHECK(out[static_cast<size_t>(i)] == (i < 16 ? i ^ 1 : i < 31 ? 15 : -7));
+    launch(turn_kernel, 1, 32, 0, nullptr, out.data());
+    CHECK(out[0] == 1 && out[6] == 207 && out[8] == 409 && out[31] == 100);
     launch(fill_dynamic_kernel, 1, 32, 32 * sizeof(int), nullptr, out.data());
     for (int i = 0; i < 32; ++i) CHECK(out[static_cast<size_t>(i)] == 31 - i);
   }

@@ -503,6 +503,72 @@ void make(GaloreUpdateArgs& args, Memory& m) {
   args = {m.floats(count), m.floats(count), count, 5, DType::kFloat32, false, 0.1f, 0.9f};
 }
 
+// Clouds of more points than registers hold of one, of which all but `kWidth` are padding.
+void make(FarthestPointSampleArgs& args, Memory& m) {
+  const int64_t clouds = 2, size = 7000, samples = 9;
+  args = {m.floats(clouds * size * 3),
+          m.numbers<int64_t>(clouds, 5, kWidth),
+          m.out<int64_t>(clouds * samples),
+          nullptr,
+          clouds,
+          size,
+          samples,
+          2,
+          true};
+}
+
+// A cloud's points, queries and lengths, and their numbers, for a search of either kind.
+template <class Args>
+void make_search(Args& args, Memory& m) {
+  args.clouds = 2, args.size = kWidth, args.count = 5, args.k = 3;
+  args.points = m.floats(args.clouds * args.size * 3);
+  args.queries = m.floats(args.clouds * args.count * 3);
+  args.lengths = m.numbers<int64_t>(args.clouds, 2, kWidth);
+  args.indices = m.out<int64_t>(args.clouds * args.count * args.k);
+}
+
+void make(KnnArgs& args, Memory& m) {
+  make_search(args, m);
+  args.distances = m.out<float>(args.clouds * args.count * args.k);
+}
+
+void make(BallQueryArgs& args, Memory& m) {
+  make_search(args, m);
+  args.mask = m.out<uint8_t>(args.clouds * args.count * args.k);
+  args.square = 1.0f;
+}
+
+void make(GatherPointsArgs& args, Memory& m) {
+  const int64_t clouds = 2, size = 7, k = 3;
+  args = {m.floats(clouds * size * kWidth),
+          m.numbers<int64_t>(clouds * kRows * k, 0, size - 1),
+          m.floats(clouds * kRows * k),
+          m.out<float>(clouds * kRows * kWidth),
+          clouds,
+          size,
+          kRows,
+          k,
+          kWidth,
+          DType::kFloat32};
+}
+
+void make(GatherPointsBackwardArgs& args, Memory& m) {
+  const int64_t clouds = 2, size = 7, k = 3;
+  args = {m.floats(clouds * kRows * kWidth),
+          m.floats(clouds * size * kWidth),
+          m.numbers<int64_t>(clouds * kRows * k, 0, size - 1),
+          m.floats(clouds * kRows * k),
+          m.out<float>(clouds * size * kWidth),
+          m.out<float>(clouds * kRows * k),
+          nullptr,
+          clouds,
+          size,
+          kRows,
+          k,
+          kWidth,
+          DType::kFloat32};
+}
+
 // ----------------------------------------------------------------------------
 
 template <class Args, class GiveRoom>

@@ -49,11 +49,11 @@
   X(logit_product, LogitProductArgs, PLAIN, CPU_ONLY, where)                          \
   X(galore_step, GaloreStepArgs, WORKSPACE, EVERYWHERE, where)                        \
   X(galore_update, GaloreUpdateArgs, PLAIN, EVERYWHERE, where)                        \
-  X(farthest_point_sample, FarthestPointSampleArgs, WORKSPACE, CPU_ONLY, where)       \
-  X(knn, KnnArgs, WORKSPACE, CPU_ONLY, where)                                         \
-  X(ball_query, BallQueryArgs, WORKSPACE, CPU_ONLY, where)                            \
-  X(gather_points, GatherPointsArgs, PLAIN, CPU_ONLY, where)                          \
-  X(gather_points_backward, GatherPointsBackwardArgs, WORKSPACE, CPU_ONLY, where)
+  X(farthest_point_sample, FarthestPointSampleArgs, WORKSPACE, EVERYWHERE, where)     \
+  X(knn, KnnArgs, WORKSPACE, EVERYWHERE, where)                                       \
+  X(ball_query, BallQueryArgs, WORKSPACE, EVERYWHERE, where)                          \
+  X(gather_points, GatherPointsArgs, PLAIN, EVERYWHERE, where)                        \
+  X(gather_points_backward, GatherPointsBackwardArgs, WORKSPACE, EVERYWHERE, where)
 
 // Text that stands only where the list says so.
 #define DEFTCORE_IF_PLAIN(...)
