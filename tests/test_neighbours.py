@@ -340,6 +340,10 @@ def test_bad_arguments():
         "weights: shape": lambda: ops.gather_points(x, indices, torch.ones(2, 4)),
         "weights: must be a torch.float32": lambda: ops.gather_points(x, indices, torch.ones(2, 3).double()),
         "values: must have 8 rows": lambda: ops.interpolate(p, q, x[:, :7]),
+        "values: must have 8 rows, one": lambda: ops.interpolate(p, q, torch.cat([x, x], 1), 3),
+        "values: must be .2, N, C.": lambda: ops.interpolate(p, q, x[:1], 3),
+        "values: must be float64 where": lambda: ops.interpolate(p, q, x.double()),
+        "values: must be float64 where the centres are": lambda: ops.interpolate(p.double(), q.double(), x, 3),
         "centres: must be": lambda: ops.interpolate(p[0], q, x),
         "must be finite": lambda: ops.interpolate(nan, q, x),
     }.items():

@@ -21,6 +21,7 @@ class Interpolation(NamedTuple):
 
     weights: Tensor  # [B, Q, k], sums over k are 1; float32, or float64 of float64 points
     indices: Tensor | None  # [B, Q, k] int64; None: all centres in their order
+    centres: int  # N, that values have to have
 
     @staticmethod
     def between(centres: Tensor, queries: Tensor, k: int | None = None) -> "Interpolation":
@@ -32,22 +33,25 @@ class Interpolation(NamedTuple):
         weights = 1 / (distances + _NEAR)
         weights = weights / weights.sum(-1, keepdim=True)
         if not every:
-            return Interpolation(weights, indices)
-        return Interpolation(torch.zeros_like(weights).scatter(2, indices, weights), None)
+            return Interpolation(weights, indices, size)
+        return Interpolation(torch.zeros_like(weights).scatter(2, indices, weights), None, size)
 
     def __call__(self, values: Tensor) -> Tensor:
         """values [B, N, C] of the centres as [B, Q, C] of the queries, summed in float32."""
-        if self.indices is not None:
-            return gather_points(values, self.indices, self.weights)
         check_float("values", values)
-        if values.dim() != 3 or values.shape[::2][:1] != self.weights.shape[:1]:
-            raise ValueError(f"values: must be [{self.weights.shape[0]}, N, C], got shape {tuple(values.shape)}")
-        if values.shape[1] != self.weights.shape[2]:
-            raise ValueError(f"values: must have {self.weights.shape[2]} rows, one per centre, got {values.shape[1]}")
+        batch, wide = self.weights.shape[0], self.weights.dtype
+        if values.dim() != 3 or values.shape[0] != batch:
+            raise ValueError(f"values: must be [{batch}, N, C], got shape {tuple(values.shape)}")
+        if values.shape[1] != self.centres:
+            raise ValueError(f"values: must have {self.centres} rows, one per centre, got {values.shape[1]}")
+        if (values.dtype == torch.float64) != (wide == torch.float64):
+            raise TypeError(f"values: must be float64 where the centres are and only there, got {values.dtype}")
         if values.device != self.weights.device:
             raise ValueError(f"values: must be on {self.weights.device} as the weights, got {values.device}")
+        if self.indices is not None:
+            return gather_points(values, self.indices, self.weights)
         with autocast_to(values.device.type, None):
-            return (self.weights @ values.to(self.weights.dtype)).to(values.dtype)
+            return (self.weights @ values.to(wide)).to(values.dtype)
 
 
 def interpolate(centres: Tensor, queries: Tensor, values: Tensor, k: int | None = None) -> Tensor:
