@@ -62,6 +62,11 @@ print(slim(model, kept))  # in place; a new optimizer trains what is left
 `deftcore train recipes/light-peft.yaml` runs both phases, and goes on where it was stopped: inside the first, between
 them, or in the second, which begins with a fresh optimizer and schedule.
 
+What comes out is a task, `final/`, for the whole base: `deftcore.load_slim(base, "runs/light-peft/final")` is the slim
+model, any number of them over one base in memory, and `deftcore.expand(...)` the adapters in full shape. Both, and
+models that stand alone: "Slim models" of docs/library.md. `deftcore generate` and `deftcore export` take it as
+`--adapter`.
+
 ## Where things are
 
 | | |
