@@ -4,9 +4,19 @@ import pytest
 import torch
 
 from deftcore.ops import products
-from deftcore.ops.products import add_product_, product
+from deftcore.ops.products import add_product_, linear, product
 
-SHAPES = [(1, 1, 1), (5, 9, 3), (130, 70, 33), (600, 16, 40), (0, 3, 2), (3, 0, 2), (3, 2, 0)]
+SHAPES = [
+    (1, 1, 1),
+    (5, 9, 3),
+    (130, 70, 33),
+    (600, 16, 40),
+    (600, 64, 40),
+    (16, 256, 257),
+    (0, 3, 2),
+    (3, 0, 2),
+    (3, 2, 0),
+]
 
 
 def operands(rows, inner, columns, dtype, transposed):
@@ -42,19 +52,31 @@ def test_products(shape, transposed, dtype):
         assert ((out - sums).abs() <= 4 * torch.finfo(dtype).eps * sizes).all()
 
 
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(bias):
+    torch.manual_seed(0)
+    x, weight, added = torch.randn(70, 96), torch.randn(300, 96), torch.randn(300)
+    found = linear(x, weight, added if bias else None).double()
+    expected, sizes = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+    if bias:
+        expected, sizes = expected + added.double(), sizes + added.double().abs()
+    assert ((found - expected).abs() <= 4 * torch.finfo(torch.float32).eps * sizes).all()
+
+
 def test_both_libraries_are_there():
     """On PyTorch's own builds for a CPU the quicker one is found, by its name there."""
     assert (products._linear is not None) == torch.backends.mkldnn.is_available()
 
 
 def test_gradients_flow():
-    a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 2)
+    a, b = torch.randn(64, 128, requires_grad=True), torch.randn(128, 160)
     product(a, b).sum().backward()
-    assert torch.allclose(a.grad, b.sum(1).expand(3, 4))
+    assert torch.allclose(a.grad, b.sum(1).expand(64, 128), rtol=1e-4)
 
 
 def test_not_a_number_stays_one():
-    a, b = torch.ones(4, 4), torch.eye(4)
+    a, b = torch.ones(128, 128), torch.eye(128)
     a[1, 2] = float("nan")
     b[3, 3] = float("inf")
     assert torch.equal(product(a, b).isnan(), (a @ b).isnan())

@@ -11,6 +11,7 @@ from deftcore.ops._library import define, flatten_tokens
 from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.checks import check_bias, check_float, check_like, check_number, check_shape
 from deftcore.ops.packed import PARTS, SCHEMA, Parts
+from deftcore.ops.products import add_product_, linear, product
 from deftcore.ops.quant4 import check_weight, linear_4bit_grad, multiply
 from deftcore.ops.quantized import QuantizedTensor
 
@@ -30,8 +31,8 @@ def lora_linear(
     """y = x W^T + bias + scaling ((x A^T) * sigma) B^T - (x A0^T) B0^T, with W and A0 frozen (Hu et al., LoRA, arXiv
     2106.09685, eq. 3; sigma and the part of W that is taken away are KaSA's, arXiv 2412.06071, eq. 6 and 8).
 
-    The low-rank terms are accumulated into the base product (no [.., M] temporary), and the backward keeps x, x A^T
-    and x A0^T only. Over a dense W the products are the library's; a 4-bit W stays packed, forward and backward, and
+    The low-rank terms are accumulated into the base product, 512 tokens at a time, and the backward keeps x, x A^T and
+    x A0^T only. Over a dense W the products are the library's; a 4-bit W stays packed, forward and backward, and
     the low-rank terms are further columns of its native product. What is frozen gets no gradient even if it asks for
     one, and costs none.
 
@@ -142,9 +143,9 @@ class _LowRank(NamedTuple):
     def low(self, x: Tensor, dropped_x: Tensor | None) -> Tensor:
         """[x' A^T, x A0^T]."""
         if dropped_x is None:
-            return x.to(self.a.dtype) @ self.inputs().t()
-        own = flatten_tokens(dropped_x) @ self.a.t()
-        return own if self.minus_a is None else torch.cat([own, x.to(own.dtype) @ self.minus_a.t()], 1)
+            return product(x.to(self.a.dtype), self.inputs().t())
+        own = product(flatten_tokens(dropped_x), self.a.t())
+        return own if self.minus_a is None else torch.cat([own, product(x.to(own.dtype), self.minus_a.t())], 1)
 
     def weights(self, scaling: float) -> tuple[Tensor | None, float]:
         """What low's columns are multiplied by: one number for each, or None, and one for all. Ones for sigma change
@@ -183,7 +184,7 @@ def _backward(ctx: Any, grad: Tensor, base: Callable[..., Tensor]) -> tuple:
     need_x, need_dropped = ctx.needs_input_grad[:2]
     need_a, need_b, need_sigma, _, need_minus, need_bias = ctx.needs_input_grad[ctx.first : ctx.first + 6]
     grad_x = grad_dropped = grad_a = grad_b = grad_sigma = grad_minus = None
-    grad_low = wide @ terms.outputs()
+    grad_low = product(wide, terms.outputs())
     if need_sigma:
         exact = torch.promote_types(grad_low.dtype, torch.float32)
         grad_sigma = ((grad_low[:, :rank].to(exact) * low[:, :rank]).sum(0) * ctx.scaling).to(grad_low.dtype)
@@ -198,12 +199,12 @@ def _backward(ctx: Any, grad: Tensor, base: Callable[..., Tensor]) -> tuple:
             low_rank = grad_low[:, rank:], terms.minus_a
         grad_x = base(flat, saved[7:], *low_rank).reshape(ctx.shape)
     if need_dropped:
-        grad_dropped = (grad_low[:, :rank] @ terms.a).reshape(ctx.shape)
+        grad_dropped = product(grad_low[:, :rank], terms.a).reshape(ctx.shape)
     if need_a:
-        grad_a = grad_low[:, :rank].t() @ flatten_tokens(x).to(wide.dtype)
+        grad_a = product(grad_low[:, :rank].t(), flatten_tokens(x).to(wide.dtype))
     if need_b or need_minus:
         columns = low.shape[1] if need_minus else rank
-        both = (wide.t() @ low[:, :columns]) * alpha
+        both = product(low[:, :columns].t(), wide).t().contiguous().mul_(alpha)
         both = both if each is None else both.mul_(each[:columns])
         grad_b, grad_minus = (both[:, :rank], both[:, rank:]) if need_minus else (both, None)
     grad_bias = flat.sum(0) if need_bias else None
@@ -219,7 +220,8 @@ def _lora_linear_impl(x: Tensor, dropped_x: Tensor | None, weight: Tensor, *rest
     low = terms.low(flat, dropped_x)
     each, alpha = terms.weights(scaling)
     left = low if each is None else low * each
-    y = F.linear(flat, weight, bias).to(low.dtype).addmm_(left, terms.outputs().t(), alpha=alpha)
+    y = linear(flat, weight, bias).to(low.dtype)
+    add_product_(y, left, terms.outputs().t(), beta=1.0, alpha=alpha)
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0]), low
 
 
@@ -234,8 +236,12 @@ def _lora_linear_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _lora_linear_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     def base(flat: Tensor, weight: Sequence[Tensor], low: Tensor | None, a: Tensor | None) -> Tensor:
-        product = flat @ weight[0]
-        return product if low is None or a is None else torch.addmm(product.to(low.dtype), low, a).to(flat.dtype)
+        found = product(flat, weight[0])
+        if low is None or a is None:
+            return found
+        found = found.to(low.dtype)
+        add_product_(found, low, a, beta=1.0, alpha=1.0)
+        return found.to(flat.dtype)
 
     return _backward(ctx, grad, base)
 
