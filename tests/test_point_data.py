@@ -149,6 +149,10 @@ def test_files_that_hold_no_cloud(tmp_path, name):
         ({"labels": [0, -1]}, "`labels` must be from 0 to 0, got -1 for cloud 1"),
         ({"split": ["train", "later"]}, "`split` must be train or test, got 'later'"),
         ({"is_test": [1, 1]}, "has no clouds to train on"),
+        ({"is_test": ["False", "True"]}, "`is_test` must be true or false, got <U5"),
+        ({"is_test": [0, 2]}, "`is_test` must be true or false, got int64"),
+        ({"labels": [0, 1], "classes": ["a", "a"]}, "`classes` must be names, each class its own"),
+        ({"points": np.float32(3), "labels": [0]}, r"`points` must be numbers \[M, N, 3\], got float32 \[\]"),
     ],
 )
 def test_arrays_that_are_no_set(tmp_path, arrays, message):
@@ -157,6 +161,25 @@ def test_arrays_that_are_no_set(tmp_path, arrays, message):
     np.savez(tmp_path / "set.npz", **arrays)
     with pytest.raises(ValueError, match=r"data: .*set\.npz.*" + message):
         read_clouds(tmp_path / "set.npz")
+
+
+@pytest.mark.parametrize("content", ["nothing", "an archive"])
+def test_an_array_file_that_is_none(tmp_path, content):
+    file = tmp_path / "set.npy"
+    file.write_bytes(b"")
+    if content == "an archive":
+        np.savez(tmp_path / "set.npz", points=np.zeros((2, 4, 3)))
+        (tmp_path / "set.npz").replace(file)
+    with pytest.raises(ValueError, match=r"data: .*set\.npy"):
+        read_clouds(file)
+
+
+def test_names_may_be_bytes(tmp_path):
+    """As HDF5 and C have them."""
+    points, split = np.zeros((2, 4, 3)), np.array([b"train", b"test"])
+    np.savez(tmp_path / "set.npz", points=points, labels=[0, 1], classes=np.array([b"cup", b"bowl"]), split=split)
+    assert class_names(tmp_path / "set.npz") == ["cup", "bowl"]
+    assert read_clouds(tmp_path / "set.npz", "test").labels == [1]
 
 
 def test_folders_that_are_no_set(tmp_path):

@@ -153,7 +153,12 @@ def test_folders_that_are_refused(tmp_path):
         ({"labels": np.zeros((20, 16), int)}, "labels: .*must be whole numbers"),
         ({"labels": np.zeros((20, 17))}, "labels: .*must be whole numbers .*got float64"),
         ({"bands": np.array(["B02"])}, "bands: .*must be 3 names"),
+        ({"bands": np.array(["B02", "B03", "B02"])}, "bands: .*must be 3 names, each band its own"),
+        ({"bands": np.array("B02")}, "bands: .*must be 3 names"),
+        ({"nodata": np.zeros(3)}, r"nodata: .*must be one number, got float64 \(3,\)"),
+        ({"nodata": "none"}, "nodata: .*must be one number"),
         ({"crs": "EPSG:32631"}, "transform: .*six numbers"),
+        ({"crs": ["a", "b"], "transform": np.ones(6)}, "transform: .*six numbers, beside one crs"),
         ({"images": np.zeros((5, 3, 20))}, r"images: .*must be numbers \[T, C, H, W\]"),
         ({"images": np.zeros((0, 3, 20, 17))}, "images: .*must not be empty"),
     ],
@@ -161,6 +166,31 @@ def test_folders_that_are_refused(tmp_path):
 def test_arrays_that_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         scene_of({**arrays_of(), **change})
+
+
+def test_names_and_dates_may_be_bytes():
+    arrays = {**arrays_of(), "bands": np.array([b"B02", b"B03", b"B04"])}
+    arrays["dates"] = np.array([f"2020-0{i}-10".encode() for i in range(1, 6)])
+    del arrays["doy"]
+    scene = scene_of(arrays)
+    assert scene.bands == ("B02", "B03", "B04")
+    assert scene.doy[:2] == (10, 41)
+
+
+def test_an_archive_whose_content_is_damaged(tmp_path):
+    np.savez_compressed(tmp_path / "scene.npz", **arrays_of())
+    data = bytearray((tmp_path / "scene.npz").read_bytes())
+    data[60:100] = b"\xff" * 40
+    (tmp_path / "scene.npz").write_bytes(data)
+    with pytest.raises(ValueError, match=r"data: .*scene\.npz"):
+        read_scene(tmp_path / "scene.npz")
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_an_adapter_that_is_damaged(tmp_path, content):
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model: .*adapter_config\.json is damaged"):
+        load_trained(tmp_path)
 
 
 def test_nan_must_be_masked():
@@ -387,6 +417,15 @@ def test_batches_pad_and_mask():
     torch.testing.assert_close(task.output(model, task.collate([changed])).logits, alone)
     open_sky = task_of(model, codes=((0,), (7,), (9,)), masked=False)
     assert not torch.allclose(open_sky.output(model, open_sky.collate([changed])).logits, alone)
+
+
+def test_unmasked_series_are_the_same_beside_longer_ones():
+    torch.manual_seed(1)
+    model = small().eval()
+    task = task_of(model, codes=((0,), (7,), (9,)), masked=False)
+    short, long = (windows(scene_of(arrays_of(1, frames=n)), task.reading, 6)[0] for n in (3, 7))
+    alone = task.output(model, task.collate([short])).logits
+    torch.testing.assert_close(task.output(model, task.collate([short, long])).logits[:1], alone)
 
 
 def test_a_batch_without_labels_has_no_gradient():

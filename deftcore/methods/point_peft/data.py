@@ -81,27 +81,13 @@ def read_clouds(path: str | os.PathLike, part: str = "train", *, surface: int = 
         raise FileNotFoundError(f"data: no such file: {path}")
     if path.is_dir():
         found = _read_folder(path, part, surface)
-    elif path.suffix.lower() in ARRAYS:
+    elif path.suffix.lower() in (*ARRAYS, ".npy"):
         found = _read_file(path, part)
-    elif path.suffix.lower() == ".npy":
-        found = _read_file(path, part, read_array_of_clouds(path))
     else:
         raise ValueError(f"data: {path} must be a folder, or end in {', '.join((*ARRAYS, '.npy'))}")
     if not found.points:
         raise ValueError(f"data: {path} has no clouds to {part} on")
     return found
-
-
-def read_array_of_clouds(path: Path) -> dict[str, np.ndarray]:
-    """A .npy file as arrays.
-
-    Raises:
-        ValueError: naming the file.
-    """
-    try:
-        return {"points": np.load(path, allow_pickle=False)}
-    except ValueError as error:
-        raise ValueError(f"data: {path} cannot be read: {error}") from error
 
 
 # ---------------------------------------------------------------------------- folders
@@ -148,11 +134,9 @@ def _read_folder(folder: Path, part: str, surface: int) -> CloudSet:
 # ---------------------------------------------------------------------------- arrays
 
 
-def _read_file(path: Path, part: str, arrays: dict[str, np.ndarray] | None = None) -> CloudSet:
-    arrays, classes = (arrays, []) if arrays else _of_arrays(path)
+def _read_file(path: Path, part: str) -> CloudSet:
+    arrays, classes = _of_arrays(path)
     points, labels = arrays["points"], arrays.get("labels")
-    if points.ndim != 3 or points.shape[2] != 3 or points.dtype.kind not in "fiu":
-        raise ValueError(f"data: {path}: `points` must be numbers [M, N, 3], got {points.dtype} {list(points.shape)}")
     test = _is_test(arrays, path)
     rows = range(len(points)) if test is None else np.flatnonzero(test == (part == "test")).tolist()
     places = [f"{path}, cloud {row}" for row in rows]
@@ -168,18 +152,25 @@ def _of_arrays(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     labels = _one_each(arrays, "labels", path)
     if labels.dtype.kind not in "iu":
         raise ValueError(f"data: {path}: `labels` must be whole numbers, got {labels.dtype}")
-    names = arrays.get("classes")
+    names = [str(name) for name in arrays["classes"].flat] if "classes" in arrays else None
+    if names is not None and len(set(names)) < len(names):
+        raise ValueError(f"data: {path}: `classes` must be names, each class its own, got {names}")
     count = len(names) if names is not None else int(labels.max(initial=-1)) + 1
     wrong = (labels < 0) | (labels >= count)
     if wrong.any():
         row = int(wrong.argmax())
         raise ValueError(f"data: {path}: `labels` must be from 0 to {count - 1}, got {labels[row]} for cloud {row}")
-    return arrays, [str(i) for i in range(count)] if names is None else [str(name) for name in names]
+    return arrays, [str(i) for i in range(count)] if names is None else names
 
 
 def _is_test(arrays: dict[str, np.ndarray], path: Path) -> np.ndarray | None:
     if "is_test" in arrays:
-        return _one_each(arrays, "is_test", path).astype(bool)
+        is_test = _one_each(arrays, "is_test", path)
+        if is_test.dtype.kind not in "biuf" or not np.isin(is_test, (0, 1)).all():
+            raise ValueError(
+                f"data: {path}: `is_test` must be true or false, got {is_test.dtype} {is_test[:5].tolist()}"
+            )
+        return is_test.astype(bool)
     if "split" not in arrays:
         return None
     words = [str(word).lower() for word in _one_each(arrays, "split", path)]

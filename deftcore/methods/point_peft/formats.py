@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from deftcore.training.arrays import as_text
+
 ARRAYS = (".npz", ".h5", ".hdf5")  # many clouds, and what is known of them
 TEXT = (".txt", ".xyz", ".pts")
 MESHES = (".off", ".ply", ".obj", ".stl")
@@ -47,7 +49,7 @@ def read_cloud(path: str | os.PathLike, surface: int) -> np.ndarray:
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays of a file of many clouds: `points` [M, N, 3] and, where the file has them, `labels` [M], `classes`
-    [K], `is_test` [M] and `split` [M].
+    [K], `is_test` [M] and `split` [M]; a .npy is `points` alone.
 
     Raises:
         ValueError: naming the file and the array that is missing.
@@ -55,12 +57,14 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     with _named(path):
+        if path.suffix.lower() == ".npy":
+            return _known({"points": np.load(path, allow_pickle=False)}, path)
         if path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 return _known(file, path)
         h5py = _needed("h5py")
         with h5py.File(path, "r") as file:
-            return {name: _plain(values) for name, values in _known(file, path).items()}
+            return _known(file, path)
 
 
 def checked_cloud(points: Any, place: str) -> np.ndarray:
@@ -85,15 +89,13 @@ def _known(file: Mapping[str, Any], path: Path) -> dict[str, np.ndarray]:
     for name, others in _NAMES.items():
         stored = next((each for each in others if each in file), None)
         if stored is not None:
-            found[name] = np.asarray(file[stored])
+            found[name] = as_text(np.asarray(file[stored]))
     if "points" not in found:
         raise ValueError(f"data: {path} has no array `points`; it has {', '.join(file) or 'none'}")
+    points = found["points"]
+    if points.ndim != 3 or points.shape[2] != 3 or points.dtype.kind not in "fiu":
+        raise ValueError(f"data: {path}: `points` must be numbers [M, N, 3], got {points.dtype} {list(points.shape)}")
     return found
-
-
-def _plain(values: np.ndarray) -> np.ndarray:
-    """HDF5's text is bytes."""
-    return values if values.dtype.kind != "O" else np.array([x.decode() if isinstance(x, bytes) else x for x in values])
 
 
 def _text(path: Path) -> np.ndarray:

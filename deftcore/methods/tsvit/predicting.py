@@ -63,10 +63,12 @@ def read_as(model: TSViT, reading: Reading) -> TSViT:
 
 
 def predict(model: Any, batch: Mapping[str, Tensor], reading: Reading, patch_size: int) -> Tensor:
-    """Logits [B, K, H, W] of a batch as `CropTask.collate` makes it."""
+    """Logits [B, K, H, W] of a batch as `CropTask.collate` makes it, the same beside longer series."""
     mask = None
     if reading.masked and not bool(batch["usable"].all()):
         mask = usable_patches(batch["usable"], patch_size)
+    elif not reading.masked and bool((batch["doy"] == 0).any()):
+        mask = batch["doy"] != 0  # what fills up a batch is no frame of the series
     return model(batch["x"], batch["doy"], mask)
 
 
@@ -84,7 +86,7 @@ def load_trained(path: str | os.PathLike) -> tuple[Any, TSViTConfig, Reading]:
     if not (folder / _ADAPTER).is_file():
         model: Any = TSViT.from_pretrained(folder)
     else:
-        base = json.loads((folder / _ADAPTER).read_text()).get("base_model_name_or_path") or ""
+        base = _base_of(folder / _ADAPTER)
         if not (Path(base) / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"model: {folder} is an adapter on the model in {base!r}, which is not there")
         model = read_as(TSViT.from_pretrained(base), reading)
@@ -94,3 +96,13 @@ def load_trained(path: str | os.PathLike) -> tuple[Any, TSViTConfig, Reading]:
     if (folder / _ADAPTER).is_file():
         model = load_adapter(model, folder)
     return model.eval(), config, reading
+
+
+def _base_of(file: Path) -> str:
+    try:
+        values = json.loads(file.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:  # JSON's own among them
+        raise ValueError(f"model: {file} is damaged: {error}") from error
+    return values.get("base_model_name_or_path") or ""

@@ -9,6 +9,7 @@ the list's own folder, and what splits go by: `area` and `year`.
 
 import os
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from deftcore._names import near
 from deftcore.methods.tsvit.geotiff import read_folder
 from deftcore.methods.tsvit.scene import UNLABELLED, Grid, Scene, day_of
+from deftcore.training.arrays import as_text
 from deftcore.training.records import read_records
 
 _ARRAYS = ("images", "dates", "doy", "months", "cloud", "labels", "labelled", "bands", "nodata", "crs", "transform")
@@ -61,7 +63,7 @@ def read_scene(path: str | os.PathLike) -> Scene:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"data: {path} is no .npz of plain arrays: {error}") from error
     return scene_of(arrays, str(path))
 
@@ -75,7 +77,7 @@ def scene_of(arrays: dict[str, Any], where: str = "series") -> Scene:
     for name in arrays:
         if name not in _ARRAYS:
             raise ValueError(f"data: {where}: no array {name!r} is known{near(name, _ARRAYS)}")
-    arrays = {name: np.asarray(value) for name, value in arrays.items()}
+    arrays = {name: as_text(np.asarray(value)) for name, value in arrays.items()}
     if "images" not in arrays or arrays["images"].ndim != 4 or arrays["images"].dtype.kind not in "uif":
         got = f"{arrays['images'].dtype} {arrays['images'].shape}" if "images" in arrays else "none"
         raise ValueError(f"images: {where}: must be numbers [T, C, H, W], got {got}")
@@ -83,14 +85,15 @@ def scene_of(arrays: dict[str, Any], where: str = "series") -> Scene:
     if not arrays["images"].size:
         raise ValueError(f"images: {where}: must not be empty, got {arrays['images'].shape}")
     pixels = _Arrays(arrays["images"], _cloud(arrays, where), _labels(arrays, where))
-    bands = tuple(map(str, arrays["bands"])) if "bands" in arrays else tuple(str(i + 1) for i in range(channels))
-    if len(bands) != channels:
-        raise ValueError(f"bands: {where}: must be {channels} names, one a band, got {len(bands)}")
-    nodata = float(arrays["nodata"]) if "nodata" in arrays else None
+    bands = tuple(map(str, arrays["bands"].flat)) if "bands" in arrays else tuple(str(i + 1) for i in range(channels))
+    if len(bands) != channels or len(set(bands)) < channels:
+        raise ValueError(f"bands: {where}: must be {channels} names, each band its own, got {list(bands)}")
+    nodata = _nodata(arrays, where)
     grid = None
     if "crs" in arrays or "transform" in arrays:
-        if "crs" not in arrays or arrays.get("transform", np.empty(0)).shape != (6,):
-            raise ValueError(f"transform: {where}: must be six numbers, beside a crs")
+        transform = arrays.get("transform", np.empty(0))
+        if transform.shape != (6,) or transform.dtype.kind not in "iuf" or arrays.get("crs", transform).ndim:
+            raise ValueError(f"transform: {where}: must be six numbers, beside one crs")
         grid = Grid(str(arrays["crs"]), tuple(map(float, arrays["transform"])))
     doy = _days(arrays, frames, where)
     return Scene(where, pixels, height, width, doy, bands, nodata, grid, labelled="labels" in arrays)
@@ -112,6 +115,15 @@ class _Arrays:
 
     def labels(self, rows: slice, columns: slice) -> np.ndarray | None:
         return None if self.codes is None else self.codes[rows, columns]
+
+
+def _nodata(arrays: dict[str, np.ndarray], where: str) -> float | None:
+    if "nodata" not in arrays:
+        return None
+    nodata = arrays["nodata"]
+    if nodata.size != 1 or nodata.dtype.kind not in "iuf":
+        raise ValueError(f"nodata: {where}: must be one number, got {nodata.dtype} {nodata.shape}")
+    return float(nodata.item())
 
 
 def _cloud(arrays: dict[str, np.ndarray], where: str) -> np.ndarray | None:
