@@ -1,5 +1,7 @@
 """The evidence on clouds: its rates are chosen by clouds that nothing else sees, and runs are added once."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,3 +68,37 @@ def test_only_a_side_from_nothing_starts_elsewhere(points, data):
     before = points.load_own(data.pretrained, (points.PointMae,)).backbone.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in full.backbone.state_dict().items())
     assert not torch.equal(scratch.backbone.position[0].weight, before["position.0.weight"])
+
+
+def test_costs_are_of_every_side(points, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(points.cost, "peaks", lambda module, pairs, folder: {points.SET: {n: 1.0 for _, n in pairs}})
+    points.measure(data, tmp_path, tmp_path / "cost.json")
+    found = json.loads((tmp_path / "cost.json").read_text())
+    assert set(found["step"][points.SET]) == set(found["peak_mb"][points.SET]) == {side.name for side in points.SIDES}
+    assert all(each["seconds"] > 0 for each in found["step"][points.SET].values())
+    assert points.peak(points.PROBE, data) > 0
+
+
+def test_a_section_tells_what_the_runs_say(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1])
+        from bench.evidence import adapted, crops_page, points_page, report
+
+    monkeypatch.setattr(adapted, "RESULTS", tmp_path)
+    for told in (points_page.POINTS, crops_page.CROPS):
+        told.results.add({"kind": "about", "machine": "a machine", "versions": {"torch": "2"}})
+        for seed in range(2):
+            for i, side in enumerate(told.sides):
+                figures = {key: 0.5 + 0.01 * i for key in told.measures}
+                told.results.add({"kind": "run", "set": "a set", "side": side, "labels": "few", "seed": seed, "rate": 1,
+                                  "trained": 1000 + i, "train_s": 2.0, **figures})  # fmt: skip
+        page = adapted.adapted_section(told)
+        assert all(f"| {side} | 2 | 1 | {1000 + i:,} | 2 s |" in page for i, side in enumerate(told.sides))
+        ours, other = told.pairs[-1]
+        assert f"- {ours} against {other}: accuracy " in page
+        title = told.set_of({"set": "a set", "labels": "few"})
+        better = "better" if told.sides.index(ours) > told.sides.index(other) else "worse"
+        adapted.adapted_section(replace(told, claims=[report.Claim("So.", ours, other, "accuracy", {title: better})]))
+        wrong = replace(told, claims=[report.Claim("So.", ours, other, "accuracy", {title: "disagree"})])
+        with pytest.raises(ValueError, match="needs 'disagree'"):
+            adapted.adapted_section(wrong)

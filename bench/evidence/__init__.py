@@ -8,8 +8,8 @@
 | losses, accuracy, BLEU, exact numbers, drift | `measures.py` |
 | one run, through deftcore's own loop; a file of runs that goes on where it stopped | `runs.py` |
 | step time and peak memory, on an idle machine | `cost.py` |
-| an experiment: its sides, sets, steps | `spectral.py`, `light_peft.py` |
-| its prose, its claims | `spectral_page.py` |
-| tables, verdicts and pictures from the files in `results/` | `report.py` |
+| an experiment: its sides, sets, steps | `spectral.py`, `light_peft.py`, `points.py`, `crops.py` |
+| its prose, its claims | `spectral_page.py` and the like |
+| tables, verdicts and pictures from the files in `results/` | `report.py`, `adapted.py` |
 | docs/evidence.md, of all experiments: `python -m bench.evidence` | `__main__.py` |
 """

@@ -39,11 +39,17 @@ def measure(module: str, sides: Mapping[str, Sequence[Side]], folder: Path, path
         folder: of data sets.
         path: of the figures.
     """
-    found: dict[str, Any] = {"about": about(), "threads": torch.get_num_threads(), "step": {}, "peak_mb": {}}
+    found: dict[str, Any] = {"about": about(), "threads": torch.get_num_threads(), "step": {}}
     for name in sides:
         found["step"][name] = steps(sides[name], Data(SPECS[name], folder))
         gc.collect()
-    pairs = [(name, side.name) for name in sides for side in sides[name]]
+    found["peak_mb"] = peaks(module, [(name, side.name) for name in sides for side in sides[name]], folder)
+    write_json(path, found)
+
+
+def peaks(module: str, pairs: Sequence[tuple[str, str]], folder: Path) -> dict[str, dict[str, float]]:
+    """MB by set and side, each of a process of its own: the module's command with `--peak-of set/side`."""
+    found: dict[str, dict[str, float]] = {}
 
     def peak(pair: tuple[str, str]) -> float:
         command = [sys.executable, "-m", module, "--data", str(folder), "--peak-of", "/".join(pair)]
@@ -53,8 +59,8 @@ def measure(module: str, sides: Mapping[str, Sequence[Side]], folder: Path, path
 
     with ThreadPoolExecutor(2) as pool:  # memory does not mind a neighbour
         for (name, side), megabytes in zip(pairs, pool.map(peak, pairs), strict=True):
-            found["peak_mb"].setdefault(name, {})[side] = megabytes
-    write_json(path, found)
+            found.setdefault(name, {})[side] = megabytes
+    return found
 
 
 def steps(sides: Sequence[Side], data: Data) -> dict[str, dict[str, float]]:
@@ -99,6 +105,19 @@ def print_peak(side: Side, data: Data) -> None:
     data.spec.base.load.cache_clear()  # the copy that trains is enough
     forget_truncated()
     gc.collect()
+
+    def two_steps() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            train(
+                ready.model, examples, training, folder, task=task, objective=ready.objective, resume=False,
+                optimizer=lambda model: ready.optimizer(model, training),
+            )  # fmt: skip
+
+    print(json.dumps(most_held(two_steps)))
+
+
+def most_held(work: Callable[[], None]) -> float:
+    """The most memory that this process holds while it works, in MB."""
     done = threading.Event()
     seen = [_resident()]
 
@@ -108,14 +127,10 @@ def print_peak(side: Side, data: Data) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    with tempfile.TemporaryDirectory() as folder:
-        train(
-            ready.model, examples, training, folder, task=task, objective=ready.objective, resume=False,
-            optimizer=lambda model: ready.optimizer(model, training),
-        )  # fmt: skip
+    work()
     done.set()
     watcher.join()
-    print(json.dumps(seen[0] / 1e6))
+    return seen[0] / 1e6
 
 
 def _resident() -> int:

@@ -3,14 +3,16 @@
 FOLDER holds `ldraw_points`. A small Point-MAE is pre-trained once on the training clouds, without their classes; all
 seeds of all sides but one start from it. Each side tries as many learning rates, on a fifth of the training clouds that
 its tries do not learn from. Every run is a line of results/points.jsonl, so that a second call goes on where the first
-one stopped; `--minutes` stops it in time.
+one stopped; `--minutes` stops it in time. `--cost` measures steps and peak memory instead, on an idle machine, into
+results/points_cost.json.
 """
 
 import argparse
+import itertools
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,11 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
+from bench.evidence import cost
 from bench.evidence.runs import Entry, Results, about
 from bench.evidence.sides import Side
+from bench.harness import alternate
+from deftcore._files import write_json
 from deftcore.methods.point_peft.backbone import PointTransformer
 from deftcore.methods.point_peft.pretraining import PointMae
 from deftcore.methods.point_peft.pretraining_task import NEW, PointPretrainingTask
@@ -69,7 +74,7 @@ class Data:
     """
 
     def __init__(self, folder: Path, kept: Path) -> None:
-        self.kept, clouds = kept, kept / "clouds.npz"
+        self.folder, clouds = kept / "pretrained", kept / "clouds.npz"
         stored = np.load(folder / SET / f"{SET}.npz")
         names = {"points": "points", "labels": "label", "classes": "classes", "is_test": "is_test"}
         np.savez(clouds, **{name: stored[own] for name, own in names.items()})
@@ -85,17 +90,17 @@ class Data:
 
     @cached_property
     def pretrained(self) -> Path:
-        """The folder of the pre-trained model, which is made on first use; a second one is the same, number by
-        number."""
-        folder = self.kept / "pretrained"
+        """The folder of the pre-trained model, which is made on first use; another time it comes out the same."""
+        if self.folder.exists():
+            return self.folder
         set_seed(0)
         model = PointMae(SIZES)
         task = PointPretrainingTask(SIZES)
         task.prepare(model, self.config)
         examples = [{"points": each["points"]} for each in self.train]
         fit(model, task, examples, PRETRAINING_RATE, STEPS["pre"], 0, "pre-training")
-        model.save_pretrained(folder)
-        return folder
+        model.save_pretrained(self.folder)
+        return self.folder
 
     def begin(self, side: Side, seed: int, examples: Sequence[Any]) -> tuple[Any, PointTask, Any]:
         """The model that a side trains, the task, and what makes its optimizer."""
@@ -171,6 +176,41 @@ def run(side: Side, data: Data, seed: int, rate: float, *, whole: bool) -> Entry
     return found | {"tuning_loss": seen["loss"], "tuning_accuracy": seen["accuracy"]}
 
 
+# ---------------------------------------------------------------------------- costs
+
+
+def measure(data: Data, folder: Path, path: Path) -> None:
+    """Seconds of a step, sides in turn in one process, and peak memory, each side in a process of its own."""
+    calls = {side.name: stepper(side, data) for side in SIDES}
+    found = {"about": about(), "threads": torch.get_num_threads(), "step": {SET: alternate(calls, 9)}}
+    found["peak_mb"] = cost.peaks("bench.evidence.points", [(SET, side.name) for side in SIDES], folder)
+    write_json(path, found)
+
+
+def stepper(side: Side, data: Data) -> Callable[[], None]:
+    """A function that takes a training step: a batch drawn by chance, the update, and what is between."""
+    training = settings(side.rates[1], 100, 0)
+    model, task, make = data.begin(side, 0, data.train)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make(model, training) if make else torch.optim.AdamW(trained, lr=training.learning_rate)
+    batches = itertools.cycle(Batches(data.train, BATCH, task.collate, draw=task.draw).epoch(0))
+    model.train()
+
+    def step() -> None:
+        task.output(model, next(batches)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def peak(side: Side, data: Data) -> float:
+    """The most memory that this process holds in two steps, in MB."""
+    model, task, make = data.begin(side, 0, data.train)
+    return cost.most_held(lambda: fit(model, task, data.train, side.rates[1], 2, 0, side.name, make))
+
+
 # ---------------------------------------------------------------------------- the command
 
 
@@ -204,10 +244,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder of data sets")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of results")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    parser.add_argument("--cost", action="store_true", help="measure step time and peak memory; needs an idle machine")
+    parser.add_argument("--peak-of", help="internal: one side's peak memory, as set/side, in this process")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as kept:
-        run_all(Results(args.results / "points.jsonl"), Data(args.data, Path(kept)), args.minutes)
+        data = Data(args.data, Path(kept))
+        if args.peak_of or args.cost:
+            PointMae(SIZES).save_pretrained(data.folder)  # what a step costs does not depend on what was learnt
+        if args.peak_of:
+            print(peak(next(side for side in SIDES if args.peak_of == f"{SET}/{side.name}"), data))
+        elif args.cost:
+            measure(data, args.data, args.results / "points_cost.json")
+        else:
+            run_all(Results(args.results / "points.jsonl"), data, args.minutes)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ SIZES = {
 MEASURES = {
     "loss": ("loss", "{:.3f}", True),
     "accuracy": ("accuracy", "{:.1%}", False),
+    "mean_class_accuracy": ("mean class accuracy", "{:.1%}", False),
+    "macro_f1": ("macro F1", "{:.1%}", False),
     "bleu": ("BLEU", "{:.1f}", False),
     "exact": ("exact number", "{:.0%}", False),
     "forgot": ("loss elsewhere, rise", "{:+.3f}", True),
@@ -114,7 +116,7 @@ def section(experiment: Experiment) -> str:
     if cost is not None:
         parts += ["### Time and memory", *_costs(cost)]
     parts += ["### What the papers claim", _beside(experiment, entries)]
-    parts += [experiment.limits, _about(entries)]
+    parts += [experiment.limits, machine(entries)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -129,14 +131,14 @@ def _of_set(experiment: Experiment, name: str, entries: list[Entry], runs: list[
     rows = []
     untrained = [each for each in entries if each["kind"] == "untrained" and each["set"] == name]
     if untrained:
-        rows.append(["*untrained*", "", "", *[""] * len(sized), *(_cell(key, untrained[:1]) for key in measured)])
+        rows.append(["*untrained*", "", "", *[""] * len(sized), *(cell(key, untrained[:1]) for key in measured)])
     for side in experiment.sides[name]:
         own = [each for each in runs if each["side"] == side.name]
         if not own:
             continue
         rate = f"{own[0]['rate']:g}" + " (edge)" * (own[0]["rate"] in (*side.rates[:1], *side.rates[-1:]))
         sizes = (next((SIZES[key][1](each[key]) for each in own if key in each), "") for key in sized)
-        rows.append([side.name, len(own), rate, *sizes, *(_cell(key, own) for key in measured)])
+        rows.append([side.name, len(own), rate, *sizes, *(cell(key, own) for key in measured)])
     columns = [*(SIZES[key][0] for key in sized), *(MEASURES[key][0] for key in measured)]
     yield table(["", "seeds", "rate", *columns], rows)
     said = {f"{ours} against {other}": verdict(ours, other, runs, measured) for ours, other in experiment.pairs}
@@ -144,7 +146,8 @@ def _of_set(experiment: Experiment, name: str, entries: list[Entry], runs: list[
         yield "\n".join(f"- {pair}: {', '.join(found)}." for pair, found in said.items() if found)
 
 
-def _cell(key: str, entries: list[Entry]) -> str:
+def cell(key: str, entries: Sequence[Entry]) -> str:
+    """A measure of a side's runs: mean, and lowest and highest over seeds."""
     _, form, _ = MEASURES[key]
     values = [each[key] for each in entries if key in each]
     if not values:
@@ -197,7 +200,7 @@ def _ratios(ours: str, other: str, runs: list[Entry], costs: Mapping[str, Mappin
 def _extras(extras: list[Entry]) -> str:
     measured = [key for key in MEASURES if any(key in each for each in extras)]
     rows = [
-        [each["side"], f"{each['rate']:g}", *(_cell(key, [each]) for key in measured)]
+        [each["side"], f"{each['rate']:g}", *(cell(key, [each]) for key in measured)]
         for each in sorted(extras, key=lambda each: each["side"])
     ]
     return table(["", "rate", *(MEASURES[key][0] for key in measured)], rows)
@@ -236,7 +239,8 @@ def _cost(column: str, value: float) -> str:
     return f"{value:.0f} MB" if column == "peak" else f"{value:.1f} s" if value >= 10 else milliseconds(1e3 * value)
 
 
-def _about(entries: list[Entry]) -> str:
+def machine(entries: Sequence[Entry]) -> str:
+    """Where an experiment's runs were made."""
     about = next(each for each in entries if each["kind"] == "about")
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return f"Machine: {about['machine']}. Versions: {versions}."
