@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from deftcore.methods.s2ft.selection import select_channels
     from deftcore.methods.s2ft.serving import serve
     from deftcore.methods.tsvit.model import TSViT
+    from deftcore.methods.tsvit.prompts import TSViTPromptConfig
+    from deftcore.methods.tsvit.tokens import TSViTTokenConfig
     from deftcore.models.checkpoints import load_model
     from deftcore.models.kept import Kept
     from deftcore.models.quantized_files import load_quantized
@@ -66,6 +68,8 @@ _HOMES = {
     "PointTransformer": "deftcore.methods.point_peft.backbone",
     "S2ftConfig": "deftcore.methods.s2ft.config",
     "TSViT": "deftcore.methods.tsvit.model",
+    "TSViTPromptConfig": "deftcore.methods.tsvit.prompts",
+    "TSViTTokenConfig": "deftcore.methods.tsvit.tokens",
     "expand": "deftcore.methods.light_peft.plug",
     "export_lora": "deftcore.methods.lora.exporting",
     "extract_adapter": "deftcore.methods.s2ft.delta",
@@ -109,6 +113,8 @@ __all__ = [
     "PointTransformer",
     "S2ftConfig",
     "TSViT",
+    "TSViTPromptConfig",
+    "TSViTTokenConfig",
     "expand",
     "export_lora",
     "extract_adapter",

@@ -22,6 +22,8 @@ from deftcore.methods.lora.bottleneck import BottleneckConfig
 from deftcore.methods.mamba.lora import MambaLoraConfig
 from deftcore.methods.point_peft.config import PointPeftConfig
 from deftcore.methods.s2ft.config import S2ftConfig
+from deftcore.methods.tsvit.prompts import TSViTPromptConfig
+from deftcore.methods.tsvit.tokens import TSViTTokenConfig
 
 
 @dataclass
@@ -111,8 +113,9 @@ def tuner_layers(model):
 
 def test_every_type_of_ours_is_here():
     ours = {c for c in PEFT_TYPE_TO_CONFIG_MAPPING.values() if c.__module__.startswith("deftcore.")}
-    clouds = {PointPeftConfig}  # of no language model; tests/test_point_peft.py holds it to the same
-    assert ours - clouds == {case.config for case in CASES.values()}
+    # Of no language model; tests/test_point_peft.py and tests/test_tsvit_adapters.py hold them to the same.
+    others = {PointPeftConfig, TSViTPromptConfig, TSViTTokenConfig}
+    assert ours - others == {case.config for case in CASES.values()}
 
 
 # ---------------------------------------------------------------------------- files

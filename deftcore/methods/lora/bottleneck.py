@@ -39,6 +39,9 @@ class BottleneckConfig(PeftConfig):
     parallel: bool = field(default=False, metadata={"help": "Read the MLP's input, not its output (AdaptFormer)."})
     scaling: float = field(default=1.0, metadata={"help": "Factor of the adapter's output; AdaptFormer uses 0.1."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    stochastic: bool = field(
+        default=False, metadata={"help": "Two down projections, one drawn per call in training, their mean else."}
+    )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules that return the MLP's output; None picks them by model type."}
     )
@@ -63,6 +66,28 @@ class BottleneckConfig(PeftConfig):
             raise ValueError(f"dropout: must be in [0, 1), got {self.dropout}")
         if isinstance(self.target_modules, list):
             self.target_modules = sorted(set(self.target_modules))
+
+
+class DrawnLinear(nn.Module):
+    """Two linear layers [M] -> [F]: in training each call runs one of them, drawn anew, else their mean (AdaMix, Wang
+    et al., arXiv 2205.12410). The one that was not drawn has a gradient of zeros."""
+
+    def __init__(self, in_features: int, out_features: int, **options: Any) -> None:
+        super().__init__()
+        self.choices = nn.ModuleList(nn.Linear(in_features, out_features, **options) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., F] for x [..., M]."""
+        drawn = int(torch.randint(2, (), device="cpu")) if self.training else None
+        weight, bias = self._mixed("weight", drawn), self._mixed("bias", drawn)
+        return nn.functional.linear(x, weight, bias)
+
+    def _mixed(self, name: str, drawn: int | None) -> Tensor | None:
+        both: list[Any] = [getattr(choice, name) for choice in self.choices]
+        if both[0] is None:
+            return None
+        stacked = torch.stack(both)
+        return stacked.mean(0) if drawn is None else stacked[drawn]
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
@@ -105,12 +130,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             "bias": config.bottleneck_bias, "device": reference.weight.device, "dtype": dtype_of(reference)
         }  # fmt: skip
         self.configs[adapter_name] = config
-        up, down = nn.Linear(size, width, **options), nn.Linear(width, size, **options)
+        up = nn.Linear(size, width, **options)
+        down = (DrawnLinear if config.stochastic else nn.Linear)(width, size, **options)
         self.bottleneck_down[adapter_name] = down
         self.bottleneck_up[adapter_name] = up
         self.bottleneck_dropout[adapter_name] = nn.Dropout(config.dropout)
         if config.init_std is not None:
-            nn.init.normal_(down.weight, std=config.init_std)
+            for weight in (p for name, p in down.named_parameters() if name.endswith("weight")):
+                nn.init.normal_(weight, std=config.init_std)
             nn.init.normal_(up.weight, std=config.init_std)
         else:
             nn.init.zeros_(up.weight)
@@ -152,9 +179,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def _adapt(self, name: str, x: Tensor | None) -> Tensor:
         if x is None:
             raise RuntimeError("BottleneckLayer: the MLP's first projection has not run before its last")
-        down: Any = self.bottleneck_down[name]
-        up = self.bottleneck_up[name]
-        hidden = down(self.bottleneck_dropout[name](x.to(down.weight.dtype)))
+        down = self.bottleneck_down[name]
+        up: Any = self.bottleneck_up[name]
+        hidden = down(self.bottleneck_dropout[name](x.to(up.weight.dtype)))
         return up(getattr(torch.nn.functional, self.configs[name].non_linearity)(hidden))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

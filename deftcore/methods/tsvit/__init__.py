@@ -56,6 +56,8 @@ puts the model under TorchGeo's task, `examples/terratorch_tsvit.py` adapters on
 | the model | `model.py`, `encoder.py`, `heads.py` |
 | days, masks, bands, the authors' packed form | `inputs.py` |
 | other classes: `head`, `token`, `extend` | `adapting.py` |
+| prompts in attention, class tokens as adapters | `prompts.py`, `tokens.py`, `tuner.py` |
+| what recipes get | `method.py` |
 | losses over labelled pixels | `losses.py` |
 | the authors' checkpoints | `checkpoints.py` |
 | series: a scene; on disk, arrays and GeoTIFFs | `scene.py`, `series.py`, `geotiff.py` |
@@ -71,6 +73,8 @@ puts the model under TorchGeo's task, `examples/terratorch_tsvit.py` adapters on
   tokens' rows alone.
 - Weights of the authors' code from before June 2026 have their pixels in scrambled order: `legacy_layout=True`, which
   `load_published` sets, reads them as they were trained.
+- A recipe with `data.head` of `token` or `extend` trains the class tokens whole (`modules_to_save: [class_tokens]`);
+  `TSViTTokenConfig(tokens=n)`, which trains the last n alone, goes there through PEFT.
 - Day 366 has the row of day 365.
 - Without a mask padding takes part in attention, as where the authors' weights were trained.
 - `deftcore map` reads a row of tiles of GeoTIFFs at a time, and averages logits where tiles overlap; scenes in `.npz`
@@ -78,4 +82,10 @@ puts the model under TorchGeo's task, `examples/terratorch_tsvit.py` adapters on
 - The values of days are not looked at inside `torch.compile`.
 """
 
-from deftcore.methods.tsvit import task  # noqa: F401  makes itself known to recipes
+from deftcore.methods.tsvit import method  # noqa: F401  registers what the room gives to recipes
+from deftcore.methods.tsvit.prompts import TSViTPromptConfig, TSViTPromptModel
+from deftcore.methods.tsvit.tokens import TSViTTokenConfig, TSViTTokenModel
+from deftcore.training.adapters import register_with_peft
+
+register_with_peft("TSVIT_PROMPT", TSViTPromptConfig, TSViTPromptModel)
+register_with_peft("TSVIT_TOKEN", TSViTTokenConfig, TSViTTokenModel)

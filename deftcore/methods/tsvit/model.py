@@ -1,6 +1,7 @@
 """TSViT: a Transformer over a pixel patch's dates, then one over the picture's patches, for each class on its own."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -177,9 +178,9 @@ class TSViT(OwnModel):
 
 
 def _per_band(name: str, values: Sequence[float] | None, default: float, channels: int) -> Tensor:
-    found = torch.full((channels,), default) if values is None else torch.tensor(values, dtype=torch.float32)
-    positive = name == "band_std"
-    if found.shape != (channels,) or not bool(found.isfinite().all()) or (positive and bool((found <= 0).any())):
+    found = [default] * channels if values is None else [float(value) for value in values]
+    positive = name == "band_std"  # looked at as they are given: a tensor on "meta" has no values
+    if len(found) != channels or not all(map(math.isfinite, found)) or (positive and min(found) <= 0):
         kind = "positive numbers" if positive else "numbers"
         raise ValueError(f"{name}: must be {channels} {kind}, one a channel, got {values}")
-    return found
+    return torch.tensor(found, dtype=torch.float32)
