@@ -51,9 +51,13 @@ CLAIMS = (
         "KaSA", "KaSA (PEFT)", "loss", {"e2e_nlg": "disagree", "gsm8k": "disagree"},
     ),
     Claim(
-        "MiniLM bears the same cut, and gains nothing by KaSA: seeds disagree on sentiment, and on 77 intents KaSA is "
-        "behind LoRA, by two points.",
-        "KaSA", "LoRA", "accuracy", {"mr_sentiment": "disagree", "banking77": "worse"},
+        "MiniLM bears the same cut, and gains no accuracy by KaSA that seeds agree on; on 77 intents it is behind "
+        "LoRA, by two points.",
+        "KaSA", "LoRA", "accuracy", {"mr_sentiment": "disagree", "banking77": "worse", "qnli": "disagree"},
+    ),
+    Claim(
+        "On entailment KaSA's loss is the lower one in every seed.",
+        "KaSA", "LoRA", "loss", {"qnli": "better"},
     ),
     Claim(
         "Natural gradients gain nothing in loss: at one rate, Natural GaLore is a hundredth behind GaLore on "
@@ -93,17 +97,18 @@ CLAIMS = (
         "BA-LoRA", "LoRA", "loss", {"e2e_nlg": "disagree", "gsm8k": "disagree"},
     ),
     Claim(
-        "On sentiment full training is ahead of LoRA, by two points; on the 77 intents behind it.",
-        "full", "LoRA", "accuracy", {"mr_sentiment": "better", "banking77": "worse"},
+        "Full training is ahead of LoRA on sentiment, by two points, and on entailment, by twelve; behind it on the 77 "
+        "intents.",
+        "full", "LoRA", "accuracy", {"mr_sentiment": "better", "qnli": "better", "banking77": "worse"},
     ),
     Claim(
-        "BA-LoRA is behind LoRA on the 77 intents; on sentiment seeds disagree.",
-        "BA-LoRA", "LoRA", "accuracy", {"mr_sentiment": "disagree", "banking77": "worse"},
+        "BA-LoRA is behind LoRA on the 77 intents; on sentiment and entailment seeds disagree.",
+        "BA-LoRA", "LoRA", "accuracy", {"mr_sentiment": "disagree", "qnli": "disagree", "banking77": "worse"},
     ),
     Claim(
-        "Its consistency does not keep a classifier near the pre-trained model: it drifts further than LoRA does, on "
-        "sentiment three times as far.",
-        "BA-LoRA", "LoRA", "drift", {"mr_sentiment": "worse", "banking77": "worse"},
+        "Its consistency does not keep a classifier near the pre-trained model: it drifts further than LoRA does on "
+        "the intents, and on sentiment three times as far; on entailment seeds disagree.",
+        "BA-LoRA", "LoRA", "drift", {"mr_sentiment": "worse", "qnli": "disagree", "banking77": "worse"},
     ),
 )  # fmt: skip
 
@@ -112,7 +117,8 @@ EXTRAS = """### Damping, and KaSA's cut
 Sides that ran once, `e2e_nlg`, seed 0, one rate for all. Natural GaLore's damping is 1e-3 by default, as in the
 authors' code; `relative` multiplies it with the window's mean squared norm. Of KaSA, how many of the smallest singular
 values are taken from each weight: published is the rank, 8 here. One run says nothing of a difference smaller than that
-between the seeds above."""
+between the seeds above: of the dampings none. With nothing cut KaSA learns as LoRA does; one value is enough to cost a
+fifth of a nat here and most of one elsewhere."""
 
 LIMITS = """### What this cannot show
 
