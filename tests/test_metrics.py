@@ -128,6 +128,20 @@ def test_a_table_of_classes(classes, tmp_path):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["empty.png", "table.png"]
 
 
+def test_names_are_no_formulas(tmp_path):
+    name = r"5$ to $\frac"
+    pictures.draw_confusion(ConfusionCounts([name, "other"]), tmp_path / "table.png", title=name)
+    pictures.draw_maps({name: np.zeros((2, 2), int)}, tmp_path / "maps.png", classes=[name], title=name)
+    pictures.draw_cloud(np.ones((4, 3)), tmp_path / "cloud.png", values=np.ones(4), label=name, title=name)
+
+
+def test_a_table_of_many_classes_has_a_size_that_fits_into_memory(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(pictures, "_draw", lambda draw, path, size: sizes.append(size))
+    pictures.draw_confusion(ConfusionCounts(5000), tmp_path / "table.png")
+    assert max(sizes[0]) < 50
+
+
 def test_maps_beside_each_other(tmp_path):
     labels = np.zeros((8, 8), dtype=np.int64)
     labels[:4], labels[0, 0] = 1, -1

@@ -18,6 +18,7 @@ class ToyConfig(OwnConfig):
     model_type = "toy"
     width: int
     sizes: tuple[int, ...] = (2, 3)
+    legacy: bool = False
 
     def __post_init__(self):
         if self.width < 1:
@@ -75,6 +76,7 @@ def test_what_else_a_folder_holds_stays(tmp_path, monkeypatch):
         ({"model_type": "other"}, "model_type: must be 'toy', got 'other'"),
         ({"height": 3}, "unknown fields height"),
         ({"width": None}, "config.json: "),
+        ({"legacy": "false"}, "legacy: must be true or false, got 'false'"),
         ({"width": 0}, "width: must be at least 1, got 0"),
         ({"width": 5}, r"other shapes layers.0.weight \[2, 4\] for \[2, 5\], .* and 1 more"),
         ({"sizes": [2]}, "unexpected tensors layers.1.bias, layers.1.weight"),

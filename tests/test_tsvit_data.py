@@ -603,3 +603,22 @@ def test_pre_training_then_adapting(recipe, tmp_path):
     (tmp_path / "pre").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"is an adapter on the model in .*pre/final', which is not there"):
         load_trained(tmp_path / "run")
+
+
+def test_endings_in_capitals_and_a_frame_that_is_cut_off(tmp_path):
+    """Endings however they are spelt; what is damaged is named."""
+    dates = [f"2020-0{i}-10" for i in range(1, 6)]
+    cloud = np.zeros((5, 20, 17), bool)
+    cloud[1, 4:9] = True
+    write_folder(tmp_path, {**arrays_of(), "cloud": cloud}, dates)
+    before = read_scene(tmp_path).read()
+    for file in (tmp_path / f"S2_{dates[1]}.tif", tmp_path / "labels.tif", tmp_path / "cloud" / f"{dates[1]}.tif"):
+        file.replace(file.with_suffix(".TIF"))
+    after = read_scene(tmp_path).read()
+    assert np.array_equal(after.images, before.images)
+    assert np.array_equal(after.labels, before.labels)
+    assert np.array_equal(after.usable, before.usable)
+    file = tmp_path / f"S2_{dates[2]}.tif"
+    file.write_bytes(file.read_bytes()[:-1500])
+    with pytest.raises(ValueError, match=rf"data: .*{file.name} "):
+        read_scene(tmp_path).read()

@@ -56,6 +56,10 @@ class OwnConfig:
         missing = [name for name, needed in fields.items() if needed and name not in given]
         if unknown or missing:
             raise ValueError(_told({"unknown fields": unknown, "missing fields": missing}))
+        switches = [each.name for each in dataclasses.fields(cls) if isinstance(each.default, bool)]
+        for name in switches:  # "false" would be true
+            if not isinstance(given.get(name, False), bool):
+                raise ValueError(f"{name}: must be true or false, got {given[name]!r}")
         try:
             return cls(**given)
         except TypeError as error:  # a list where a number belongs

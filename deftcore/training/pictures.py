@@ -14,6 +14,7 @@ from deftcore._files import replacing_file
 from deftcore.training.metrics import ConfusionCounts
 
 _UNKNOWN = "0.85"  # of pixels without a class: light grey
+_LARGEST = 40.0  # inches, of a table's side: memory goes with its square
 _NUMBERED = 16  # the most classes whose counts are written into the table's cells
 
 
@@ -26,15 +27,15 @@ def draw_confusion(counts: ConfusionCounts, path: str | os.PathLike, *, title: s
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        axes.set(xlabel="predicted", ylabel="label", title=title, xticks=range(k), yticks=range(k))
-        axes.set_xticklabels(counts.classes, rotation=90)
-        axes.set_yticklabels(counts.classes)
+        axes.set(xlabel="predicted", ylabel="label", title=_plain(title), xticks=range(k), yticks=range(k))
+        axes.set_xticklabels([*map(_plain, counts.classes)], rotation=90)
+        axes.set_yticklabels([*map(_plain, counts.classes)])
         for i, j in np.ndindex(table.shape) if k <= _NUMBERED else ():
             colour = "white" if share[i, j] > 0.5 else "black"
             axes.text(j, i, int(table[i, j]), ha="center", va="center", color=colour, fontsize=8)
         figure.colorbar(image, label="share of the label")
 
-    side = 3 + 0.3 * k
+    side = min(3 + 0.3 * k, _LARGEST)
     _draw(draw, path, (side + 1, side))
 
 
@@ -75,11 +76,11 @@ def draw_maps(
                 axes.imshow(shown, cmap=palette, vmin=-0.5, vmax=len(colours) - 0.5, interpolation="nearest")
             else:
                 axes.imshow(np.clip(value, 0, 1) if value.ndim == 3 else value, interpolation="nearest")
-            axes.set(title=name, xticks=[], yticks=[])
+            axes.set(title=_plain(name), xticks=[], yticks=[])
         if classes:
-            handles = [Patch(color=colours[i], label=name) for i, name in enumerate(classes)]
+            handles = [Patch(color=colours[i], label=_plain(name)) for i, name in enumerate(classes)]
             figure.legend(handles=handles, loc="outside lower center", ncols=min(len(classes), 6), fontsize=8)
-        figure.suptitle(title or None)
+        figure.suptitle(_plain(title) or None)
 
     _draw(draw, path, (3.2 * len(arrays), 3.8))
 
@@ -112,13 +113,18 @@ def draw_cloud(points: Any, path: str | os.PathLike, *, values: Any = None, labe
     def draw(figure: Any) -> None:
         axes = figure.add_subplot(projection="3d")
         dots = axes.scatter(cloud[:, 0], cloud[:, 2], cloud[:, 1], c=colour, s=6, cmap="viridis")
-        axes.set(title=title)
+        axes.set(title=_plain(title))
         axes.set_aspect("equal")
         axes.set_axis_off()
         if values is not None:
-            figure.colorbar(dots, label=label, shrink=0.6)
+            figure.colorbar(dots, label=_plain(label), shrink=0.6)
 
     _draw(draw, path, (5.5, 5))
+
+
+def _plain(text: str) -> str:
+    """What matplotlib shows as it is: names are no formulas."""
+    return text.replace("$", r"\$")
 
 
 def _array(value: Any) -> np.ndarray:

@@ -65,8 +65,9 @@ class CloudTask(Task):
         self.data = self.config("?")  # what `prepare` was told
 
     def prepare(self, model: Any, config: Any) -> Any:
-        if config.points < model.config.patches:
-            raise ValueError(f"data.points: must be at least {model.config.patches}, the model's patches")
+        fewest = max(model.config.patches, model.config.patch_points)
+        if config.points < fewest:
+            raise ValueError(f"data.points: must be at least {fewest}, the model's patches, and a patch's points")
         if config.scale[0] > config.scale[1]:
             raise ValueError(f"data.scale: must be the least and the largest factor, got {list(config.scale)}")
         self.data = config

@@ -20,6 +20,7 @@ from deftcore.training.pictures import class_colours
 
 _DATE = re.compile(r"(?<!\d)(\d{4})-?(\d{2})(?:-?(\d{2}))?(?!\d)")
 _LABELS, _CLOUD = "labels", "cloud"
+_ENDINGS = (".tif", ".tiff")  # however they are spelt
 
 
 def _rasterio() -> Any:
@@ -70,7 +71,7 @@ def read_folder(path: Path) -> Scene:
     if clouds and clouds.keys() != frames.keys():
         odd = sorted(clouds.keys() ^ frames.keys())
         raise ValueError(f"cloud: {path / _CLOUD} must have a file for each date of the frames, differs in {odd[:5]}")
-    labels = next((path / f"{_LABELS}{end}" for end in (".tif", ".tiff") if (path / f"{_LABELS}{end}").is_file()), None)
+    labels = next((file for file in sorted(path.glob(f"{_LABELS}.*")) if file.suffix.lower() in _ENDINGS), None)
     for file in (*clouds.values(), *([labels] if labels else [])):
         _same_grid(facts[first], first, _facts(file), file)
     known = facts[first]
@@ -85,7 +86,7 @@ def read_folder(path: Path) -> Scene:
 def _dated(folder: Path) -> dict[str, Path]:
     """The rasters of a folder by date, in the order of dates."""
     found: dict[str, Path] = {}
-    for file in sorted([*folder.glob("*.tif"), *folder.glob("*.tiff")]):
+    for file in sorted(file for file in folder.glob("*") if file.suffix.lower() in _ENDINGS):
         if file.stem == _LABELS:
             continue
         match = _DATE.search(file.stem)
@@ -149,7 +150,7 @@ class _Files:
                 raise ValueError(
                     f"labels: {self.codes} must be one band of whole numbers, got {raster.count} of {raster.dtypes[0]}"
                 )
-            codes = raster.read(1, window=(_ends(rows), _ends(columns))).astype(np.int64)
+            codes = _part(raster, rows, columns)[0].astype(np.int64)
             return codes if raster.nodata is None else np.where(codes == raster.nodata, UNLABELLED, codes)
 
 
@@ -159,7 +160,14 @@ def _ends(part: slice) -> tuple[int, int]:
 
 def _read(file: Path, rows: slice, columns: slice) -> np.ndarray:
     with opened(file) as raster:
+        return _part(raster, rows, columns)
+
+
+def _part(raster: Any, rows: slice, columns: slice) -> np.ndarray:
+    try:
         return raster.read(window=(_ends(rows), _ends(columns)))
+    except _rasterio().errors.RasterioIOError as error:
+        raise ValueError(f"data: {raster.name} is damaged: {error}") from error
 
 
 @contextmanager
