@@ -79,7 +79,8 @@ class DrawnLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., F] for x [..., M]."""
         drawn = int(torch.randint(2, (), device="cpu")) if self.training else None
-        weight, bias = self._mixed("weight", drawn), self._mixed("bias", drawn)
+        weight: Any = self._mixed("weight", drawn)
+        bias = self._mixed("bias", drawn)
         return nn.functional.linear(x, weight, bias)
 
     def _mixed(self, name: str, drawn: int | None) -> Tensor | None:

@@ -116,10 +116,11 @@ class TSViTPromptModel(TSViTTuner):
 
     def places(self, config: TSViTPromptConfig, model: TSViT) -> dict[str, int]:
         """Names of the attentions, and how many prompts each gets."""
+        depths = {"temporal": model.config.temporal_depth, "spatial": model.config.spatial_depth}
         return {
             f"{name}.layers.{i}.attention": prompts
             for name, prompts in (("temporal", config.temporal), ("spatial", config.spatial))
-            for i in range(len(model.get_submodule(f"{name}.layers")) if config.depth == "deep" else 1)
+            for i in range(depths[name] if config.depth == "deep" else 1)
             if prompts
         }
 

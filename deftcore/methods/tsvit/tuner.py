@@ -37,11 +37,11 @@ class TSViTTuner(GathersShards):
         **_: Any,
     ) -> None:  # fmt: skip
         count = self._places[current_key]
-        if isinstance(target, self.tuner_layer_cls):
+        kind: Any = self.tuner_layer_cls
+        if isinstance(target, kind):
             target.update_layer(adapter_name, peft_config, count)
             return
-        make: Any = self.tuner_layer_cls
-        layer = make(target, adapter_name, peft_config, count).train(target.training)
+        layer = kind(target, adapter_name, peft_config, count).train(target.training)
         if adapter_name != self.active_adapter:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
