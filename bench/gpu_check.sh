@@ -58,6 +58,6 @@ fi
 wait "$static"
 step benchmarks $((530 - SECONDS)) python3 -m bench --device cuda --quick --output figures.json --only linear_4bit qlora \
   quantise sparse_4bit sparse_down gated act_density gated_linear s2ft_serving s2ft_training selective_scan \
-  mamba_chunk_scan conv1d state_update mamba_mixer mamba_decode overhead
+  mamba_chunk_scan conv1d state_update mamba_mixer mamba_decode overhead neighbours tsvit
 
 python3 -m bench.gpu_report "$work" "$results"
