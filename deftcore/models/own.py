@@ -7,7 +7,7 @@ A folder is read strictly, every tensor by name and shape, or refused; nothing i
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -24,6 +24,7 @@ _NAMED = 5  # names in a message
 
 Config = TypeVar("Config", bound="OwnConfig")
 Model = TypeVar("Model", bound="OwnModel")
+Record = TypeVar("Record")
 
 
 @dataclasses.dataclass
@@ -207,6 +208,24 @@ def _config_values(folder: str | os.PathLike) -> dict[str, Any]:
     except ValueError as error:  # JSON's own among them
         raise ValueError(f"model: {file}: {error}") from error
     return values
+
+
+def read_record(folder: str | os.PathLike, name: str, make: Callable[[dict[str, Any]], Record]) -> Record | None:
+    """What a task has written beside a model as JSON; None where it has not.
+
+    Args:
+        make: of the file's values the record.
+
+    Raises:
+        ValueError: naming the file, when it is damaged.
+    """
+    file = Path(folder) / name
+    if not file.is_file():
+        return None
+    try:
+        return make(json.loads(file.read_text()))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"model: {file} is damaged: {error}") from error
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], source: str | os.PathLike) -> None:

@@ -1,6 +1,5 @@
 """What a cloud is, by a classifier that a run left."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from deftcore.methods.point_peft.classifier import PointClassifier
 from deftcore.methods.point_peft.data import farthest_first, unit_ball
 from deftcore.methods.point_peft.formats import SURFACE, checked_cloud, read_cloud
 from deftcore.methods.point_peft.pretraining import PointMae
+from deftcore.models.own import read_record
 
 _FILE = "clouds.json"
 
@@ -44,13 +44,7 @@ class Clouds:
         Raises:
             ValueError: the file is damaged.
         """
-        file = Path(folder) / _FILE
-        if not file.is_file():
-            return None
-        try:
-            return cls(**json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"model: {file} is damaged: {error}") from error
+        return read_record(folder, _FILE, lambda values: cls(**values))
 
 
 class CloudReader:

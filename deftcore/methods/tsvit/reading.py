@@ -1,7 +1,6 @@
 """How a model reads scenes: bands, units, codes of classes. It stands beside a saved model, as `series.json`."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from deftcore._files import write_json
 from deftcore.methods.tsvit.scene import UNLABELLED, Scene, Window
 from deftcore.methods.tsvit.tiling import tiles
+from deftcore.models.own import read_record
 
 READING_FILE = "series.json"
 
@@ -99,16 +99,13 @@ class Reading:
         Raises:
             ValueError: the file is damaged.
         """
-        file = Path(folder) / READING_FILE
-        if not file.is_file():
-            return None
-        try:
-            values: dict[str, Any] = json.loads(file.read_text())
+
+        def made(values: dict[str, Any]) -> "Reading":
             values["codes"] = [tuple(codes) for codes in values["codes"]]
             fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
             return cls(**fields)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"model: {file} is damaged: {error}") from error
+
+        return read_record(folder, READING_FILE, made)
 
 
 def statistics(scenes: Sequence[Scene], reading: Reading) -> tuple[list[float], list[float]]:
