@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from deftcore.methods.tsvit.prompts import TSViTPromptConfig
     from deftcore.methods.tsvit.tokens import TSViTTokenConfig
     from deftcore.models.checkpoints import load_model
+    from deftcore.models.decoder import compile_decoder
     from deftcore.models.kept import Kept
     from deftcore.models.quantized_files import load_quantized
     from deftcore.models.sparsify import sparsify
@@ -70,6 +71,7 @@ _HOMES = {
     "TSViT": "deftcore.methods.tsvit.model",
     "TSViTPromptConfig": "deftcore.methods.tsvit.prompts",
     "TSViTTokenConfig": "deftcore.methods.tsvit.tokens",
+    "compile_decoder": "deftcore.models.decoder",
     "expand": "deftcore.methods.light_peft.plug",
     "export_lora": "deftcore.methods.lora.exporting",
     "extract_adapter": "deftcore.methods.s2ft.delta",
@@ -115,6 +117,7 @@ __all__ = [
     "TSViT",
     "TSViTPromptConfig",
     "TSViTTokenConfig",
+    "compile_decoder",
     "expand",
     "export_lora",
     "extract_adapter",

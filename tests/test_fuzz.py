@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from deftcore import ops
+from deftcore.ops import decoder
+from deftcore.ops.decoder import Block, DecoderStack, Matrix
 from deftcore.ops.density import ACTIVATIONS
 from deftcore.ops.galore import galore_step
 from deftcore.ops.galore_matrix import AdamMatrix
@@ -581,6 +583,42 @@ def galore(d: Draw) -> Call:
         return [square, *([] if window is None else [window.gram])]
 
     return Call(run, arguments, in_place=("weight", "exp_avg", "history"))
+
+
+@case("decode_step")
+def decode_step(d: Draw) -> Call:
+    heads, group, size, length = d.size(3, 1), d.size(3, 1), 2 * d.size(17, 1), d.size(40, 1)
+    width, neurons, tokens, layers = d.size(70, 1), d.size(70, 1), d.size(5, 1), d.size(2, 1)
+    d.dtype = torch.float32
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def matrix(rows: int, cols: int) -> Matrix:
+        scale, dtype = cols**-0.5, d.random.choice(dtypes)
+        bias = d.maybe(lambda: d.tensor(rows).contiguous())
+        if cols % 32 == 0 and d.chance(0.5):
+            return Matrix(ops.quantize_4bit(d.tensor(rows, cols, scale=scale), block_size=32), bias)
+        return Matrix(d.tensor(rows, cols, dtype=dtype, scale=scale).contiguous(), bias)
+
+    def block() -> Block:
+        norms = [d.tensor(n).contiguous() for n in (width, width, size, size)]
+        norms = norms if d.chance(0.5) else [*norms[:2], None, None]
+        shapes = [(heads * group * size, width), (heads * size, width), (heads * size, width),
+                  (width, heads * group * size), (neurons, width), (neurons, width), (width, neurons)]  # fmt: skip
+        return Block(*(matrix(*shape) for shape in shapes), *norms, window=d.size(40, 1))
+
+    angles = torch.arange(length)[:, None] * torch.rand(size, generator=d.generator)
+    stack = DecoderStack(
+        [block() for _ in range(layers)], d.tensor(width).contiguous(), matrix(d.size(70, 1), width), angles.cos(),
+        angles.sin(), heads * group, d.random.choice(list(ACTIVATIONS)), eps=1e-3, scale=size**-0.5,
+    )  # fmt: skip
+    position, cache = d.random.randrange(length), (layers, tokens + d.size(2), heads, length, size)
+    arguments = {
+        "hidden": d.tensor(tokens, width), "position": position,
+        "starts": torch.randint(position + 1, (tokens,), generator=d.generator),
+        "keys": torch.randn(cache, generator=d.generator), "values": torch.randn(cache, generator=d.generator),
+    }  # fmt: skip
+    run = partial(decoder.decode_step, stack=stack)
+    return Call(run, arguments, in_place=("keys", "values"), roundings=20 * layers)
 
 
 # ---------------------------------------------------------------------------- running a call

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deftcore import ops
 from deftcore.ops import grouped_delta, kernels, quant4
+from deftcore.ops.decoder import Block, DecoderStack, Matrix, decode_step
 from deftcore.ops.galore import galore_step
 from deftcore.ops.galore_matrix import AdamMatrix
 from deftcore.ops.ssm import ssd
@@ -108,7 +109,18 @@ def calls(dtype):
         galore_step([AdamMatrix(weight=weight.clone(), grad=grad, left=None, right=right, **moments, age=1)], lr=0.1)
 
     yield step, [r(5, 17), r(5, 17), r(5, 3)], False
+    yield decoding_step(dtype), [r(2, 6)], False
     yield from mamba_calls(r)
+
+
+def decoding_step(dtype):
+    def matrix(rows, cols):
+        return Matrix(torch.randn(rows, cols))
+
+    shapes = (8, 6), (4, 6), (4, 6), (6, 8), (5, 6), (5, 6), (6, 5)
+    block = Block(*(matrix(*shape) for shape in shapes), torch.ones(6), torch.ones(6))
+    stack = DecoderStack([block], torch.ones(6), matrix(9, 6), torch.ones(7, 4), torch.ones(7, 4), 2, "silu", 1e-5, 0.5)
+    return lambda x: decode_step(x, stack, *stack.new_cache(2, dtype), torch.tensor([0, 1]), 2)
 
 
 def mamba_calls(r):

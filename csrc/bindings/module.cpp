@@ -51,6 +51,7 @@ PYBIND11_MODULE(_C, m) {
   });
 
   m.attr("galore_matrix") = GaloreMatrix::kFields;
+  m.attr("decoder_matrix") = DecoderMatrix::kFields;
 
   add_record<Quant4>(m, "Quant4");
   add_record<DeltaBank>(m, "DeltaBank");

@@ -139,6 +139,35 @@ inline void check_args(const GaloreStepArgs& args, const char* op) {
   }
 }
 
+inline void check_args(const DecodeStepArgs& args, const char* op) {
+  require(args.tokens >= 1 && args.tokens <= args.batch, op, "tokens must be in 1..batch");
+  require(args.position >= 0 && args.position < args.length, op, "position must be in 0..length - 1");
+  require(args.kv_heads >= 1 && args.heads % args.kv_heads == 0, op, "kv_heads must divide heads");
+  require(args.width >= 1 && args.neurons >= 1 && args.vocabulary >= 1, op, "sizes must be at least 1");
+  require(args.head_size >= 2 && args.head_size % 2 == 0, op, "head_size must be even");
+  for (int64_t t = 0; t < args.tokens; ++t) {
+    require(args.starts[t] >= 0 && args.starts[t] <= args.position, op, "starts must be in 0..position");
+  }
+  const int64_t mixed = args.heads * args.head_size, kept = args.kv_heads * args.head_size;
+  const auto check = [&](const DecoderMatrix& m, int64_t rows, int64_t cols) {
+    require(m.rows == rows && m.cols == cols, op, "a matrix has another shape than the model's sizes say");
+    require(m.code == nullptr || (is_block_size(m.block_size) && cols % m.block_size == 0), op,
+            "rows in 4 bits must be whole blocks");
+  };
+  for (int64_t i = 0; i < args.layers; ++i) {
+    const DecoderBlock& block = args.blocks[i];
+    check(block.q, mixed, args.width);
+    check(block.k, kept, args.width);
+    check(block.v, kept, args.width);
+    check(block.o, args.width, mixed);
+    check(block.gate, args.neurons, args.width);
+    check(block.up, args.neurons, args.width);
+    check(block.down, args.width, args.neurons);
+    require(block.window >= 1, op, "window must be at least 1");
+  }
+  check(*args.head, args.vocabulary, args.width);
+}
+
 inline void check_args(const SsdBackwardArgs& args, const char* op) { check_args(args.forward, op); }
 
 inline void check_args(const FarthestPointSampleArgs& args, const char* op) {

@@ -3,6 +3,7 @@
 // A new op is a struct of arguments in its family's header, a definition per device, and a line here.
 #pragma once
 
+#include "deftcore/decoder.h"
 #include "deftcore/density.h"
 #include "deftcore/galore.h"
 #include "deftcore/logits.h"
@@ -43,6 +44,7 @@
   X(causal_conv1d_update, CausalConv1dUpdateArgs, PLAIN, EVERYWHERE, where)           \
   X(ssd, SsdArgs, PLAIN, EVERYWHERE, where)                                           \
   X(ssd_backward, SsdBackwardArgs, WORKSPACE, EVERYWHERE, where)                      \
+  X(decode_step, DecodeStepArgs, WORKSPACE, CPU_ONLY, where)                          \
   X(logit_rows, LogitRowsArgs, PLAIN, EVERYWHERE, where)                              \
   X(logit_rows_backward, LogitRowsBackwardArgs, PLAIN, EVERYWHERE, where)             \
   X(top_logits, TopLogitsArgs, PLAIN, CPU_ONLY, where)                                \

@@ -1,0 +1,61 @@
+// A step of decoding: one token of each sequence through all blocks of a Llama-like model, against a cache.
+#pragma once
+
+#include "deftcore/format4.h"
+
+namespace deftcore {
+
+// y = x W^T + bias, W in `dtype`, or in 4 bits where there is a code.
+struct DecoderMatrix {
+  const void* weight;  // [rows, cols], contiguous; in 4 bits the packed bytes
+  const float* bias;   // [rows] or null
+  const float* code;   // [16]; null: dense. What follows, up to the offset, as in Quant4
+  const void* absmax;
+  const float* nested_absmax;
+  const float* nested_code;
+  const float* nested_offset;  // [1], or null
+  int64_t rows, cols, block_size, dtype;
+
+  DEFTCORE_FIELDS(weight, bias, code, absmax, nested_absmax, nested_code, nested_offset, rows, cols, block_size, dtype)
+};
+
+// h = x + o(attention(norm x));  y = h + down(f(gate(norm h)) * up(norm h))
+struct DecoderBlock {
+  DecoderMatrix q, k, v, o, gate, up, down;
+  const float* attention_norm;  // [width]
+  const float* mlp_norm;        // [width]
+  const float* q_norm;          // [head_size], of each head before its rotation, or null, as is k_norm then
+  const float* k_norm;
+  int64_t window;  // positions that a token sees, its own included
+};
+// Python writes tables of both, as rows of 64-bit numbers.
+static_assert(sizeof(DecoderMatrix) == 8 * std::tuple_size_v<decltype(DecoderMatrix{}.fields())>);
+static_assert(sizeof(DecoderBlock) == 7 * sizeof(DecoderMatrix) + 5 * 8);
+
+// logits = head(norm(blocks(hidden))). Norms divide by the root of the mean square. Every sequence is at the same
+// position; what stands before its start is padding, which no token sees and no position counts. Keys and values of
+// the position are written. Least traffic: all weights, and the cache's positions, once.
+struct DecodeStepArgs {
+  const DecoderBlock* blocks;  // [layers], in the host's memory
+  const DecoderMatrix* head;   // [1], as blocks
+  const float* norm;           // [width]
+  const float* hidden;         // [tokens, width], contiguous
+  const float* cosine;         // [length, head_size], of the positions' rotations
+  const float* sine;           // [length, head_size]
+  const int64_t* starts;       // [tokens]
+  float* keys;                 // [layers, batch, kv_heads, length, head_size], in and out, rotated
+  float* values;               // [layers, batch, kv_heads, length, head_size], in and out
+  float* logits;               // [tokens, vocabulary], out
+  void* workspace;             // 64-byte aligned
+  int64_t layers, tokens, batch, position, length;
+  int64_t width, heads, kv_heads, head_size, neurons, vocabulary;
+  Activation activation;
+  float eps;    // of the norms
+  float scale;  // of the products of queries and keys
+
+  DEFTCORE_FIELDS(blocks, head, norm, hidden, cosine, sine, starts, keys, values, logits, workspace, layers, tokens,
+                  batch, position, length, width, heads, kv_heads, head_size, neurons, vocabulary, activation, eps,
+                  scale)
+};
+
+}  // namespace deftcore

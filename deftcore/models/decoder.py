@@ -1,0 +1,186 @@
+"""`compile_decoder`: a model's own `generate`, with one native call a token."""
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deftcore.models.blocks import base_of
+from deftcore.models.decoder_parts import copy_cache, embedded, read_stack
+from deftcore.ops.checks import check_choice
+from deftcore.ops.decoder import DecoderStack, decode_step
+
+logger = logging.getLogger("deftcore")
+
+_MOST_SEQUENCES = 16
+
+
+def compile_decoder(model: Any, *, batch: int = 1, max_length: int = 2048, activations: str = "exact") -> "Decoder":
+    """A decoder of a Llama-like model (Llama, Mistral, Qwen2, Qwen3, Gemma, SmolLM) on CPUs.
+
+    Weights in float32, bfloat16, float16 and deftcore's 4 bits may be mixed; they are those of this moment, read where
+    they lie. Activations and cache are float32. Whether the native step gives the model's own logits is shown on a few
+    made-up tokens; where it does not, or cannot run the model, a log line says why, as does `Decoder.reason`, and
+    Transformers decodes.
+
+    Args:
+        model: a Transformers model in memory, adapters merged.
+        batch: sequences at once, at most; 1 to 16.
+        max_length: of the cache: prompt and new tokens together.
+        activations: "exact".
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Example:
+        decoder = deftcore.compile_decoder(deftcore.quantize(model))
+        decoder.generate(input_ids, max_new_tokens=64)
+    """
+    for name, value, most in (("batch", batch, _MOST_SEQUENCES), ("max_length", max_length, 2**31 - 1)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: must be an integer, got {value!r}")
+        if not 1 <= value <= most:
+            raise ValueError(f"{name}: must be in 1..{most}, got {value}")
+    check_choice("activations", activations, ("exact",))
+    if not hasattr(base_of(model), "generate"):
+        raise TypeError(f"model: must be a Transformers model that generates, got {type(model).__name__}")
+    stack, reason = None, ""
+    try:
+        stack = read_stack(model, max_length)
+    except ValueError as error:
+        reason = str(error)
+        logger.warning("compile_decoder: Transformers decodes this model: %s", reason)
+    return Decoder(model, stack, reason, batch, max_length)
+
+
+class Decoder:
+    """What `compile_decoder` returns. One thread at a time may use it: its cache is kept from call to call.
+
+    `reason` says why Transformers decodes; it is empty where the native step does.
+    """
+
+    def __init__(self, model: Any, stack: DecoderStack | None, reason: str, batch: int, max_length: int) -> None:
+        self.model, self.reason, self.batch, self.max_length = model, reason, batch, max_length
+        self._stack = stack
+        self._cache = (torch.empty(0), torch.empty(0)) if stack is None else stack.new_cache(batch)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, generation_config: Any = None,
+        streamer: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """The model's `generate`: prompts and their continuations, greedy or sampled. The same tokens in float32.
+
+        Transformers prepares the configuration, processors of logits, stopping criteria and the prompt's cache; beams,
+        assistants and results as a dictionary stay Transformers' alone.
+
+        Args:
+            input_ids: [B, L] int64.
+            attention_mask: [B, L], 0 at padding, which stands to the left; None: nothing, or the padding tokens, as
+                Transformers finds them.
+            generation_config, streamer, kwargs: as in Transformers.
+
+        Returns:
+            [B, L + new tokens] int64.
+
+        Raises:
+            TypeError, ValueError: naming the argument: no prompt, or one longer than the cache, more sequences than
+                `batch`, padding elsewhere than on the left, an argument that Transformers does not know.
+            FloatingPointError: logits are NaN.
+        """
+        self._check(input_ids, attention_mask)
+        options = dict(kwargs, generation_config=generation_config)
+        if attention_mask is not None:
+            options["attention_mask"] = attention_mask
+        stack = self._stack
+        if stack is None or not self._is_plain(generation_config, kwargs):
+            return self.model.generate(input_ids, streamer=streamer, **options)
+
+        def decode(model: Any, tokens: Tensor, **prepared: Any) -> Tensor:
+            return self._decode(stack, tokens, streamer, **prepared)
+
+        return self.model.generate(input_ids, streamer=streamer, custom_generate=decode, **options)
+
+    def _check(self, input_ids: Any, attention_mask: Any) -> None:
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"input_ids: must be an integer tensor, got {getattr(input_ids, 'dtype', type(input_ids))}")
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids: must be [B, at least 1], got shape {tuple(input_ids.shape)}")
+        self._check_room(input_ids.shape[0], input_ids.shape[1], "input_ids")
+        if attention_mask is not None:
+            if not isinstance(attention_mask, Tensor):
+                raise TypeError(f"attention_mask: must be a Tensor, got {type(attention_mask).__name__}")
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"attention_mask: shape must be {tuple(input_ids.shape)} as input_ids, got "
+                    f"{tuple(attention_mask.shape)}"
+                )
+            _starts(attention_mask)
+
+    def _check_room(self, sequences: int, length: int, name: str) -> None:
+        if not 1 <= sequences <= self.batch:
+            raise ValueError(f"input_ids: must be 1 to {self.batch} sequences (batch), got {sequences}")
+        if length > self.max_length:
+            raise ValueError(f"{name}: {length} tokens are more than the cache has (max_length={self.max_length})")
+
+    def _is_plain(self, config: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether one token of each sequence follows the other, and nothing but tokens is asked for."""
+        config = copy.deepcopy(self.model.generation_config if config is None else config)
+        config.update(**kwargs)
+        names = ("assistant_model", "custom_generate", "cache", "past_key_values", "inputs_embeds")
+        special = any(kwargs.get(name) is not None for name in names)
+        asked = config.return_dict_in_generate or config.use_cache is False or (config.num_beams or 1) > 1
+        mode = config.get_generation_mode(kwargs.get("assistant_model"))
+        return not special and not asked and mode.value in ("greedy_search", "sample")
+
+    def _decode(
+        self, stack: DecoderStack, tokens: Tensor, streamer: Any, *, logits_processor: Any, stopping_criteria: Any,
+        generation_config: Any, **inputs: Any,
+    ) -> Tensor:  # fmt: skip
+        """The loop, from what Transformers prepared."""
+        sequences, prompt = tokens.shape
+        self._check_room(sequences, generation_config.max_length, "max_new_tokens: prompt and")
+        mask = inputs.get("attention_mask")
+        starts = torch.zeros(sequences, dtype=torch.int64) if mask is None else _starts(mask)
+        output = self.model(input_ids=tokens, **inputs)
+        cache = next(output[name] for name in ("cache", "past_key_values") if output.get(name) is not None)
+        keys, values = self._cache
+        copy_cache(cache, keys, values, prompt)
+        del cache, inputs
+        logits = output.logits[:, -1].float()
+        padding = generation_config._pad_token_tensor
+        unfinished = torch.ones(sequences, dtype=torch.bool)
+        for position in range(prompt, self.max_length + 1):
+            chosen = _choose(logits_processor(tokens, _finite(logits)), generation_config.do_sample)
+            chosen = chosen if padding is None else torch.where(unfinished, chosen, padding)
+            tokens = torch.cat((tokens, chosen.unsqueeze(1)), 1)
+            if streamer is not None:
+                streamer.put(chosen.cpu())
+            unfinished = unfinished & ~stopping_criteria(tokens, None)
+            if position == self.max_length or not unfinished.any():
+                break
+            logits = decode_step(embedded(self.model, chosen), stack, keys, values, starts, position)
+        if streamer is not None:
+            streamer.end()
+        return tokens
+
+
+def _starts(mask: Tensor) -> Tensor:
+    """Of each sequence [B] the first position that is no padding."""
+    seen = mask != 0
+    starts = seen.long().argmax(1)
+    if not bool((seen == (torch.arange(mask.shape[1]) >= starts[:, None])).all()) or not bool(seen.any(1).all()):
+        raise ValueError("attention_mask: padding must stand to the left of every prompt, and leave a token of each")
+    return starts
+
+
+def _finite(logits: Tensor) -> Tensor:
+    if bool(logits.isnan().any()):
+        raise FloatingPointError("the model's logits are NaN: its weights hold NaN or infinity, or overflow")
+    return logits
+
+
+def _choose(scores: Tensor, sample: bool) -> Tensor:
+    return torch.multinomial(scores.softmax(-1), 1).squeeze(1) if sample else scores.argmax(-1)

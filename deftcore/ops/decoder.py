@@ -1,0 +1,260 @@
+"""One step of decoding with a Llama-like model: a token of each sequence through all blocks in one native call."""
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deftcore.ops._library import define
+from deftcore.ops.checks import check_float, check_integers, check_like, check_shape
+from deftcore.ops.density import ACTIVATIONS, activate
+from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, stream
+from deftcore.ops.quantized import QuantizedTensor
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """y = x W^T + bias.
+
+    Raises:
+        TypeError, ValueError: naming the field.
+    """
+
+    weight: Tensor | QuantizedTensor  # [M, K]; in 4 bits of any kind whose rows are whole blocks
+    bias: Tensor | None = None  # [M] float32
+
+    def __post_init__(self) -> None:
+        if self.weight.dim() != 2:
+            raise ValueError(f"weight: must be a matrix, got shape {tuple(self.weight.shape)}")
+        if isinstance(self.weight, QuantizedTensor):
+            if self.weight.column_blocks or self.weight.shape[1] % self.weight.block_size:
+                raise ValueError(
+                    f"weight: rows in 4 bits must be whole blocks of {self.weight.block_size}, got shape "
+                    f"{tuple(self.weight.shape)}"
+                )
+        elif not self.weight.is_contiguous():
+            raise ValueError(f"weight: must be contiguous, got strides {self.weight.stride()}")
+        if self.bias is not None:
+            check_shape("bias", self.bias, (self.weight.shape[0],), "one per row")
+            if self.bias.dtype != torch.float32:
+                raise TypeError(f"bias: dtype must be torch.float32, got {self.bias.dtype}")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """By PyTorch, in x's dtype."""
+        weight = self.weight.dequantize() if isinstance(self.weight, QuantizedTensor) else self.weight
+        return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Of a Llama-like model. Norms are what a vector is multiplied with, float32; those of heads may be missing."""
+
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    window: int = 2**62  # positions that a token sees, its own included
+
+
+_numbers = itertools.count()
+_stacks: "WeakValueDictionary[int, DecoderStack]" = WeakValueDictionary()
+
+
+@dataclass(eq=False)
+class DecoderStack:
+    """All that a step computes with, from the embedding on. Its tensors are read where they lie, and never copied.
+
+    Raises:
+        TypeError, ValueError: naming the field.
+    """
+
+    blocks: list[Block]
+    norm: Tensor  # [D] float32
+    head: Matrix  # [vocabulary, D]
+    cosine: Tensor  # [length, head_size] float32, of each position
+    sine: Tensor
+    heads: int
+    activation: str
+    eps: float
+    scale: float  # of the products of queries and keys
+    number: int = field(init=False)  # under which the op finds it
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        for name in ("norm", "cosine", "sine"):
+            if getattr(self, name).dtype != torch.float32:
+                raise TypeError(f"{name}: dtype must be torch.float32, got {getattr(self, name).dtype}")
+        self._held: list[Tensor] = []
+        self._blocks = torch.tensor([self._row(block) for block in self.blocks])
+        self._head = torch.tensor(self._matrix(self.head))
+        self.number = next(_numbers)
+        _stacks[self.number] = self
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the native step reads all weights."""
+        parts = [self.head, *(m for b in self.blocks for m in (b.q, b.k, b.v, b.o, b.gate, b.up, b.down))]
+        return all(isinstance(m.weight, QuantizedTensor) or m.weight.dtype in DTYPE_CODES for m in parts)
+
+    def new_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Keys and values, [layers, batch, kv_heads, length, head_size] each."""
+        length, size = self.cosine.shape
+        shape = (len(self.blocks), batch, self.blocks[0].k.weight.shape[0] // size, length, size)
+        return torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+
+    def native_args(
+        self, hidden: Tensor, keys: Tensor, values: Tensor, starts: Tensor, position: int, out: Tensor
+    ) -> Any:
+        layers, batch, kv_heads, length, size = keys.shape
+        return native.DecodeStep(
+            blocks=address(self._blocks), head=address(self._head), norm=address(self.norm), hidden=address(hidden),
+            cosine=address(self.cosine), sine=address(self.sine), starts=address(starts), keys=address(keys),
+            values=address(values), logits=address(out), workspace=0, layers=layers, tokens=hidden.shape[0],
+            batch=batch, position=position, length=length, width=hidden.shape[1], heads=self.heads, kv_heads=kv_heads,
+            head_size=size, neurons=self.blocks[0].up.weight.shape[0], vocabulary=out.shape[1],
+            activation=ACTIVATIONS[self.activation], eps=self.eps, scale=self.scale,
+        )  # fmt: skip
+
+    def _row(self, b: Block) -> list[int]:
+        matrices = [n for m in (b.q, b.k, b.v, b.o, b.gate, b.up, b.down) for n in self._matrix(m)]
+        return [*matrices, *map(address, (b.attention_norm, b.mlp_norm, b.q_norm, b.k_norm)), b.window]
+
+    def _matrix(self, m: Matrix) -> list[int]:
+        row = dict.fromkeys(native.decoder_matrix.split(", "), 0)
+        row |= {"bias": address(m.bias), "rows": m.weight.shape[0], "cols": m.weight.shape[1]}
+        if isinstance(m.weight, Tensor):
+            row |= {"weight": address(m.weight), "dtype": DTYPE_CODES.get(m.weight.dtype, -1)}
+            return list(row.values())
+        q = m.weight
+        row |= {"weight": address(q.packed), "code": address(q.code), "absmax": address(q.absmax)}
+        row["block_size"] = q.block_size
+        if q.nested_absmax is not None:
+            self._held.append(torch.tensor([q.nested_offset]))
+            row |= {"nested_absmax": address(q.nested_absmax), "nested_code": address(q.nested_code)}
+            row["nested_offset"] = address(self._held[-1])
+        return list(row.values())
+
+
+def decode_step(
+    hidden: Tensor, stack: DecoderStack, keys: Tensor, values: Tensor, starts: Tensor, position: int
+) -> Tensor:
+    """Logits of the next token: head(norm(blocks(hidden))), the attention over all positions so far.
+
+    A block is h = x + o(attention(q, k, v of norm x)), y = h + down(f(gate(norm h)) * up(norm h)); queries and keys are
+    rotated by halves (Su et al., RoFormer, arXiv 2104.09864), heads of queries share those of keys in groups
+    (Ainslie et al., arXiv 2305.13245). Inference only.
+
+    Args:
+        hidden: [B, D], embeddings of the position's tokens; float32 has a native kernel.
+        keys, values: [layers, at least B, kv_heads, length, head_size] in hidden's dtype, contiguous; what stands at
+            `position` is written.
+        starts: [B] int64, the first position of each sequence that is no padding.
+        position: where all sequences are, below length.
+
+    Returns:
+        [B, vocabulary] in hidden's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    check_float("hidden", hidden)
+    width = stack.norm.shape[0]
+    if hidden.dim() != 2 or hidden.shape[0] < 1 or hidden.shape[1] != width:
+        raise ValueError(f"hidden: must be [at least 1, {width}], got shape {tuple(hidden.shape)}")
+    tokens, (length, size) = hidden.shape[0], stack.cosine.shape
+    for name, cache in (("keys", keys), ("values", values)):
+        check_like(name, cache, "hidden", hidden)
+        if cache.dim() != 5 or cache.shape[1] < tokens:
+            raise ValueError(f"{name}: must hold {tokens} sequences, got shape {tuple(cache.shape)}")
+        kept = stack.blocks[0].k.weight.shape[0] // size
+        check_shape(name, cache, (len(stack.blocks), cache.shape[1], kept, length, size), "the model's")
+        check_shape(name, cache, tuple(keys.shape), "as keys")
+        if not cache.is_contiguous():
+            raise ValueError(f"{name}: must be contiguous, got strides {cache.stride()}")
+    check_integers("starts", starts, (tokens,), "one per sequence", "hidden", hidden)
+    if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < length:
+        raise ValueError(f"position: must be an integer in 0..{length - 1}, got {position!r}")
+    if bool(((starts < 0) | (starts > position)).any()):
+        raise ValueError(f"starts: must be in 0..{position} (position), got {starts.tolist()}")
+    return _decode_step(
+        hidden.contiguous(), stack.number, keys, values, starts.long().contiguous(), position,
+        stack.head.weight.shape[0],
+    )  # fmt: skip
+
+
+def _decode_step_impl(
+    hidden: Tensor, stack: int, keys: Tensor, values: Tensor, starts: Tensor, position: int, vocabulary: int
+) -> Tensor:
+    whole = _stacks[stack]
+    kernels = backend("decode_step", hidden) if hidden.dtype == torch.float32 and whole.has_kernel else None
+    if kernels is None or not hasattr(kernels, "decode_step"):
+        return decode_step_ref(hidden, whole, keys, values, starts, position)
+    out = hidden.new_empty(hidden.shape[0], vocabulary)
+    args = whole.native_args(hidden, keys, values, starts, position, out)
+    _held = give_workspace(args, kernels.decode_step_workspace(args), hidden)
+    kernels.decode_step(args, stream(hidden))
+    return out
+
+
+def _decode_step_fake(
+    hidden: Tensor, stack: int, keys: Tensor, values: Tensor, starts: Tensor, position: int, vocabulary: int
+) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], vocabulary)
+
+
+_decode_step = define(
+    "decode_step(Tensor hidden, int stack, Tensor(a!) keys, Tensor(b!) values, Tensor starts, int position, "
+    "int vocabulary) -> Tensor",
+    _decode_step_impl,
+    _decode_step_fake,
+)
+
+
+# ---------------------------------------------------------------------------- reference
+
+
+def decode_step_ref(
+    hidden: Tensor, stack: DecoderStack, keys: Tensor, values: Tensor, starts: Tensor, position: int
+) -> Tensor:
+    """`decode_step` by PyTorch, in hidden's dtype."""
+    x, size = hidden, stack.cosine.shape[1]
+    tokens = x.shape[0]
+    places = position - starts
+    cosine, sine = (table.to(x.dtype)[places].unsqueeze(1) for table in (stack.cosine, stack.sine))
+
+    def heads(projected: Tensor, norm: Tensor | None) -> Tensor:  # [tokens, heads, size], rotated
+        h = projected.unflatten(-1, (-1, size))
+        h = h if norm is None else _normed(h, norm, stack.eps)
+        low, high = h.chunk(2, -1)
+        return h * cosine + torch.cat((-high, low), -1) * sine
+
+    for block, k_cache, v_cache in zip(stack.blocks, keys, values, strict=True):
+        h = _normed(x, block.attention_norm, stack.eps)
+        q = heads(block.q(h), block.q_norm)
+        k_cache[:tokens, :, position] = heads(block.k(h), block.k_norm)
+        v_cache[:tokens, :, position] = block.v(h).unflatten(-1, (-1, size))
+        group = stack.heads // k_cache.shape[1]
+        k, v = (c[:tokens, :, : position + 1].repeat_interleave(group, 1) for c in (k_cache, v_cache))
+        past = torch.arange(position + 1, device=x.device)
+        seen = (past >= starts[:, None]) & (past > position - block.window)
+        scores = (stack.scale * (k @ q.unsqueeze(-1)).squeeze(-1)).masked_fill(~seen.unsqueeze(1), -torch.inf)
+        x = x + block.o((scores.softmax(-1).unsqueeze(2) @ v).flatten(1))
+        h = _normed(x, block.mlp_norm, stack.eps)
+        x = x + block.down(activate(block.gate(h), stack.activation) * block.up(h))
+    return stack.head(_normed(x, stack.norm, stack.eps))
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
