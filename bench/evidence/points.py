@@ -1,8 +1,8 @@
 """Point-PEFT beside other ways to adapt a point cloud model: `python -m bench.evidence.points --data FOLDER`.
 
 FOLDER holds `ldraw_points`. A small Point-MAE is pre-trained once on the training clouds, without their classes; all
-seeds of all sides but one start from it. Each side tries as many learning rates, on a fifth of the training clouds that
-its tries do not learn from. Every run is a line of results/points.jsonl, so that a second call goes on where the first
+seeds of all sides but one start from it. Each side tries as many learning rates in short runs, on a fifth of the training clouds
+that its tries do not learn from. Every run is a line of results/points.jsonl, so that a second call goes on where the first
 one stopped; `--minutes` stops it in time. `--cost` measures steps and peak memory instead, on an idle machine, into
 results/points_cost.json.
 """
@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent / "results"
 SET = "ldraw_points"
 SEEDS = (0, 1, 2)
 SIZES = NEW["point-mae-small"]  # width 96, 4 blocks, 32 patches of 16 points
-STEPS = {"pre": 500, "adapt": 240}
+STEPS = {"pre": 3000, "try": 240, "adapt": 720}
 BATCH = 16
 PRETRAINING_RATE = 1e-3
 HELD_BACK = 5  # of so many training clouds of a class one chooses rates
@@ -155,19 +155,20 @@ def run(side: Side, data: Data, seed: int, rate: float, *, whole: bool) -> Entry
     """Trains and measures.
 
     Args:
-        whole: on all training clouds, measured on the test clouds; else on four fifths, measured on the last one.
+        whole: on all training clouds, measured on the test clouds; else on four fifths and for fewer steps, measured on
+            the last fifth.
     """
-    examples = data.train if whole else data.learn
+    examples, steps = (data.train, STEPS["adapt"]) if whole else (data.learn, STEPS["try"])
     start = time.perf_counter()
     model, task, optimizer = data.begin(side, seed, examples)
     found: Entry = {
         "kind": "run" if whole else "try", "set": SET, "side": side.name, "seed": seed, "rate": rate,
-        "steps": STEPS["adapt"], "setup_s": time.perf_counter() - start,
+        "steps": steps, "setup_s": time.perf_counter() - start,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "head": sum(p.numel() for name, p in model.named_parameters() if "head." in name and p.requires_grad),
     }  # fmt: skip
     try:
-        found["train_s"] = fit(model, task, examples, rate, STEPS["adapt"], seed, side.name, optimizer)
+        found["train_s"] = fit(model, task, examples, rate, steps, seed, side.name, optimizer)
     except Diverged as error:
         return found | {"diverged": error.step}
     if whole:
