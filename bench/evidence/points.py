@@ -1,10 +1,10 @@
 """Point-PEFT beside other ways to adapt a point cloud model: `python -m bench.evidence.points --data FOLDER`.
 
 FOLDER holds `ldraw_points`. A small Point-MAE is pre-trained once on the training clouds, without their classes; all
-seeds of all sides but one start from it. Each side tries as many learning rates in short runs, on a fifth of the training clouds
-that its tries do not learn from. Every run is a line of results/points.jsonl, so that a second call goes on where the first
-one stopped; `--minutes` stops it in time. `--cost` measures steps and peak memory instead, on an idle machine, into
-results/points_cost.json.
+seeds of all sides but one start from it. Each side tries as many learning rates in short runs, on a fifth of the
+training clouds that its tries do not learn from. Every run is a line of results/points.jsonl, so that a second call
+goes on where the first one stopped; `--minutes` stops it in time. `--cost` measures steps and peak memory instead, on
+an idle machine, into results/points_cost.json.
 """
 
 import argparse

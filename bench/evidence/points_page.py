@@ -13,9 +13,9 @@ Each side and seed goes on from it for {STEPS["adapt"]} steps of {BATCH} clouds,
 the seeds draw the head, the adapter, the order and the changes of clouds.
 
 Each side tries three rates, and trains at the one with the lowest loss over every {HELD_BACK}th training cloud of a
-class, after {STEPS["try"]} steps on the others. Point-PEFT has its defaults, with a memory bank of the training clouds; LoRA is
-on queries, keys, values and projections. The head trains on every side and is counted. The last model is tested, once,
-without voting; neither clouds to train on nor those to test are turned."""
+class, after {STEPS["try"]} steps on the others. Point-PEFT has its defaults, with a memory bank of the training clouds;
+LoRA is on queries, keys, values and projections. The head trains on every side and is counted. The last model is
+tested once, without voting; neither clouds to train on nor those to test are turned."""
 
 PAPERS = (
     "Point-PEFT's own figures: accuracy, without voting, and trained parameters.\n\n"
