@@ -165,6 +165,15 @@ def test_a_cloud_in_colours(tmp_path):
     yellow = {n: sum(c for (r, g, b), c in colours(tmp_path / f"{n}.png").items() if r > 200 and g > 200 and b < 120)
               for n in ("low", "high")}  # fmt: skip
     assert yellow["high"] > 2 * yellow["low"]  # of which the scale beside it has some
+    groups = torch.tensor([0] * 40 + [1] * 20 + [-1] * 4)
+    pictures.draw_cloud(points, tmp_path / "groups.png", values=groups, label="unused", marks=points[:3])
+    found = colours(tmp_path / "groups.png")
+    blue, orange, grey, black = found[31, 119, 180], found[255, 127, 14], found[217, 217, 217], found[0, 0, 0]
+    assert blue > 1.3 * orange > 1.3 * grey > 0
+    pictures.draw_cloud(points, tmp_path / "bare.png", values=groups)
+    assert black > colours(tmp_path / "bare.png").get((0, 0, 0), 0)
+    with pytest.raises(ValueError, match=r"marks: must be \[M, 3\], got \[3\]"):
+        pictures.draw_cloud(points, tmp_path / "none.png", marks=[1, 2, 3])
     with pytest.raises(ValueError, match=r"points: must be \[N, 3\], got \[64, 2\]"):
         pictures.draw_cloud(points[:, :2], tmp_path / "none.png")
     with pytest.raises(ValueError, match=r"values: must be \[64\], one of each point, got \[3\]"):

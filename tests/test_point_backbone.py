@@ -93,6 +93,17 @@ def test_patches_of_a_cloud():
     assert torch.equal(chosen.neighbourhoods[0], patches.neighbourhoods[0, [3, 1]])
 
 
+def test_the_patch_that_a_point_is_of():
+    patches = cut_patches(clouds(), 8, 4)
+    found = patches.of_points()
+    for b in range(2):
+        for i, number in enumerate(found[b].tolist()):
+            its = [g for g in range(8) if i in patches.members[b, g].tolist()]
+            near = (patches.points[b, i] - patches.centres[b]).norm(dim=1)
+            assert number == min(its, key=near.__getitem__, default=-1)
+    assert (found == -1).any()
+
+
 def test_centres_near_the_origin():
     points = clouds() + 2
     points[:, 9] = 0.0  # far from all others

@@ -94,8 +94,8 @@ def test_a_backbone_is_adapted(place, tmp_path, method, stopping):
     assert float(output.loss) == pytest.approx(result.eval_loss, rel=1e-5)
     assert task.metrics(counts) == {"accuracy": result.accuracy, "mean_class_accuracy": result.mean_class_accuracy}
     shown = tmp_path / "whole" / "evaluation"
-    names = ["cloud-0.png", "cloud-1.png", "cloud-2.png", "confusion.json", "confusion.png"]
-    assert sorted(each.name for each in shown.iterdir()) == names
+    names = [f"{what}-{label}.png" for what in ("cloud", "patches") for label in range(3)]
+    assert sorted(each.name for each in shown.iterdir()) == sorted([*names, "confusion.json", "confusion.png"])
     kept = ConfusionCounts.from_dict(json.loads((shown / "confusion.json").read_text()))
     assert torch.equal(kept.counts, counts)
     assert kept.classes == list(SHAPES)

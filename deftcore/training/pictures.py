@@ -93,12 +93,16 @@ def class_colours(count: int) -> np.ndarray:
     return table(np.arange(count) % table.N)
 
 
-def draw_cloud(points: Any, path: str | os.PathLike, *, values: Any = None, label: str = "", title: str = "") -> None:
+def draw_cloud(
+    points: Any, path: str | os.PathLike, *, values: Any = None, marks: Any = None, label: str = "", title: str = ""
+) -> None:
     """A cloud of points [N, 3], coloured by a value of each [N]: an attention, a neighbourhood. y is up.
 
     Args:
-        values: numbers; None colours by height.
-        label: what the values are.
+        values: floats, on a scale; or whole numbers, groups, each in a colour of its own as far as there are colours,
+            those below 0 grey. None colours by height.
+        marks: [M, 3], places to be drawn in black.
+        label: what values on a scale are.
 
     Raises:
         ValueError: of another shape.
@@ -109,14 +113,26 @@ def draw_cloud(points: Any, path: str | os.PathLike, *, values: Any = None, labe
     colour = cloud[:, 1] if values is None else _array(values)
     if colour.shape != cloud.shape[:1]:
         raise ValueError(f"values: must be [{len(cloud)}], one of each point, got {list(colour.shape)}")
+    marked = np.zeros((0, 3)) if marks is None else _array(marks)
+    if marked.ndim != 2 or marked.shape[1] != 3:
+        raise ValueError(f"marks: must be [M, 3], got {list(marked.shape)}")
+    grouped = values is not None and colour.dtype.kind in "iu"
 
     def draw(figure: Any) -> None:
-        axes = figure.add_subplot(projection="3d")
-        dots = axes.scatter(cloud[:, 0], cloud[:, 2], cloud[:, 1], c=colour, s=6, cmap="viridis")
+        from matplotlib.colors import to_rgba
+
+        axes = figure.add_subplot(projection="3d", computed_zorder=False)  # marks over points
+        if grouped:
+            palette = class_colours(int(colour.max(initial=0)) + 1)
+            drawn: dict[str, Any] = {"c": np.where(colour[:, None] < 0, to_rgba(_UNKNOWN), palette[colour])}
+        else:
+            drawn = {"c": colour, "cmap": "viridis"}
+        dots = axes.scatter(cloud[:, 0], cloud[:, 2], cloud[:, 1], s=6, depthshade=not grouped, **drawn)
+        axes.scatter(marked[:, 0], marked[:, 2], marked[:, 1], s=12, c="black", depthshade=False)
         axes.set(title=_plain(title))
         axes.set_aspect("equal")
         axes.set_axis_off()
-        if values is not None:
+        if values is not None and not grouped:
             figure.colorbar(dots, label=_plain(label), shrink=0.6)
 
     _draw(draw, path, (5.5, 5))

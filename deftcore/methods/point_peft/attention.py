@@ -1,4 +1,4 @@
-"""Where a classifier looks: the attention of its class token, laid on the points of a cloud."""
+"""What a classifier sees of a cloud: its patches, and the attention of its class token to them, laid on the points."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from deftcore import ops
 from deftcore.methods.point_peft.backbone import PointTransformer
+from deftcore.methods.point_peft.patches import Patches
 
 
 @torch.no_grad()
@@ -22,9 +23,7 @@ def attention_to_points(model: nn.Module, cloud: Tensor) -> tuple[Tensor, Tensor
     Raises:
         ValueError: there is no such backbone in it.
     """
-    backbone = next((each for each in model.modules() if isinstance(each, PointTransformer)), None)
-    if backbone is None:
-        raise ValueError(f"model: must hold a PointTransformer, got {type(model).__name__}")
+    backbone = _backbone(model)
     last: Any = backbone.blocks[-1]
     seen: list[Tensor] = []  # by its attention, of which an adapter may use the parts alone
     handle = last.norm1.register_forward_hook(lambda module, inputs, normed: seen.append(normed))
@@ -39,3 +38,20 @@ def attention_to_points(model: nn.Module, cloud: Tensor) -> tuple[Tensor, Tensor
     centres = backbone.group(cloud.unsqueeze(0)).centres
     nearest, _ = ops.knn(centres, cloud.unsqueeze(0).to(centres.dtype), 1)
     return weights[-centres.shape[1] :][nearest[0, :, 0]], logits
+
+
+@torch.no_grad()
+def patches_of(model: nn.Module, cloud: Tensor) -> Patches:
+    """The patches that a classifier cuts a cloud [N, 3] into, as a batch of one.
+
+    Raises:
+        ValueError: there is no `PointTransformer` in it.
+    """
+    return _backbone(model).group(cloud.unsqueeze(0))
+
+
+def _backbone(model: nn.Module) -> PointTransformer:
+    found = next((each for each in model.modules() if isinstance(each, PointTransformer)), None)
+    if found is None:
+        raise ValueError(f"model: must hold a PointTransformer, got {type(model).__name__}")
+    return found

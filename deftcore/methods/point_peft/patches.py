@@ -28,6 +28,13 @@ class Patches(NamedTuple):
         clouds = torch.arange(numbers.shape[0], device=numbers.device).unsqueeze(1)
         return Patches(self.points, *(each[clouds, numbers] for each in self[1:]))
 
+    def of_points(self) -> Tensor:
+        """The patch that each point is of, [B, N] int64: of several that with the nearest centre, -1 for none."""
+        squared = self.neighbourhoods.square().sum(-1)
+        far = squared.new_full((*self.centres.shape[:2], self.points.shape[1]), torch.inf)
+        least, number = far.scatter_(2, self.members, squared).min(1)
+        return number.masked_fill_(least.isinf(), -1)
+
 
 def cut_patches(points: Tensor, patches: int, size: int, *, skip_near_origin: bool = False) -> Patches:
     """Centres by farthest point sampling from point 0, patches by nearest neighbours; coordinates in float32 at least.

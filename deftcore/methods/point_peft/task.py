@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from deftcore._files import write_json
-from deftcore.methods.point_peft.attention import attention_to_points
+from deftcore.methods.point_peft.attention import attention_to_points, patches_of
 from deftcore.methods.point_peft.augment import augment, choose_points
 from deftcore.methods.point_peft.backbone import PointTransformer
 from deftcore.methods.point_peft.classifier import PointClassifier
@@ -229,7 +229,8 @@ class PointTask(CloudTask):
         return {name: getattr(found, name) for name in self.metric_names}
 
     def report(self, model: Any, examples: Sequence[Any], counts: Tensor, folder: Path) -> None:
-        """The table of classes, and a cloud of each of the first classes in the colours of the attention to it."""
+        """The table of classes; a cloud of each of the first classes, in the colours of the attention to it, and of its
+        neighbourhoods: the patches, and their centres in black."""
         found = ConfusionCounts(self.classes).merge(counts)
         write_json(folder / "confusion.json", found.to_dict())
         draw_confusion(found, folder / "confusion.png", title=f"accuracy {found.accuracy:.3f}")
@@ -240,3 +241,8 @@ class PointTask(CloudTask):
             attention, logits = attention_to_points(model, points.to(device))
             told = f"{self.classes[label]}, taken for {self.classes[int(logits.argmax())]}"
             draw_cloud(points, folder / f"cloud-{label}.png", values=attention, label="attention", title=told)
+            patches = patches_of(model, points.to(device))
+            draw_cloud(
+                points, folder / f"patches-{label}.png", values=patches.of_points()[0], marks=patches.centres[0],
+                title=f"{self.classes[label]}, {patches.centres.shape[1]} patches",
+            )  # fmt: skip
