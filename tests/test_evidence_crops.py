@@ -1,5 +1,6 @@
 """The evidence on crops: what it makes of its data sets' shapes, and its runs, on data that the test makes."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,26 @@ def crops():
         yield crops
 
 
+@pytest.fixture(scope="module")
+def crops_data(crops):
+    """What reads its data."""
+    from bench.evidence import crops_data
+
+    return crops_data
+
+
 @pytest.fixture
-def folder(crops, tmp_path):
+def folder(crops_data, tmp_path):
     """Both sets as their folders hold them, small: three patches, the third on a coarser grid, and two years."""
     draw = np.random.default_rng(0)
     (tmp_path / "worldcereal_patches").mkdir()
     (tmp_path / "france_crop_series").mkdir()
     dates = np.array(["2018-08-02", "2018-08-22", "2018-10-01", "2019-05-07", "2019-05-20"])
-    fine = ["B02", "B03", "B04", *crops._COMMON[:3], "B08", *crops._COMMON[3:]]
+    fine = ["B02", "B03", "B04", *crops_data.COMMON[:3], "B08", *crops_data.COMMON[3:]]
     for i, (name, bands, side) in enumerate(
-        zip(crops._PATCHES, (fine, fine, crops._COMMON), (32, 32, 16), strict=True)
+        zip(crops_data.PATCHES, (fine, fine, crops_data.COMMON), (64, 64, 32), strict=True)
     ):
-        codes = draw.choice([0, 1110, 1200, 9120, 5100], (32, 32))
+        codes = draw.choice([0, 1110, 1200, 9120, 5100], (64, 64))
         suffix = "_10m" if i == 2 else ""
         np.savez(
             tmp_path / "worldcereal_patches" / f"{name}.npz", dates=dates, bands=bands, **{f"ct{suffix}": codes},
@@ -47,13 +56,13 @@ def folder(crops, tmp_path):
     return tmp_path
 
 
-def test_patches_come_onto_one_grid(crops, folder):
+def test_patches_come_onto_one_grid(crops_data, folder):
     """Bands in one order, months' means of clear frames, each coarse pixel over its four, halves that share nothing."""
-    fine, coarse = crops.belgian(folder, 0), crops.belgian(folder, 2)
+    fine, coarse = crops_data.belgian(folder, 0), crops_data.belgian(folder, 2)
     for place in (fine, coarse):
         (scene,) = place.scenes
-        assert (scene.height, scene.width, len(scene.bands), scene.doy) == (32, 32, 6, (227, 288, 135))
-        assert len(place.learn) == len(place.test) == 2
+        assert (scene.height, scene.width, len(scene.bands), scene.doy) == (64, 64, 6, (227, 288, 135))
+        assert len(place.learn) == len(place.test) == 8
     stored = np.load(folder / "worldcereal_patches" / "patch2_20m.npz")
     whole = coarse.scenes[0].read()
     clear = ~stored["cloud"][:2]
@@ -66,40 +75,57 @@ def test_patches_come_onto_one_grid(crops, folder):
     blue = np.load(folder / "worldcereal_patches" / "patch0_10m.npz")
     october = fine.scenes[0].read()
     clear = ~blue["cloud"][2]
-    place = [blue["bands"].tolist().index(name) for name in crops._COMMON]
+    place = [blue["bands"].tolist().index(name) for name in crops_data.COMMON]
     assert np.array_equal(october.images[1][:, clear], blue["images"][2][place][:, clear].astype(np.float32))
 
 
-def test_few_labels_are_few_of_each_class(crops, folder):
-    learn = crops.belgian(folder, 1).learn
-    found = crops.few_labels(learn, 3, seed=1)
+def test_few_labels_are_few_of_each_class(crops_data, folder):
+    learn = crops_data.belgian(folder, 1).learn
+    found = crops_data.few_labels(learn, 3, seed=1)
     labels = torch.stack([each["labels"] for each in found])
     assert {int(k): int((labels == k).sum()) for k in range(4)} == dict.fromkeys(range(4), 3)
-    everywhere = torch.stack([each["labels"] for each in crops.few_labels(learn, 10**6, seed=1)])
+    everywhere = torch.stack([each["labels"] for each in crops_data.few_labels(learn, 10**6, seed=1)])
     assert torch.equal(everywhere, torch.stack([each["labels"] for each in learn]))
-    again = torch.stack([each["labels"] for each in crops.few_labels(learn, 3, seed=1)])
+    again = torch.stack([each["labels"] for each in crops_data.few_labels(learn, 3, seed=1)])
     assert torch.equal(labels, again)
     assert (labels == UNLABELLED).any()
 
 
-@pytest.mark.parametrize("name", ["belgium, patch 2", "france, 2022"])
-def test_runs_are_added_once(crops, folder, tmp_path, name, monkeypatch, capsys):
+@pytest.fixture
+def short(crops, monkeypatch):
+    """One step of everything, one seed, one thread."""
     monkeypatch.setattr(crops, "STEPS", {"pre": 1, "adapt": 1})
     monkeypatch.setattr(crops, "SEEDS", (0,))
-    monkeypatch.setattr(crops, "SIDES", {side: crops.SIDES[side] for side in ("scratch", "head", "LoRA, r = 4")})
-    results = crops.Results(tmp_path / "crops.jsonl")
     threads = torch.get_num_threads()
-    crops.run_all(results, folder, [name], 10)
+    torch.set_num_threads(1)
+    yield crops
     torch.set_num_threads(threads)
-    runs = results.find(kind="run", set=name)
+
+
+@pytest.mark.parametrize("name", ["belgium, patch 2", "france, 2022"])
+def test_runs_are_added_once(short, folder, tmp_path, name, monkeypatch):
+    kept = ("scratch", "head", "LoRA, r = 4")
+    monkeypatch.setattr(short, "SIDES", [side for side in short.SIDES if side.name in kept])
+    results = short.Results(tmp_path / "crops.jsonl")
+    short.run_all(results, folder, [name], 10)
+    runs = results.find(kind="run")
     assert len(runs) == 6
-    assert {each["labels"] for each in runs} == {"few", "all"}
+    assert len(results.find(kind="try")) == 12
+    assert {each["set"] for each in runs} == {f"{name}, few labels", f"{name}, all labels"}
     by_side = {each["side"]: each for each in runs}
     assert by_side["head"]["trained"] < by_side["LoRA, r = 4"]["trained"] < by_side["scratch"]["trained"]
     assert len({sum(map(sum, each["counts"])) for each in runs}) == 1
     written = results.path.read_bytes()
-    crops.run_all(results, folder, [name], 10)
-    torch.set_num_threads(threads)
+    short.run_all(results, folder, [name], 10)
     assert results.path.read_bytes() == written
-    crops.print_table(results)
-    assert "LoRA, r = 4" in capsys.readouterr().out
+
+
+def test_costs_are_of_every_side(short, folder, tmp_path, monkeypatch):
+    name = "france, 2022"
+    monkeypatch.setattr(short, "SETS", (name,))
+    monkeypatch.setattr(short.cost, "peaks", lambda module, pairs, folder: {name: {side: 1.0 for _, side in pairs}})
+    short.measure(folder, tmp_path / "cost.json")
+    found = json.loads((tmp_path / "cost.json").read_text())
+    assert set(found["step"][name]) == set(found["peak_mb"][name]) == {side.name for side in short.SIDES}
+    assert all(each["seconds"] > 0 for each in found["step"][name].values())
+    assert short.peak(short.PROBE, name, folder) > 0

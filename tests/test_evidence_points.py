@@ -33,7 +33,7 @@ def data(points, tmp_path, monkeypatch):
     )  # fmt: skip
     sizes = {"width": 24, "depth": 2, "heads": 2, "patches": 8, "patch_points": 4}
     monkeypatch.setattr(points, "SIZES", PointMaeConfig(**sizes, decoder_depth=1, decoder_heads=2))
-    monkeypatch.setattr(points, "STEPS", {"pre": 1, "adapt": 1})
+    monkeypatch.setattr(points, "STEPS", {"pre": 1, "try": 1, "adapt": 1})
     monkeypatch.setattr(points, "SEEDS", (0,))
     (tmp_path / "kept").mkdir()
     return points.Data(tmp_path, tmp_path / "kept")
@@ -90,15 +90,20 @@ def test_a_section_tells_what_the_runs_say(tmp_path, monkeypatch):
         for seed in range(2):
             for i, side in enumerate(told.sides):
                 figures = {key: 0.5 + 0.01 * i for key in told.measures}
-                told.results.add({"kind": "run", "set": "a set", "side": side, "labels": "few", "seed": seed, "rate": 1,
+                told.results.add({"kind": "run", "set": "a set", "side": side, "seed": seed, "rate": 1,
                                   "trained": 1000 + i, "train_s": 2.0, **figures})  # fmt: skip
+        told = replace(told, claims=())
         page = adapted.adapted_section(told)
         assert all(f"| {side} | 2 | 1 | {1000 + i:,} | 2 s |" in page for i, side in enumerate(told.sides))
         ours, other = told.pairs[-1]
         assert f"- {ours} against {other}: accuracy " in page
-        title = told.set_of({"set": "a set", "labels": "few"})
         better = "better" if told.sides.index(ours) > told.sides.index(other) else "worse"
-        adapted.adapted_section(replace(told, claims=[report.Claim("So.", ours, other, "accuracy", {title: better})]))
-        wrong = replace(told, claims=[report.Claim("So.", ours, other, "accuracy", {title: "disagree"})])
+        adapted.adapted_section(replace(told, claims=[report.Claim("So.", ours, other, "accuracy", {"a set": better})]))
+        wrong = replace(told, claims=[report.Claim("So.", ours, other, "accuracy", {"a set": "disagree"})])
         with pytest.raises(ValueError, match="needs 'disagree'"):
             adapted.adapted_section(wrong)
+        costs = {"step": {told.costs_of("a set"): {side: {"seconds": 0.25} for side in told.sides}},
+                 "peak_mb": {told.costs_of("a set"): dict.fromkeys(told.sides, 7)}}  # fmt: skip
+        (tmp_path / f"{told.name}_cost.json").write_text(json.dumps(costs))
+        assert "peak" not in page
+        assert adapted.adapted_section(told).count(" 7 MB |") == len(told.sides)

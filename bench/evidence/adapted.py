@@ -23,7 +23,7 @@ class Adapted:
         pairs: sides whose runs of one seed are compared.
         head, papers, limits: prose: what was done, what the papers say, what this cannot show.
         claims: what came out, in short.
-        set_of: the title of the table that a run belongs in.
+        costs_of: the name in the file of costs that a set of runs stands under.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Adapted:
     papers: str
     limits: str
     claims: Sequence[Claim] = ()
-    set_of: Callable[[Entry], str] = lambda entry: entry["set"]
+    costs_of: Callable[[str], str] = lambda name: name
 
     @property
     def results(self) -> Results:
@@ -54,7 +54,7 @@ def adapted_section(told: Adapted) -> str:
         ValueError: a claim that does not follow from the runs.
     """
     entries = told.results.entries()
-    runs = [_finite(each) | {"set": told.set_of(each)} for each in entries if each["kind"] == "run"]
+    runs = [_finite(each) for each in entries if each["kind"] == "run"]
     for claim in told.claims:
         claim.check(runs)
     parts = [told.head]
@@ -72,7 +72,8 @@ def _finite(entry: Entry) -> Entry:
 
 
 def _of_set(told: Adapted, runs: Sequence[Entry], cost: Mapping[str, Any]) -> Iterator[str]:
-    steps, peaks = cost.get("step", {}).get(runs[0]["set"], {}), cost.get("peak_mb", {}).get(runs[0]["set"], {})
+    costs = told.costs_of(runs[0]["set"])
+    steps, peaks = cost.get("step", {}).get(costs, {}), cost.get("peak_mb", {}).get(costs, {})
     rows = []
     for side in told.sides:
         own = [each for each in runs if each["side"] == side]

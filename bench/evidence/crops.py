@@ -151,9 +151,7 @@ def score(model: Any, task: CropTask, examples: Sequence[Example]) -> Entry:
     return {"loss": loss / int(counts.sum()), **task.metrics(counts), "counts": counts.tolist()}
 
 
-def run(
-    side: Side, name: str, labels: str, base: TSViT, folder: Path, seed: int, rate: float, *, whole: bool
-) -> Entry:
+def run(side: Side, name: str, labels: str, base: TSViT, folder: Path, seed: int, rate: float, *, whole: bool) -> Entry:
     """Trains and measures.
 
     Args:
@@ -195,7 +193,9 @@ def measure(folder: Path, path: Path) -> None:
     found: dict[str, Any] = {"about": about(), "threads": torch.get_num_threads(), "step": {}}
     for name in SETS:
         found["step"][name] = alternate({side.name: stepper(side, name, folder) for side in SIDES}, 9)
-    found["peak_mb"] = cost.peaks("bench.evidence.crops", [(name, side.name) for name in SETS for side in SIDES], folder)
+    found["peak_mb"] = cost.peaks(
+        "bench.evidence.crops", [(name, side.name) for name in SETS for side in SIDES], folder
+    )
     write_json(path, found)
 
 
