@@ -141,12 +141,12 @@ def test_docstring_examples(name):
 
 
 def test_kernels_are_named_as_they_are_asked_for():
-    from deftcore.ops.kernels import KERNELS
+    from deftcore.ops.kernels import CPU_ONLY, KERNELS
 
     asked = set()
     for path in Path(deftcore.__file__).parent.rglob("*.py"):
         asked |= set(re.findall(r'backend\("(\w+)"', path.read_text()))
-    assert asked == set(KERNELS)
+    assert asked == {*KERNELS, *CPU_ONLY}
 
 
 def test_unknown_attribute():

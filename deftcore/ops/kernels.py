@@ -17,13 +17,14 @@ from torch import Tensor
 from deftcore.ops.proof import Place, ProofError, prove, remembered
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Names under which a kernel is asked for.
+# Names under which a kernel is asked for: those that both devices have, each CUDA kernel with its proof, and the CPU's.
 KERNELS = (
     "act_density", "density", "sparse_down", "sparse_mlp", "sparse_mlp_4bit", "quantize_4bit", "dequantize_4bit",
     "linear_4bit", "gated_act", "grouped_delta", "mask_units", "selective_scan", "mamba_chunk_scan",
     "causal_conv1d", "selective_state_update", "logit_rows",
     "galore_step", "farthest_point_sample", "knn", "ball_query", "gather_points",
 )  # fmt: skip
+CPU_ONLY = ("decode_step",)
 
 
 def _import_native() -> ModuleType:
@@ -97,6 +98,8 @@ def why_off(op: str, device: torch.device | int | None = None) -> str:
     if _only is not None:
         return "" if op in _only else "left out"
     mode = switch()
+    if op in CPU_ONLY:
+        return "only CPUs have such a kernel"
     if op not in KERNELS:
         return "there is no such kernel"
     if not HAS_CUDA:
