@@ -26,7 +26,7 @@ _EVERYWHERE = [f"{place}, {labels} labels" for place in (_B1, _B2, _FR) for labe
 
 CLAIMS = (
     Claim(
-        "Full tuning is hard to beat here: BitFit does so with few labels of the second patch.",
+        "By macro F1, as all that follows, full tuning is hard to beat: BitFit does so with few labels of patch 2.",
         "BitFit", "full", "macro_f1", {f"{_B2}, few labels": "better"},
     ),
     Claim(
