@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deftcore.models import own
-from deftcore.models.own import OwnConfig, OwnModel, load_strictly
+from deftcore.models.own import OwnConfig, OwnModel, load_own, load_strictly
 
 
 @dataclasses.dataclass
@@ -105,6 +105,18 @@ def test_a_folder_that_is_damaged(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=r"config\.json: "):
             Toy.from_pretrained(tmp_path)
+
+
+def test_a_file_in_a_folders_place(tmp_path, monkeypatch):
+    """Of authors whose files can be read it says how."""
+    file = tmp_path / "best.pth"
+    file.write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=rf"^model: must be a folder, {file} is a file$"):
+        Toy.from_pretrained(file)
+    monkeypatch.setattr(ToyConfig, "published", "toys.load_toy")
+    for load in (Toy.from_pretrained, lambda path: load_own(path, (Toy, Toy))):
+        with pytest.raises(FileNotFoundError, match=r"; toys\.load_toy\(FILE\)\.save_pretrained\(FOLDER\) makes one"):
+            load(file)
 
 
 def test_a_refused_load_changes_nothing(tmp_path):

@@ -4,6 +4,7 @@ import ast
 import copy
 import dataclasses
 import pickle
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -377,6 +378,13 @@ def test_checkpoints_that_are_none(change, told):
     state = {name: tensor for name, tensor in (published(small()) | change).items() if tensor is not None}
     with pytest.raises(ValueError, match=told):
         load_published(state, heads=2)
+
+
+def test_a_file_of_the_authors_in_a_models_place(tmp_path):
+    torch.save(published(small()), tmp_path / "best.pth")
+    with pytest.raises(FileNotFoundError, match=r"best\.pth is a file; (\S+)\(FILE\)\.save_pretrained\(") as raised:
+        TSViT.from_pretrained(tmp_path / "best.pth")
+    assert resolve_name(raised.value.args[0].split("; ")[1].partition("(")[0]) is load_published
 
 
 @pytest.mark.parametrize("heads", [0, 3])

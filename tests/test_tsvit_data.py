@@ -543,6 +543,38 @@ def test_recipe_from_end_to_end(recipe, tmp_path, stopping):
     ]
 
 
+FIVE = "data.classes={a: [7], b: [9], c: [1], d: [2], e: [3]}"  # of a base of four
+
+
+@pytest.mark.parametrize(
+    ("change", "rows", "kept"),
+    [
+        (["data.head=token"], 1, 0),
+        (["data.head=extend", FIVE, "adapter={tokens: 1}"], 1, 4),
+        (["data.head=extend", FIVE, "adapter={tokens: 2}"], 2, 3),
+        (["data.head=extend", FIVE], 5, 0),
+    ],
+)
+def test_new_tokens_alone_train(recipe, tmp_path, stopping, change, rows, kept):
+    """By a recipe, interrupted too; the adapter holds all that is new, so that a merged folder has the trained tokens
+    behind those of the base."""
+    more = ["method=tsvit-tokens", "adapter={}", "training.best_by=macro_f1", *change]
+    train_recipe(recipe("whole", *more))
+    stopping()
+    with pytest.raises(Stopped):
+        train_recipe(recipe("parts", *more))
+    train_recipe(recipe("parts", *more))
+    (whole,), (parts,) = (
+        load_file(tmp_path / run / "final" / "adapter_model.safetensors").values() for run in ("whole", "parts")
+    )
+    assert len(whole) == rows
+    assert torch.equal(whole, parts)
+    base, final, merged = (str(tmp_path / each) for each in ("base", "whole/final", "merged"))
+    assert main(["export", base, merged, "--adapter", final]) == 0
+    tokens = deftcore.TSViT.from_pretrained(merged).class_tokens.weight
+    assert torch.equal(tokens, torch.cat([deftcore.TSViT.from_pretrained(base).class_tokens.weight[:kept], whole]))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -551,7 +583,19 @@ def test_recipe_from_end_to_end(recipe, tmp_path, stopping):
         # An adapter on a layer that is new and frozen: another run's would be random in another way.
         (["adapter={target_modules: all-linear}"], r"adapter.modules_to_save=\['mixer'\]"),
         (["method=bitfit", "adapter={}"], r"adapter.modules_to_save=\['mixer'\]"),
+        (
+            [
+                "method=tsvit-tokens",
+                "data.head=extend",
+                FIVE.replace("}", ", f: [0]}"),
+                "adapter={tokens: 1}",
+                "training.best_by=accuracy",
+            ],
+            "adapter.tokens: must be at least 2, the new tokens of data.head extend, or empty for all, got 1",
+        ),
+        (["method=tsvit-tokens", "adapter={}"], r"adapter.modules_to_save=\['mixer'\]"),
         (["method=qlora"], "are not kept in 4 bits"),
+        ([f"model={RECIPE}"], r"model: must be a folder, .* is a file; .*load_published\(FILE\)\.save_p"),
         (["data.bands=[1, 2]"], "bands: .*0.npz: the model takes 3, got 2 .1, 2."),
         (["data.bands=[B02]"], "has no band 'B02'"),
         (
@@ -567,7 +611,7 @@ def test_recipe_from_end_to_end(recipe, tmp_path, stopping):
     ],
 )
 def test_what_a_recipe_is_refused_for(recipe, change, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         train_recipe(recipe("refused", *change))
     assert not (tmp_path / "refused").exists()
 

@@ -33,6 +33,7 @@ class OwnConfig:
     given attributes beside its fields, as Transformers' Trainer does; they are not kept."""
 
     model_type: ClassVar[str]  # what config.json says of the kind
+    published: ClassVar[str] = ""  # the function, with its module, that reads the authors' files of the kind
 
     def to_dict(self) -> dict[str, Any]:
         """Its fields and `model_type`."""
@@ -173,7 +174,7 @@ def read_config(folder: str | os.PathLike, kind: type[Config]) -> Config:
         FileNotFoundError: there is none.
         ValueError: naming the file, when it is damaged or of another kind of model.
     """
-    values = _config_values(folder)
+    values = _config_values(folder, [kind])
     try:
         return kind.from_dict(values)
     except ValueError as error:
@@ -189,7 +190,7 @@ def load_own(folder: str | os.PathLike, kinds: Sequence[type[OwnModel]], **optio
     Raises:
         FileNotFoundError, ValueError: as `OwnModel.from_pretrained`; it is of none of these kinds.
     """
-    found = _config_values(folder).get("model_type")
+    found = _config_values(folder, [kind.config_class for kind in kinds]).get("model_type")
     types = {kind.config_class.model_type: kind for kind in kinds}
     if found not in types:
         file = Path(folder) / CONFIG_FILE
@@ -197,8 +198,13 @@ def load_own(folder: str | os.PathLike, kinds: Sequence[type[OwnModel]], **optio
     return types[found].from_pretrained(folder, **options)
 
 
-def _config_values(folder: str | os.PathLike) -> dict[str, Any]:
+def _config_values(folder: str | os.PathLike, kinds: Sequence[type[OwnConfig]]) -> dict[str, Any]:
     file = Path(folder) / CONFIG_FILE
+    if Path(folder).is_file():
+        readers = dict.fromkeys(kind.published for kind in kinds if kind.published)
+        calls = " or ".join(f"{reader}(FILE).save_pretrained(FOLDER)" for reader in readers)
+        hint = f"; {calls} makes one of the authors' files" if calls else ""
+        raise FileNotFoundError(f"model: must be a folder, {folder} is a file{hint}")
     if not file.is_file():
         raise FileNotFoundError(f"model: {folder} is no folder of a model, it has no {CONFIG_FILE}")
     try:

@@ -73,8 +73,8 @@ puts the model under TorchGeo's task, `examples/terratorch_tsvit.py` adapters on
   tokens' rows alone.
 - Weights of the authors' code from before June 2026 have their pixels in scrambled order: `legacy_layout=True`, which
   `load_published` sets, reads them as they were trained.
-- A recipe with `data.head` of `token` or `extend` trains the class tokens whole (`modules_to_save: [class_tokens]`);
-  `TSViTTokenConfig(tokens=n)`, which trains the last n alone, goes there through PEFT.
+- What `data.head` makes new must train: the mixer, or of `token` and `extend` the class tokens, which is what
+  `method: tsvit-tokens` trains, all or, with `adapter.tokens`, the last; other methods say `modules_to_save`.
 - Day 366 has the row of day 365.
 - Without a mask padding takes part in attention, as where the authors' weights were trained.
 - `deftcore map` reads a row of tiles of GeoTIFFs at a time, and averages logits where tiles overlap; scenes in `.npz`

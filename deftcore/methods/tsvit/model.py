@@ -19,6 +19,7 @@ class TSViTConfig(OwnConfig):
     """What a TSViT is built from; see there."""
 
     model_type = "tsvit"
+    published = "deftcore.methods.tsvit.checkpoints.load_published"
     num_classes: int
     image_size: int
     patch_size: int

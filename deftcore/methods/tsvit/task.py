@@ -29,6 +29,7 @@ from deftcore.methods.tsvit.reading import Reading, statistics, windows
 from deftcore.methods.tsvit.scene import UNLABELLED, Scene
 from deftcore.methods.tsvit.series import read_scenes
 from deftcore.methods.tsvit.splits import hold_out
+from deftcore.methods.tsvit.tokens import TokenLayer
 from deftcore.training.config import DataConfig
 from deftcore.training.fields import OPTIONS, DataPlace, Integer, NonNegative, Number, Positive, Text, Whole, one_of
 from deftcore.training.metrics import ConfusionCounts
@@ -80,6 +81,7 @@ class CropTask(Task):
         self.model, self.reading = model.config, reading
         self.flips, self.dice = False, 0.0
         self.scenes: list[Scene] = []  # to train on
+        self.new_tokens = 0  # class tokens that `prepare` made
         self._name_metrics()
 
     # ------------------------------------------------------------------ files
@@ -108,7 +110,9 @@ class CropTask(Task):
         """The model with an output for the data's classes, and its bands' mean and deviation: those that `data` gives,
         else its own, else the training scenes'."""
         self.reading = self._read_as(config, model)
+        kept = model.config.num_classes if self.reading.head == "extend" else 0
         model = with_classes(model, self.reading)
+        self.new_tokens = model.config.num_classes - kept
         self.model = model.config
         self._name_metrics()
         if self.scenes and not self.reading.mean and not is_normalized(model):
@@ -188,11 +192,25 @@ class CropTask(Task):
 
     def check(self, model: Any, examples: Sequence[Any]) -> None:
         """Raises ValueError where a part that is new since the model was trained would not be written whole."""
-        new = [name for name in NEW_PARTS.get(self.reading.head, ()) if not _trains(model.get_submodule(name))]
+        new = []
+        for name in NEW_PARTS.get(self.reading.head, ()):
+            part = model.get_submodule(name)
+            if isinstance(part, TokenLayer):
+                self._check_tokens(part)
+            elif not _trains(part):
+                new.append(name)
         if new:
             raise ValueError(
                 f"data.head: {self.reading.head} makes a new {', '.join(new)}, which must train: "
                 f"adapter.modules_to_save={new}"
+            )
+
+    def _check_tokens(self, layer: TokenLayer) -> None:
+        trained = min(map(len, layer.tsvit_token_rows.values()))
+        if trained < self.new_tokens:
+            raise ValueError(
+                f"adapter.tokens: must be at least {self.new_tokens}, the new tokens of data.head {self.reading.head}, "
+                f"or empty for all, got {trained}"
             )
 
     def save(self, model: Any, folder: Path) -> None:
