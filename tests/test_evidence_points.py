@@ -50,7 +50,7 @@ def test_rates_are_chosen_by_clouds_of_every_class_that_tries_do_not_learn_from(
 def test_runs_are_added_once(points, data, tmp_path):
     results = points.Results(tmp_path / "points.jsonl")
     points.run_all(results, data, 10)
-    assert len(results.find(kind="try")) == 3 * len(points.SIDES)
+    assert len(results.find(kind="try")) == sum(len(side.rates) for side in points.SIDES)
     runs = {each["side"]: each for each in results.find(kind="run")}
     assert set(runs) == {side.name for side in points.SIDES}
     assert all(np.sum(each["counts"]) == 6 for each in runs.values())
@@ -87,23 +87,26 @@ def test_a_section_tells_what_the_runs_say(tmp_path, monkeypatch):
     monkeypatch.setattr(adapted, "RESULTS", tmp_path)
     for told in (points_page.POINTS, crops_page.CROPS):
         told.results.add({"kind": "about", "machine": "a machine", "versions": {"torch": "2"}})
+        names = [side.name for side in told.sides]
         for seed in range(2):
-            for i, side in enumerate(told.sides):
+            for i, side in enumerate(names):
                 figures = {key: 0.5 + 0.01 * i for key in told.measures}
                 told.results.add({"kind": "run", "set": "a set", "side": side, "seed": seed, "rate": 1,
                                   "trained": 1000 + i, "train_s": 2.0, **figures})  # fmt: skip
         told = replace(told, claims=())
         page = adapted.adapted_section(told)
-        assert all(f"| {side} | 2 | 1 | {1000 + i:,} | 2 s |" in page for i, side in enumerate(told.sides))
+        assert all(f"| {side} | 2 | 1 | {1000 + i:,} | 2 s |" in page for i, side in enumerate(names))
         ours, other = told.pairs[-1]
         assert f"- {ours} against {other}: accuracy " in page
-        better = "better" if told.sides.index(ours) > told.sides.index(other) else "worse"
+        better = "better" if names.index(ours) > names.index(other) else "worse"
         adapted.adapted_section(replace(told, claims=[report.Claim("So.", ours, other, "accuracy", {"a set": better})]))
         wrong = replace(told, claims=[report.Claim("So.", ours, other, "accuracy", {"a set": "disagree"})])
         with pytest.raises(ValueError, match="needs 'disagree'"):
             adapted.adapted_section(wrong)
-        costs = {"step": {told.costs_of("a set"): {side: {"seconds": 0.25} for side in told.sides}},
-                 "peak_mb": {told.costs_of("a set"): dict.fromkeys(told.sides, 7)}}  # fmt: skip
+        costs = {"step": {told.costs_of("a set"): {side: {"seconds": 0.25} for side in names}},
+                 "peak_mb": {told.costs_of("a set"): dict.fromkeys(names, 7)}}  # fmt: skip
         (tmp_path / f"{told.name}_cost.json").write_text(json.dumps(costs))
         assert "peak" not in page
         assert adapted.adapted_section(told).count(" 7 MB |") == len(told.sides)
+        adapted.shares(told, tmp_path / "runs.png")
+        assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")

@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from bench.evidence.adapted import adapted_section
+from bench.evidence.adapted import adapted_section, shares
 from bench.evidence.crops_page import CROPS
 from bench.evidence.light_page import LIGHT
 from bench.evidence.points_page import POINTS
-from bench.evidence.report import picture, section
+from bench.evidence.report import losses, section
 from bench.evidence.spectral_page import SPECTRAL
 from deftcore._files import write_text
 
 DOCS = Path(__file__).parents[2] / "docs"
 EXPERIMENTS = (SPECTRAL, LIGHT)
-ADAPTED = (POINTS, CROPS)  # told of once there are runs
+ADAPTED = (POINTS, CROPS)
 HEAD = """# Evidence
 
 <!-- Made by `python -m bench.evidence` from the files in bench/evidence/results. Do not edit: the tests compare. -->
@@ -26,14 +26,15 @@ not part of the project. Every run is deftcore's own loop, peers' included; each
 
 def page() -> str:
     """The page."""
-    adapted = (adapted_section(each) for each in ADAPTED if each.results.find(kind="run"))
-    return HEAD + "\n".join((*map(section, EXPERIMENTS), *adapted))
+    return HEAD + "\n".join((*map(section, EXPERIMENTS), *map(adapted_section, ADAPTED)))
 
 
 def main() -> None:
     """Writes the page and its pictures."""
     for experiment in EXPERIMENTS:
-        picture(experiment, DOCS / f"evidence-{experiment.name}.png")
+        losses(experiment, DOCS / f"evidence-{experiment.name}.png")
+    for told in ADAPTED:
+        shares(told, DOCS / f"evidence-{told.name}.png")
     write_text(DOCS / "evidence.md", page())
 
 

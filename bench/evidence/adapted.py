@@ -5,10 +5,13 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from bench.evidence.report import MEASURES, RESULTS, Claim, cell, machine, verdict
+from bench.evidence.dots import Panel, picture
+from bench.evidence.report import MEASURES, RESULTS, Claim, cell, machine, values_by_side, verdict
 from bench.evidence.runs import Entry, Results
+from bench.evidence.sides import Side
 from bench.markdown import milliseconds, table
 
 
@@ -18,8 +21,9 @@ class Adapted:
 
     Args:
         name: of its file: results/<name>.jsonl.
-        sides: their names, in order.
+        sides: in order.
         measures: keys of `report.MEASURES`.
+        drawn: the one of the picture, a share.
         pairs: sides whose runs of one seed are compared.
         head, papers, limits: prose: what was done, what the papers say, what this cannot show.
         claims: what came out, in short.
@@ -27,8 +31,9 @@ class Adapted:
     """
 
     name: str
-    sides: Sequence[str]
+    sides: Sequence[Side]
     measures: Sequence[str]
+    drawn: str
     pairs: Sequence[tuple[str, str]]
     head: str
     papers: str
@@ -60,11 +65,24 @@ def adapted_section(told: Adapted) -> str:
     parts = [told.head]
     if told.claims:
         parts += ["What came out:\n\n" + "\n".join(f"- {claim.text}" for claim in told.claims)]
+    parts += [f"![{MEASURES[told.drawn][0]} of every run](evidence-{told.name}.png)"]
     for name in dict.fromkeys(each["set"] for each in runs):
         own = [each for each in runs if each["set"] == name]
         parts += [f"### {name}", *_of_set(told, own, told.cost())]
     parts += ["### What the papers say", told.papers, told.limits, machine(entries)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def shares(told: Adapted, path: Path) -> None:
+    """A picture of the drawn measure of every run."""
+    entries = told.results.entries()
+    names = dict.fromkeys(each["set"] for each in entries if each["kind"] == "run")
+    panels = []
+    for name in names:
+        values = values_by_side(told.sides, name, told.drawn, entries)
+        percent = [[100 * value for value in own] for own in values]
+        panels.append(Panel(name, f"{MEASURES[told.drawn][0]}, %", percent))
+    picture(path, [told.sides] * len(panels), panels)
 
 
 def _finite(entry: Entry) -> Entry:
@@ -76,11 +94,17 @@ def _of_set(told: Adapted, runs: Sequence[Entry], cost: Mapping[str, Any]) -> It
     steps, peaks = cost.get("step", {}).get(costs, {}), cost.get("peak_mb", {}).get(costs, {})
     rows = []
     for side in told.sides:
-        own = [each for each in runs if each["side"] == side]
+        own = [each for each in runs if each["side"] == side.name]
         if own:
             took = [each["train_s"] for each in own if "train_s" in each]
-            row = [side, len(own), f"{own[0]['rate']:g}", f"{own[0]['trained']:,}", f"{min(took, default=0):.0f} s"]
-            row += [milliseconds(1e3 * steps[side]["seconds"]), f"{peaks[side]:.0f} MB"] if steps else []
+            row = [
+                side.name,
+                len(own),
+                f"{own[0]['rate']:g}",
+                f"{own[0]['trained']:,}",
+                f"{min(took, default=0):.0f} s",
+            ]
+            row += [milliseconds(1e3 * steps[side.name]["seconds"]), f"{peaks[side.name]:.0f} MB"] if steps else []
             rows.append([*row, *(cell(key, own) for key in told.measures)])
     columns = ["trained", "training, fastest", *(["step", "peak"] if steps else [])]
     yield table(["", "seeds", "rate", *columns, *(MEASURES[key][0] for key in told.measures)], rows)

@@ -68,8 +68,9 @@ LIMITS = """### What this cannot show
 
 CROPS = Adapted(
     name="crops",
-    sides=[side.name for side in SIDES],
+    sides=SIDES,
     measures=("accuracy", "macro_f1"),
+    drawn="macro_f1",
     pairs=(
         ("full", "scratch"), ("LoRA, r = 4", "full"), ("AdaptFormer, 8", "full"), ("BitFit", "full"),
         ("tokens", "full"), ("LoRA, r = 4", "scratch"), ("LoRA, r = 4", "head"), ("tokens", "head"),

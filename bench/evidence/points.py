@@ -47,11 +47,11 @@ BATCH = 16
 PRETRAINING_RATE = 1e-3
 HELD_BACK = 5  # of so many training clouds of a class one chooses rates
 
-_WHOLE, _PARTS = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
+_WHOLE, _PARTS = (3e-4, 1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 1e-2)
 _HEAD = {"modules_to_save": ["head"]}
 SCRATCH = Side("scratch", "full", _WHOLE, color="#9aa5b1")
 FULL = Side("full tuning", "full", _WHOLE, color="#777777")
-PROBE = Side("head alone", "full", _PARTS, color="#b58b5a")
+PROBE = Side("head alone", "full", (*_PARTS, 3e-2), color="#b58b5a")
 SIDES = (
     SCRATCH,
     FULL,

@@ -69,8 +69,9 @@ LIMITS = f"""### What this cannot show
 
 POINTS = Adapted(
     name="points",
-    sides=[side.name for side in SIDES],
+    sides=SIDES,
     measures=("accuracy", "mean_class_accuracy", "loss"),
+    drawn="accuracy",
     pairs=(
         ("Point-PEFT", "full tuning"), ("Point-PEFT", "head alone"), ("Point-PEFT", "LoRA, r = 8"),
         ("Point-PEFT", "BitFit"), ("Point-PEFT", "AdaptFormer, 16"), ("full tuning", "scratch"),

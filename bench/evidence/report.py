@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from bench.evidence.dots import Panel, picture
 from bench.evidence.runs import Entry, Results
 from bench.evidence.sets import SPECS
 from bench.evidence.sides import Side
@@ -246,32 +247,23 @@ def machine(entries: Sequence[Entry]) -> str:
     return f"Machine: {about['machine']}. Versions: {versions}."
 
 
-def picture(experiment: Experiment, path: Path) -> None:
-    """The loss of every run, a panel per set."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def losses(experiment: Experiment, path: Path) -> None:
+    """A picture of the loss of every run."""
     entries = experiment.results.entries()
-    sets = [name for name in experiment.sides if any(e["kind"] == "run" and e["set"] == name for e in entries)]
-    figure, axes = plt.subplots(1, len(sets), figsize=(3.1 * len(sets), 3.4), layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], sets, strict=True):
-        sides = list(reversed(experiment.sides[name]))
-        untrained = next(each["loss"] for each in entries if each["kind"] == "untrained" and each["set"] == name)
-        for row, side in enumerate(sides):
-            losses = [each["loss"] for each in entries if each["kind"] == "run" and each["set"] == name
-                      and each["side"] == side.name and "loss" in each]  # fmt: skip
-            shown = [loss for loss in losses if loss <= 1.02 * untrained]
-            axis.plot(shown, [row] * len(shown), "o", color=side.color, alpha=0.75, markersize=7)
-            if len(shown) < len(losses):  # the others would be one dot
-                axis.plot([untrained], [row], ">", color=side.color, markersize=8)
-                axis.annotate(f"to {max(losses):.1f}    ", (untrained, row), ha="right", va="center", fontsize=8)
-        axis.axvline(untrained, color="#bbbbbb", linestyle="--", linewidth=1, zorder=0)
-        axis.set_yticks(range(len(sides)), [side.name for side in sides], fontsize=8)
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("held-out loss; dashed: untrained", fontsize=8)
-        axis.tick_params(axis="x", labelsize=8)
-        axis.grid(axis="x", color="#eeeeee")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    names = [name for name in experiment.sides if any(e["kind"] == "run" and e["set"] == name for e in entries)]
+    panels = [
+        Panel(
+            name,
+            "held-out loss; dashed: untrained",
+            values_by_side(experiment.sides[name], name, "loss", entries),
+            next(each["loss"] for each in entries if each["kind"] == "untrained" and each["set"] == name),
+        )
+        for name in names
+    ]
+    picture(path, [experiment.sides[name] for name in names], panels)
+
+
+def values_by_side(sides: Sequence[Side], name: str, measure: str, entries: Sequence[Entry]) -> list[list[float]]:
+    """A measure of each side's runs on a set."""
+    runs = [each for each in entries if each["kind"] == "run" and each["set"] == name and measure in each]
+    return [[each[measure] for each in runs if each["side"] == side.name] for side in sides]
