@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.evidence.dots import Panel, picture
-from bench.evidence.report import MEASURES, RESULTS, Claim, cell, machine, values_by_side, verdict
+from bench.evidence.report import MEASURES, RESULTS, Claim, cell, costs_line, machine, values_by_side, verdict
 from bench.evidence.runs import Entry, Results
 from bench.evidence.sides import Side
 from bench.markdown import milliseconds, table
@@ -69,6 +69,8 @@ def adapted_section(told: Adapted) -> str:
     for name in dict.fromkeys(each["set"] for each in runs):
         own = [each for each in runs if each["set"] == name]
         parts += [f"### {name}", *_of_set(told, own, told.cost())]
+    if cost := told.cost():
+        parts += [costs_line(cost)]
     parts += ["### What the papers say", told.papers, told.limits, machine(entries)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 

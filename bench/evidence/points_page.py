@@ -13,10 +13,11 @@ of {SIZES.patch_points} points, is pre-trained once, for {STEPS["pre"]} steps on
 Each side and seed goes on from it for {STEPS["adapt"]} steps of {BATCH} clouds, but for "scratch", which begins anew;
 the seeds draw the head, the adapter, the order and the changes of clouds.
 
-Each side tries three rates, and trains at the one with the lowest loss over every {HELD_BACK}th training cloud of a
-class, after {STEPS["try"]} steps on the others. Point-PEFT has its defaults, with a memory bank of the training clouds;
-LoRA is on queries, keys, values and projections. The head trains on every side and is counted. The last model is
-tested once, without voting; neither clouds to train on nor those to test are turned."""
+Each side tries three or four rates, and trains at the one with the lowest loss over every {HELD_BACK}th training cloud
+of a class, after {STEPS["try"]} steps on the others; none chose the highest or the lowest. Point-PEFT has its defaults,
+with a memory bank of the training clouds; LoRA is on queries, keys, values and projections. The head trains on every
+side and is counted. The last model is tested once, without voting; neither clouds to train on nor those to test are
+turned."""
 
 PAPERS = (
     "Point-PEFT's own figures: accuracy, without voting, and trained parameters.\n\n"
@@ -60,8 +61,7 @@ LIMITS = f"""### What this cannot show
   What a frozen backbone knows decides what its adapters can reach, so that this favours full tuning.
 - {STEPS["adapt"]} steps are 10 passes, the papers' 300: who learns fastest is ahead, and "scratch" is far from its end.
   The head is 13 % of the model here; in the papers full tuning trains thirty times what Point-PEFT does.
-- Sides that train the whole model, and the head alone, chose the highest rate of their three, in runs of a third of
-  the length: they might do better above it. The clouds that choose rates are among those of the pre-training.
+- Rates were chosen in runs of a third of the length, by clouds that the pre-training has seen.
 - Seconds of training are of runs beside other work, and compare nothing.
 - An accuracy of 379 clouds is known to 2 or 3 points. What three seeds agree on happens by chance in one comparison of
   four, and all seeds share one pre-trained model.

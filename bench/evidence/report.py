@@ -228,11 +228,19 @@ def _costs(cost: dict[str, Any]) -> Iterator[str]:
         title = f"{name}, {SPECS[name].batch_size} examples"
         yield table([title, *columns, "quartiles of steps apart", "first step"], rows)
     yield (
-        f"{cost['about']['machine']}, {cost['threads']} thread{'s' if cost['threads'] > 1 else ''}; sides alternate in "
-        "one process; medians. The first step finds subspaces, where a method has them. Peaks are of two steps in a "
-        "process for each side, on one thread."
+        costs_line(cost)
+        + " The first step finds subspaces, where a method has them."
         + " Training is all steps, the first phase's and the cut among them; its peak is the larger of the two phases'."
         * ("training" in cost)
+    )
+
+
+def costs_line(cost: Mapping[str, Any]) -> str:
+    """How steps and peaks were measured."""
+    return (
+        f"Steps and peaks: {cost['about']['machine']}, {cost['threads']} thread{'s' if cost['threads'] > 1 else ''}, "
+        "with nothing beside; sides alternate in one process; medians. Peaks are of two steps in a process for each "
+        "side, on one thread."
     )
 
 
