@@ -103,10 +103,12 @@ def test_a_section_tells_what_the_runs_say(tmp_path, monkeypatch):
         wrong = replace(told, claims=[report.Claim("So.", ours, other, "accuracy", {"a set": "disagree"})])
         with pytest.raises(ValueError, match="needs 'disagree'"):
             adapted.adapted_section(wrong)
-        costs = {"step": {told.costs_of("a set"): {side: {"seconds": 0.25} for side in names}},
+        costs = {"about": {"machine": "another"}, "threads": 1,
+                 "step": {told.costs_of("a set"): {side: {"seconds": 0.25} for side in names}},
                  "peak_mb": {told.costs_of("a set"): dict.fromkeys(names, 7)}}  # fmt: skip
         (tmp_path / f"{told.name}_cost.json").write_text(json.dumps(costs))
         assert "peak" not in page
         assert adapted.adapted_section(told).count(" 7 MB |") == len(told.sides)
+        assert "Steps and peaks: another, 1 thread, " in adapted.adapted_section(told)
         adapted.shares(told, tmp_path / "runs.png")
         assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
