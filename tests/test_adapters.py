@@ -1,13 +1,15 @@
 """Bottleneck adapters as a PEFT method: registration, checkpoints, several adapters, placement."""
 
+import copy
+
 import peft
 import pytest
 import torch
-from conftest import FAMILIES, task_type, tiny_batch, tiny_model
+from conftest import FAMILIES, recompute, task_type, tiny_batch, tiny_model
 from torch import nn
 
 import deftcore
-from deftcore.methods.lora.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel
+from deftcore.methods.lora.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel, DrawnLinear
 from deftcore.training.adapters import register_with_peft
 
 
@@ -124,6 +126,73 @@ def test_widths_of_their_own(tmp_path):
 def test_only_the_adapter_trains():
     model = peft.get_peft_model(tiny_model("opt"), BottleneckConfig())
     assert all("bottleneck_" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+# ---------------------------------------------------------------------------- two projections, one drawn
+
+
+def drawn_of(layer, x, calls=24):
+    """Which projection each call in training ran; it runs one of them whole, bit for bit."""
+    choices = [choice(x) for choice in layer.choices]
+    found = []
+    for _ in range(calls):
+        y = layer(x)
+        (number,) = (i for i, each in enumerate(choices) if torch.equal(y, each))
+        found.append(number)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_projection_is_drawn(dtype, bias):
+    """By the generator alone, each call anew; the other gets no gradient; else both are one, of their mean."""
+    torch.manual_seed(0)
+    layer, x = DrawnLinear(6, 4, bias=bias).to(dtype), torch.randn(3, 5, 6, dtype=dtype)
+    torch.manual_seed(1)
+    found = drawn_of(layer, x)
+    assert 6 < sum(found) < 18
+    torch.manual_seed(1)
+    assert drawn_of(layer, x) == found
+    torch.manual_seed(1)
+    layer(x).sum().backward()
+    for number, choice in enumerate(layer.choices):
+        assert all(bool(p.grad.any()) == (number == found[0]) for p in choice.parameters())
+    layer.eval()
+    mean = copy.deepcopy(layer.choices[0])
+    for p, other in zip(mean.parameters(), layer.choices[1].parameters(), strict=True):
+        p.data = (p.data.double() + other.data.double()).div(2).to(dtype)
+    assert torch.equal(layer(x), mean(x))
+    state = torch.get_rng_state()
+    assert torch.equal(layer(x), mean(x))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_draw_is_no_break_in_a_graph():
+    torch.manual_seed(0)
+    layer, x = DrawnLinear(6, 4), torch.randn(3, 6)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    found = drawn_of(layer, x, calls=12)
+    torch.manual_seed(1)
+    assert [int(torch.equal(compiled(x), layer.choices[1](x))) for _ in range(12)] == found
+
+
+def test_what_is_recomputed_draws_again_what_it_drew():
+    """Gradients are those of a run that keeps its activations, in whatever dtype."""
+    for dtype in (torch.float32, torch.bfloat16):
+        found = []
+        for recomputed in (False, True):
+            model = tiny_model("llama").to(dtype)
+            if recomputed:
+                recompute(model)
+            config = BottleneckConfig(target_modules=["mlp"], stochastic=True, init_std=0.3)
+            torch.manual_seed(2)
+            adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False).train()
+            torch.manual_seed(4)
+            adapted(**tiny_batch("llama")).loss.backward()
+            found.append([p.grad for p in adapted.parameters() if p.requires_grad])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        assert 0 < sum(bool(g.any()) for g in found[0]) < len(found[0])
 
 
 @pytest.mark.parametrize(

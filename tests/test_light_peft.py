@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 import transformers
@@ -13,6 +14,8 @@ from deftcore.methods.light_peft.adapters import add_adapters, sites
 from deftcore.methods.light_peft.config import LightPeftConfig
 from deftcore.methods.light_peft.estimation import Estimation
 from deftcore.methods.light_peft.selection import select
+from deftcore.methods.light_peft.slimming import slim
+from deftcore.methods.lora.bottleneck import BottleneckConfig
 from deftcore.models.coupled import find_coupled
 from deftcore.models.kept import Kept
 from deftcore.training.objective import Objective
@@ -574,6 +577,10 @@ def test_what_does_not_fit_is_refused():
         add_adapters(tiny_model("mamba"), config)
     with pytest.raises(ValueError, match="prunes plain LoRA and bottlenecks on linear layers"):
         add_adapters(tiny_model("llama"), LightPeftConfig(adapter="bottleneck", target_modules=["mlp"]))
+    drawn = peft.get_peft_model(tiny_model("llama"), BottleneckConfig(target_modules=["down_proj"], stochastic=True))
+    for use in (lambda: Estimation(drawn, config), lambda: slim(drawn, Kept())):
+        with pytest.raises(ValueError, match=r"model: model\.layers\.0\.mlp\.down_proj: .* no stochastic ones"):
+            use()
     with pytest.raises(
         ValueError, match=r"head_ratio: 0\.333333 of 2 query heads of a group of model\.layers\.0\.self_attn"
     ):

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, linear
 from transformers import Trainer, TrainingArguments
 
 from deftcore.methods.point_peft import blocks
-from deftcore.methods.point_peft.backbone import PatchEncoder, PointConfig, PointTransformer
+from deftcore.methods.point_peft.backbone import BatchNorm, PatchEncoder, PointConfig, PointTransformer
 from deftcore.methods.point_peft.blocks import BlockStack, DropPath
 from deftcore.methods.point_peft.classifier import PointClassifier, PointClassifierConfig
 from deftcore.methods.point_peft.patches import cut_patches
@@ -297,6 +297,26 @@ def test_lower_precision(dtype):
     assert cast.loss.dtype == torch.float32
     for logits in (cast.logits, narrow):
         assert (logits - exact).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_stay_exact(dtype):
+    """A mean that is large beside its deviation, in 16 bits: as in float64 of the same rows, which statistics in these
+    bits would miss by more than a deviation; and in training they gather in float32."""
+    torch.manual_seed(0)
+    norm = BatchNorm(8).to(dtype)
+    rows = (torch.randn(4, 16, 8) / 4 + 33).to(dtype)
+    for _ in range(200):
+        norm.train()(rows)
+    mean, var = rows.double().flatten(0, 1).mean(0), rows.double().flatten(0, 1).var(0)
+    torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-5, atol=0)
+    torch.testing.assert_close(norm.running_var.double(), var, rtol=1e-4, atol=0)
+    wanted = (rows.double() - mean) / (var + norm.eps).sqrt()
+    assert norm.eval()(rows).dtype == dtype
+    assert (norm(rows).double() - wanted).abs().max() < 0.02
+    norm.weight.requires_grad_(False)
+    assert (norm.train()(rows).double() - wanted).abs().max() < 0.02
+    assert norm.num_batches_tracked == 200
 
 
 def test_low_precision_trains():

@@ -253,6 +253,6 @@ def test_adapters_that_cannot_be_slimmed():
     ):
         model = peft.get_peft_model(model_of("llama"), config)
         before = tensors_of(model)
-        with pytest.raises(ValueError, match=r"plain LoRA and bottlenecks can be slimmed|would lose rows"):
+        with pytest.raises(ValueError, match=r"plain LoRA and bottlenecks, .* can be slimmed|would lose rows"):
             deftcore.slim(model, kept)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

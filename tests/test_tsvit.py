@@ -6,12 +6,13 @@ import dataclasses
 import pickle
 from pkgutil import resolve_name
 
+import peft
 import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deftcore import TSViT
+from deftcore import TSViT, TSViTTokenConfig
 from deftcore.methods.tsvit import encoder
 from deftcore.methods.tsvit.adapting import adapt_classes
 from deftcore.methods.tsvit.checkpoints import load_published, published_name
@@ -574,6 +575,26 @@ def test_halves():
     found = half(x, doy, torch.ones(2, 5, dtype=torch.bool))
     assert found.dtype == torch.bfloat16
     close(found.float(), wanted, 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bands_keep_their_statistics_in_halves(dtype, tmp_path):
+    """Cast, loaded in 16 bits, or beneath an adapter: numbers of thousands are not rounded to the next eighth."""
+    mean, std = PASTIS_MEAN[:4], PASTIS_STD[:4]
+    model, (x, doy) = small(band_mean=mean, band_std=std), series()
+    model.save_pretrained(tmp_path)
+    x = x * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    wanted = copy.deepcopy(model).double()(x.double(), doy)
+    for half in (copy.deepcopy(model).to(dtype), TSViT.from_pretrained(tmp_path, dtype=dtype)):
+        assert half.band_mean.tolist() == torch.tensor(mean).tolist()
+        assert half.band_std.tolist() == torch.tensor(std).tolist()
+        assert {p.dtype for p in half.parameters()} == {dtype}
+        close(half(x, doy).double(), wanted, 0.1)
+    adapted = peft.get_peft_model(copy.deepcopy(model), TSViTTokenConfig()).to(dtype)
+    assert torch.equal(adapted.base_model.model.band_mean, model.band_mean)
+    double = copy.deepcopy(model).double()
+    assert double.band_mean.dtype == torch.float64
+    assert double.to(dtype).band_std.dtype == torch.float32
 
 
 def test_pickles_and_prints():

@@ -103,9 +103,10 @@ def _sites(base: nn.Module) -> Iterator[Site]:
             raise ValueError(f"model: {name} must have one active adapter, got {len(active)}")
         beneath = layer.get_base_layer()
         plain = isinstance(beneath, nn.Linear) or is_transposed(beneath)
-        if not (plain and (isinstance(layer, BottleneckLayer) or _is_plain_lora(layer, active[0]))):
+        if not (plain and (_is_plain_bottleneck(layer, active[0]) or _is_plain_lora(layer, active[0]))):
             raise ValueError(
-                f"model: {name}: Light-PEFT prunes plain LoRA and bottlenecks on linear layers, got {layer}"
+                f"model: {name}: Light-PEFT prunes plain LoRA and bottlenecks on linear layers, no stochastic ones, "
+                f"got {layer}"
             )
         yield Site(name, layer, active[0])
 
@@ -113,6 +114,10 @@ def _sites(base: nn.Module) -> Iterator[Site]:
 def _active(layer: Any) -> Sequence[str]:
     own = layer.lora_A if isinstance(layer, LoraLayer) else getattr(layer, "bottleneck_down", {})
     return [name for name in layer.active_adapters if name in own]
+
+
+def _is_plain_bottleneck(layer: Any, adapter: str) -> bool:
+    return isinstance(layer, BottleneckLayer) and not layer.configs[adapter].stochastic
 
 
 def _is_plain_lora(layer: Any, adapter: str) -> bool:

@@ -93,8 +93,12 @@ def adapted_layers(base: nn.Module) -> dict[str, Any]:
     modules: list[tuple[str, Any]] = [each for each in base.named_modules() if isinstance(each[1], BaseTunerLayer)]
     for name, layer in modules:
         plain = type(layer) in (LoraLinear, FusedLoraLinear) and not layer.lora_variant
-        if not (plain or isinstance(layer, BottleneckLayer)):
-            raise ValueError(f"model: {name}: plain LoRA and bottlenecks can be slimmed, got {type(layer).__name__}")
+        if isinstance(layer, BottleneckLayer):
+            plain = not any(config.stochastic for config in layer.configs.values())
+        if not plain:
+            raise ValueError(
+                f"model: {name}: plain LoRA and bottlenecks, no stochastic ones, can be slimmed, got {layer}"
+            )
         if layer.merged:
             raise ValueError(f"model: {name}: its adapter is merged; unmerge it first")
         found[name] = layer

@@ -4,7 +4,8 @@
   arXiv 2106.09685.
 - QLoRA: Dettmers, Pagnoni, Holtzman, Zettlemoyer, *QLoRA: Efficient Finetuning of Quantized LLMs*, arXiv 2305.14314.
 - Bottleneck adapters: Pfeiffer et al., *AdapterFusion*, arXiv 2005.00052; the parallel form: Chen et al.,
-  *AdaptFormer*, arXiv 2205.13535.
+  *AdaptFormer*, arXiv 2205.13535; two down projections, of which each call draws one: Wang et al., *AdaMix*, arXiv
+  2205.12410.
 - BitFit: Ben Zaken, Goldberg, Ravfogel, *BitFit*, arXiv 2106.10199.
 - Prompt tuning: Lester, Al-Rfou, Constant, arXiv 2104.08691. Prefix tuning: Li, Liang, arXiv 2101.00190. Both are
   PEFT's, as they are.
@@ -19,6 +20,7 @@ PEFT wraps, saves, loads and merges. deftcore changes how the wrapped layers com
 LoRA        y = x W^T + b + s (drop(x) A^T) B^T        W [M, K] frozen, A [R, K], B [M, R], s = alpha / R
 QLoRA       W = code[nibble] scale[block]              NF4 or FP4, blocks of 64; scales in 8 bits (double quantisation)
 bottleneck  y = MLP(x) + s up(f(down(MLP(x))))         parallel, as AdaptFormer: ... + s up(f(down(x)))
+            stochastic: down is down_0 or down_1, drawn by each call in training; (down_0 + down_1) / 2 else
 BitFit      y = f(x; W, b')                            b' starts at b, or at 0 where a linear layer has none
 backward    dB = s dy^T (x A^T),  dA = s (dy B)^T x,  dx = dy W + s (dy B) A;  none for W
 ```
@@ -76,7 +78,8 @@ like any config of PEFT's, and so does `BitFitConfig()`. Recipes: `lora`, `qlora
 - Weights in NF4 take 4.13 bits each. Files are bitsandbytes' own, byte for byte, both ways.
 - Merging into 4 bits rounds most of a small update away; `deftcore_merge` says how much. `to="16bit"`, or exporting
   with the adapter unmerged, keeps it.
-- Bottleneck adapters are not linear and cannot be merged.
+- Bottleneck adapters are not linear and cannot be merged. `stochastic=True` keeps both down projections in the file
+  and has no loss of its own; a recomputed forward draws what the first one drew.
 - BitFit trains parameters called `bias` of modules without children, of any kind: linear layers, norms, convolutions.
   A merge writes them into the module and is exact; for a bias that a linear layer lacked, up to one rounding.
 """

@@ -69,8 +69,9 @@ class BottleneckConfig(PeftConfig):
 
 
 class DrawnLinear(nn.Module):
-    """Two linear layers [M] -> [F]: in training each call runs one of them, drawn anew, else their mean (AdaMix, Wang
-    et al., arXiv 2205.12410). The one that was not drawn has a gradient of zeros."""
+    """Two linear layers [M] -> [F]: in training each call runs one of them, drawn anew by the generator of x's device,
+    else their mean (AdaMix, Wang et al., arXiv 2205.12410, without its loss of consistency). The one that was not drawn
+    has a gradient of zeros."""
 
     def __init__(self, in_features: int, out_features: int, **options: Any) -> None:
         super().__init__()
@@ -78,17 +79,16 @@ class DrawnLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., F] for x [..., M]."""
-        drawn = int(torch.randint(2, (), device="cpu")) if self.training else None
+        drawn = torch.randint(2, (), device=x.device) == 1 if self.training else None  # no number for Python to wait on
         weight: Any = self._mixed("weight", drawn)
         bias = self._mixed("bias", drawn)
         return nn.functional.linear(x, weight, bias)
 
-    def _mixed(self, name: str, drawn: int | None) -> Tensor | None:
-        both: list[Any] = [getattr(choice, name) for choice in self.choices]
-        if both[0] is None:
+    def _mixed(self, name: str, drawn: Tensor | None) -> Tensor | None:
+        first, second = (getattr(choice, name) for choice in self.choices)
+        if first is None:
             return None
-        stacked = torch.stack(both)
-        return stacked.mean(0) if drawn is None else stacked[drawn]
+        return torch.stack([first, second]).mean(0) if drawn is None else torch.where(drawn, second, first)
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):

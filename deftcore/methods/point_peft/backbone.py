@@ -11,6 +11,7 @@ from torch.nn.functional import batch_norm
 from deftcore.methods.point_peft.blocks import BlockStack
 from deftcore.methods.point_peft.patches import Patches, cut_patches
 from deftcore.models.own import OwnConfig, OwnModel
+from deftcore.nn.buffers import ExactBuffers
 
 _POSITION_WIDTH = 128
 _STD = 0.02  # of the start of weights and tokens
@@ -81,22 +82,26 @@ def check_rates(config: Any, *names: str) -> None:
             raise ValueError(f"{name}: must be in [0, 1), got {value!r}")
 
 
-class BatchNorm(nn.BatchNorm1d):
+class BatchNorm(ExactBuffers, nn.BatchNorm1d):
     """BatchNorm over rows [..., C], as ever where its weight trains. Frozen it is frozen whole: it applies its running
-    statistics and leaves them as they are, whatever the mode of the model around it.
+    statistics and leaves them as they are, whatever the mode of the model around it. In 16 bits they stay float32.
 
     Raises:
         ValueError: in training one row alone, which has no spread.
     """
 
+    exact = ("running_mean", "running_var")
+
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        if self.weight.requires_grad or not self.training:
-            if self.training and rows.shape[0] == 1:
+        trains = self.training and self.weight.requires_grad
+        if trains:
+            if rows.shape[0] == 1:
                 raise ValueError("points: BatchNorm trains on the spread of a batch, and this one has a single cloud")
-            return super().forward(rows).view_as(x)
-        fixed = batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return fixed.view_as(x)
+            self.num_batches_tracked += 1
+        mean, var = self.running_mean, self.running_var
+        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)  # PyTorch takes them in one dtype
+        return batch_norm(rows, mean, var, weight, bias, trains, self.momentum, self.eps).view_as(x)
 
 
 class PatchEncoder(nn.Module):

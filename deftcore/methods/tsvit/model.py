@@ -12,6 +12,7 @@ from deftcore.methods.tsvit.encoder import Encoder
 from deftcore.methods.tsvit.heads import ClassTokens, PixelHead, patchify, unpatchify, unpatchify_legacy
 from deftcore.methods.tsvit.inputs import DATE_ROWS, check_series
 from deftcore.models.own import OwnConfig, OwnModel
+from deftcore.nn.buffers import ExactBuffers
 
 
 @dataclasses.dataclass
@@ -43,7 +44,7 @@ class TSViTConfig(OwnConfig):
             raise ValueError(f"image_size: must be a multiple of patch_size {self.patch_size}, got {self.image_size}")
 
 
-class TSViT(OwnModel):
+class TSViT(ExactBuffers, OwnModel):
     """Logits of each pixel's class from a series of pictures (Tarasiou, Chavez, Zafeiriou, arXiv 2301.04944).
 
     Args:
@@ -59,6 +60,7 @@ class TSViT(OwnModel):
     """
 
     config_class = TSViTConfig
+    exact = ("band_mean", "band_std")
     config: TSViTConfig
     band_mean: Tensor
     band_std: Tensor
