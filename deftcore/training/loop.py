@@ -27,10 +27,11 @@ from transformers import get_scheduler
 from deftcore.nn.preparation import checkpoint_activations
 from deftcore.training import sizes
 from deftcore.training.config import TrainingConfig
+from deftcore.training.decay import spare_from_decay, without_decay
 from deftcore.training.evaluation import Evaluated, check_best_by, evaluate, measure
 from deftcore.training.identity import dependences
 from deftcore.training.keeper import Keeper
-from deftcore.training.objective import Objective, listed, numbers, spare_from_decay
+from deftcore.training.objective import Objective, listed, numbers
 from deftcore.training.result import State, TrainResult
 from deftcore.training.run_folder import RunFolder
 from deftcore.training.task import Batch, Batches, Task
@@ -89,8 +90,8 @@ def train(
             `deftcore.training.data`.
         task: the data and its loss; None is `TextTask`, without padding but zeros.
         objective: added to the task's loss, and reported; one or several, whose names and measures differ.
-        optimizer: makes that of the model's trainable parameters; None is AdamW with the learning rate and weight
-            decay of `config`. Parameters of objectives join it, without weight decay.
+        optimizer: makes that of the model's trainable parameters; None is AdamW with the learning rate of `config`,
+            and its weight decay but for biases and norms. Parameters of objectives join it, without weight decay.
         resume: whether to continue; False forgets the run that `output` holds.
         label: what the progress bar says.
         save_model: writes the trained part of the model into a folder.
@@ -218,6 +219,7 @@ class _Run:
         if make_optimizer is None:
             rate, decay = config.learning_rate, config.weight_decay
             optimizer: Optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=decay)
+            spare_from_decay(optimizer, without_decay(model))
         else:
             optimizer = make_optimizer(model)
         spare_from_decay(optimizer, [p for objective in self.objectives for p in objective.undecayed()])

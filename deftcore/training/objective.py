@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 Batch = Mapping[str, Any]
 
@@ -113,13 +112,3 @@ def listed(objective: Objective | Sequence[Objective] | None) -> list[Objective]
 def numbers(summary: Mapping[str, Any]) -> dict[str, float]:
     """What of a summary a log can show."""
     return {name: value for name, value in summary.items() if isinstance(value, float)}
-
-
-def spare_from_decay(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-    """Moves parameters of an optimizer's groups into groups without weight decay, the other options unchanged."""
-    spared = {id(p) for p in parameters}
-    for group in list(optimizer.param_groups) if spared else ():
-        moved = [p for p in group["params"] if id(p) in spared]
-        if moved and group.get("weight_decay"):
-            group["params"] = [p for p in group["params"] if id(p) not in spared]
-            optimizer.add_param_group({**group, "params": moved, "weight_decay": 0.0})

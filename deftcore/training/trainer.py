@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deftcore.training.objective import Objective, listed, numbers, spare_from_decay
+from deftcore.training.decay import spare_from_decay
+from deftcore.training.objective import Objective, listed, numbers
 
 
 class ObjectiveTrainerMixin:

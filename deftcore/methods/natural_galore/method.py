@@ -9,6 +9,7 @@ from deftcore.methods.natural_galore.optimizer import NaturalGaLore
 from deftcore.methods.natural_galore.options import GaloreOptions, NaturalOptions
 from deftcore.ops.checks import check_number
 from deftcore.training.config import TrainingConfig
+from deftcore.training.decay import spare_from_decay, without_decay
 from deftcore.training.fields import Count
 from deftcore.training.registry import Method, register
 
@@ -48,13 +49,15 @@ def _groups(model: Any, config: Any, proj_type: str) -> list[dict[str, Any]]:
 
 def _method(proj_type: str, **record: Any) -> Method:
     def make(model: Any, config: Any, training: TrainingConfig) -> NaturalGaLore:
-        return NaturalGaLore(
+        optimizer = NaturalGaLore(
             _groups(model, config, proj_type),
             lr=training.learning_rate,
             betas=config.betas,
             eps=config.eps,
             weight_decay=training.weight_decay,
         )
+        spare_from_decay(optimizer, without_decay(model))
+        return optimizer
 
     def check(model: Any, config: Any) -> None:
         check_number("eps", config.eps, minimum=0.0)

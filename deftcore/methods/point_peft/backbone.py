@@ -91,6 +91,10 @@ class BatchNorm(ExactBuffers, nn.BatchNorm1d):
     """
 
     exact = ("running_mean", "running_var")
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
