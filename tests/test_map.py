@@ -161,6 +161,37 @@ def test_from_geotiffs_to_a_map(method, head, adapter, outputs, tmp_path, capsys
         assert found["metrics"]["counts"] == metrics["counts"]
 
 
+def test_a_map_is_no_frame(place, tmp_path, capsys):
+    """Nothing is written into a scene's folder, by whatever way its path goes, and over no frame."""
+    scene, model = tmp_path / "scene", str(tmp_path / "model")
+    (tmp_path / "link").symlink_to(scene)
+    before = {path: path.read_bytes() for path in scene.rglob("*") if path.is_file()}
+    for output in (
+        next(scene.glob("S2_*.tif")),
+        scene / "map.tif",
+        scene / "cloud" / "2020-01.tif",
+        tmp_path / "link" / "labels.tif",
+        tmp_path / "model" / ".." / "scene" / "new" / "map.tif",
+    ):
+        assert main(["map", model, str(scene), "--output", str(output)]) == 2
+        assert "output (--output): must lie outside the scene's folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in scene.rglob("*") if path.is_file()} == before
+
+
+def test_where_a_map_may_go(place, tmp_path):
+    """A new folder is made; what is none, or a folder itself, is refused before anything is read."""
+    model, scene, new = (str(tmp_path / each) for each in ("model", "scene", "new/maps/a.tif"))
+    assert write_map(model, scene, new)["output"] == new
+    assert seen(new)[0].shape == (20, 17)
+    (tmp_path / "b.tif").mkdir()
+    for output, told in (
+        (tmp_path / "b.tif", "must be a file, .*b.tif is a folder"),
+        (tmp_path / "new" / "maps" / "a.tif" / "c.tif", "must be a folder to write to, .*a.tif is a file"),
+    ):
+        with pytest.raises(ValueError, match=rf"output \(--output\): {told}"):
+            write_map("nowhere", scene, str(output))
+
+
 def test_a_map_that_fails_leaves_the_old_one(place, tmp_path, monkeypatch):
     (tmp_path / "map.tif").write_bytes(b"old")
     monkeypatch.setattr(TSViT, "forward", lambda *args: 1 / 0)

@@ -19,7 +19,7 @@ from deftcore.methods.tsvit.scene import UNLABELLED, Scene
 from deftcore.methods.tsvit.series import read_scene
 from deftcore.methods.tsvit.tiling import mosaic, starts
 from deftcore.training.device import choose_device
-from deftcore.training.fields import Count, Needed, Text, Whole, checked
+from deftcore.training.fields import Count, Needed, OutputFolder, Text, Whole, checked, mistakes
 from deftcore.training.metrics import ConfusionCounts
 from deftcore.training.pictures import draw_confusion, draw_maps
 
@@ -58,6 +58,8 @@ def write_map(
     Raises:
         FileNotFoundError, ValueError: naming the argument, before anything is predicted.
     """
+    target = Path(output)
+    _check_place(target, Path(scene))
     where = choose_device(device)
     trained, config, reading = load_trained(model)
     place = read_scene(scene)
@@ -68,11 +70,12 @@ def write_map(
     names = dict(enumerate(reading.classes))
     nothing = no_class(len(names))
     found = np.full((place.height, place.width), nothing, np.uint16)
+    target.parent.mkdir(parents=True, exist_ok=True)
     strips = len(starts(place.height, size, step))
     predictor = _Predictor(trained.to(where), config, reading, place, batch_size, where)
     with (
         torch.no_grad(),
-        writing_map(Path(output), place.height, place.width, place.grid, names) as write,
+        writing_map(target, place.height, place.width, place.grid, names) as write,
     ):
         rows = mosaic(predictor, place.height, place.width, size, step)
         for top, logits in track(rows, "mapping", strips, console=Console(stderr=True), transient=True):
@@ -80,7 +83,18 @@ def write_map(
             classes = predicted_classes(logits.unsqueeze(0))[0].cpu().numpy()
             found[part] = np.where(predictor.seen[part], classes, nothing)
             write(top, found[part])
-    return _described(place, reading, np.where(found == nothing, UNLABELLED, found.astype(np.int64)), Path(output))
+    return _described(place, reading, np.where(found == nothing, UNLABELLED, found.astype(np.int64)), target)
+
+
+def _check_place(output: Path, scene: Path) -> None:
+    """Raises ValueError for a file that would be, or take the place of, a frame of its own scene, or cannot be one."""
+    folder = scene.resolve()
+    if folder.is_dir() and output.resolve().is_relative_to(folder):
+        raise ValueError(f"output (--output): must lie outside the scene's folder, {folder}, got {output}")
+    if output.is_dir():
+        raise ValueError(f"output (--output): must be a file, {output} is a folder")
+    if found := mistakes("output (--output)", OutputFolder, output.parent):
+        raise ValueError(found[0])
 
 
 class _Predictor:
