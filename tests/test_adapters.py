@@ -203,7 +203,14 @@ def test_what_is_recomputed_draws_again_what_it_drew():
         ({"dropout": 1.0}, "dropout"),
         ({"r": 0}, "r: must be an integer of at least 1, got 0"),
         ({"rank_pattern": {"mlp": 0}}, "rank_pattern: must be an integer of at least 1, got 0"),
-        ({"init_std": -1.0}, r"init_std: must be a number of at least 0, got -1\.0"),
+        ({"init_std": -1.0}, r"init_std: must be finite and at least 0\.0, got -1\.0"),
+        ({"init_std": float("nan")}, r"init_std: must be finite and at least 0\.0, got nan"),
+        ({"scaling": float("nan")}, "scaling: must be finite, got nan"),
+        ({"scaling": -float("inf")}, "scaling: must be finite, got -inf"),
+        ({"reduction_factor": True}, "reduction_factor: must be an integer of at least 1, got True"),
+        ({"r": True}, "r: must be an integer of at least 1, got True"),
+        ({"rank_pattern": {"mlp": True}}, "rank_pattern: must be an integer of at least 1, got True"),
+        ({"stochastic": "false"}, "stochastic: must be true or false, got 'false'"),
     ],
 )
 def test_bad_configuration(change, message):

@@ -304,6 +304,7 @@ def test_magnitude_finds_small_weights(kind):
         ({"estimate_steps": 0}, "estimate_steps: must be an integer of at least 1, got 0"),
         ({"r": 1.5}, "r: must be an integer"),
         ({"round_to": 0}, "round_to: must be an integer"),
+        ({"r": True}, "r: must be an integer of at least 1, got True"),
         ({"l1": -1.0}, "l1: must be finite and at least 0"),
         ({"mask_lr_mult_ffn": float("inf")}, "mask_lr_mult_ffn: must be finite"),
     ],

@@ -21,6 +21,7 @@ class ToyConfig(OwnConfig):
     legacy: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         if self.width < 1:
             raise ValueError(f"width: must be at least 1, got {self.width}")
 

@@ -491,6 +491,7 @@ def test_counts_budgets_and_seeds(caplog):
         ({"targets": []}, "targets: must name at least one"),
         ({"budget": "all"}, "budget: must be one of"),
         ({"round_to": 0}, "round_to: must be"),
+        ({"round_to": True}, "round_to: must be an integer of at least 1, got True"),
         ({"indices": {"model.layers.0.mlp.down_proj": [72]}}, r"indices: .* must be in 0\.\.71"),
         ({"indices": {"model.layers.9.mlp.down_proj": [1]}}, "indices: the model has no weight"),
         ({"indices": {"model.layers.0.mlp.down_proj": [1, 1]}}, "each once"),

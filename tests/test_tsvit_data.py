@@ -1,6 +1,7 @@
 """Satellite series: from arrays and GeoTIFFs to windows, what is refused, splits, tiles, and the task on them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -224,11 +225,47 @@ def test_bands_by_name_and_number():
     scene = scene_of({**arrays_of(), "bands": np.array(["B02", "B03", "B8A"])})
     assert scene.picked(["B8A", 1]) == [2, 0]
     assert scene.picked([]) == [0, 1, 2]
-    for bands, message in ((["B8B"], "has no band 'B8B'; did you mean B8A"), ([4], "has bands 1 to 3, got 4")):
+    for bands, message in (
+        (["B8B"], "has no band 'B8B'; did you mean B8A"),
+        ([4], "has bands 1 to 3, got 4"),
+        ([True], "has no band True; known: B02, B03, B8A"),
+    ):
         with pytest.raises(ValueError, match=message):
             scene.picked(bands)
     with pytest.raises(ValueError, match=r"the model takes 10, got 2 .B03, B8A."):
         Reading(bands=("B03", "B8A")).check(scene, 10)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("bands", [True], "bands: must be a number or text, got True"),
+        ("bands", "B02", "bands: must be a list, got 'B02'"),
+        ("scale", 0, "scale: must be above 0, got 0"),
+        ("scale", float("nan"), "scale: must be a finite number, got nan"),
+        ("classes", ["a", "a"], "classes: each must have a name of its own"),
+        ("codes", [[7]], "codes: must be those of 2 classes, got 1"),
+        ("codes", [[7], 9], "codes: must be a list, got 9"),
+        ("unlabelled", [0.5], "unlabelled: must be a whole number, got 0.5"),
+        ("masked", "perhaps", "masked: must be true or false, got 'perhaps'"),
+        ("mean", [1.0, 2.0], "std: must be as many as mean's 2, got 0"),
+        ("std", [0.0], "std: must be above 0, got 0.0"),
+        ("head", "tokens", "head: must be one of nothing, head, token, extend, got 'tokens'"),
+        ("glasses", 1, "glasses: unknown"),
+    ],
+)
+def test_a_reading_that_is_none(tmp_path, field, value, told):
+    """By a file that somebody changed, and by a call."""
+    reading = Reading(classes=("a", "b"), nodata=float("nan"))
+    reading.save(tmp_path)
+    assert repr(Reading.load(tmp_path)) == repr(reading)
+    file = tmp_path / "series.json"
+    values = json.loads(file.read_text()) | {field: value}
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"^model: {re.escape(str(file))} is damaged: .*{re.escape(told)}"):
+        Reading.load(tmp_path)
+    with pytest.raises(ValueError, match=field):
+        Reading(**values)
 
 
 def test_labels_become_classes():

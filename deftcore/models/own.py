@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deftcore._files import replacing_file, write_json
 from deftcore.models.folders import StoredWeights
+from deftcore.ops.checks import check_flag
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -29,7 +30,8 @@ Record = TypeVar("Record")
 
 @dataclasses.dataclass
 class OwnConfig:
-    """What a model of ours is built from: a dataclass of JSON's kinds of values, checked in `__post_init__`. It may be
+    """What a model of ours is built from: a dataclass of JSON's kinds of values, checked in `__post_init__`, of which
+    this one's part are fields that are true or false. It may be
     given attributes beside its fields, as Transformers' Trainer does; they are not kept."""
 
     model_type: ClassVar[str]  # what config.json says of the kind
@@ -42,6 +44,11 @@ class OwnConfig:
     def to_json_string(self) -> str:
         """What config.json holds; Transformers' loggers ask for it by this name."""
         return json.dumps(self.to_dict(), indent=1)
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            if isinstance(each.default, bool):
+                check_flag(each.name, getattr(self, each.name))
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
@@ -58,10 +65,6 @@ class OwnConfig:
         missing = [name for name, needed in fields.items() if needed and name not in given]
         if unknown or missing:
             raise ValueError(_told({"unknown fields": unknown, "missing fields": missing}))
-        switches = [each.name for each in dataclasses.fields(cls) if isinstance(each.default, bool)]
-        for name in switches:  # "false" would be true
-            if not isinstance(given.get(name, False), bool):
-                raise ValueError(f"{name}: must be true or false, got {given[name]!r}")
         try:
             return cls(**given)
         except TypeError as error:  # a list where a number belongs

@@ -1,5 +1,6 @@
 """Checks of arguments that the ops, and the modules above them, share: one message for each kind of mistake."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -60,11 +61,24 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         raise ValueError(f"{name}: must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_number(name: str, value: Any, *, minimum: float, strict: bool = False) -> float:
+def check_count(name: str, value: Any, *, minimum: int = 1) -> None:
+    """Raises ValueError unless value is an integer, and not below `minimum`; true is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}: must be an integer of at least {minimum}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises ValueError unless value is true or false: as a text "false" would be true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: must be true or false, got {value!r}")
+
+
+def check_number(name: str, value: Any, *, minimum: float = -math.inf, strict: bool = False) -> float:
     """Returns value as a float; raises unless it is a finite number above (`strict`) or not below `minimum`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: must be a number, got {type(value).__name__}")
     above = value > minimum if strict else value >= minimum
-    if not above or value != value or value == float("inf"):
-        raise ValueError(f"{name}: must be finite and {'above' if strict else 'at least'} {minimum}, got {value}")
+    if not above or not math.isfinite(value):
+        bound = "" if minimum == -math.inf else f" and {'above' if strict else 'at least'} {minimum}"
+        raise ValueError(f"{name}: must be finite{bound}, got {value}")
     return float(value)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deftcore.ops._library import define
-from deftcore.ops.checks import check_float, check_number
+from deftcore.ops.checks import check_count, check_float, check_number
 from deftcore.ops.logits import LogitPenalties, check_teacher
 
 _NOTHING = 1e-8  # sums of singular values below it have no shares
@@ -47,8 +47,7 @@ def class_penalties(
     for name, value in (("consistency", consistency), ("diversity", diversity), ("spectral", spectral)):
         check_number(name, value, minimum=0.0)
     check_number("temperature", temperature, minimum=0.0, strict=True)
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: must be an integer of at least 1, got {k!r}")
+    check_count("k", k)
     if consistency and teacher is None:
         raise ValueError("teacher: consistency needs the pre-trained model's logits, got None")
     if teacher is not None:

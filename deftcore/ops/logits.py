@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deftcore.ops._library import define
-from deftcore.ops.checks import check_choice, check_float, check_number, check_shape
+from deftcore.ops.checks import check_choice, check_count, check_float, check_number, check_shape
 from deftcore.ops.logit_rows import (
     DIVERGENCE,
     ENTROPY,
@@ -85,8 +85,7 @@ def logit_penalties(
         ("consistency", consistency), ("diversity", diversity), ("spectral", spectral))]  # fmt: skip
     check_number("temperature", temperature, minimum=0.0, strict=True)
     for name, value, least in (("top_k", top_k, 0), ("k", k, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: must be an integer of at least {least}, got {value!r}")
+        check_count(name, value, minimum=least)
     check_choice("norm", norm, ("frobenius", "nuclear"))
     width = _check_vocabulary("student", student, vocabulary)
     if weights[0] and teacher is None:

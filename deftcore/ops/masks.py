@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deftcore.ops._library import define
-from deftcore.ops.checks import check_float, check_like, check_shape
+from deftcore.ops.checks import check_count, check_float, check_like, check_shape
 from deftcore.ops.density import ACTIVATIONS, activate, activation_grad, activation_name
 from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, stream
 
@@ -43,8 +43,7 @@ def mask_units(
     if not isinstance(mask, Tensor) or mask.layout != torch.strided or mask.dtype not in wide:
         got = getattr(mask, "dtype", type(mask).__name__)
         raise TypeError(f"mask: must be a float32 Tensor (or float64 with float64 x), got {got}")
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise ValueError(f"width: must be an integer of at least 1, got {width!r}")
+    check_count("width", width)
     if mask.dim() != 1 or x.dim() == 0 or x.shape[-1] != mask.shape[0] * width:
         raise ValueError(f"mask: must have a unit per {width} of x's {tuple(x.shape)[-1:]}, got {tuple(mask.shape)}")
     if mask.device != x.device:

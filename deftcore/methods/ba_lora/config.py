@@ -6,7 +6,7 @@ from peft import LoraConfig
 
 from deftcore.methods.ba_lora.schedules import CONSISTENCY_SCHEDULES, SCHEDULES
 from deftcore.methods.lora.paired import check_plain
-from deftcore.ops.checks import check_number
+from deftcore.ops.checks import check_count, check_number
 from deftcore.training.adapters import MethodName
 
 BASE_MODES = ("factored", "pissa")
@@ -82,8 +82,7 @@ class BaLoraConfig(LoraConfig):
             value = getattr(self, name)
             if optional and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: must be an integer of at least {least}, got {value!r}")
+            check_count(name, value, minimum=least)
 
     @property
     def of_classes(self) -> bool:

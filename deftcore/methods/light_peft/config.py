@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from deftcore.ops.checks import check_choice, check_number
+from deftcore.ops.checks import check_choice, check_count, check_number
 
 ADAPTERS = ("lora", "bottleneck")
 IMPORTANCE = ("estimated", "random", "magnitude")
@@ -81,9 +81,7 @@ class LightPeftConfig:
             if check_number(name, getattr(self, name), minimum=0.0) >= 1:
                 raise ValueError(f"{name}: must be below 1 (nothing would be left), got {getattr(self, name)}")
         for name in ("r", "estimate_steps", "round_to"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+            check_count(name, getattr(self, name))
         for name in ("l1", "l1_heads", "l1_ffn", "mask_lr_mult_heads", "mask_lr_mult_ffn"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), minimum=0.0)

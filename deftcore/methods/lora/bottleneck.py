@@ -1,7 +1,6 @@
 """Bottleneck adapters: y + s * up(f(down(y))) after the MLP (Pfeiffer et al., arXiv 2005.00052), or the parallel form
 y + s * up(f(down(x))) on the MLP's input (AdaptFormer, Chen et al., arXiv 2205.13535)."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from deftcore.models.families import FAMILIES, MLP_FORMS, check_part
 from deftcore.nn.linear import dtype_of, is_transposed, shape_of
+from deftcore.ops.checks import check_count, check_flag, check_number
 from deftcore.training.adapters import GathersShards, MethodName
 
 _NON_LINEARITIES = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -53,13 +53,15 @@ class BottleneckConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MethodName("BOTTLENECK")
-        if not isinstance(self.reduction_factor, int) or self.reduction_factor < 1:
-            raise ValueError(f"reduction_factor: must be an integer of at least 1, got {self.reduction_factor!r}")
+        check_count("reduction_factor", self.reduction_factor)
         for name, width in (("r", self.r), *(("rank_pattern", width) for width in self.rank_pattern.values())):
-            if width is not None and (not isinstance(width, int) or width < 1):
-                raise ValueError(f"{name}: must be an integer of at least 1, got {width!r}")
-        if self.init_std is not None and not 0 <= self.init_std < math.inf:
-            raise ValueError(f"init_std: must be a number of at least 0, got {self.init_std!r}")
+            if width is not None:
+                check_count(name, width)
+        for name in ("bottleneck_bias", "parallel", "stochastic"):
+            check_flag(name, getattr(self, name))
+        check_number("scaling", self.scaling)
+        if self.init_std is not None:
+            check_number("init_std", self.init_std, minimum=0.0)
         if self.non_linearity not in _NON_LINEARITIES:
             raise ValueError(f"non_linearity: must be one of {', '.join(_NON_LINEARITIES)}, got {self.non_linearity!r}")
         if not 0 <= self.dropout < 1:

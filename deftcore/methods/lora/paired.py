@@ -19,6 +19,7 @@ from deftcore.methods.lora.layer import fused_product, obstacle
 from deftcore.nn.fingerprints import fingerprints
 from deftcore.nn.linear import Linear4bit, is_transposed, shape_of
 from deftcore.nn.sharding import is_sharded
+from deftcore.ops.checks import check_count
 
 Factors = tuple[Tensor, Tensor]  # A [R, K] and B [M, R], whose product is B A
 
@@ -354,5 +355,4 @@ def check_plain(config: Any, inits: Sequence[Any]) -> None:
     if config.init_lora_weights not in inits:
         known = ", ".join(map(repr, inits))
         raise ValueError(f"init_lora_weights: must be one of {known}, got {config.init_lora_weights!r}")
-    if isinstance(config.r, bool) or not isinstance(config.r, int) or config.r < 1:
-        raise ValueError(f"r: must be an integer of at least 1, got {config.r!r}")
+    check_count("r", config.r)

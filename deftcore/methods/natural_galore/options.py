@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from deftcore._names import near
-from deftcore.ops.checks import check_choice, check_number
+from deftcore.ops.checks import check_choice, check_count, check_number
 from deftcore.ops.natural import DAMPING_MODES, FISHER_NORMS
 
 PROJ_TYPES = ("galore", "natural_galore")
@@ -49,10 +49,8 @@ class GaloreOptions:
     def __post_init__(self) -> None:
         for name, least in (("rank", 1), ("update_proj_gap", 1), ("seed", 0)):
             value = getattr(self, name)
-            if (value is not None or name != "rank") and (
-                isinstance(value, bool) or not isinstance(value, int) or value < least
-            ):
-                raise ValueError(f"{name}: must be an integer of at least {least}, got {value!r}")
+            if value is not None or name != "rank":
+                check_count(name, value, minimum=least)
         if self.seed >= 2**32:
             raise ValueError(f"seed: must be below 2^32, got {self.seed}")
         self.scale = check_number("scale", self.scale, minimum=0.0, strict=True)
@@ -86,9 +84,7 @@ class NaturalOptions(GaloreOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("natural_history", "history_every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+            check_count(name, getattr(self, name))
         if isinstance(self.history_dtype, torch.dtype):
             self.history_dtype = str(self.history_dtype).removeprefix("torch.")
         if self.history_dtype not in HISTORY_DTYPES:

@@ -12,6 +12,7 @@ from deftcore.methods.point_peft.blocks import BlockStack
 from deftcore.methods.point_peft.patches import Patches, cut_patches
 from deftcore.models.own import OwnConfig, OwnModel
 from deftcore.nn.buffers import ExactBuffers
+from deftcore.ops.checks import check_count
 
 _POSITION_WIDTH = 128
 _STD = 0.02  # of the start of weights and tokens
@@ -46,6 +47,7 @@ class PointConfig(OwnConfig):
     skip_near_origin: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_counts(self, "width", "depth", "heads", "patches", "patch_points")
         if self.encoder_width is not None:
             check_counts(self, "encoder_width")
@@ -69,9 +71,7 @@ class PointConfig(OwnConfig):
 def check_counts(config: Any, *names: str) -> None:
     """Raises ValueError where a field is no integer of at least 1."""
     for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+        check_count(name, getattr(config, name))
 
 
 def check_rates(config: Any, *names: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftConfig
 
 from deftcore.methods.point_peft.bank import MemoryBank
+from deftcore.ops.checks import check_count
 from deftcore.training.adapters import MethodName
 
 _CHOICES = {
@@ -90,8 +91,7 @@ class PointPeftConfig(PeftConfig):
             if value is None and name not in _COUNTS:
                 continue
             least = 0 if name == "prompt_blocks" else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}: must be an integer of at least {least}, got {value!r}")
+            check_count(name, value, minimum=least)
         if self.bank is not None and not isinstance(self.bank, (str, os.PathLike, MemoryBank)):
             raise TypeError(f"bank: must be a MemoryBank or its file, got {type(self.bank).__name__}")
         for name in ("dropout", "prompt_dropout"):

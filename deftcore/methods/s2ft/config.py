@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
+from deftcore.ops.checks import check_count
 from deftcore.training.adapters import MethodName
 
 STRATEGIES = ("random", "weight", "activation", "product", "gradient")
@@ -70,8 +71,7 @@ class S2ftConfig(PeftConfig):
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
-        if not isinstance(self.round_to, int) or self.round_to < 1:
-            raise ValueError(f"round_to: must be an integer of at least 1, got {self.round_to!r}")
+        check_count("round_to", self.round_to)
         for target in self.targets or []:
             if target not in TARGETS:
                 raise ValueError(f"targets: must be among {', '.join(TARGETS)}, got {target!r}")

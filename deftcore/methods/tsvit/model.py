@@ -13,6 +13,7 @@ from deftcore.methods.tsvit.heads import ClassTokens, PixelHead, patchify, unpat
 from deftcore.methods.tsvit.inputs import DATE_ROWS, check_series
 from deftcore.models.own import OwnConfig, OwnModel
 from deftcore.nn.buffers import ExactBuffers
+from deftcore.ops.checks import check_count
 
 
 @dataclasses.dataclass
@@ -35,11 +36,11 @@ class TSViTConfig(OwnConfig):
     legacy_layout: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("num_classes", "image_size", "patch_size", "channels", "dim", "heads", "dim_head",
                      "temporal_depth", "spatial_depth", "mlp_ratio", "mixed_classes"):  # fmt: skip
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value > 0) and (name != "mixed_classes" or value is not None):
-                raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+            if name != "mixed_classes" or self.mixed_classes is not None:
+                check_count(name, getattr(self, name))
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size: must be a multiple of patch_size {self.patch_size}, got {self.image_size}")
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from deftcore.methods.tsvit.encoder import Attention, Prompt
 from deftcore.methods.tsvit.model import TSViT
-from deftcore.methods.tsvit.tuner import TSViTTuner, check_count
+from deftcore.methods.tsvit.tuner import TSViTTuner
+from deftcore.ops.checks import check_count
 from deftcore.training.adapters import MethodName
 
 _NO_MERGE = "merge: prompts are no weights and cannot be merged into them; use unload()"
@@ -39,7 +40,7 @@ class TSViTPromptConfig(PeftConfig):
         self.peft_type = MethodName("TSVIT_PROMPT")
         self.target_modules = None  # which PEFT reads; the attention is found by what it is
         for name in ("temporal", "spatial"):
-            check_count(name, getattr(self, name), 0)
+            check_count(name, getattr(self, name), minimum=0)
         if not self.temporal and not self.spatial:
             raise ValueError("temporal: must be at least 1 where spatial is 0, got 0")
         for name, choices in _CHOICES.items():

@@ -4,21 +4,25 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import ValidationError
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from deftcore._files import write_json
+from deftcore.methods.tsvit.adapting import MODES
 from deftcore.methods.tsvit.scene import UNLABELLED, Scene, Window
 from deftcore.methods.tsvit.tiling import tiles
 from deftcore.models.own import read_record
+from deftcore.training.fields import OPTIONS, Integer, Number, Positive, Text, one_of, problems
 
 READING_FILE = "series.json"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=OPTIONS)
 class Reading:
     """What of a scene becomes a model's input and labels.
 
@@ -32,18 +36,28 @@ class Reading:
         masked: whether patches with a cloud or without data are left out; False reads everything, as the authors do.
         mean, std: of each band in the model's units; empty: the model's own.
         head: how the classes were made of a base model's, where an adapter stands beside it.
+
+    Raises ValueError, naming the field, on a value out of range.
     """
 
-    bands: tuple[str | int, ...] = ()
-    scale: float = 1.0
+    bands: tuple[Integer | Text, ...] = ()
+    scale: Positive = 1.0
     nodata: float | None = None
-    classes: tuple[str, ...] = ()
-    codes: tuple[tuple[int, ...], ...] = ()
-    unlabelled: tuple[int, ...] = ()
+    classes: tuple[Text, ...] = ()
+    codes: tuple[tuple[Integer, ...], ...] = ()
+    unlabelled: tuple[Integer, ...] = ()
     masked: bool = True
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    head: str = ""
+    mean: tuple[Number, ...] = ()
+    std: tuple[Positive, ...] = ()
+    head: Annotated[Text, one_of("", *MODES)] = ""
+
+    def __post_init__(self) -> None:
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes: each must have a name of its own, got {self.classes}")
+        if self.codes and len(self.codes) != len(self.classes):
+            raise ValueError(f"codes: must be those of {len(self.classes)} classes, got {len(self.codes)}")
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"std: must be as many as mean's {len(self.mean)}, got {len(self.std)}")
 
     def check(self, scene: Scene, channels: int) -> None:
         """Raises ValueError for a scene that has not the bands that the model takes."""
@@ -100,10 +114,11 @@ class Reading:
             ValueError: the file is damaged.
         """
 
-        def made(values: dict[str, Any]) -> "Reading":
-            values["codes"] = [tuple(codes) for codes in values["codes"]]
-            fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-            return cls(**fields)
+        def made(values: dict) -> "Reading":
+            try:
+                return cls(**values)
+            except ValidationError as error:
+                raise ValueError("; ".join(problems(error, cls))) from error
 
         return read_record(folder, READING_FILE, made)
 

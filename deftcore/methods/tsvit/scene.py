@@ -86,14 +86,14 @@ class Scene:
         """
         found = []
         for band in bands:
-            if isinstance(band, int):
+            if isinstance(band, int) and not isinstance(band, bool):
                 if not 1 <= band <= len(self.bands):
                     raise ValueError(f"bands: {self.where} has bands 1 to {len(self.bands)}, got {band}")
                 found.append(band - 1)
             elif band in self.bands:
                 found.append(self.bands.index(band))
             else:
-                raise ValueError(f"bands: {self.where} has no band {band!r}{near(band, self.bands)}")
+                raise ValueError(f"bands: {self.where} has no band {band!r}{near(str(band), self.bands)}")
         return found or list(range(len(self.bands)))
 
     def read(

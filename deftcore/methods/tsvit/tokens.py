@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from deftcore.methods.tsvit.heads import ClassTokens
 from deftcore.methods.tsvit.model import TSViT
-from deftcore.methods.tsvit.tuner import TSViTTuner, check_count
+from deftcore.methods.tsvit.tuner import TSViTTuner
+from deftcore.ops.checks import check_count
 from deftcore.training.adapters import MethodName
 
 
@@ -32,7 +33,7 @@ class TSViTTokenConfig(PeftConfig):
         self.peft_type = MethodName("TSVIT_TOKEN")
         self.target_modules = None  # which PEFT reads; there are but one module's tokens
         if self.tokens is not None:
-            check_count("tokens", self.tokens, 1)
+            check_count("tokens", self.tokens)
 
 
 class TokenLayer(nn.Module, BaseTunerLayer):

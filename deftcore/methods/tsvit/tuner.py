@@ -48,9 +48,3 @@ class TSViTTuner(GathersShards):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # PEFT's own looks for weights, which attention has not
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raises ValueError, naming the field, unless value is an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: must be an integer of at least {least}, got {value!r}")
