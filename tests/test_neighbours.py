@@ -279,6 +279,12 @@ def test_gradients():
     assert check(lambda v, w: ops.gather_points(v, indices, w), every[2:])
     for k in (3, None):
         assert check(lambda p, q, v, k=k: ops.interpolate(p, q, v, k), every[:3])
+    twice = torch.autograd.gradgradcheck
+    assert twice(lambda p, q: ops.knn(p, q, 4, lengths=lengths)[1].clamp(max=1e6), every[:2])
+    assert twice(lambda v: ops.gather_points(v, indices).square(), every[2:3])
+    assert twice(lambda v, w: ops.gather_points(v, indices, w), every[2:])
+    for k in (3, None):
+        assert twice(lambda p, q, v, k=k: ops.interpolate(p, q, v, k), every[:3])
     assert not ops.farthest_point_sample(p, 3).requires_grad
     assert not ops.knn(p, q, 3)[0].requires_grad
 
@@ -301,8 +307,8 @@ def test_opcheck():
     torch.library.opcheck(deftcore.ball_query.default, (p.detach(), q.detach(), 4, 0.5, None))
     torch.library.opcheck(deftcore.gather_points.default, (x, indices, weights.requires_grad_()))
     torch.library.opcheck(deftcore.gather_points.default, (x, indices[..., :1], None))
-    grad = torch.randn(2, 6, 7)
-    for w, f in ((weights.detach(), x.detach()), (weights.detach(), None)):
+    grad = torch.randn(2, 6, 7, requires_grad=True)
+    for w, f in ((weights, x), (weights, None), (weights.detach(), None)):
         torch.library.opcheck(deftcore.gather_points_grad.default, (grad, indices, w, f, 20))
 
 
@@ -333,6 +339,7 @@ def test_bad_arguments():
         "k: must be at least 1": lambda: ops.knn(p, q, 0),
         "k: must be an integer": lambda: ops.ball_query(p, q, 2.0, 1.0),
         "radius: must be finite and above 0": lambda: ops.ball_query(p, q, 2, 0.0),
+        "centres: must be finite": lambda: ops.interpolate(nan, q, x),
         "indices: must be in 0..7, got 8": lambda: ops.gather_points(x, indices + 8),
         "indices: must be in 0..7, got -1": lambda: ops.gather_points(x, indices - 1),
         "indices: must be an int64": lambda: ops.gather_points(x, indices.int()),

@@ -146,12 +146,12 @@ def _at_least(name: str, value: Any, least: int) -> int:
     return value
 
 
-def _check_values(lengths: Tensor | None, **clouds: Tensor) -> None:
+def check_values(lengths: Tensor | None, **clouds: Tensor) -> None:
     """Raises unless all coordinates are finite and all lengths are some."""
     for name, x in clouds.items():
         if x.numel() == 0 or capturing(x.device):
             continue
-        low, high = (float(v) for v in x.aminmax())
+        low, high = (float(v) for v in x.detach().aminmax())
         if not (low >= -_MOST and high <= _MOST):  # NaN too
             raise ValueError(f"{name}: must be finite and of size at most {_MOST:g}, got values in {low}..{high}")
     if lengths is not None and lengths.numel() and not capturing(lengths.device):
@@ -171,7 +171,7 @@ def _sizes(lengths: Tensor | None) -> Tensor | None:
 def _farthest_point_sample_impl(
     points: Tensor, samples: int, start: int, lengths: Tensor | None, repeat: bool, skip_near_origin: bool
 ) -> Tensor:
-    _check_values(lengths, points=points)
+    check_values(lengths, points=points)
     if not capturing(points.device) and points.shape[0]:
         _check_samples(points, samples, start, lengths, repeat, skip_near_origin)
     kernels = backend("farthest_point_sample", points)
@@ -248,7 +248,7 @@ def farthest_point_sample_ref(
 
 
 def _knn_impl(points: Tensor, queries: Tensor, k: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    _check_values(lengths, points=points, queries=queries)
+    check_values(lengths, points=points, queries=queries)
     kernels = backend("knn", points)
     if kernels is None:
         indices, distances = knn_ref(points, queries, k, lengths)
@@ -320,7 +320,7 @@ def knn_ref(points: Tensor, queries: Tensor, k: int, lengths: Tensor | None = No
 def _ball_query_impl(
     points: Tensor, queries: Tensor, k: int, radius: float, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    _check_values(lengths, points=points, queries=queries)
+    check_values(lengths, points=points, queries=queries)
     kernels = backend("ball_query", points)
     if kernels is None:
         return ball_query_ref(points, queries, k, radius, lengths)

@@ -13,7 +13,8 @@ from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, 
 def gather_points(features: Tensor, indices: Tensor, weights: Tensor | None = None) -> Tensor:
     """Features of points by their numbers, features[b, indices[b]], or their weighted sums over the last dimension.
 
-    The way back adds up, for each point, what its uses bring, in the order of the indices: repeats are bit-equal.
+    The way back adds up, for each point, what its uses bring, in the order of the indices: repeats are bit-equal. Its
+    own way back is exact too: gradients of gradients are there.
 
     Args:
         features: [B, N, C], float32, bfloat16, float16, float64.
@@ -159,11 +160,37 @@ def gather_points_grad_ref(
     return grad_features, (found.to(wide.dtype) * wide.unsqueeze(2)).sum(-1).to(weights.dtype)
 
 
+def _gather_points_grad_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    grad, indices, weights, features, ctx.points = inputs
+    ctx.save_for_backward(grad, indices, weights, features)
+    ctx.set_materialize_grads(False)
+
+
+def _gather_points_grad_backward(ctx: Any, of_features: Tensor | None, of_weights: Tensor | None) -> tuple:
+    """Both outputs are linear in every input, so that the way back is the two ops once more."""
+    grad, indices, weights, features = ctx.saved_tensors
+    needs_grad, _, needs_weights, needs_features, _ = ctx.needs_input_grad
+    parts, to_weights, to_features = [], None, None
+    if of_features is not None:
+        if needs_grad:
+            parts.append(_gather_points(of_features, indices, weights))
+        if needs_weights:
+            _, to_weights = gather_points_grad(grad, indices, weights, of_features, ctx.points)
+    if of_weights is not None and features is not None:
+        if needs_grad:
+            parts.append(_gather_points(features, indices, of_weights))
+        if needs_features:
+            to_features, _ = gather_points_grad(grad, indices, of_weights, None, ctx.points)
+    return sum(parts[1:], parts[0]) if parts else None, None, to_weights, to_features, None
+
+
 gather_points_grad = define(
     "gather_points_grad(Tensor grad, Tensor indices, Tensor? weights, Tensor? features, int points)"
     " -> (Tensor, Tensor)",
     _gather_points_grad_impl,
     _gather_points_grad_fake,
+    setup_context=_gather_points_grad_setup,
+    backward=_gather_points_grad_backward,
 )
 _gather_points = define(
     "gather_points(Tensor features, Tensor indices, Tensor? weights) -> Tensor",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deftcore.ops.autocast import autocast_to
 from deftcore.ops.checks import check_float
-from deftcore.ops.neighbours import check_points, knn
+from deftcore.ops.neighbours import check_points, check_values, knn
 from deftcore.ops.neighbours_gather import gather_points
 
 _NEAR = 1e-8  # added to a squared distance
@@ -28,6 +28,8 @@ class Interpolation(NamedTuple):
         """Weights 1 / (squared distance + 1e-8) of the k nearest centres, scaled to the sum 1; arguments as for
         `interpolate`."""
         size = check_points("centres", centres).shape[1]
+        if not torch.compiler.is_compiling():  # a compiled call hears of it from knn
+            check_values(None, centres=centres)
         every = k is None or (isinstance(k, int) and not isinstance(k, bool) and k >= size)
         indices, distances = knn(centres, queries, size if every or k is None else k)
         weights = 1 / (distances + _NEAR)
