@@ -107,7 +107,6 @@ BY_FILE = {
         ("mask", "if (least >= 0.0f) best", "if (least > 0.0f) best"),
         ("mask", "__ballot_sync(0xffffffffu, key < most)", "__ballot_sync(0x7fffffffu, key < most)"),
         ("mask", "distance_of(key) < args.square", "distance_of(key) <= args.square"),
-        ("mask", "if (next < most) insert(next);", "insert(next);"),
         ("tail", "i < count && queries.lengths[q] > 0 ? key", "queries.lengths[q] > 0 ? key"),
         ("tail", "first + q < args.count ? length_of", "first + q <= args.count ? length_of"),
         ("tail", "slot < args.k) {\n      args.indices", "slot <= args.k) {\n      args.indices"),

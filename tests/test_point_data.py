@@ -183,6 +183,11 @@ def test_names_may_be_bytes(tmp_path):
 
 
 def test_folders_that_are_no_set(tmp_path):
+    for function in (class_names, has_test):
+        with pytest.raises(FileNotFoundError, match="data: no such file"):
+            function(tmp_path / "missing")
+        with pytest.raises(ValueError, match="must be a folder, or end in"):
+            function(__file__)
     with pytest.raises(FileNotFoundError, match="data: no such file"):
         read_clouds(tmp_path / "nowhere")
     (tmp_path / "notes.md").write_text("")
@@ -218,6 +223,8 @@ def test_clouds_fill_the_unit_ball():
     assert np.linalg.norm(ball, axis=1).max() == pytest.approx(1, abs=1e-6)
     np.testing.assert_allclose(unit_ball(7 * CLOUD - 3), ball, atol=1e-5)
     assert not unit_ball(np.full((4, 3), 5.0)).any()  # all points equal
+    for size in (1e-200, 1e200):  # whose squares are no float64
+        np.testing.assert_array_equal(unit_ball(size * CLOUD.astype(np.float64)).round(5), ball.round(5))
 
 
 def test_the_first_points_are_those_far_apart():

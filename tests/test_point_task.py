@@ -15,6 +15,7 @@ from point_clouds import SHAPES, shape, tiny_mae, write_arrays, write_folders
 from safetensors.torch import load_file
 
 from deftcore import PointPeftConfig
+from deftcore._files import write_json
 from deftcore.cli import main
 from deftcore.methods.point_peft.attention import attention_to_points
 from deftcore.methods.point_peft.bank import MemoryBank
@@ -138,7 +139,7 @@ def test_from_a_backbone_of_its_own_to_a_merged_classifier(place, tmp_path, caps
     plain = PointClassifier.from_pretrained(merged)
     torch.testing.assert_close(plain(cloud).logits, adapted(points=cloud).logits, rtol=1e-4, atol=1e-5)
     reader, same = PointTask.reader(merged), PointTask.reader(base, tmp_path / "run" / "final")
-    assert (reader.clouds.classes, reader.clouds.points) == (sorted(SHAPES), 64)
+    assert (reader.clouds.classes, reader.clouds.points) == (tuple(sorted(SHAPES)), 64)
     file = tmp_path / "shapes" / "rod" / "test" / "7.npy"
     found = reader(file)
     assert list(found.values()) == sorted(found.values(), reverse=True)
@@ -146,6 +147,19 @@ def test_from_a_backbone_of_its_own_to_a_merged_classifier(place, tmp_path, caps
     assert found == pytest.approx(same(np.load(file)), rel=1e-3)
     with pytest.raises(ValueError, match="does not say which classes it tells"):
         PointTask.reader(base)
+    known = json.loads((merged / "clouds.json").read_text())
+    for change, message in (
+        ({"classes": known["classes"][:-1]}, f"names {len(SHAPES) - 1} classes .*, the model tells {len(SHAPES)}"),
+        ({"classes": "rod"}, "clouds.json is damaged: classes: must be a list"),
+        ({"points": True}, "clouds.json is damaged: points: must be a whole number"),
+        ({"normalise": True}, "clouds.json is damaged: normalise: unknown, did you mean normalize"),
+    ):
+        write_json(merged / "clouds.json", known | change)
+        with pytest.raises(ValueError, match=message):
+            PointTask.reader(merged)
+        with pytest.raises(ValueError, match=message):
+            PointTask.of_model(merged, PointTask.load_model(merged))
+    write_json(merged / "clouds.json", known)
     paths = [f"model={merged}", f"data.train={tmp_path / 'shapes'}", f"output={tmp_path / 'again'}"]
     assert main(["train", "recipes/point-peft.yaml", *paths, "method=full", "adapter={}", *short]) == 0
     capsys.readouterr()

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 from deftcore._names import near
 
 F = TypeVar("F", bound=Callable[..., Any])
+Record = TypeVar("Record")
 OPTIONS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
 
@@ -164,6 +165,14 @@ def mistakes(name: str, kind: Any, value: Any) -> list[str]:
     except ValidationError as error:
         return [name + line for line in problems(error, type(None))]
     return []
+
+
+def record_of(kind: type[Record], values: dict[str, Any]) -> Record:
+    """A pydantic dataclass made of a file's values: ValueError, naming each mistake."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise ValueError("; ".join(problems(error, kind))) from error
 
 
 def checked(function: F) -> F:

@@ -193,7 +193,8 @@ int main() {
         for (const int64_t k : {1, 3, 33, 140}) test_searches(2, size, 9, k, grid);
       }
       test_searches(2, 4200, 3, 32, grid);  // more than a chunk
-      test_farthest(1, 40000, 20, grid, false);
+      // A thread of a GPU holds 4, 8, 12 points, or reads them again.
+      for (const int64_t size : {1500, 3000, 5000, 40000}) test_farthest(1, size, 20, grid, false);
     }
     for (const int64_t width : {0, 1, 15, 64, 130, 300}) {
       for (const int64_t k : {1, 2, 5}) test_gather(2, 13, 21, k, width);

@@ -44,15 +44,15 @@ def class_names(path: str | os.PathLike) -> list[str]:
     Raises:
         ValueError, FileNotFoundError: as `read_clouds`.
     """
-    path = Path(path)
+    path = _existing(path)
     if path.is_dir():
         return _classes_of([_placed(path, file)[1] for file in _files(path)], path)
     return _of_arrays(path)[1] if path.suffix.lower() in ARRAYS else []
 
 
 def has_test(path: str | os.PathLike) -> bool:
-    """Whether a set is divided into a part to train on and one to test on."""
-    path = Path(path)
+    """Whether a set is divided into a part to train on and one to test on; raises as `read_clouds`."""
+    path = _existing(path)
     if path.is_dir():
         return any(_placed(path, file)[0] == "test" for file in _files(path))
     return path.suffix.lower() in ARRAYS and _is_test(read_arrays(path), path) is not None
@@ -76,18 +76,20 @@ def read_clouds(path: str | os.PathLike, part: str = "train", *, surface: int = 
         ValueError: naming file and array, or the cloud: other shapes, no points, points that are not finite, labels
             outside the classes, nothing in that part.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"data: no such file: {path}")
-    if path.is_dir():
-        found = _read_folder(path, part, surface)
-    elif path.suffix.lower() in (*ARRAYS, ".npy"):
-        found = _read_file(path, part)
-    else:
-        raise ValueError(f"data: {path} must be a folder, or end in {', '.join((*ARRAYS, '.npy'))}")
+    path = _existing(path)
+    found = _read_folder(path, part, surface) if path.is_dir() else _read_file(path, part)
     if not found.points:
         raise ValueError(f"data: {path} has no clouds to {part} on")
     return found
+
+
+def _existing(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"data: no such file: {path}")
+    if not path.is_dir() and path.suffix.lower() not in (*ARRAYS, ".npy"):
+        raise ValueError(f"data: {path} must be a folder, or end in {', '.join((*ARRAYS, '.npy'))}")
+    return path
 
 
 # ---------------------------------------------------------------------------- folders
@@ -193,6 +195,8 @@ def _one_each(arrays: dict[str, np.ndarray], name: str, path: Path) -> np.ndarra
 def unit_ball(points: np.ndarray) -> np.ndarray:
     """A cloud about its mean, its farthest point at distance 1, float32; one whose points are all equal stays there."""
     centred = points.astype(np.float64) - points.astype(np.float64).mean(0)
+    _, exponent = np.frexp(np.abs(centred).max())
+    centred = np.ldexp(centred, -exponent)  # squares of very large or small coordinates are none
     radius = np.sqrt(np.square(centred).sum(1).max())
     return (centred / radius if radius > 0 else centred).astype(np.float32)
 

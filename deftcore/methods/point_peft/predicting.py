@@ -1,12 +1,14 @@
 """What a cloud is, by a classifier that a run left."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from deftcore._files import write_json
@@ -16,11 +18,12 @@ from deftcore.methods.point_peft.data import farthest_first, unit_ball
 from deftcore.methods.point_peft.formats import SURFACE, checked_cloud, read_cloud
 from deftcore.methods.point_peft.pretraining import PointMae
 from deftcore.models.own import read_record
+from deftcore.training.fields import OPTIONS, Count, Text, record_of
 
 _FILE = "clouds.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=OPTIONS)
 class Clouds:
     """What a classifier knows of the clouds that it was trained on; a file beside its weights.
 
@@ -30,8 +33,8 @@ class Clouds:
         normalize: whether a cloud is brought into the unit ball.
     """
 
-    classes: Sequence[str]
-    points: int
+    classes: Annotated[tuple[Text, ...], Field(min_length=1)]
+    points: Count
     normalize: bool
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -44,7 +47,16 @@ class Clouds:
         Raises:
             ValueError: the file is damaged.
         """
-        return read_record(folder, _FILE, lambda values: cls(**values))
+        return read_record(folder, _FILE, partial(record_of, cls))
+
+    def check(self, model: Any, folder: str | os.PathLike) -> None:
+        """Raises ValueError where the classifier tells another number of classes than the folder names."""
+        told = getattr(model.config, "classes", 0)  # a backbone tells none
+        if told != len(self.classes):
+            raise ValueError(
+                f"model: {Path(folder) / _FILE} names {len(self.classes)} classes ({', '.join(self.classes)}), the "
+                f"model tells {told}"
+            )
 
 
 class CloudReader:

@@ -131,6 +131,8 @@ class PointTask(CloudTask):
     def base_of(cls, path: str | os.PathLike, trained: str | os.PathLike) -> PointClassifier:
         model, known = cls.load_model(path), Clouds.load(trained)
         if isinstance(model, PointClassifier):
+            if known is not None:
+                known.check(model, trained)
             return model
         if known is None:
             raise ValueError(f"adapter: {trained} does not say which classes it tells, and {path} has no head")
@@ -150,13 +152,20 @@ class PointTask(CloudTask):
         known = Clouds.load(trained or path)
         if known is None:
             raise ValueError(f"model: {os.fspath(trained or path)} does not say which classes it tells")
-        model = load_adapter(cls.base_of(path, trained), trained) if trained else cls.load_model(path)
+        if trained:
+            return CloudReader(load_adapter(cls.base_of(path, trained), trained).eval(), known)
+        model = cls.load_model(path)
+        known.check(model, path)
         return CloudReader(model.eval(), known)
 
     @classmethod
     def of_model(cls, path: str | os.PathLike, model: Any) -> "PointTask":
         known = Clouds.load(path)
-        return cls(() if known is None else known.classes)
+        if known is None:
+            return cls()
+        if isinstance(model, PointClassifier):
+            known.check(model, path)
+        return cls(known.classes)
 
     def prepare(self, model: Any, config: LabelledPointData) -> PointClassifier:
         """The classifier, or one with a new head on a backbone."""
@@ -201,7 +210,7 @@ class PointTask(CloudTask):
 
     def save(self, model: Any, folder: Path) -> None:
         save_trained(model, folder)
-        Clouds(self.classes, self.data.points, self.data.normalize).save(folder)
+        Clouds(tuple(self.classes), self.data.points, self.data.normalize).save(folder)
 
     # ------------------------------------------------------------------ the loop
 

@@ -3,12 +3,12 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from deftcore.methods.tsvit.adapting import MODES
 from deftcore.methods.tsvit.scene import UNLABELLED, Scene, Window
 from deftcore.methods.tsvit.tiling import tiles
 from deftcore.models.own import read_record
-from deftcore.training.fields import OPTIONS, Integer, Number, Positive, Text, one_of, problems
+from deftcore.training.fields import OPTIONS, Integer, Number, Positive, Text, one_of, record_of
 
 READING_FILE = "series.json"
 
@@ -113,14 +113,7 @@ class Reading:
         Raises:
             ValueError: the file is damaged.
         """
-
-        def made(values: dict) -> "Reading":
-            try:
-                return cls(**values)
-            except ValidationError as error:
-                raise ValueError("; ".join(problems(error, cls))) from error
-
-        return read_record(folder, READING_FILE, made)
+        return read_record(folder, READING_FILE, partial(record_of, cls))
 
 
 def statistics(scenes: Sequence[Scene], reading: Reading) -> tuple[list[float], list[float]]:
