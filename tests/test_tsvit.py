@@ -186,6 +186,16 @@ def test_any_number_of_frames(frames):
     assert small()(x, doy).shape == (2, 3, 8, 8)
 
 
+def test_a_batch_of_none():
+    """Which a loader's last process may have: logits of it, and gradients of zero."""
+    model, (x, doy) = adapt_classes(small(), 2), series()
+    for mask in (None, torch.ones(0, 5, dtype=torch.bool), torch.ones(0, 5, 16, dtype=torch.bool)):
+        logits = model(x[:0], doy[:0], mask)
+        assert logits.shape == (0, 2, 8, 8)
+    segmentation_loss(logits, torch.zeros(0, 8, 8, dtype=torch.int64)).backward()
+    assert not any(p.grad.any() for p in model.parameters())
+
+
 def test_day_366_has_the_row_of_365():
     model, (x, doy) = small(), series()
     assert torch.equal(model(x, torch.full_like(doy, 366)), model(x, torch.full_like(doy, 365)))
@@ -241,6 +251,9 @@ def test_what_is_not_packed(change, told):
         ({"x": torch.zeros(2, 5, 4, 8)}, ValueError, r"x: must be \[B, T, C, H, W\]"),
         ({"x": torch.zeros(2, 0, 4, 8, 8), "doy": torch.ones(2, 0, dtype=torch.int64)}, ValueError, "one frame"),
         ({"x": torch.zeros(2, 5, 4, 8, 8, dtype=torch.bool)}, TypeError, "x: must be numbers"),
+        ({"x": [[1.0]]}, TypeError, "x: must be a Tensor, got list"),
+        ({"doy": None}, TypeError, "doy: must be a Tensor, got NoneType"),
+        ({"mask": [True]}, TypeError, "mask: must be a Tensor, got list"),
     ],
 )  # fmt: skip
 def test_what_is_no_series(change, error, told):
@@ -260,6 +273,8 @@ def test_what_is_no_series(change, error, told):
         ({"mixed_classes": True}, "mixed_classes: must be an integer of at least 1, got True"),
         ({"legacy_layout": "false"}, "legacy_layout: must be true or false, got 'false'"),
         ({"band_mean": [1.0, 2.0]}, "band_mean: must be 4 numbers"),
+        ({"band_mean": 3.0}, "band_mean: must be 4 numbers"),
+        ({"band_mean": "B234"}, "band_mean: must be 4 numbers"),
         ({"band_std": [1.0, 2.0, 0.0, 1.0]}, "band_std: must be 4 positive numbers"),
     ],
 )
@@ -658,7 +673,8 @@ def test_no_labelled_pixel(classes, dice):
         (torch.zeros(2, 1, 5, 5, dtype=torch.int64), {}, ValueError, r"labels: must be \[2, 5, 5\]"),
         (torch.full((2, 5, 5), 2), {}, ValueError, "labels: must be 0 to 1, or -100 for none, got 2"),
         (torch.full((2, 5, 5), -1), {}, ValueError, "labels: must be 0 to 1, or -100 for none, got -1"),
-        (torch.zeros(2, 5, 5, dtype=torch.int64), {"dice": -1.0}, ValueError, "dice: must be a number of at least 0"),
+        (torch.zeros(2, 5, 5, dtype=torch.int64), {"dice": -1.0}, ValueError, "dice: must be finite and at least 0"),
+        ([0], {}, TypeError, "labels: must be a Tensor, got list"),
     ],
 )
 def test_labels_that_are_none(labels, options, error, told):

@@ -54,9 +54,12 @@ def check_series(x: Tensor, doy: Tensor, mask: Tensor | None) -> None:
         mask: bool, [B, T] or [B, T, n^2]; True is usable.
 
     Raises:
-        TypeError: x is neither floating nor integer, doy not integer, mask not bool.
+        TypeError: one is no tensor; x is neither floating nor integer, doy not integer, mask not bool.
         ValueError: a shape, a device or a day is none of these.
     """
+    for name, given in (("x", x), ("doy", doy), ("mask", mask)):
+        if not isinstance(given, Tensor) and (name != "mask" or given is not None):
+            raise TypeError(f"{name}: must be a Tensor, got {type(given).__name__}")
     if x.ndim != 5 or x.shape[1] < 1:
         raise ValueError(f"x: must be [B, T, C, H, W] with at least one frame, got {list(x.shape)}")
     if x.dtype == torch.bool or x.is_complex():

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deftcore.ops.checks import check_float, check_number
+
 
 def segmentation_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, dice: float = 0.0) -> Tensor:
     """The mean cross-entropy of the labelled pixels, binary for one logit; 0, with gradient 0, where there are none.
@@ -19,12 +21,12 @@ def segmentation_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = -10
         A scalar, float32 for halves.
 
     Raises:
-        TypeError, ValueError: labels is not integer, of another shape, or has a label that is none; dice is negative.
+        TypeError, ValueError: logits are no floating [B, Q, H, W]; labels is not integer, of another shape, or has a
+            label that is none; dice is negative, or no finite number.
     """
+    _check(logits, labels, ignore_index)
     classes = logits.shape[1]
-    _check(logits, labels, ignore_index, max(classes, 2))
-    if not dice >= 0:
-        raise ValueError(f"dice: must be a number of at least 0, got {dice!r}")
+    check_number("dice", dice, minimum=0.0)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels.long()  # bytes have no -100
     labelled = labels != ignore_index
@@ -50,7 +52,13 @@ def predicted_classes(logits: Tensor) -> Tensor:
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
 
 
-def _check(logits: Tensor, labels: Tensor, ignore_index: int, classes: int) -> None:
+def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
+    check_float("logits", logits)
+    if logits.ndim != 4:
+        raise ValueError(f"logits: must be [B, Q, H, W], got {list(logits.shape)}")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: must be a Tensor, got {type(labels).__name__}")
+    classes = max(logits.shape[1], 2)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels: must be integers, got {labels.dtype}")
     shape = [logits.shape[0], *logits.shape[2:]]

@@ -136,12 +136,12 @@ class TSViT(ExactBuffers, OwnModel):
         frames = frames.masked_fill(unread, 0.0).to(self.positions.dtype)
         days = F.one_hot(doy.long().clamp(max=DATE_ROWS - 1), DATE_ROWS).to(self.positions.dtype)
         z = self.patch(frames) + self.dates(days).unsqueeze(2)  # [B, T, n^2, d]
-        batch, length = z.shape[:2]
+        batch, length, patches = z.shape[:3]
         z = self.class_tokens(z.transpose(1, 2).flatten(0, 1))
         tokens = z.shape[1] - length
         if mask is not None:
             mask = F.pad(mask.transpose(1, 2).flatten(0, 1), (tokens, 0), value=True)
-        return self.temporal(z, mask, keep=tokens).unflatten(0, (batch, -1))
+        return self.temporal(z, mask, keep=tokens).unflatten(0, (batch, patches))
 
     def encode_space(self, z: Tensor) -> Tensor:
         """The space encoder's outputs [B, K, n^2, d], each class by itself, for the time encoder's [B, n^2, K, d]."""
@@ -182,8 +182,11 @@ class TSViT(ExactBuffers, OwnModel):
 
 
 def _per_band(name: str, values: Sequence[float] | None, default: float, channels: int) -> Tensor:
-    found = [default] * channels if values is None else [float(value) for value in values]
     positive = name == "band_std"  # looked at as they are given: a tensor on "meta" has no values
+    try:
+        found = [default] * channels if values is None else [float(value) for value in values]
+    except (TypeError, ValueError):
+        found = []
     if len(found) != channels or not all(map(math.isfinite, found)) or (positive and min(found) <= 0):
         kind = "positive numbers" if positive else "numbers"
         raise ValueError(f"{name}: must be {channels} {kind}, one a channel, got {values}")
