@@ -10,7 +10,7 @@ from torch import nn
 
 from deftcore import BitFitConfig, BottleneckConfig, TSViT, TSViTPromptConfig, TSViTTokenConfig
 from deftcore.methods.tsvit.adapting import adapt_classes
-from deftcore.methods.tsvit.checkpoints import published_name
+from deftcore.methods.tsvit.checkpoints import load_published, published_name
 from deftcore.methods.tsvit.encoder import Attention
 from deftcore.methods.tsvit.inputs import unpack
 from deftcore.training.adapters import load_adapter
@@ -47,6 +47,7 @@ METHODS = {
     name: make for name, (_, make) in COUNTS.items()
 } | {
     "stochastic": lambda: adaptformer(4, stochastic=True),
+    "on fc2": lambda: adaptformer(4, ["fc2"]),
     "inside": lambda: TSViTPromptConfig(temporal=2, spatial=3, place="inside", modules_to_save=HEAD),
     "shallow": lambda: TSViTPromptConfig(temporal=2, spatial=3, depth="shallow", modules_to_save=HEAD),
     "tokens": lambda: TSViTTokenConfig(modules_to_save=MIXER),
@@ -243,6 +244,44 @@ def test_no_merge(name):
             merge()
     assert torch.equal(model(*batch), logits)
     assert type(model.unload()) is TSViT
+
+
+@ALL
+def test_a_checkpoints_tensors_are_beneath_an_adapter(name):
+    """Each by name and value, of a published file that was read, given a mixer and adapted; none is another's."""
+    torch.manual_seed(3)
+    stored = {published_name(key): p.detach() for key, p in TSViT(**SMALL).named_parameters()}
+    base = adapt_classes(load_published(stored, heads=2), 1)
+    mixer = {f"mixer.{key}": p.detach().clone() for key, p in base.mixer.named_parameters()}
+    model, found = peft.get_peft_model(base, METHODS[name]()), {}
+    for key, p in model.named_parameters():
+        plain = key.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
+        if plain in mixer:
+            assert torch.equal(p, mixer[plain])
+        elif "modules_to_save" not in plain and not any(
+            part in plain for part in ("lora_", "bitfit_", "bottleneck_", "tsvit_")
+        ):
+            found[published_name(plain)] = p
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(p, stored[key]) for key, p in found.items())
+
+
+@pytest.mark.slow
+@ALL
+def test_compiled(name):
+    """Whole, in training and else, with the draws of a plain run."""
+    model, (x, doy), mask = peft.get_peft_model(small(), METHODS[name]()), series(), torch.rand(2, 5) < 0.7
+    torch.compiler.reset()
+    compiled = torch.compile(moved(model), fullgraph=True, backend="aot_eager")
+    close(compiled(x, doy, mask), model(x, doy, mask))
+    model.train()
+    logits = []
+    for run in (model, compiled):
+        torch.manual_seed(3)
+        logits.append(run(x, doy, mask))
+    close(*logits)
+    logits[1].sum().backward()
+    assert all(p.grad is not None for p in trained(model).values())
 
 
 def test_prompts_add_up():

@@ -113,6 +113,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.configs: dict[str, BottleneckConfig] = {}
         self.merged_adapters: list[str] = []
         self._tap: torch.utils.hooks.RemovableHandle | None = None
+        self._tapped = False  # which `forward` asks in place of the handle, as graphs cannot hold one
         self._mlp_input: Tensor | None = None
         self.update_layer(adapter_name, config, r)
 
@@ -151,13 +152,13 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def tap(self, first: nn.Module) -> None:
         """Reads the MLP's input at its first projection, where the layer calls the projections itself."""
         if self._tap is None:
-            self._tap = first.register_forward_pre_hook(self._remember)
+            self._tap, self._tapped = first.register_forward_pre_hook(self._remember), True
 
     def untap(self) -> None:
         """Undoes `tap`, when the layer is unloaded."""
         if self._tap is not None:
             self._tap.remove()
-            self._tap = None
+            self._tap, self._tapped = None, False
 
     def _remember(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._mlp_input = args[0]
@@ -169,7 +170,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             RuntimeError: parallel, where the MLP's first projection has not run.
         """
         y = self.base_layer(x, *args, **kwargs)
-        mlp_input, self._mlp_input = (x if self._tap is None else self._mlp_input), None
+        mlp_input, self._mlp_input = (self._mlp_input if self._tapped else x), None
         if self.disable_adapters:
             return y
         for name in self.active_adapters:
