@@ -151,8 +151,8 @@ def test_from_a_backbone_of_its_own_to_a_merged_classifier(place, tmp_path, caps
     for change, message in (
         ({"classes": known["classes"][:-1]}, f"names {len(SHAPES) - 1} classes .*, the model tells {len(SHAPES)}"),
         ({"classes": "rod"}, "clouds.json is damaged: classes: must be a list"),
-        ({"points": True}, "clouds.json is damaged: points: must be a whole number"),
-        ({"normalise": True}, "clouds.json is damaged: normalise: unknown, did you mean normalize"),
+        ({"points": True}, "clouds.json is damaged: points: must be a number, got True"),
+        ({"normalise": True}, "clouds.json is damaged: normalise: unknown; did you mean normalize"),
     ):
         write_json(merged / "clouds.json", known | change)
         with pytest.raises(ValueError, match=message):

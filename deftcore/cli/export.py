@@ -42,7 +42,8 @@ def export(
     """Merge an adapter and write a folder for sparse inference.
 
     MODEL is a Transformers folder or hub id, OUTPUT a new folder, which `deftcore generate` and
-    `deftcore.load_sparse` open. Of models of other tasks, as points, the adapter is merged and nothing else.
+    `deftcore.load_sparse` open. MODEL may be a folder of deftcore's own as well, of a point cloud transformer or a
+    TSViT: its adapter is merged and nothing else, OUTPUT is what `model` of a recipe, and `deftcore map`, take.
     """
     hush()
     from deftcore.training.registry import task_of
