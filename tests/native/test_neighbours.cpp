@@ -190,7 +190,7 @@ int main() {
     for (const bool grid : {false, true}) {
       for (const int64_t size : {1, 15, 16, 17, 33, 256, 257, 1000}) {
         for (const bool skip : {false, true}) test_farthest(3, size, std::min<int64_t>(size, 40) + 3, grid, skip);
-        for (const int64_t k : {1, 3, 33, 140}) test_searches(2, size, 9, k, grid);
+        for (const int64_t k : {1, 3, 33, 140}) test_searches(2, size, 37, k, grid);
       }
       test_searches(2, 4200, 3, 32, grid);  // more than a chunk
       // A thread of a GPU holds 4, 8, 12 points, or reads them again.
