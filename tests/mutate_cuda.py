@@ -1,4 +1,4 @@
-"""Puts the faults of cuda_mutations.py into the CUDA kernels, one at a time: do the native tests notice?
+"""Puts the faults of cuda_mutations.yaml into the CUDA kernels, one at a time: do the native tests notice?
 
     python tests/mutate_cuda.py [--only FILE] [-j N]      exit 1 where a fault is not noticed
     python tests/mutate_cuda.py --list
@@ -24,10 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from cuda_mutations import BY_FILE
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc/cuda"
+BY_FILE = yaml.safe_load((ROOT / "tests/cuda_mutations.yaml").read_text())
 # The kernels' files that tests/native/test_<family>.cpp runs; quickest first.
 FAMILIES = {
     "density": ("density.cu",),

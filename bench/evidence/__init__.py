@@ -9,7 +9,8 @@
 | one run, through deftcore's own loop; a file of runs that goes on where it stopped | `runs.py` |
 | step time and peak memory, on an idle machine | `cost.py` |
 | an experiment: its sides, sets, steps | `spectral.py`, `light_peft.py`, `points.py`, `crops.py` |
-| its prose, its claims | `spectral_page.py` and the like |
+| its prose | `spectral_page.py` and the like |
+| what came out, checked against the runs | `claims.yaml` |
 | tables, verdicts and pictures from the files in `results/` | `report.py`, `adapted.py` |
 | docs/evidence.md, of all experiments: `python -m bench.evidence` | `__main__.py` |
 """

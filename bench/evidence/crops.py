@@ -7,7 +7,6 @@ results/crops.jsonl, so that a second call goes on where the first one stopped; 
 measures steps and peak memory instead, on an idle machine, into results/crops_cost.json.
 """
 
-import argparse
 import copy
 import itertools
 import logging
@@ -22,6 +21,7 @@ import torch
 from accelerate.utils import set_seed
 
 from bench.evidence import cost
+from bench.evidence.command import parser_of
 from bench.evidence.crops_data import SETS, Example, Place, few_labels, places
 from bench.evidence.runs import Entry, Results, about
 from bench.evidence.sides import Side
@@ -38,7 +38,6 @@ from deftcore.training.task import Batches
 from deftcore.training.wrapping import add_adapter
 
 _log = logging.getLogger(__name__)
-RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 WIDTH: dict[str, Any] = {"dim": 48, "heads": 4, "dim_head": 12, "temporal_depth": 2, "spatial_depth": 2}
 STEPS = {"pre": 400, "adapt": 150}
@@ -267,14 +266,7 @@ def run_all(results: Results, folder: Path, only: Sequence[str], minutes: float)
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m bench.evidence.crops", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="the folder of data sets")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of results")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
-    parser.add_argument("--only", nargs="+", choices=SETS, default=SETS, help="of these sets")
-    parser.add_argument("--cost", action="store_true", help="measure step time and peak memory; needs an idle machine")
-    parser.add_argument("--peak-of", help="internal: one side's peak memory, as set/side, in this process")
-    args = parser.parse_args()
+    args = parser_of("crops", __doc__, SETS).parse_args()
     torch.set_num_threads(1)
     if args.peak_of:
         name, wanted = args.peak_of.split("/")

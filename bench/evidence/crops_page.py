@@ -2,7 +2,7 @@
 
 from bench.evidence.adapted import Adapted
 from bench.evidence.crops import FEW, HELD_BACK, SIDES, STEPS, WIDTH
-from bench.evidence.report import Claim
+from bench.evidence.report import claims
 
 HEAD = f"""## Satellite series
 
@@ -21,39 +21,6 @@ PAPERS = """On wheat in the Beqaa: F1 of 84 % at 0.7 % of the parameters, close 
 not be confirmed. TSViT's own figures, trained from nothing: mean IoU 84.8 on Germany's 17 classes, 65.4 on PASTIS, 63.1
 on France's 20. They are of other data and measures than the tables above."""
 
-_B1, _B2, _FR = "belgium, patch 1", "belgium, patch 2", "france, 2022"
-_EVERYWHERE = [f"{place}, {labels} labels" for place in (_B1, _B2, _FR) for labels in ("few", "all")]
-
-CLAIMS = (
-    Claim(
-        "By macro F1, as all that follows, full tuning is hard to beat: BitFit does so with few labels of patch 2.",
-        "BitFit", "full", "macro_f1", {f"{_B2}, few labels": "better"},
-    ),
-    Claim(
-        "So does AdaptFormer, which is worse with all labels of that patch.",
-        "AdaptFormer, 8", "full", "macro_f1", {f"{_B2}, few labels": "better", f"{_B2}, all labels": "worse"},
-    ),
-    Claim(
-        "France's 500 series of the year before give LoRA nothing: it does worse than a model that begins anew.",
-        "LoRA, r = 4", "scratch", "macro_f1", {f"{_FR}, few labels": "worse", f"{_FR}, all labels": "worse"},
-    ),
-    Claim(
-        "What was learnt before helps full tuning on the first patch with all labels, and hurts with few of France.",
-        "full", "scratch", "macro_f1", {f"{_B1}, all labels": "better", f"{_FR}, few labels": "worse"},
-    ),
-    Claim(
-        "LoRA does more than a new head, on every set.",
-        "LoRA, r = 4", "head", "macro_f1", dict.fromkeys(_EVERYWHERE, "better"),
-    ),
-    Claim(
-        "So does token tuning, which trains a few hundred numbers.",
-        "tokens", "head", "macro_f1", dict.fromkeys(_EVERYWHERE, "better"),
-    ),
-    Claim(
-        "Prompts do not reach full tuning on any.",
-        "prompts, 2", "full", "macro_f1", dict.fromkeys(_EVERYWHERE, "worse"),
-    ),
-)  # fmt: skip
 
 LIMITS = """### What this cannot show
 
@@ -79,6 +46,6 @@ CROPS = Adapted(
     head=HEAD,
     papers=PAPERS,
     limits=LIMITS,
-    claims=CLAIMS,
+    claims=claims("crops"),
     costs_of=lambda name: name.rsplit(",", 1)[0],
 )  # fmt: skip

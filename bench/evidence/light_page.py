@@ -1,7 +1,7 @@
 """The page of `bench.evidence.light_peft`: its prose, and the comparisons that matter."""
 
 from bench.evidence.light_peft import SETS, SIDES
-from bench.evidence.report import Claim, Experiment
+from bench.evidence.report import Experiment, claims
 
 HEAD = """## Light-PEFT
 
@@ -20,33 +20,6 @@ PAPERS = (
      "GLUE, SuperGLUE and question answering (abstract); training 1.6x faster in 39 % less memory, inference 1.6x "
      "faster in 48 % less, RoBERTa and OPT up to 6.7 B (a digest, not checked against the paper)"),
     ("Light-PEFT, 1/3", "LoRA", "the ratio of the authors' script; by count a third fewer products: 1.5x at most"),
-)  # fmt: skip
-
-CLAIMS = (
-    Claim(
-        "At LoRA's rate a base without a third of its heads and channels costs four points of accuracy on sentiment "
-        "and on the 77 intents; on entailment, which LoRA has hardly learned, seeds disagree.",
-        "Light-PEFT, 1/3", "LoRA", "accuracy", {"mr_sentiment": "worse", "banking77": "worse", "qnli": "disagree"},
-    ),
-    Claim(
-        "Without half of them it costs seven and eight points.",
-        "Light-PEFT, 1/2", "LoRA", "accuracy", {"mr_sentiment": "worse", "banking77": "worse", "qnli": "disagree"},
-    ),
-    Claim(
-        "What Light-PEFT chooses to cut is better than chance on all three sets of classes.",
-        "Light-PEFT, 1/3", "random, 1/3", "accuracy",
-        {"mr_sentiment": "better", "banking77": "better", "qnli": "better"},
-    ),
-    Claim(
-        "From cutting where weights are small it cannot be told apart in all seeds.",
-        "Light-PEFT, 1/3", "magnitude, 1/3", "accuracy",
-        {"mr_sentiment": "disagree", "banking77": "disagree", "qnli": "disagree"},
-    ),
-    Claim(
-        "SmolLM2 does not get over the cut in so few steps at LoRA's rate: every seed ends above the untrained "
-        "model's loss.",
-        "Light-PEFT, 1/3", "LoRA", "loss", {"e2e_nlg": "worse"},
-    ),
 )  # fmt: skip
 
 EXTRAS = """### At another rate
@@ -73,7 +46,7 @@ LIGHT = Experiment(
     ),
     head=HEAD,
     papers=PAPERS,
-    claims=CLAIMS,
+    claims=claims("light_peft"),
     extras=EXTRAS,
     limits=LIMITS,
 )  # fmt: skip

@@ -6,7 +6,6 @@ Learning rates are LoRA's best in results/spectral.jsonl, whose tries come first
 peak memory instead, on an idle machine, into results/light_peft_cost.json.
 """
 
-import argparse
 import json
 import logging
 import tempfile
@@ -23,6 +22,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from bench.evidence import cost
+from bench.evidence.command import parser_of
 from bench.evidence.measures import generation, score
 from bench.evidence.runs import Entry, Results, about, begin, settings, untrained
 from bench.evidence.sets import SPECS, Data
@@ -42,7 +42,6 @@ from deftcore.training import train
 from deftcore.training.registry import Method, Setup
 
 _log = logging.getLogger(__name__)
-RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 SETS = ("mr_sentiment", "banking77", "qnli", "e2e_nlg")
 ESTIMATED = 0.25  # the first phase's steps, as a share of the second's
@@ -199,14 +198,7 @@ def both_phases(sides: Sequence[Side], data: Data, steps: Mapping[str, Mapping[s
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m bench.evidence.light_peft", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="the folder of data sets")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of results")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
-    parser.add_argument("--only", nargs="+", choices=SETS, default=SETS, help="of these sets")
-    parser.add_argument("--cost", action="store_true", help="measure times and peak memory; needs an idle machine")
-    parser.add_argument("--peak-of", help="internal: one side's peak memory, as set/side, in this process")
-    args = parser.parse_args()
+    args = parser_of("light_peft", __doc__, SETS).parse_args()
     transformers.utils.logging.set_verbosity_error()
     if args.peak_of:
         name, _, wanted = args.peak_of.partition("/")

@@ -7,7 +7,6 @@ goes on where the first one stopped; `--minutes` stops it in time. `--cost` meas
 an idle machine, into results/points_cost.json.
 """
 
-import argparse
 import itertools
 import logging
 import tempfile
@@ -22,6 +21,7 @@ import torch
 from accelerate.utils import set_seed
 
 from bench.evidence import cost
+from bench.evidence.command import parser_of
 from bench.evidence.runs import Entry, Results, about
 from bench.evidence.sides import Side
 from bench.harness import alternate
@@ -38,7 +38,6 @@ from deftcore.training.registry import Setup
 from deftcore.training.task import Batches
 
 _log = logging.getLogger(__name__)
-RESULTS = Path(__file__).parent / "results"
 SET = "ldraw_points"
 SEEDS = (0, 1, 2)
 SIZES = NEW["point-mae-small"]  # width 96, 4 blocks, 32 patches of 16 points
@@ -241,13 +240,7 @@ def run_all(results: Results, data: Data, minutes: float) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m bench.evidence.points", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="the folder of data sets")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of results")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
-    parser.add_argument("--cost", action="store_true", help="measure step time and peak memory; needs an idle machine")
-    parser.add_argument("--peak-of", help="internal: one side's peak memory, as set/side, in this process")
-    args = parser.parse_args()
+    args = parser_of("points", __doc__).parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as kept:
         data = Data(args.data, Path(kept))

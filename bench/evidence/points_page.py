@@ -1,8 +1,8 @@
 """The page of `bench.evidence.points`: its prose, and the comparisons that matter."""
 
 from bench.evidence.adapted import Adapted
-from bench.evidence.points import BATCH, HELD_BACK, SET, SIDES, SIZES, STEPS
-from bench.evidence.report import Claim
+from bench.evidence.points import BATCH, HELD_BACK, SIDES, SIZES, STEPS
+from bench.evidence.report import claims
 from bench.markdown import table
 
 HEAD = f"""## Point clouds
@@ -33,28 +33,6 @@ PAPERS = (
     "are never to be compared with each other, nor with the table above, whose clouds are others and are not turned."
 )
 
-CLAIMS = (
-    Claim(
-        "Point-PEFT is more accurate than full tuning at its best rate, with less than a fifth of the trained numbers, "
-        "most of them the head's.",
-        "Point-PEFT", "full tuning", "accuracy", {SET: "better"},
-    ),
-    Claim("It is more accurate than LoRA.", "Point-PEFT", "LoRA, r = 8", "accuracy", {SET: "better"}),
-    Claim("It is more accurate than a head alone.", "Point-PEFT", "head alone", "accuracy", {SET: "better"}),
-    Claim(
-        "From AdaptFormer's its accuracy cannot be told apart.",
-        "Point-PEFT", "AdaptFormer, 16", "accuracy", {SET: "disagree"},
-    ),
-    Claim(
-        "BitFit loses to full tuning.",
-        "BitFit", "full tuning", "accuracy", {SET: "worse"},
-    ),
-    Claim(
-        "Masked pre-training on the same clouds helps full tuning.",
-        "full tuning", "scratch", "accuracy", {SET: "better"},
-    ),
-)  # fmt: skip
-
 LIMITS = f"""### What this cannot show
 
 - The backbone was pre-trained on 1135 clouds, those that it then learns the classes of; the papers' on ShapeNet.
@@ -79,5 +57,5 @@ POINTS = Adapted(
     head=HEAD,
     papers=PAPERS,
     limits=LIMITS,
-    claims=CLAIMS,
+    claims=claims("points"),
 )  # fmt: skip

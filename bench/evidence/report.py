@@ -3,17 +3,20 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import yaml
+
+from bench.evidence.command import RESULTS
 from bench.evidence.dots import Panel, picture
 from bench.evidence.runs import Entry, Results
 from bench.evidence.sets import SPECS
 from bench.evidence.sides import Side
 from bench.markdown import milliseconds, table
 
-RESULTS = Path(__file__).parent / "results"
 # How large what a run trained was: its column, how a value reads.
 SIZES = {
     "trained": ("trained", lambda numbers: f"{numbers / 1e6:.2f} M"),
@@ -57,6 +60,16 @@ class Claim:
             said = verdict(self.ours, self.other, runs, [self.measure])
             if not any(wanted in each for each in said):
                 raise ValueError(f"claim: {self.text!r} needs {wanted!r} on {name}, the runs say {said}")
+
+
+def claims(experiment: str) -> list[Claim]:
+    """Those of claims.yaml."""
+    return [Claim(**values) for values in _claims()[experiment]]
+
+
+@cache
+def _claims() -> dict[str, list[dict[str, Any]]]:
+    return yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text())
 
 
 @dataclass(frozen=True)

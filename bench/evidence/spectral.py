@@ -5,23 +5,21 @@ so that a second call goes on where the first one stopped; `--minutes` stops it 
 peak memory instead, on an idle machine, into results/spectral_cost.json. Then `python -m bench.evidence.report`.
 """
 
-import argparse
 import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import transformers
 
 from bench.evidence import cost
+from bench.evidence.command import parser_of
 from bench.evidence.runs import Results, about, run, untrained
 from bench.evidence.sets import SPECS, Data
 from bench.evidence.sides import PEFT_KASA, Side, galore_torch
 
 _log = logging.getLogger(__name__)
-RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 TUNED_ON = {"gsm8k": "e2e_nlg"}  # whose learning rates a set takes, where it has no tries of its own
 
@@ -128,16 +126,10 @@ def jobs() -> Iterator[Job]:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m bench.evidence.spectral", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="the folder of data sets")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of results")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
-    parser.add_argument("--only", nargs="+", choices=SPECS, default=list(SPECS), help="of these sets")
+    parser = parser_of("spectral", __doc__, list(SPECS))
     parser.add_argument(
         "--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="I of N processes, from 0"
     )
-    parser.add_argument("--cost", action="store_true", help="measure step time and peak memory; needs an idle machine")
-    parser.add_argument("--peak-of", help="internal: one side's peak memory, as set/side, in this process")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     if args.peak_of:

@@ -1,6 +1,6 @@
 """The page of `bench.evidence.spectral`: its prose, and the comparisons that matter."""
 
-from bench.evidence.report import Claim, Experiment
+from bench.evidence.report import Experiment, claims
 from bench.evidence.spectral import SIDES
 
 HEAD = """## Natural GaLore, KaSA, BA-LoRA
@@ -35,83 +35,6 @@ PAPERS = (
     ("BA-LoRA", "LoRA", "GSM8K 55.86 against 42.68; GLUE 90.67 against 88.56"),
 )  # fmt: skip
 
-CLAIMS = (
-    Claim(
-        "KaSA as published harms SmolLM2: with the smallest singular values taken from each weight it stays far behind "
-        "LoRA in every seed, in one seed of each set above the untrained model's loss, in PEFT's implementation as in "
-        "ours. The rate that its short tries chose is part of that.",
-        "KaSA", "LoRA", "loss", {"e2e_nlg": "worse", "gsm8k": "worse"},
-    ),
-    Claim(
-        "And it forgets more than any other method, by whole nats.",
-        "KaSA", "LoRA", "forgot", {"e2e_nlg": "worse", "gsm8k": "worse"},
-    ),
-    Claim(
-        "Ours and PEFT's KaSA cannot be told apart by their losses.",
-        "KaSA", "KaSA (PEFT)", "loss", {"e2e_nlg": "disagree", "gsm8k": "disagree"},
-    ),
-    Claim(
-        "MiniLM bears the same cut, and gains no accuracy by KaSA that seeds agree on; on 77 intents it is behind "
-        "LoRA, by two points.",
-        "KaSA", "LoRA", "accuracy", {"mr_sentiment": "disagree", "banking77": "worse", "qnli": "disagree"},
-    ),
-    Claim(
-        "On entailment KaSA's loss is the lower one in every seed.",
-        "KaSA", "LoRA", "loss", {"qnli": "better"},
-    ),
-    Claim(
-        "Natural gradients gain nothing in loss: at one rate, Natural GaLore is a hundredth behind GaLore on "
-        "descriptions, and seeds disagree on word problems.",
-        "Natural GaLore", "GaLore (galore-torch)", "loss", {"e2e_nlg": "worse", "gsm8k": "disagree"},
-    ),
-    Claim(
-        "Its descriptions are nearer to the references all the same, in every seed.",
-        "Natural GaLore", "GaLore (galore-torch)", "bleu", {"e2e_nlg": "better"},
-    ),
-    Claim(
-        "Nor can Natural GaLore and LoRA be told apart by loss, at equal bytes of state.",
-        "Natural GaLore", "LoRA", "loss", {"e2e_nlg": "disagree", "gsm8k": "disagree"},
-    ),
-    Claim(
-        "Natural GaLore forgets less than LoRA, on both sets.",
-        "Natural GaLore", "LoRA", "forgot", {"e2e_nlg": "better", "gsm8k": "better"},
-    ),
-    Claim(
-        "So does full training, with some forty times the state.",
-        "full", "LoRA", "forgot", {"e2e_nlg": "better", "gsm8k": "better"},
-    ),
-    Claim(
-        "Full training has the lower loss on descriptions, and no agreed one on word problems.",
-        "full", "LoRA", "loss", {"e2e_nlg": "better", "gsm8k": "disagree"},
-    ),
-    Claim(
-        "BA-LoRA's penalties change nothing over PiSSA, which it starts as, that all seeds agree on.",
-        "BA-LoRA", "PiSSA", "loss", {"e2e_nlg": "disagree", "gsm8k": "disagree"},
-    ),
-    Claim(
-        "That holds of forgetting too.",
-        "BA-LoRA", "PiSSA", "forgot", {"e2e_nlg": "disagree", "gsm8k": "disagree"},
-    ),
-    Claim(
-        "BA-LoRA and LoRA cannot be told apart by loss on texts.",
-        "BA-LoRA", "LoRA", "loss", {"e2e_nlg": "disagree", "gsm8k": "disagree"},
-    ),
-    Claim(
-        "Full training is ahead of LoRA on sentiment, by two points, and on entailment, by twelve; behind it on the 77 "
-        "intents.",
-        "full", "LoRA", "accuracy", {"mr_sentiment": "better", "qnli": "better", "banking77": "worse"},
-    ),
-    Claim(
-        "BA-LoRA is behind LoRA on the 77 intents; on sentiment and entailment seeds disagree.",
-        "BA-LoRA", "LoRA", "accuracy", {"mr_sentiment": "disagree", "qnli": "disagree", "banking77": "worse"},
-    ),
-    Claim(
-        "Its consistency does not keep a classifier near the pre-trained model: it drifts further than LoRA does on "
-        "the intents, and on sentiment three times as far; on entailment seeds disagree.",
-        "BA-LoRA", "LoRA", "drift", {"mr_sentiment": "worse", "qnli": "disagree", "banking77": "worse"},
-    ),
-)  # fmt: skip
-
 EXTRAS = """### Damping, and KaSA's cut
 
 Sides that ran once, `e2e_nlg`, seed 0, one rate for all. Natural GaLore's damping is 1e-3 by default, as in the
@@ -144,7 +67,7 @@ SPECTRAL = Experiment(
     ),
     head=HEAD,
     papers=PAPERS,
-    claims=CLAIMS,
+    claims=claims("spectral"),
     extras=EXTRAS,
     limits=LIMITS,
 )  # fmt: skip
