@@ -178,6 +178,14 @@ def test_a_map_is_no_frame(place, tmp_path, capsys):
     assert {path: path.read_bytes() for path in scene.rglob("*") if path.is_file()} == before
 
 
+def test_labels_that_the_model_does_not_know(place, tmp_path):
+    """Are told before anything is predicted or written."""
+    Reading(bands=("B03", "B02", "B08"), scale=1e-3, classes=("other", "wheat")).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"labels: .*scene: must be classes from 0 to 1, got \[7, 9\]"):
+        write_map(str(tmp_path / "model"), str(tmp_path / "scene"), str(tmp_path / "map.tif"))
+    assert not list(tmp_path.glob("map*"))
+
+
 def test_where_a_map_may_go(place, tmp_path):
     """A new folder is made; what is none, or a folder itself, is refused before anything is read."""
     model, scene, new = (str(tmp_path / each) for each in ("model", "scene", "new/maps/a.tif"))

@@ -413,7 +413,7 @@ def test_lists_and_files_that_are_refused(tmp_path):
         ("a.jsonl", '{"series": "a.npz"}\n{"year": 2020}\n', "a.jsonl:2: must be a path `series`"),
         ("a.jsonl", '{"series": "a.npz", "year": "2020"}\n', "a.jsonl:1: must be a path"),
         ("a.jsonl", '{"series": "bad.npz"}\n', "bad.npz is no .npz of plain arrays"),
-        ("a.txt", "", "must be an .npz, a .jsonl or a folder"),
+        ("a.txt", "", "must be an .npz or a folder of GeoTIFFs, or to train on a list"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -632,6 +632,12 @@ def test_new_tokens_alone_train(recipe, tmp_path, stopping, change, rows, kept):
         ),
         (["method=tsvit-tokens", "adapter={}"], r"adapter.modules_to_save=\['mixer'\]"),
         (["method=qlora"], "are not kept in 4 bits"),
+        (["method=prompt", "adapter={}"], "adapter: model: must be a language model of Transformers, got TSViT"),
+        (["method=prefix", "adapter={}"], "adapter: model: must be a language model of Transformers, got TSViT"),
+        (
+            ["method=ba-lora", "adapter={target_modules: [qkv]}"],
+            "adapter: model: TSViT takes no labels",
+        ),
         ([f"model={RECIPE}"], r"model: must be a folder, .* is a file; .*load_published\(FILE\)\.save_p"),
         (["data.bands=[1, 2]"], "bands: .*0.npz: the model takes 3, got 2 .1, 2."),
         (["data.bands=[B02]"], "has no band 'B02'"),

@@ -19,7 +19,6 @@ LORA_LIMITS: dict[str, Any] = {
     "lora_dropout": Share,
     "init_lora_weights": typing.Union[_INIT, Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]],  # noqa: UP007
 }
-_PROMPTS: dict[str, Any] = {"limits": {"num_virtual_tokens": Count}, "export": "keep"}
 
 
 def wrap_lora(model: Any, config: Any, setup: Setup) -> Any:
@@ -33,11 +32,18 @@ def check_lora(model: Any, config: Any) -> None:
     check_by_peft(model, config)
 
 
+def _check_prompts(model: Any, config: Any) -> None:
+    if config.task_type is None:  # PEFT, which puts prompts before its tokens, would look it up
+        raise ValueError(f"model: must be a language model of Transformers, got {type(model).__name__}")
+    check_by_peft(model, config)
+
+
 def wrap_full(model: Any, config: Any, setup: Setup) -> Any:
     """The model itself, its mixers fused where it has such."""
     return patch(model) if concerns(model) else model
 
 
+_PROMPTS: dict[str, Any] = {"limits": {"num_virtual_tokens": Count}, "check": _check_prompts, "export": "keep"}
 _LORA: dict[str, Any] = {
     "config": peft.LoraConfig,
     "limits": LORA_LIMITS,

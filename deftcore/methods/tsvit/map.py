@@ -1,5 +1,6 @@
 """`deftcore map`: what grows where, of a whole scene, as a GeoTIFF and a picture."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,6 +68,7 @@ def write_map(
     reading.check(place, config.channels)
     for length in (place.height, place.width):
         starts(length, size, step)
+    labels = _labels(place, reading)
     names = dict(enumerate(reading.classes))
     nothing = no_class(len(names))
     found = np.full((place.height, place.width), nothing, np.uint16)
@@ -83,7 +85,7 @@ def write_map(
             classes = predicted_classes(logits.unsqueeze(0))[0].cpu().numpy()
             found[part] = np.where(predictor.seen[part], classes, nothing)
             write(top, found[part])
-    return _described(place, reading, np.where(found == nothing, UNLABELLED, found.astype(np.int64)), target)
+    return _described(place, labels, names, np.where(found == nothing, UNLABELLED, found.astype(np.int64)), target)
 
 
 def _check_place(output: Path, scene: Path) -> None:
@@ -130,24 +132,29 @@ class _Predictor:
         return torch.cat(found)
 
 
-def _described(scene: Scene, reading: Reading, found: np.ndarray, output: Path) -> dict[str, Any]:
+def _labels(scene: Scene, reading: Reading) -> np.ndarray | None:
+    """Classes of the whole scene as it says them, int64 [H, W]; raises as `Reading.targets`."""
+    codes = scene.pixels.labels(slice(0, scene.height), slice(0, scene.width))
+    return None if codes is None else reading.targets(codes, scene.where)
+
+
+def _described(
+    scene: Scene, labels: np.ndarray | None, classes: Mapping[int, str], found: np.ndarray, output: Path
+) -> dict[str, Any]:
     """The map's picture, and what the command tells of it.
 
     Args:
-        found: int64 [H, W], UNLABELLED where nothing was seen.
+        labels, found: int64 [H, W], UNLABELLED where nothing is known or was seen.
     """
     picture, table = output.with_suffix(".png"), output.with_suffix(".confusion.png")
-    names = reading.classes
+    names = list(classes.values())
     result: dict[str, Any] = {
         "output": str(output), "picture": str(picture), "height": scene.height, "width": scene.width,
         "pixels": {name: int((found == number).sum()) for number, name in enumerate(names)},
         "unseen": int((found == UNLABELLED).sum()),
     }  # fmt: skip
     maps = {"predicted": found}
-    if scene.labelled:
-        codes = scene.pixels.labels(slice(0, scene.height), slice(0, scene.width))
-        assert codes is not None  # `labelled` says so
-        labels = reading.targets(codes, scene.where)
+    if labels is not None:
         known = torch.from_numpy((labels != UNLABELLED) & (found != UNLABELLED))
         counts = ConfusionCounts(names).add(torch.from_numpy(labels), torch.from_numpy(found), known)
         draw_confusion(counts, table)

@@ -59,7 +59,7 @@ def read_scene(path: str | os.PathLike) -> Scene:
     if not path.is_file():
         raise FileNotFoundError(f"data: no such file or folder: {path}")
     if path.suffix.lower() != ".npz":
-        raise ValueError(f"data: {path} must be an .npz, a .jsonl or a folder of GeoTIFFs")
+        raise ValueError(f"data: {path} must be an .npz or a folder of GeoTIFFs, or to train on a list of such, .jsonl")
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
