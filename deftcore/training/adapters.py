@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from deftcore.models.gates import load_gates
 from deftcore.models.slim_files import SlimRecord, keep_record
 from deftcore.models.slimming import cut
-from deftcore.nn.sharding import whole
 from deftcore.training.registry import load_rooms
 
 
@@ -28,20 +27,6 @@ class MethodName(str):
     def value(self) -> str:
         """The name, as of an enum's member."""
         return str(self)
-
-
-class GathersShards(BaseTuner):
-    """A tuner whose adapters are written whole, where FSDP2 shards them; every process must call `save_pretrained`."""
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls, model: Any, config: Any, adapter_name: str, state_dict: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        for key, value in state_dict.items():
-            if "modules_to_save" in key or "trainable_tokens" in key:  # PEFT takes these from the same dictionary
-                state_dict[key] = whole(value)
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
-        return {key: whole(value) for key, value in found.items()}
 
 
 def register_with_peft(name: str, config: type[PeftConfig], model: type[BaseTuner]) -> None:

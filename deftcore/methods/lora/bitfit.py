@@ -13,7 +13,8 @@ from torch.func import functional_call
 
 from deftcore.models.preflight import check_names
 from deftcore.nn.linear import dtype_of, is_transposed, shape_of
-from deftcore.training.adapters import GathersShards, MethodName
+from deftcore.training.adapters import MethodName
+from deftcore.training.tuners import PlacedTuner
 
 
 @dataclass
@@ -152,40 +153,15 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         return "bitfit." + super().__repr__()
 
 
-class BitFitModel(GathersShards):
+class BitFitModel(PlacedTuner):
     """Puts `BitFitLayer`s into a model; made by `peft.get_peft_model`."""
 
     prefix: str = "bitfit_"
     tuner_layer_cls = BitFitLayer
-    target_module_mapping = {}  # noqa: RUF012
 
-    def _prepare_adapter_config(self, peft_config: BitFitConfig, model_config: dict) -> Any:  # type: ignore[override]
-        return peft_config
-
-    def _prepare_model(self, peft_config: BitFitConfig, model: nn.Module) -> None:  # type: ignore[override]
-        self._chosen = _choose(model, peft_config)
-
-    def _check_target_module_exists(self, peft_config: BitFitConfig, key: str) -> Any:  # type: ignore[override]
-        return self._chosen.get(key, False)
-
-    def _create_and_replace(  # type: ignore[override]
-        self, peft_config: BitFitConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
-        **_: Any,
-    ) -> None:  # fmt: skip
-        if isinstance(target, BitFitLayer):
-            target.update_layer(adapter_name, peft_config)
-            return
-        layer = BitFitLayer(target, adapter_name, peft_config)
-        if adapter_name != self.active_adapter:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # PEFT's own looks for weights, which some modules with biases lack
-
-    @staticmethod
-    def _create_new_module(peft_config: BitFitConfig, adapter_name: str, target: nn.Module) -> nn.Module:
-        return BitFitLayer(target, adapter_name, peft_config)
+    def places(self, config: BitFitConfig, model: nn.Module) -> dict[str, Any]:
+        """Modules with a bias, or that get one."""
+        return {name: () if found else found for name, found in _choose(model, config).items()}
 
 
 def _choose(model: nn.Module, config: BitFitConfig) -> dict[str, Any]:

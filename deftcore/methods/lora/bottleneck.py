@@ -6,17 +6,16 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from deftcore.models.families import FAMILIES, MLP_FORMS, check_part
 from deftcore.nn.linear import dtype_of, is_transposed, shape_of
 from deftcore.ops.checks import check_count, check_flag, check_number
-from deftcore.training.adapters import GathersShards, MethodName
+from deftcore.training.adapters import MethodName
+from deftcore.training.tuners import GathersShards, NeverMerged
 
 _NON_LINEARITIES = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
-_NO_MERGE = "merge: a bottleneck adapter is not linear and cannot be merged into the weights; use unload()"
 
 
 @dataclass
@@ -93,11 +92,12 @@ class DrawnLinear(nn.Module):
         return torch.stack([first, second]).mean(0) if drawn is None else torch.where(drawn, second, first)
 
 
-class BottleneckLayer(nn.Module, BaseTunerLayer):
+class BottleneckLayer(nn.Module, NeverMerged):
     """Wraps the module that returns an MLP's, or an attention's, output. `up` starts at zero, unless `init_std` says
     otherwise: the model is unchanged at first.
     """
 
+    no_merge = "a bottleneck adapter is not linear and cannot be merged into the weights"
     adds_to_block = True  # to the block's output: gates and the sparse form go beneath
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("configs", "bottleneck_dropout")
@@ -188,14 +188,6 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         hidden = down(self.bottleneck_dropout[name](x.to(up.weight.dtype)))
         return up(getattr(torch.nn.functional, self.configs[name].non_linearity)(hidden))
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises ValueError: there is nothing linear to merge."""
-        raise ValueError(_NO_MERGE)
-
-    def unmerge(self) -> None:
-        """Raises ValueError: nothing is ever merged."""
-        raise ValueError("unmerge: a bottleneck adapter is never merged")
-
     def __repr__(self) -> str:
         return "bottleneck." + super().__repr__()
 
@@ -259,13 +251,6 @@ class BottleneckModel(GathersShards):
         if isinstance(child, BottleneckLayer):
             child.untap()
         setattr(parent, child_name, new_module)
-
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(_NO_MERGE)
-
-    @staticmethod
-    def _create_new_module(peft_config: BottleneckConfig, adapter_name: str, target: nn.Module) -> nn.Module:
-        return BottleneckLayer(target, adapter_name, peft_config)
 
 
 def _output_projection(module: nn.Module) -> Any:

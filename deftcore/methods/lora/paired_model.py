@@ -15,7 +15,7 @@ from deftcore.methods.lora.base_weights import dense_weight, weight_of
 from deftcore.methods.lora.paired import PairedLora
 from deftcore.nn.fingerprints import check_base, combined, fingerprints
 from deftcore.nn.linear import is_transposed, shape_of
-from deftcore.training.adapters import GathersShards
+from deftcore.training.tuners import GathersShards
 
 _SLOW = 512  # the shorter side of a weight that takes a noticeable time to decompose
 

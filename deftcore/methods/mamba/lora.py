@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from deftcore.methods.lora.layer import Pair
 from deftcore.models.families import FAMILIES, with_part
 from deftcore.nn.linear import Linear4bit
-from deftcore.training.adapters import GathersShards, MethodName
+from deftcore.training.adapters import MethodName
+from deftcore.training.tuners import GathersShards
 
 _SPLIT_INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
 

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from deftcore.methods.lora.bitfit import has_bias, with_biases
@@ -14,8 +13,7 @@ from deftcore.methods.point_peft.bank import look_up
 from deftcore.methods.point_peft.config import PointPeftConfig
 from deftcore.methods.point_peft.geometry import LocalGroups, LocalMixing, Propagation, local_groups
 from deftcore.methods.point_peft.prompts import Prompts
-
-NO_MERGE = "merge: Point-PEFT's networks are not linear and cannot be merged into the weights; use unload()"
+from deftcore.training.tuners import NeverMerged, OneActive
 
 
 class AdaptedBlock(nn.Module):
@@ -104,9 +102,11 @@ class Adaptation(nn.Module):
         return look_up(query, rows, config.retrieved, normalize_query=config.normalize_query, exclude=exclude)
 
 
-class PointPeftLayer(nn.Module, BaseTunerLayer):
+class PointPeftLayer(nn.Module, NeverMerged, OneActive):
     """In a backbone's place. Nothing of it changes, so that turned off it is the backbone."""
 
+    no_merge = "Point-PEFT's networks are not linear and cannot be merged into the weights"
+    one_of = "one Point-PEFT adapter is"
     adapter_layer_names = ("point_peft_parts",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: PointPeftConfig) -> None:
@@ -120,16 +120,6 @@ class PointPeftLayer(nn.Module, BaseTunerLayer):
         """Adds an adapter, in the backbone's dtype; over 16 bits in float32."""
         self.point_peft_parts[adapter_name] = Adaptation(self.base_layer, config)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's.
-
-        Raises:
-            ValueError: several of them at once.
-        """
-        if not isinstance(adapter_names, str) and len(adapter_names) > 1:
-            raise ValueError(f"adapter_names: one Point-PEFT adapter is active at a time, got {adapter_names}")
-        super().set_adapter(adapter_names, inference_mode)
 
     def train(self, mode: bool = True) -> "PointPeftLayer":
         """As ever, but the frozen backbone's statistics stay as they are, whatever its norms are."""
@@ -173,14 +163,6 @@ class PointPeftLayer(nn.Module, BaseTunerLayer):
             x = x + block.attention(block.norm1(x))
             x = x + block.mlp(block.norm2(x))
         return base.norm(x).max(1).values
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises ValueError: there is nothing linear to merge."""
-        raise ValueError(NO_MERGE)
-
-    def unmerge(self) -> None:
-        """Raises ValueError: nothing is ever merged."""
-        raise ValueError("unmerge: a Point-PEFT adapter is never merged")
 
     def __repr__(self) -> str:
         return "point_peft." + super().__repr__()

@@ -8,22 +8,18 @@ from torch import nn
 from deftcore.methods.point_peft.bank import MemoryBank, identity
 from deftcore.methods.point_peft.blocks import BlockStack
 from deftcore.methods.point_peft.config import PointPeftConfig
-from deftcore.methods.point_peft.layer import NO_MERGE, PointPeftLayer
+from deftcore.methods.point_peft.layer import PointPeftLayer
 from deftcore.nn.fingerprints import check_base
-from deftcore.training.adapters import GathersShards
+from deftcore.training.tuners import PlacedTuner
 
 _CONTRACT = ("group", "embed", "class_token", "class_position", "norm")
 
 
-class PointPeftModel(GathersShards):
+class PointPeftModel(PlacedTuner):
     """Puts a `PointPeftLayer` in the place of a model's backbone; made by `peft.get_peft_model`."""
 
     prefix: str = "point_peft_"
     tuner_layer_cls = PointPeftLayer
-    target_module_mapping = {}  # noqa: RUF012
-
-    def _prepare_adapter_config(self, peft_config: PointPeftConfig, model_config: dict) -> Any:  # type: ignore
-        return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's. Of a config that knows no base the model holds a copy, which learns it."""
@@ -52,33 +48,10 @@ class PointPeftModel(GathersShards):
             layer: Any = find_layer(model)
             layer.point_peft_parts[adapter_name].rows.copy_(bank.rows)
 
-    def _prepare_model(self, peft_config: PointPeftConfig, model: nn.Module) -> None:  # type: ignore[override]
-        self._place, _ = find_backbone(model)
-
-    def _check_target_module_exists(self, peft_config: PointPeftConfig, key: str) -> bool:  # type: ignore[override]
-        return key == self._place
-
-    def _create_and_replace(  # type: ignore[override]
-        self, peft_config: PointPeftConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
-        **_: Any,
-    ) -> None:  # fmt: skip
-        if isinstance(target, PointPeftLayer):
-            target.update_layer(adapter_name, peft_config)
-            return
-        layer = PointPeftLayer(target, adapter_name, peft_config).train(target.training)
-        if adapter_name != self.active_adapter:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)
-
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(NO_MERGE)
-
-    @staticmethod
-    def _create_new_module(peft_config: PointPeftConfig, adapter_name: str, target: nn.Module) -> nn.Module:
-        return PointPeftLayer(target, adapter_name, peft_config)
+    def places(self, config: PointPeftConfig, model: nn.Module) -> dict[str, tuple]:
+        """The backbone."""
+        place, _ = find_backbone(model)
+        return {place: ()}
 
 
 def find_backbone(model: nn.Module) -> tuple[str, Any]:

@@ -13,7 +13,7 @@ from deftcore.methods.s2ft.selection import Plan, make_plan
 from deftcore.models.coupled import permute
 from deftcore.nn.fingerprints import check_base, fingerprints
 from deftcore.nn.linear import Linear4bit, is_transposed
-from deftcore.training.adapters import GathersShards
+from deftcore.training.tuners import GathersShards
 
 
 class S2ftModel(GathersShards):

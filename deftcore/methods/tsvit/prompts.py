@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from deftcore.methods.tsvit.encoder import Attention, Prompt
@@ -14,8 +13,8 @@ from deftcore.methods.tsvit.model import TSViT
 from deftcore.methods.tsvit.tuner import TSViTTuner
 from deftcore.ops.checks import check_count
 from deftcore.training.adapters import MethodName
+from deftcore.training.tuners import NeverMerged
 
-_NO_MERGE = "merge: prompts are no weights and cannot be merged into them; use unload()"
 _CHOICES = {"place": ("outside", "inside"), "depth": ("deep", "shallow")}
 
 
@@ -48,13 +47,14 @@ class TSViTPromptConfig(PeftConfig):
                 raise ValueError(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
 
-class PromptLayer(nn.Module, BaseTunerLayer):
+class PromptLayer(nn.Module, NeverMerged):
     """An attention with prompts at the end of its keys and values; several active adapters' stand there together.
 
     Outside, an adapter is rows [m, d], which pass qkv and not the norm; inside, keys and values [heads, m, d_h]. All
     start standard normal: prompts change the model from the start.
     """
 
+    no_merge = "prompts are no weights and cannot be merged into them"
     adapter_layer_names = ("tsvit_prompt_rows", "tsvit_prompt_keys", "tsvit_prompt_values")
 
     def __init__(self, base_layer: Attention, adapter_name: str, config: TSViTPromptConfig, prompts: int) -> None:
@@ -97,14 +97,6 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         keys, values = (torch.cat(each, 1) for each in zip(*found, strict=True))
         return keys, values
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises ValueError: prompts are no weights."""
-        raise ValueError(_NO_MERGE)
-
-    def unmerge(self) -> None:
-        """Raises ValueError: nothing is ever merged."""
-        raise ValueError("unmerge: prompts are never merged")
-
     def __repr__(self) -> str:
         return "tsvit_prompt." + super().__repr__()
 
@@ -115,15 +107,12 @@ class TSViTPromptModel(TSViTTuner):
     prefix: str = "tsvit_prompt_"
     tuner_layer_cls = PromptLayer
 
-    def places(self, config: TSViTPromptConfig, model: TSViT) -> dict[str, int]:
+    def places(self, config: TSViTPromptConfig, model: TSViT) -> dict[str, tuple[int]]:
         """Names of the attentions, and how many prompts each gets."""
         depths = {"temporal": model.config.temporal_depth, "spatial": model.config.spatial_depth}
         return {
-            f"{name}.layers.{i}.attention": prompts
+            f"{name}.layers.{i}.attention": (prompts,)
             for name, prompts in (("temporal", config.temporal), ("spatial", config.spatial))
             for i in range(depths[name] if config.depth == "deep" else 1)
             if prompts
         }
-
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(_NO_MERGE)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from deftcore.methods.tsvit.heads import ClassTokens
@@ -14,6 +14,7 @@ from deftcore.methods.tsvit.model import TSViT
 from deftcore.methods.tsvit.tuner import TSViTTuner
 from deftcore.ops.checks import check_count
 from deftcore.training.adapters import MethodName
+from deftcore.training.tuners import OneActive
 
 
 @dataclass
@@ -36,9 +37,10 @@ class TSViTTokenConfig(PeftConfig):
             check_count("tokens", self.tokens)
 
 
-class TokenLayer(nn.Module, BaseTunerLayer):
+class TokenLayer(nn.Module, OneActive):
     """Class tokens of which the last are an adapter's, [n, d], that start as the model's. One is active at a time."""
 
+    one_of = "one adapter's class tokens are"
     adapter_layer_names = ("tsvit_token_rows",)
 
     def __init__(self, base_layer: ClassTokens, adapter_name: str, config: TSViTTokenConfig, tokens: int) -> None:
@@ -54,16 +56,6 @@ class TokenLayer(nn.Module, BaseTunerLayer):
         weight = self.base_layer.weight if self._before is None else self._before
         self.tsvit_token_rows[adapter_name] = nn.Parameter(weight[-tokens:].detach().clone())
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's.
-
-        Raises:
-            ValueError: several of them at once.
-        """
-        if not isinstance(adapter_names, str) and len(adapter_names) > 1:
-            raise ValueError(f"adapter_names: one adapter's class tokens are active at a time, got {adapter_names}")
-        super().set_adapter(adapter_names, inference_mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, K + L, d] for x [N, L, d]."""
@@ -119,9 +111,9 @@ class TSViTTokenModel(TSViTTuner):
     prefix: str = "tsvit_token_"
     tuner_layer_cls = TokenLayer
 
-    def places(self, config: TSViTTokenConfig, model: TSViT) -> dict[str, int]:
+    def places(self, config: TSViTTokenConfig, model: TSViT) -> dict[str, tuple[int]]:
         """The class tokens, and how many of them train."""
         tokens = model.config.num_classes
         if config.tokens is not None and config.tokens > tokens:
             raise ValueError(f"tokens: must be at most the {tokens} that the model has, got {config.tokens}")
-        return {"class_tokens": config.tokens or tokens}
+        return {"class_tokens": (config.tokens or tokens,)}
