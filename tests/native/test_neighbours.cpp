@@ -199,6 +199,7 @@ int main() {
     for (const int64_t width : {0, 1, 15, 64, 130, 300}) {
       for (const int64_t k : {1, 2, 5}) test_gather(2, 13, 21, k, width);
     }
+    for (const int64_t k : {1, 3}) test_gather(2, 700, 900, k, 5);  // more points than a block has threads
     test_bad_input();
   });
 }
