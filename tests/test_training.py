@@ -461,6 +461,7 @@ MISTAKES = [
     ("adapter.target_modules=[q_proj", "adapter.target_modules: '[q_proj' is not YAML: line 1, column 8"),
     ("adapter.target_modules=3", "adapter.target_modules: must be a list or text, got 3"),
     ("adapter.r=true", "adapter.r: must be a number, got True"),
+    ("adapter.layers_to_transform=true", "adapter.layers_to_transform: must be a list or a number, got True"),
     ("adapter.r=0", "adapter.r: must be at least 1, got 0"),
     ("adapter.lora_dropout=1.5", "adapter.lora_dropout: must be at most 1, got 1.5"),
     ("adapter.lora_dropout=.nan", "adapter.lora_dropout: must be a finite number, got nan"),

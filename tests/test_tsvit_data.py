@@ -612,6 +612,20 @@ def test_new_tokens_alone_train(recipe, tmp_path, stopping, change, rows, kept):
     assert torch.equal(tokens, torch.cat([deftcore.TSViT.from_pretrained(base).class_tokens.weight[:kept], whole]))
 
 
+def test_draws_go_on_where_they_stopped(recipe, tmp_path, stopping):
+    """Of two projections each call draws one: an interrupted run draws what a whole one does."""
+    options = "{r: 2, parallel: true, stochastic: true, target_modules: [mlp], modules_to_save: [mixer]}"
+    more = ["method=bottleneck", f"adapter={options}", "training.gradient_checkpointing=true"]
+    train_recipe(recipe("whole", *more))
+    stopping()
+    with pytest.raises(Stopped):
+        train_recipe(recipe("parts", *more))
+    torch.manual_seed(99)
+    train_recipe(recipe("parts", *more))
+    whole, parts = (load_file(tmp_path / run / "final" / "adapter_model.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

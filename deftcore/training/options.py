@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import types
 import typing
 from typing import Any
 
@@ -23,8 +24,7 @@ def checked_options(method: Method, options: dict[str, Any]) -> dict[str, Any]:
         if options:
             raise Mistakes([f": method {method.name} has no adapter, got {', '.join(options)}"])
         return options
-    numbers = {int: Integer, float: Number}
-    hints: dict[str, Any] = {name: numbers.get(hint, hint) for name, hint in typing.get_type_hints(kind).items()}
+    hints: dict[str, Any] = {name: _without_flags(hint) for name, hint in typing.get_type_hints(kind).items()}
     hints |= method.limits
     own = _fields(kind)
     others = {name for each in all_methods() if each.config for name in _fields(each.config)}.difference(own)
@@ -46,6 +46,16 @@ def checked_options(method: Method, options: dict[str, Any]) -> dict[str, Any]:
     if found:
         raise Mistakes(found)
     return values
+
+
+def _without_flags(hint: Any) -> Any:
+    """A type whose numbers, inside unions and collections too, are neither true nor false."""
+    if hint in (int, float):
+        return Integer if hint is int else Number
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return typing.Union[tuple(map(_without_flags, inner))]  # noqa: UP007  of a tuple
+    return origin[tuple(map(_without_flags, inner))] if origin in (dict, list, tuple, set) else hint
 
 
 def _fields(kind: Any) -> list[str]:

@@ -110,7 +110,7 @@ class CropTask(Task):
         """The model with an output for the data's classes, and its bands' mean and deviation: those that `data` gives,
         else its own, else the training scenes'."""
         self.reading = self._read_as(config, model)
-        kept = model.config.num_classes if self.reading.head == "extend" else 0
+        kept = 0 if self.reading.head == "token" else model.config.num_classes
         model = with_classes(model, self.reading)
         self.new_tokens = model.config.num_classes - kept
         self.model = model.config
