@@ -1,13 +1,40 @@
 """What tuners that PEFT lacks share: whole files of adapters, layers in the places of modules, layers that never merge
-or have one adapter active at a time."""
+or have one adapter active at a time, and what merging layers do first."""
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from deftcore.nn.sharding import whole
+
+
+@dataclass
+class PlacesConfig(PeftConfig):
+    """The fields that narrow a config's `target_modules`, as PEFT reads them."""
+
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer numbers; None is all."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+
+
+class WrapperLayer(nn.Module, BaseTunerLayer):
+    """A layer over the module in whose place it stands."""
+
+    shown_as: ClassVar[str]  # before the class's name, where a model is printed
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer: Any = base_layer
+        self.merged_adapters: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"{self.shown_as}.{super().__repr__()}"
 
 
 class NeverMerged(BaseTunerLayer):
@@ -100,3 +127,24 @@ class PlacedTuner(GathersShards):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # PEFT's own looks for weights, which not all modules have
+
+
+def nothing_merged(layer: BaseTunerLayer) -> bool:
+    """Whether a layer has nothing to unmerge, of which it warns as PEFT's layers do."""
+    if not layer.merged:
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+    return not layer.merged
+
+
+def check_finite(values: Tensor, adapter_name: str) -> None:
+    """Raises ValueError, in PEFT's words, where what is to be merged holds an infinity or a NaN."""
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+
+
+def merge_or_unmerge(layer: Any, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> None:
+    """Brings a layer into the state in which it is to be unloaded."""
+    if merge:
+        layer.merge(safe_merge, adapter_names)
+    elif layer.merged:
+        layer.unmerge()

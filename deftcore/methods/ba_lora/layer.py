@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from deftcore.methods.ba_lora.config import BaLoraConfig
 from deftcore.methods.lora.base_weights import change_weight, stored_weight
 from deftcore.methods.lora.paired import Factors, PairedLora, Terms
+from deftcore.training.tuners import merge_or_unmerge
 
 
 class BaLoraLinear(PairedLora):
@@ -93,10 +94,7 @@ class BaLoraLinear(PairedLora):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The plain layer, merged or as it was before training."""
-        if merge:
-            self.merge(safe_merge, adapter_names)
-        elif self.merged:
-            self.unmerge()
+        merge_or_unmerge(self, merge, safe_merge, adapter_names)
         if self.in_base and not self.merged:
             self._put_back(next(iter(self.lora_A)))
         return self.get_base_layer()

@@ -1,12 +1,10 @@
 """BitFit: only biases train (Ben Zaken, Goldberg, Ravfogel, arXiv 2106.10199)."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -14,11 +12,11 @@ from torch.func import functional_call
 from deftcore.models.preflight import check_names
 from deftcore.nn.linear import dtype_of, is_transposed, shape_of
 from deftcore.training.adapters import MethodName
-from deftcore.training.tuners import PlacedTuner
+from deftcore.training.tuners import PlacedTuner, PlacesConfig, WrapperLayer, check_finite, nothing_merged
 
 
 @dataclass
-class BitFitConfig(PeftConfig):
+class BitFitConfig(PlacesConfig):
     """Config of BitFit: each chosen module's bias gets a copy that trains. Modules are chosen by what they are, one
     without children that has a parameter `bias`; names only narrow the choice.
     """
@@ -29,10 +27,6 @@ class BitFitConfig(PeftConfig):
     new_biases: list[str] | str | None = field(
         default=None, metadata={"help": "Linear layers without a bias, by name or pattern, that get one of zeros."}
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer numbers; None is all."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,17 +47,16 @@ def with_biases(module: nn.Module, biases: Mapping[str, Tensor], *args: Any, **k
     return functional_call(module, own, args, kwargs)
 
 
-class BitFitLayer(nn.Module, BaseTunerLayer):
+class BitFitLayer(WrapperLayer):
     """A module run with another bias; several active adapters' changes add up."""
 
+    shown_as = "bitfit"
     adapter_layer_names = ("bitfit_bias",)
     bias_alone = True  # a merge leaves the weight
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BitFitConfig) -> None:
-        super().__init__()
-        self.base_layer: Any = base_layer
+        super().__init__(base_layer)
         self.bitfit_bias = nn.ParameterDict()
-        self.merged_adapters: list[str] = []
         self._before: Tensor | None = None  # the merged base's bias
         self.update_layer(adapter_name, config)
 
@@ -125,8 +118,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         merged = self._sum([*self.merged_adapters, *names])
-        if safe_merge and not bool(torch.isfinite(merged).all()):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+        if safe_merge:
+            check_finite(merged, names[0])
         base = self.base_layer
         if not self.merged:
             self._before = None if base.bias is None else base.bias.detach().clone()
@@ -139,8 +132,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Gives the module its own bias back, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        if nothing_merged(self):
             return
         if self._before is None:
             self.base_layer.bias = None
@@ -148,9 +140,6 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
             self.base_layer.bias.copy_(self._before)
         self._before = None
         self.merged_adapters.clear()
-
-    def __repr__(self) -> str:
-        return "bitfit." + super().__repr__()
 
 
 class BitFitModel(PlacedTuner):

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -13,13 +12,13 @@ from deftcore.models.families import FAMILIES, MLP_FORMS, check_part
 from deftcore.nn.linear import dtype_of, is_transposed, shape_of
 from deftcore.ops.checks import check_count, check_flag, check_number
 from deftcore.training.adapters import MethodName
-from deftcore.training.tuners import GathersShards, NeverMerged
+from deftcore.training.tuners import GathersShards, NeverMerged, PlacesConfig, WrapperLayer
 
 _NON_LINEARITIES = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(PlacesConfig):
     """Config of bottleneck adapters.
 
     Raises ValueError, naming the field, on a value out of range.
@@ -44,10 +43,6 @@ class BottleneckConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules that return the MLP's output; None picks them by model type."}
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer numbers; None is all."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,26 +87,25 @@ class DrawnLinear(nn.Module):
         return torch.stack([first, second]).mean(0) if drawn is None else torch.where(drawn, second, first)
 
 
-class BottleneckLayer(nn.Module, NeverMerged):
+class BottleneckLayer(WrapperLayer, NeverMerged):
     """Wraps the module that returns an MLP's, or an attention's, output. `up` starts at zero, unless `init_std` says
     otherwise: the model is unchanged at first.
     """
 
     no_merge = "a bottleneck adapter is not linear and cannot be merged into the weights"
     adds_to_block = True  # to the block's output: gates and the sparse form go beneath
+    shown_as = "bottleneck"
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("configs", "bottleneck_dropout")
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig, r: int | None = None
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.bottleneck_down = nn.ModuleDict()
         self.bottleneck_up = nn.ModuleDict()
         self.bottleneck_dropout = nn.ModuleDict()
         self.configs: dict[str, BottleneckConfig] = {}
-        self.merged_adapters: list[str] = []
         self._tap: torch.utils.hooks.RemovableHandle | None = None
         self._tapped = False  # which `forward` asks in place of the handle, as graphs cannot hold one
         self._mlp_input: Tensor | None = None
@@ -187,9 +181,6 @@ class BottleneckLayer(nn.Module, NeverMerged):
         up: Any = self.bottleneck_up[name]
         hidden = down(self.bottleneck_dropout[name](x.to(up.weight.dtype)))
         return up(getattr(torch.nn.functional, self.configs[name].non_linearity)(hidden))
-
-    def __repr__(self) -> str:
-        return "bottleneck." + super().__repr__()
 
 
 class BottleneckModel(GathersShards):

@@ -16,6 +16,7 @@ from deftcore.nn.merging import merged_4bit
 from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.lora import lora_linear
 from deftcore.ops.quantized import QuantizedTensor
+from deftcore.training.tuners import check_finite
 
 Pair = tuple[Tensor, Tensor, tuple[int, int] | None]  # A [r, K], B [rows, r] and the rows start:stop; None is all
 
@@ -135,8 +136,8 @@ class FusedLoraLinear(LoraLinear):
             if name in self.lora_variant or self.lora_bias[name]:
                 raise ValueError(f"{name}: only plain LoRA without a bias can be merged into 4 bits")
             merged, report = merged_4bit(base.quantized, self.get_delta_weight(name))
-            if safe_merge and not bool(torch.isfinite(merged.scales()).all()):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            if safe_merge:
+                check_finite(merged.scales(), name)
             if not self.merged_adapters:
                 self._unmerged = base.quantized
             base.set_quantized(merged)

@@ -2,7 +2,6 @@
 begin on the spectrum of the weight."""
 
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from deftcore.nn.fingerprints import fingerprints
 from deftcore.nn.linear import Linear4bit, is_transposed, shape_of
 from deftcore.nn.sharding import is_sharded
 from deftcore.ops.checks import check_count
+from deftcore.training.tuners import check_finite, nothing_merged
 
 Factors = tuple[Tensor, Tensor]  # A [R, K] and B [M, R], whose product is B A
 
@@ -303,8 +303,8 @@ class PairedLora(LoraLinear):
         if is_sharded(base.weight):
             raise ValueError("merge: the weights are sharded over processes; merge into a model on one")
         update = self.dense_update([*self.merged_adapters, *names])
-        if safe_merge and not bool(torch.isfinite(update).all()):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+        if safe_merge:
+            check_finite(update, names[0])
         before = self._before if self.merged else stored_weight(base)
         change_weight(base, before, update)
         self._before = before
@@ -313,8 +313,7 @@ class PairedLora(LoraLinear):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Puts the weight of before the first merge back, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        if nothing_merged(self):
             return
         base: Any = self.get_base_layer()
         base.set_quantized(self._before) if isinstance(base, Linear4bit) else base.weight.data.copy_(self._before)

@@ -13,7 +13,7 @@ from deftcore.methods.point_peft.bank import look_up
 from deftcore.methods.point_peft.config import PointPeftConfig
 from deftcore.methods.point_peft.geometry import LocalGroups, LocalMixing, Propagation, local_groups
 from deftcore.methods.point_peft.prompts import Prompts
-from deftcore.training.tuners import NeverMerged, OneActive
+from deftcore.training.tuners import NeverMerged, OneActive, WrapperLayer
 
 
 class AdaptedBlock(nn.Module):
@@ -102,18 +102,17 @@ class Adaptation(nn.Module):
         return look_up(query, rows, config.retrieved, normalize_query=config.normalize_query, exclude=exclude)
 
 
-class PointPeftLayer(nn.Module, NeverMerged, OneActive):
+class PointPeftLayer(WrapperLayer, NeverMerged, OneActive):
     """In a backbone's place. Nothing of it changes, so that turned off it is the backbone."""
 
     no_merge = "Point-PEFT's networks are not linear and cannot be merged into the weights"
     one_of = "one Point-PEFT adapter is"
+    shown_as = "point_peft"
     adapter_layer_names = ("point_peft_parts",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: PointPeftConfig) -> None:
-        super().__init__()
-        self.base_layer: Any = base_layer
+        super().__init__(base_layer)
         self.point_peft_parts = nn.ModuleDict()
-        self.merged_adapters: list[str] = []
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: PointPeftConfig, **_: Any) -> None:
@@ -163,6 +162,3 @@ class PointPeftLayer(nn.Module, NeverMerged, OneActive):
             x = x + block.attention(block.norm1(x))
             x = x + block.mlp(block.norm2(x))
         return base.norm(x).max(1).values
-
-    def __repr__(self) -> str:
-        return "point_peft." + super().__repr__()

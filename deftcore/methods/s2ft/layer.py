@@ -4,11 +4,10 @@ Weights whose input channels train are stored neuron-major, so that the slice is
 strides (torch's fused AdamW on the CPU) would destroy frozen weights otherwise.
 """
 
-import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from deftcore.methods.s2ft.config import S2ftConfig
@@ -18,6 +17,7 @@ from deftcore.nn.merging import MergeReport, merged_4bit
 from deftcore.nn.sharding import is_sharded, whole
 from deftcore.ops.gated_linear import gated_linear
 from deftcore.ops.partial_linear import partial_linear
+from deftcore.training.tuners import WrapperLayer, check_finite, merge_or_unmerge, nothing_merged
 
 
 class _Slices(nn.Module):
@@ -39,7 +39,7 @@ class _Slices(nn.Module):
             destination[prefix + name] = block if keep_vars else block.detach().clone()
 
 
-class S2ftLayer(nn.Module, BaseTunerLayer):
+class S2ftLayer(WrapperLayer):
     """A linear layer of which some input or output channels train.
 
     Args:
@@ -49,6 +49,7 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
         indices: their numbers in the original weight, in the order of `places`.
     """
 
+    shown_as = "s2ft"
     adapter_layer_names = ("s2ft_slices",)
     constant_buffers = True  # processes need not send them
     original: Tensor
@@ -57,12 +58,10 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: S2ftConfig, dim: int, places: Tensor, indices: Tensor
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.dim, self.runs = dim, runs(places)
         self.packed = isinstance(base_layer, Linear4bit)
         self.split = self.packed or config.storage == "split"
-        self.merged_adapters: list[str] = []
         self.s2ft_slices = nn.ModuleDict()
         self.register_buffer("indices", indices.to(torch.int32), persistent=False)
         weight: Any = base_layer.weight
@@ -203,14 +202,14 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
             return y if self.merged or self.is_off else self._add_delta(x, y)
         weight, slices, starts, synced = self._operands()
         return partial_linear(
-            x, weight, slices, dim=self.dim, start=starts, bias=self.base_layer.bias, synced=synced  # type: ignore
+            x, weight, slices, dim=self.dim, start=starts, bias=self.base_layer.bias, synced=synced
         )  # fmt: skip
 
     def gated(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         """The layer's output for f(gate) * up, as one op."""
         weight, slices, starts, synced = self._operands()
         return gated_linear(
-            gate, up, weight, slices, start=starts, activation=activation, bias=self.base_layer.bias,  # type: ignore
+            gate, up, weight, slices, start=starts, activation=activation, bias=self.base_layer.bias,
             synced=synced,
         )  # fmt: skip
 
@@ -256,14 +255,14 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
                 raise ValueError(f"adapter_names: this model has {', '.join(self.s2ft_slices)}, got {name!r}")
         if not names:
             return
-        if safe_merge and not bool(torch.isfinite(self.trained()).all()):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+        if safe_merge:
+            check_finite(self.trained(), names[0])
         if isinstance(self.base_layer, Linear4bit):
             self._unmerged = self.base_layer.quantized
             merged, self.merge_report = merged_4bit(self._unmerged, self.dense_update())
             self.base_layer.set_quantized(merged)
         elif self.split:
-            if is_sharded(self.base_layer.weight):  # type: ignore[arg-type]
+            if is_sharded(self.base_layer.weight):
                 raise ValueError("merge: the weights are sharded over processes; merge into a model on one")
             self._write_split(self.trained())
         self.sync()
@@ -283,11 +282,11 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Takes back what `merge` wrote beside or over the weight, bit for bit; in place there is nothing to do."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        if isinstance(self.base_layer, Linear4bit) and self.merged:
+        if nothing_merged(self):
+            return
+        if isinstance(self.base_layer, Linear4bit):
             self.base_layer.set_quantized(self._unmerged)
-        elif self.split and self.merged:
+        elif self.split:
             self._write_split(self.original)
         self.merged_adapters.clear()
 
@@ -316,10 +315,7 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The plain layer, as it was before training or with what was trained; its weight's usual memory layout."""
-        if merge:
-            self.merge(safe_merge, adapter_names)
-        elif self.merged:
-            self.unmerge()
+        merge_or_unmerge(self, merge, safe_merge, adapter_names)
         if not self.split:
             if not self.merged:
                 self._write(self.original)
@@ -335,9 +331,6 @@ class S2ftLayer(nn.Module, BaseTunerLayer):
         kind = "input" if self.dim == 1 else "output"
         where = "beside the weight" if self.split else "in place"
         return f"{self.indices.numel()} {kind} channels {where}" + (", float32 master" if self.master else "")
-
-    def __repr__(self) -> str:
-        return "s2ft." + super().__repr__()
 
 
 def _after_load(layer: Any, _: Any) -> None:

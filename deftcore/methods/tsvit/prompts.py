@@ -13,7 +13,7 @@ from deftcore.methods.tsvit.model import TSViT
 from deftcore.methods.tsvit.tuner import TSViTTuner
 from deftcore.ops.checks import check_count
 from deftcore.training.adapters import MethodName
-from deftcore.training.tuners import NeverMerged
+from deftcore.training.tuners import NeverMerged, WrapperLayer
 
 _CHOICES = {"place": ("outside", "inside"), "depth": ("deep", "shallow")}
 
@@ -47,7 +47,7 @@ class TSViTPromptConfig(PeftConfig):
                 raise ValueError(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
 
-class PromptLayer(nn.Module, NeverMerged):
+class PromptLayer(WrapperLayer, NeverMerged):
     """An attention with prompts at the end of its keys and values; several active adapters' stand there together.
 
     Outside, an adapter is rows [m, d], which pass qkv and not the norm; inside, keys and values [heads, m, d_h]. All
@@ -55,15 +55,14 @@ class PromptLayer(nn.Module, NeverMerged):
     """
 
     no_merge = "prompts are no weights and cannot be merged into them"
+    shown_as = "tsvit_prompt"
     adapter_layer_names = ("tsvit_prompt_rows", "tsvit_prompt_keys", "tsvit_prompt_values")
 
     def __init__(self, base_layer: Attention, adapter_name: str, config: TSViTPromptConfig, prompts: int) -> None:
-        super().__init__()
-        self.base_layer: Any = base_layer
+        super().__init__(base_layer)
         self.tsvit_prompt_rows = nn.ParameterDict()
         self.tsvit_prompt_keys = nn.ParameterDict()
         self.tsvit_prompt_values = nn.ParameterDict()
-        self.merged_adapters: list[str] = []
         self.update_layer(adapter_name, config, prompts)
 
     def update_layer(self, adapter_name: str, config: TSViTPromptConfig, prompts: int) -> None:
@@ -96,9 +95,6 @@ class PromptLayer(nn.Module, NeverMerged):
             return None
         keys, values = (torch.cat(each, 1) for each in zip(*found, strict=True))
         return keys, values
-
-    def __repr__(self) -> str:
-        return "tsvit_prompt." + super().__repr__()
 
 
 class TSViTPromptModel(TSViTTuner):

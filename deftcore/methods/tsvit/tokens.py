@@ -1,6 +1,5 @@
 """Token tuning of TSViT: class tokens alone train, all or those that `extend` has put behind the others."""
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ from deftcore.methods.tsvit.model import TSViT
 from deftcore.methods.tsvit.tuner import TSViTTuner
 from deftcore.ops.checks import check_count
 from deftcore.training.adapters import MethodName
-from deftcore.training.tuners import OneActive
+from deftcore.training.tuners import OneActive, WrapperLayer, check_finite, nothing_merged
 
 
 @dataclass
@@ -37,17 +36,16 @@ class TSViTTokenConfig(PeftConfig):
             check_count("tokens", self.tokens)
 
 
-class TokenLayer(nn.Module, OneActive):
+class TokenLayer(WrapperLayer, OneActive):
     """Class tokens of which the last are an adapter's, [n, d], that start as the model's. One is active at a time."""
 
     one_of = "one adapter's class tokens are"
+    shown_as = "tsvit_token"
     adapter_layer_names = ("tsvit_token_rows",)
 
     def __init__(self, base_layer: ClassTokens, adapter_name: str, config: TSViTTokenConfig, tokens: int) -> None:
-        super().__init__()
-        self.base_layer: Any = base_layer
+        super().__init__(base_layer)
         self.tsvit_token_rows = nn.ParameterDict()
-        self.merged_adapters: list[str] = []
         self._before: Tensor | None = None  # the merged base's tokens
         self.update_layer(adapter_name, config, tokens)
 
@@ -85,8 +83,8 @@ class TokenLayer(nn.Module, OneActive):
         if len(names) + len(self.merged_adapters) > 1:
             raise ValueError(f"adapter_names: one adapter's class tokens are merged at a time, got {names}")
         rows: Any = self.tsvit_token_rows[names[0]]
-        if safe_merge and not bool(rows.isfinite().all()):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+        if safe_merge:
+            check_finite(rows, names[0])
         self._before = self.base_layer.weight.detach().clone()
         self.base_layer.weight[-len(rows) :] = rows
         self.merged_adapters.extend(names)
@@ -94,15 +92,11 @@ class TokenLayer(nn.Module, OneActive):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Gives the model its own tokens back, bit for bit."""
-        if self._before is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        if nothing_merged(self):
             return
         self.base_layer.weight.copy_(self._before)
         self._before = None
         self.merged_adapters.clear()
-
-    def __repr__(self) -> str:
-        return "tsvit_token." + super().__repr__()
 
 
 class TSViTTokenModel(TSViTTuner):
