@@ -266,6 +266,21 @@ def test_a_checkpoints_tensors_are_beneath_an_adapter(name):
     assert all(torch.equal(p, stored[key]) for key, p in found.items())
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@ALL
+def test_recomputed_activations(name, reentrant):
+    """Beneath which nothing trains: gradients are those of a run that keeps all, to the bit."""
+    found = []
+    for options in (None, {"use_reentrant": reentrant}):
+        model = moved(peft.get_peft_model(small(), METHODS[name]())).train()
+        if options:
+            model.base_model.model.gradient_checkpointing_enable(options)
+        torch.manual_seed(3)
+        model(*series()).square().sum().backward()
+        found.append({key: p.grad for key, p in trained(model).items()})
+    assert all(torch.equal(grad, found[0][key]) for key, grad in found[1].items())
+
+
 @pytest.mark.slow
 @ALL
 def test_compiled(name):

@@ -73,6 +73,11 @@ def test_days():
     images = np.zeros((9, 1, 4, 4), np.uint16)
     wheat = scene_of({"images": images, "months": np.array([11, 12, 1, 2, 3, 4, 5, 6, 7])})  # of the Beqaa
     assert wheat.doy == (319, 349, 15, 46, 74, 105, 135, 166, 196)
+    for unit, days in (("ns", (138, 169)), ("s", (138, 169)), ("D", (138, 169)), ("M", (136, 167))):  # as of xarray
+        dates = np.array(["2020-05-17", "2020-06-17"], dtype="datetime64[D]").astype(f"datetime64[{unit}]")
+        assert scene_of({"images": images[:2], "dates": dates}).doy == days
+    with pytest.raises(ValueError, match=r"dates: series: must be a day as 2020-05-17 .* got 'NaT'"):
+        scene_of({"images": images[:1], "dates": np.array(["NaT"], dtype="datetime64[ns]")})
     for date in ("2021-02-29", "2021-13", "17.5.2020", "2020"):
         with pytest.raises(ValueError, match="must be a day as 2020-05-17 or a month"):
             day_of(date)

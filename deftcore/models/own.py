@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deftcore._files import replacing_file, write_json
 from deftcore.models.folders import StoredWeights
@@ -143,14 +144,14 @@ class OwnModel(nn.Module):
         What a model does it for, a stack of blocks say, has an attribute `recompute`: None, or these options.
 
         Args:
-            activation_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`; None: not reentrant.
+            activation_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`, not reentrant unless they say so.
 
         Raises:
             ValueError: for what Transformers' models can beyond that.
         """
         if every_n_layers != 1 or offload:
             raise ValueError(f"every_n_layers, offload: must be 1 and False, got {every_n_layers} and {offload}")
-        self._set_recompute(activation_checkpointing_kwargs or {"use_reentrant": False})
+        self._set_recompute({"use_reentrant": False} | (activation_checkpointing_kwargs or {}))
 
     def activation_checkpointing_disable(self) -> None:
         """Keeps activations again."""
@@ -168,6 +169,18 @@ class OwnModel(nn.Module):
         for module in self.modules():
             if hasattr(module, "recompute"):
                 vars(module)["recompute"] = options
+
+
+def recomputed(layer: nn.Module, x: Tensor, *args: Any, options: Mapping[str, Any]) -> Tensor:
+    """layer(x, *args), of which the backward computes the activations again.
+
+    Args:
+        options: a stack's `recompute`. Reentrant, only what has a gradient itself lets any through to the parameters:
+            x is given one, where what is beneath is frozen.
+    """
+    if options["use_reentrant"] and not x.requires_grad:
+        x = x.detach().requires_grad_()
+    return checkpoint(layer, x, *args, **options)
 
 
 def read_config(folder: str | os.PathLike, kind: type[Config]) -> Config:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
+
+from deftcore.models.own import recomputed
 
 
 class DropPath(nn.Module):
@@ -97,5 +98,5 @@ class BlockStack(nn.ModuleList):
     def run(self, block: nn.Module, x: Tensor) -> Tensor:
         """One block; in training its activations are kept only where they are not to be recomputed."""
         if self.recompute is not None and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, **self.recompute)
+            return recomputed(block, x, options=self.recompute)
         return block(x)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from deftcore.models.own import recomputed
 
 Prompt = tuple[Tensor, Tensor]  # keys and values, [heads, m, d_h] each
 
@@ -102,5 +103,5 @@ class Encoder(nn.Module):
             if self.recompute is None or not self.training:
                 x = layer(x, mask, queries)
             else:
-                x = checkpoint(layer, x, mask, queries, **self.recompute)
+                x = recomputed(layer, x, mask, queries, options=self.recompute)
         return self.norm(x)

@@ -1,10 +1,10 @@
 """Satellite image time series as they lie on disk: arrays in an .npz, a folder of GeoTIFFs, a list of either.
 
-An .npz holds `images` [T, C, H, W] and one of `dates` (text, `2020-05-17`, or a month, `2020-05`), `doy` (days of the
-year) and `months` (1 to 12), each [T]; where there are, `cloud` [T, H, W] or [T] (true: not to be used), `labels`
-[H, W] (codes), `labelled` [H, W] (false: no label), `bands` [C] (names), `nodata`, `crs` and `transform` (six numbers).
-A folder holds a GeoTIFF per date, see `geotiff.py`. A list, .jsonl, has a line per scene with its `series`, a path from
-the list's own folder, and what splits go by: `area` and `year`.
+An .npz holds `images` [T, C, H, W] and one of `dates` (text or datetime64, `2020-05-17`, or a month, `2020-05`), `doy`
+(days of the year) and `months` (1 to 12), each [T]; where there are, `cloud` [T, H, W] or [T] (true: not to be used),
+`labels` [H, W] (codes), `labelled` [H, W] (false: no label), `bands` [C] (names), `nodata`, `crs` and `transform` (six
+numbers). A folder holds a GeoTIFF per date, see `geotiff.py`. A list, .jsonl, has a line per scene with its `series`, a
+path from the list's own folder, and what splits go by: `area` and `year`.
 """
 
 import os
@@ -159,6 +159,9 @@ def _days(arrays: dict[str, np.ndarray], frames: int, where: str) -> tuple[int, 
         raise ValueError(f"dates: {where}: must be one of dates, doy and months, [{frames}], got {got}")
     (name,) = given
     values = arrays[name]
+    if values.dtype.kind == "M":  # of xarray in nanoseconds; months stay such
+        whole = np.datetime_data(values.dtype)[0] in "YM"
+        values = np.datetime_as_string(values if whole else values.astype("datetime64[D]"))
     if name != "dates" and values.dtype.kind not in "ui":
         raise ValueError(f"{name}: {where}: must be whole numbers, got {values.dtype}")
     readers: dict[str, Callable[[Any], int]] = {"dates": day_of, "doy": _checked_day, "months": _middle}
