@@ -161,6 +161,16 @@ def tiny_batch(family: str):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def perturbed(model, seed: int = 3):
+    """Moves everything that trains, so that no adapter is without effect."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p.dtype))
+    return model
+
+
 def recompute(model, reentrant: bool = False) -> None:
     """Activation checkpointing under the name that the installed Transformers has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -2,14 +2,14 @@
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import peft
 import pytest
 import torch
-from conftest import Stopped, tiny_batch, tiny_model
+from conftest import perturbed, tiny_batch, tiny_model
+from recipe_runs import check_recipe
 from torch import nn
 
 import deftcore
@@ -29,15 +29,6 @@ def llama(dtype=torch.float32, model=None, **options):
         **({"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "task_type": "CAUSAL_LM"} | options)
     )
     return peft.get_peft_model(model or tiny_model("llama").to(dtype).eval(), config)
-
-
-def perturbed(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p.dtype))
-    return model
 
 
 def logits(model, **more):
@@ -546,37 +537,13 @@ def test_values_of_classes(parity, case):
 
 @pytest.mark.parametrize("method", ["ba-lora", "qba-lora"])
 def test_a_recipe_trains_resumes_and_is_exported(tmp_path, stopping, capsys, method):
-    """An interrupted run ends bit for bit where a whole one ends: the schedules go on where they were."""
-    from safetensors.torch import load_file
-    from test_package import save_base
-
-    from deftcore.cli.main import main
-
-    base = tmp_path / "base"
-    base.mkdir()
-    save_base(base)
-    recipe = Path(__file__).parents[1] / "recipes" / "ba-lora.yaml"
-    options = [str(recipe), f"method={method}", f"model={base}", f"data.train={base / 'data.txt'}", "deft=true",
-               "adapter.r=4", "adapter.lora_alpha=4", "data.max_length=16", "training.max_steps=6",
-               "training.save_every=2", "training.log_every=1", "training.gradient_accumulation_steps=2",
-               "training.batch_size=2", "training.learning_rate=1e-3"]  # fmt: skip
-    assert main(["train", *options, f"output={tmp_path / 'whole'}"]) == 0
-    stopping()
-    with pytest.raises(Stopped):
-        main(["train", *options, f"output={tmp_path / 'parts'}"])
-    assert main(["train", *options, f"output={tmp_path / 'parts'}"]) == 0
-    whole, parts = (load_file(tmp_path / n / "final" / "adapter_model.safetensors") for n in ("whole", "parts"))
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    """Schedules, too, go on where they were."""
+    options = ["adapter.lora_alpha=4", "training.max_steps=6", "training.log_every=1", "training.batch_size=2",
+               "training.gradient_accumulation_steps=2", "training.learning_rate=1e-3"]  # fmt: skip
+    log = check_recipe(tmp_path, stopping, capsys, "ba-lora.yaml", method, *options)
     assert [entry["step"] for entry in log] == list(range(1, 7))
     assert log[0]["ba_lora_consistency"] == pytest.approx(0, abs=1e-6)  # the start is the pre-trained model
     assert log[-1]["ba_lora_consistency"] > 0
-    more = ["--quantize", "nf4", "--merge", "16bit"] if method == "qba-lora" else []
-    capsys.readouterr()
-    out = ["export", str(base), str(tmp_path / "out"), "--adapter", str(tmp_path / "whole" / "final"), *more]
-    assert main(out) == 0, capsys.readouterr().err
-    assert deftcore.load_sparse(tmp_path / "out")(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["kasa", "ba-lora"])

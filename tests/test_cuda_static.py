@@ -8,36 +8,20 @@ from bench.cuda_static import MULTIPROCESSORS, Kernel, add_instructions, add_thr
 DENSITY = "_ZN8deftcore4cuda43_GLOBAL__N__57b772dc_10_density_cu_09742da714density_kernelILi4EfEEvNS_11DensityArgsE"
 QUANTIZE = "_ZN8deftcore4cuda41_GLOBAL__N__d8d569bc_9_quant4_cu_c9fe54db15quantize_kernelIfEEvPKT_PhPfllNS1_4BookE"
 
-RESOURCES = f"""
-Fatbin elf code:
-================
-arch = sm_80
-code version = [1,8]
 
-Resource usage:
- Common:
-  GLOBAL:0
- Function {DENSITY}:
-  REG:48 STACK:0 SHARED:64 LOCAL:0 CONSTANT[0]:400 TEXTURE:0 SURFACE:0 SAMPLER:0
- Function {QUANTIZE}:
-  REG:32 STACK:80 SHARED:0 LOCAL:0 CONSTANT[0]:468 TEXTURE:0 SURFACE:0 SAMPLER:0
+def resources(arch, **functions):
+    """Of one architecture's code, by function its registers, stack, shared memory and constants."""
+    head = f"Fatbin elf code:\n================\narch = {arch}\ncode version = [1,8]\n\n"
+    head += "Resource usage:\n Common:\n  GLOBAL:0\n"
+    line = " Function {}:\n  REG:{} STACK:{} SHARED:{} LOCAL:0 CONSTANT[0]:{} TEXTURE:0 SURFACE:0 SAMPLER:0\n"
+    return head + "".join(line.format(name, *used) for name, used in functions.items())
 
-Fatbin ptx code:
-================
-arch = sm_90
-compressed
 
-Fatbin elf code:
-================
-arch = sm_90a
-code version = [1,8]
-
-Resource usage:
- Common:
-  GLOBAL:0
- Function {DENSITY}:
-  REG:48 STACK:0 SHARED:1088 LOCAL:0 CONSTANT[0]:576 TEXTURE:0 SURFACE:0 SAMPLER:0
-"""
+RESOURCES = "\n".join((
+    resources("sm_80", **{DENSITY: (48, 0, 64, 400), QUANTIZE: (32, 80, 0, 468)}),
+    "Fatbin ptx code:\n================\narch = sm_90\ncompressed\n",
+    resources("sm_90a", **{DENSITY: (48, 0, 1088, 576)}),
+))  # fmt: skip
 
 ELF = f"""
 arch = sm_80

@@ -420,7 +420,7 @@ def _sequences(d: Draw, batch: int, length: int) -> Tensor:
 
 
 def _slots(d: Draw, batch: int, rows: int) -> Tensor | None:
-    """Distinct rows of a state for each of the batch, some of them padding."""
+    """Distinct rows of a state for each of the batch, some of them padding; None: they are in the batch's order."""
     if rows == batch and d.chance(0.5):
         return None
     slots = torch.randperm(rows, generator=d.generator)[:batch]
@@ -437,8 +437,6 @@ def causal_conv1d_update(d: Draw) -> Call:
         "weight": d.tensor(channels, width, dtype=d.wide()), "bias": d.maybe(lambda: d.tensor(channels)),
         "activation": d.random.choice((None, "silu")), "conv_state_indices": _slots(d, batch, rows),
     }  # fmt: skip
-    if arguments["conv_state_indices"] is None and rows != batch:
-        arguments["conv_state_indices"] = torch.arange(batch)
     return Call(ops.causal_conv1d_update, arguments, in_place=("conv_state",))
 
 
@@ -479,8 +477,6 @@ def selective_state_update(d: Draw) -> Call:
         "dt_bias": d.maybe(lambda: d.tensor(*rest, dtype=torch.float32)), "dt_softplus": True,
         "state_batch_indices": _slots(d, batch, rows),
     }  # fmt: skip
-    if arguments["state_batch_indices"] is None and rows != batch:
-        arguments["state_batch_indices"] = torch.arange(batch)
     return Call(ops.selective_state_update, arguments, in_place=("state",))
 
 

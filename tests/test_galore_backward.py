@@ -20,6 +20,17 @@ def llama(**options):
     return model, NaturalGaLore(groups, lr=1e-2)
 
 
+def step(*optimizers):
+    for each in optimizers:
+        each.step()
+        each.zero_grad()
+
+
+def same(model, plain):
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        close(q.detach(), p.detach(), 1e-8)
+
+
 def test_steps_in_the_backward_are_those_behind_it():
     plain, optimizer = llama()
     model, early = llama()
@@ -49,11 +60,8 @@ def test_projected_gradients_add_up():
                 plain(**part).loss.backward()
                 model(**part).loss.backward()
                 assert all((p.grad is None) == (t % 3 != 0) for p in matrices)
-            for each in (optimizer, projecting):
-                each.step()
-                each.zero_grad()
-    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-        close(q.detach(), p.detach(), 1e-8)
+            step(optimizer, projecting)
+    same(model, plain)
 
 
 def test_projected_and_whole_gradients_of_one_step():
@@ -66,11 +74,8 @@ def test_projected_and_whole_gradients_of_one_step():
                 hooks = projecting.accumulate_in_subspace() if part == 1 and t == 1 and each is model else nullcontext()
                 with hooks:
                     (each(**tiny_batch("llama")).loss * part).backward()
-        for each in (optimizer, projecting):
-            each.step()
-            each.zero_grad()
-    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-        close(q.detach(), p.detach(), 1e-8)
+        step(optimizer, projecting)
+    same(model, plain)
 
 
 def test_a_gradient_behind_a_step_in_the_backward_is_refused():

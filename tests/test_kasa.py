@@ -3,14 +3,14 @@
 import json
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers as t
-from conftest import Stopped, tiny_batch, tiny_model
+from conftest import tiny_batch, tiny_model
+from recipe_runs import check_recipe
 from torch import nn
 
 import deftcore
@@ -935,33 +935,8 @@ def test_transformers_sequence_classifier_trains():
 
 @pytest.mark.parametrize("method", ["kasa", "qkasa"])
 def test_a_recipe_trains_resumes_and_is_exported(tmp_path, stopping, capsys, method):
-    """An interrupted run ends bit for bit where a whole one ends."""
-    from safetensors.torch import load_file
-    from test_package import save_base
-
-    from deftcore.cli.main import main
-
-    base = tmp_path / "base"
-    base.mkdir()
-    save_base(base)
-    recipe = Path(__file__).parents[1] / "recipes" / "kasa.yaml"
-    options = [str(recipe), f"method={method}", f"model={base}", f"data.train={base / 'data.txt'}", "deft=true",
-               "adapter.r=4", "data.max_length=16", "training.max_steps=4", "training.save_every=2"]  # fmt: skip
-    assert main(["train", *options, f"output={tmp_path / 'whole'}"]) == 0
-    stopping()
-    with pytest.raises(Stopped):
-        main(["train", *options, f"output={tmp_path / 'parts'}"])
-    assert main(["train", *options, f"output={tmp_path / 'parts'}"]) == 0
-    whole, parts = (load_file(tmp_path / n / "final" / "adapter_model.safetensors") for n in ("whole", "parts"))
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    log = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
-    assert json.loads(log[-1])["kasa_loss"] > 0
-    more = ["--quantize", "nf4", "--merge", "16bit"] if method == "qkasa" else []
-    capsys.readouterr()
-    out = ["export", str(base), str(tmp_path / "out"), "--adapter", str(tmp_path / "whole" / "final"), *more]
-    assert main(out) == 0, capsys.readouterr().err
-    assert deftcore.load_sparse(tmp_path / "out")(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    log = check_recipe(tmp_path, stopping, capsys, "kasa.yaml", method, "training.max_steps=4")
+    assert log[-1]["kasa_loss"] > 0
 
 
 def test_a_patched_mamba_mixer_leaves_its_projections_to_their_layers():

@@ -327,26 +327,24 @@ def test_train_export_s2ft(tmp_path, capsys, method):
         add_adapter(load_model(base), "s2ft", {"strategy": "activation"})
 
 
+def lines_of_example(name):
+    """What a file of examples/ prints."""
+    example = Path(__file__).parents[1] / "examples" / name
+    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
 def test_serving_example():
     """The example serves two adapters in one batch: each row repeats what its adapter has learned."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "examples" / "serve_mixed_batch.py")],
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = dict(line.split(":", 1) for line in done.stdout.splitlines())
+    lines = dict(line.split(":", 1) for line in lines_of_example("serve_mixed_batch.py"))
     assert lines["sevens"].endswith("-> [7, 7, 7, 7, 7, 7, 7, 7]")
     assert lines["nines"].endswith("-> [9, 9, 9, 9, 9, 9, 9, 9]")
 
 
 def test_spectral_example():
     """KaSA and BA-LoRA learn under the Trainer, and are the same model as plain LoRA."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "examples" / "spectral_adapters.py")],
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line for line in done.stdout.splitlines() if "as plain LoRA" in line]
+    lines = [line for line in lines_of_example("spectral_adapters.py") if "as plain LoRA" in line]
     assert [line.split(":")[0] for line in lines] == ["KaSA", "BA-LoRA"]
     for line in lines:
         assert "after 29 comes 30" in line

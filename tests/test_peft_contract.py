@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers as t
-from conftest import recompute, tiny_batch, tiny_model
+from conftest import perturbed, recompute, tiny_batch, tiny_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -84,18 +84,8 @@ def base(case, dtype=torch.float32):
     return model.to(dtype).eval()
 
 
-def perturb(model, seed=3):
-    """Moves everything that trains, so that no adapter is the identity."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p.dtype))
-    return model.eval()
-
-
 def adapted(case, dtype=torch.float32, seed=3, **more):
-    return perturb(peft.get_peft_model(base(case, dtype), case.make(**more)), seed)
+    return perturbed(peft.get_peft_model(base(case, dtype), case.make(**more)), seed).eval()
 
 
 def logits(model, **changed):
@@ -171,7 +161,7 @@ def test_load_without_memory_for_the_initial_weights(tmp_path, case):
 @ALL
 def test_load_with_a_config_and_by_auto_class(tmp_path, case):
     base(case).save_pretrained(tmp_path / "base")
-    model = perturb(peft.get_peft_model(type(base(case)).from_pretrained(tmp_path / "base"), case.make()))
+    model = perturbed(peft.get_peft_model(type(base(case)).from_pretrained(tmp_path / "base"), case.make())).eval()
     model.save_pretrained(tmp_path / "adapter")
     stored = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
     assert type(stored) is case.config
@@ -198,7 +188,7 @@ def test_injected_without_a_peft_model(case):
         p.requires_grad_(False)
     for layer in tuner_layers(model):
         layer.set_adapter("default")
-    perturb(model)
+    perturbed(model)
     stored = peft.get_peft_model_state_dict(model)
     other = peft.inject_adapter_in_model(case.make(), base(case))
     result = peft.set_peft_model_state_dict(other, stored)
@@ -221,7 +211,7 @@ def test_several_adapters(tmp_path, case):
     assert model.active_adapters == ["second"]
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {n.replace("default", "second") for n in before}
-    second = logits(perturb(model, 4))
+    second = logits(perturbed(model, 4))
     assert not same(first, second)
     model.set_adapter("default")
     assert torch.equal(logits(model), first)
@@ -345,7 +335,7 @@ def test_merge_of_several(case):
     model = adapted(case)
     model.add_adapter("second", case.make())
     model.set_adapter("second")
-    second = logits(perturb(model, 4))
+    second = logits(perturbed(model, 4))
     model.base_model.set_adapter(["default", "second"])
     both = logits(model)
     model.set_adapter("default")
@@ -514,7 +504,7 @@ def test_copies(case):
     buffer.seek(0)
     for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
         assert torch.equal(logits(other), want)
-        perturb(other, 9)
+        perturbed(other, 9)
         assert not same(logits(other), want)
         assert torch.equal(logits(model), want)
 

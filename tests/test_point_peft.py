@@ -5,6 +5,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from conftest import perturbed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -58,16 +59,6 @@ def adapted(model=None, **options):
     return get_peft_model(classifier() if model is None else model, config(**options)).eval()
 
 
-def moved(model, seed=3):
-    """Moves everything that trains, so that no part is without effect."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p.dtype))
-    return model
-
-
 def logits(model, points=None):
     with torch.no_grad():
         return model(clouds() if points is None else points).logits
@@ -111,7 +102,7 @@ def test_the_reference_start_and_tokens_are_not_the_identity(form):
 
 @ALL
 def test_turned_off_and_unloaded_it_is_the_backbone_bit_for_bit(form):
-    model, plain = moved(adapted(**form)), classifier()
+    model, plain = perturbed(adapted(**form)), classifier()
     want, names = logits(model), trainable(model)
     assert not torch.equal(want, logits(plain))
     with model.disable_adapter():
@@ -132,7 +123,7 @@ def test_turned_off_and_unloaded_it_is_the_backbone_bit_for_bit(form):
 @ALL
 def test_after_a_step_what_trains_has_changed_and_nothing_else(form):
     """Statistics of the frozen patch encoder's BatchNorms among the rest, byte for byte."""
-    model = moved(adapted(**form)).double().train()
+    model = perturbed(adapted(**form)).double().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     step(model)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
@@ -192,7 +183,7 @@ def test_counts_of_the_paper():
 
 def test_prompts_never_reach_the_next_block():
     """Every block gets and gives the backbone's tokens, and what a prompt changes it changes through attention."""
-    model = moved(adapted(prompt_blocks=3))
+    model = perturbed(adapted(prompt_blocks=3))
     layer, shapes = find_layer(model), []
     for block in layer.base_layer.blocks:
         block.mlp.register_forward_hook(lambda _, given, made: shapes.append(given[0].shape[1]))
@@ -216,7 +207,7 @@ def test_a_prompt_token_is_one_more_key_in_one_softmax():
 def test_gated_prompts_have_a_softmax_of_their_own():
     torch.manual_seed(2)
     attention = classifier().backbone.blocks[0].attention.double()
-    prompts = moved(Prompts(config(prompts="gated", memory=False), 24, 3)).double().eval()
+    prompts = perturbed(Prompts(config(prompts="gated", memory=False), 24, 3)).double().eval()
     x = torch.randn(2, 9, 24, dtype=torch.float64)
     query, key, value = attention.split(x)
     _, prompt_key, prompt_value = attention.split(prompts(None))
@@ -238,7 +229,7 @@ def group_of(patches=8, batch=3, seed=5, **options):
 
 def mixed(x, patches, settings, seed=4):
     torch.manual_seed(seed)
-    local, last = LocalMixing(settings, 24).double(), moved(Propagation(settings, 24)).double().eval()
+    local, last = LocalMixing(settings, 24).double(), perturbed(Propagation(settings, 24)).double().eval()
     groups = local_groups(patches, settings)
     groups = groups._replace(weights=groups.weights.double())
     return last(x, local(x, groups, lambda each: each), groups)
@@ -281,7 +272,7 @@ def test_local_groups_are_of_near_patches():
 )
 @pytest.mark.parametrize("points", [clouds(), torch.ones(4, 20, 3), clouds(6, 8)], ids=["any", "equal", "N = G"])
 def test_extremes_give_no_nan(options, points):
-    model = moved(adapted(**options)).train()
+    model = perturbed(adapted(**options)).train()
     loss = model(points, labels=torch.arange(len(points)) % 5).loss
     loss.backward()
     assert loss.isfinite()
@@ -307,7 +298,7 @@ def test_the_bank_is_part_of_the_adapter(tmp_path):
     bank = MemoryBank.build(classifier().backbone, [clouds()])
     bank.save(tmp_path / "bank.safetensors")
     given = config(bank=str(tmp_path / "bank.safetensors"))
-    model = moved(get_peft_model(classifier(), given)).eval()
+    model = perturbed(get_peft_model(classifier(), given)).eval()
     rows = find_layer(model).point_peft_parts["default"].rows
     assert torch.equal(rows, bank.rows)
     assert given.bank_rows is None  # the config that was given goes on other bases too
@@ -318,12 +309,12 @@ def test_the_bank_is_part_of_the_adapter(tmp_path):
     assert torch.equal(logits(again), logits(model))
     assert torch.equal(logits(load_adapter(classifier(), tmp_path / "adapter")), logits(model))
     with pytest.raises(ValueError, match="model: the adapter was made for other base weights"):
-        PeftModel.from_pretrained(moved(classifier()), tmp_path / "adapter")
+        PeftModel.from_pretrained(perturbed(classifier()), tmp_path / "adapter")
 
 
 def test_the_query_is_the_frozen_backbones_feature_whatever_the_mode():
     """No stochastic depth, no trained bias in it, and no class token."""
-    model = moved(adapted(classifier(drop_path=0.9), tune_biases=True)).train()
+    model = perturbed(adapted(classifier(drop_path=0.9), tune_biases=True)).train()
     layer, seen = find_layer(model), []
     parts = layer.point_peft_parts["default"]
     retrieve = parts.retrieve
@@ -352,7 +343,7 @@ def test_the_row_of_a_cloud_is_hidden_from_it_in_training():
 def test_a_bank_is_asked_for_and_checked():
     with pytest.raises(ValueError, match=r"bank: is needed, .*MemoryBank\.build makes one, memory=False goes without"):
         get_peft_model(classifier(), PointPeftConfig(**SMALL))
-    other = MemoryBank.build(moved(classifier()).backbone, [clouds()])
+    other = MemoryBank.build(perturbed(classifier()).backbone, [clouds()])
     model = classifier()
     with pytest.raises(ValueError, match="bank: the adapter was made for other base weights"):
         get_peft_model(model, config(bank=other))
@@ -366,7 +357,7 @@ def test_a_bank_is_asked_for_and_checked():
 
 @ALL
 def test_files(tmp_path, form):
-    model = moved(adapted(**form)).train()
+    model = perturbed(adapted(**form)).train()
     step(model)
     model.eval().save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(classifier(), tmp_path)
@@ -381,14 +372,14 @@ def test_files(tmp_path, form):
 
 
 def test_two_adapters():
-    model = moved(adapted())
+    model = perturbed(adapted())
     first, names = logits(model), trainable(model)
     model.add_adapter("second", config(prompts="gated", prompt_blocks=1))
     assert torch.equal(logits(model), first)
     assert trainable(model) == names
     model.set_adapter("second")
     assert all("second" in name for name in trainable(model))
-    second = logits(moved(model, 5))
+    second = logits(perturbed(model, 5))
     assert not torch.equal(second, first)
     model.set_adapter("default")
     assert torch.equal(logits(model), first)
@@ -399,7 +390,7 @@ def test_two_adapters():
 
 
 def test_it_is_not_merged():
-    model = moved(adapted())
+    model = perturbed(adapted())
     want = logits(model)
     for call in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="cannot be merged"):
@@ -408,7 +399,7 @@ def test_it_is_not_merged():
 
 
 def test_copies_and_casts():
-    model = moved(adapted())
+    model = perturbed(adapted())
     want = logits(model)
     assert torch.equal(logits(copy.deepcopy(model)), want)
     torch.testing.assert_close(logits(model.double(), clouds().double()).float(), want, rtol=1e-4, atol=1e-5)
@@ -420,13 +411,13 @@ def test_half_weights_and_autocast():
     assert {p.dtype for name, p in model.named_parameters() if "point_peft_parts" in name} == {torch.float32}
     model.train()(clouds(), labels=torch.arange(6) % 5).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    model = moved(adapted()).train()
+    model = perturbed(adapted()).train()
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(clouds(), labels=torch.arange(6) % 5).loss
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     torch.testing.assert_close(
-        loss, moved(adapted()).train()(clouds(), labels=torch.arange(6) % 5).loss, rtol=0.1, atol=0
+        loss, perturbed(adapted()).train()(clouds(), labels=torch.arange(6) % 5).loss, rtol=0.1, atol=0
     )
 
 
@@ -434,7 +425,7 @@ def test_half_weights_and_autocast():
 @pytest.mark.parametrize("form", [{}, {"prompts": "gated"}], ids=str)
 def test_recomputed_activations_change_nothing(form, reentrant):
     """Gradients, and the statistics of the BatchNorms, which see a batch once."""
-    plain, lean = (moved(adapted(**form)).train() for _ in range(2))
+    plain, lean = (perturbed(adapted(**form)).train() for _ in range(2))
     lean.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert find_layer(lean).base_layer.blocks.recompute is not None
     for model in (plain, lean):
@@ -457,7 +448,7 @@ def group():
 @ALL
 def test_every_parameter_has_a_gradient(form, group):
     """As processes need that share them: DDP refuses the second step otherwise."""
-    model = nn.parallel.DistributedDataParallel(moved(adapted(**form)).train())
+    model = nn.parallel.DistributedDataParallel(perturbed(adapted(**form)).train())
     for _ in range(2):
         model(clouds(), labels=torch.arange(6) % 5).loss.backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
@@ -465,7 +456,7 @@ def test_every_parameter_has_a_gradient(form, group):
 
 @pytest.mark.parametrize("form", [{}, {"prompts": "gated", "init": "reference"}], ids=str)
 def test_gradients_are_those_of_finite_differences(form):
-    model = moved(adapted(**form)).double().train()
+    model = perturbed(adapted(**form)).double().train()
     points, labels = clouds().double(), torch.arange(6) % 5
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(cross_entropy(model(points).logits, labels), parameters)
@@ -482,7 +473,7 @@ def test_gradients_are_those_of_finite_differences(form):
 
 
 def test_compiled():
-    model = moved(adapted())
+    model = perturbed(adapted())
     whole = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(whole(clouds()).logits, model(clouds()).logits)
 
@@ -554,7 +545,7 @@ def test_a_backbone_of_another_kind():
     bank = MemoryBank.build(base.backbone, [clouds()])
     model = get_peft_model(base, PointPeftConfig(**SMALL, prompts="gated", bank=bank))
     assert torch.equal(model(clouds()), want)
-    cross_entropy(moved(model).train()(clouds()), torch.arange(6) % 5).backward()
+    cross_entropy(perturbed(model).train()(clouds()), torch.arange(6) % 5).backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     backbone = model.unload().backbone.state_dict()
     assert all(torch.equal(value, kept[f"backbone.{name}"]) for name, value in backbone.items())
