@@ -299,6 +299,16 @@ def test_compiled(name):
     assert all(p.grad is not None for p in trained(model).values())
 
 
+@pytest.mark.parametrize("name", ["prompts", "inside", "last token", "adaptformer 8/8"])
+def test_exported(name):
+    """`torch.export`, for batches and series of any length."""
+    model, (x, doy), mask = moved(peft.get_peft_model(small(), METHODS[name]())), series(), torch.rand(2, 5) < 0.7
+    lengths = {0: torch.export.Dim("batch"), 1: torch.export.Dim("frames")}
+    exported = torch.export.export(model.get_base_model(), (x, doy, mask), dynamic_shapes=(lengths,) * 3).module()
+    for cut in ((slice(0, 2), slice(0, 5)), (slice(0, 1), slice(1, 4))):
+        close(exported(x[cut], doy[cut], mask[cut]), model(x[cut], doy[cut], mask[cut]))
+
+
 def test_prompts_add_up():
     """Of two active adapters the keys stand together, in whatever order: softmax has none."""
     model, batch = peft.get_peft_model(small(), TSViTPromptConfig()), series()

@@ -43,7 +43,7 @@ class Attention(nn.Module):
         q, k, v = self._cut(self.qkv(self.norm(x)))
         if prompt is not None:
             k, v = (
-                torch.cat([own, joined.to(own.dtype).expand(len(x), -1, -1, -1)], 2)
+                torch.cat([own, joined.to(own.dtype).expand(x.shape[0], -1, -1, -1)], 2)
                 for own, joined in zip((k, v), prompt, strict=True)
             )
         if mask is not None:

@@ -13,7 +13,7 @@ class ClassTokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, K + L, d] for x [N, L, d]."""
-        return torch.cat([self.weight.expand(len(x), -1, -1), x], 1)
+        return torch.cat([self.weight.expand(x.shape[0], -1, -1), x], 1)
 
     def extra_repr(self) -> str:
         return "{}, {}".format(*self.weight.shape)

@@ -65,7 +65,7 @@ class TokenLayer(WrapperLayer, OneActive):
         rows: Any = self.tsvit_token_rows[names[0]]
         kept = self.base_layer.weight
         tokens = torch.cat([kept[: len(kept) - len(rows)], rows.to(kept.dtype)])
-        return torch.cat([tokens.expand(len(x), -1, -1), x], 1)
+        return torch.cat([tokens.expand(x.shape[0], -1, -1), x], 1)
 
     def _present(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.tsvit_token_rows]
