@@ -186,6 +186,25 @@ def test_labels_that_the_model_does_not_know(place, tmp_path):
     assert not list(tmp_path.glob("map*"))
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"images": np.ones((5, 3, 20, 4), np.uint16)}, "scene: .*s.npz is 20 x 4 pixels, smaller than the 6 that"),
+        ({"crs": "EPSG:nonsense", "transform": np.array([10.0, 0, 0, 0, -10, 0])}, "crs: 'EPSG:nonsense' is no coord"),
+        (
+            {"crs": "EPSG:32631", "transform": np.array([np.nan, 0, 0, 0, -10, 0])},
+            "transform: .*s.npz: must be six num",
+        ),
+    ],
+)
+def test_scenes_that_cannot_be_mapped(place, tmp_path, change, told):
+    arrays = {"images": place["images"], "doy": place["doy"], "bands": ["B02", "B03", "B08"]}
+    np.savez(tmp_path / "s.npz", **arrays | change)
+    with pytest.raises(ValueError, match=told):
+        write_map(str(tmp_path / "model"), str(tmp_path / "s.npz"), str(tmp_path / "map.tif"))
+    assert not list(tmp_path.glob("*map*"))
+
+
 def test_where_a_map_may_go(place, tmp_path):
     """A new folder is made; what is none, or a folder itself, is refused before anything is read."""
     model, scene, new = (str(tmp_path / each) for each in ("model", "scene", "new/maps/a.tif"))

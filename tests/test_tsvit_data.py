@@ -183,6 +183,15 @@ def test_names_and_dates_may_be_bytes():
     assert scene.doy[:2] == (10, 41)
 
 
+def test_the_other_order_of_bytes():
+    """As NetCDF has it, and PyTorch does not."""
+    arrays = arrays_of()
+    swapped = {name: value.astype(value.dtype.newbyteorder()) for name, value in arrays.items()}
+    task = task_of(small(), codes=((0,), (7,), (9,)))
+    for one, other in zip(*(windows(scene_of(a), task.reading, 6) for a in (arrays, swapped)), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_an_archive_whose_content_is_damaged(tmp_path):
     np.savez_compressed(tmp_path / "scene.npz", **arrays_of())
     data = bytearray((tmp_path / "scene.npz").read_bytes())

@@ -187,7 +187,11 @@ def writing_map(
     }  # fmt: skip
     rasterio = _rasterio()
     if grid is not None:
-        options |= {"crs": grid.crs, "transform": rasterio.Affine(*grid.transform)}
+        try:
+            crs = rasterio.crs.CRS.from_user_input(grid.crs)
+        except (rasterio.errors.CRSError, ValueError) as error:
+            raise ValueError(f"crs: {grid.crs!r} is no coordinate system: {error}") from error
+        options |= {"crs": crs, "transform": rasterio.Affine(*grid.transform)}
     with replacing_file(target) as partial, opened(partial, "w", **options) as raster:
         raster.set_band_description(1, "class")
         raster.update_tags(1, **{f"CLASS_{number}": name for number, name in classes.items()})

@@ -66,14 +66,16 @@ def write_map(
     place = read_scene(scene)
     size, step = config.image_size, config.image_size // 3 if overlap is None else overlap
     reading.check(place, config.channels)
-    for length in (place.height, place.width):
-        starts(length, size, step)
+    if size > min(place.height, place.width):
+        raise ValueError(
+            f"scene: {scene} is {place.height} x {place.width} pixels, smaller than the {size} that the model reads"
+        )
+    strips = len(starts(place.height, size, step))
     labels = _labels(place, reading)
     names = dict(enumerate(reading.classes))
     nothing = no_class(len(names))
     found = np.full((place.height, place.width), nothing, np.uint16)
     target.parent.mkdir(parents=True, exist_ok=True)
-    strips = len(starts(place.height, size, step))
     predictor = _Predictor(trained.to(where), config, reading, place, batch_size, where)
     with (
         torch.no_grad(),

@@ -77,7 +77,7 @@ def scene_of(arrays: dict[str, Any], where: str = "series") -> Scene:
     for name in arrays:
         if name not in _ARRAYS:
             raise ValueError(f"data: {where}: no array {name!r} is known{near(name, _ARRAYS)}")
-    arrays = {name: as_text(np.asarray(value)) for name, value in arrays.items()}
+    arrays = {name: _native(as_text(np.asarray(value))) for name, value in arrays.items()}
     if "images" not in arrays or arrays["images"].ndim != 4 or arrays["images"].dtype.kind not in "uif":
         got = f"{arrays['images'].dtype} {arrays['images'].shape}" if "images" in arrays else "none"
         raise ValueError(f"images: {where}: must be numbers [T, C, H, W], got {got}")
@@ -92,11 +92,17 @@ def scene_of(arrays: dict[str, Any], where: str = "series") -> Scene:
     grid = None
     if "crs" in arrays or "transform" in arrays:
         transform = arrays.get("transform", np.empty(0))
-        if transform.shape != (6,) or transform.dtype.kind not in "iuf" or arrays.get("crs", transform).ndim:
-            raise ValueError(f"transform: {where}: must be six numbers, beside one crs")
+        numbers = transform.shape == (6,) and transform.dtype.kind in "iuf" and bool(np.isfinite(transform).all())
+        if not numbers or arrays.get("crs", transform).ndim:
+            raise ValueError(f"transform: {where}: must be six numbers, beside one crs, all finite")
         grid = Grid(str(arrays["crs"]), tuple(map(float, arrays["transform"])))
     doy = _days(arrays, frames, where)
     return Scene(where, pixels, height, width, doy, bands, nodata, grid, labelled="labels" in arrays)
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """In this machine's order of bytes, which PyTorch takes alone; NetCDF and FITS have the other."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 @dataclass(frozen=True)
