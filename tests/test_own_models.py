@@ -108,6 +108,13 @@ def test_a_folder_that_is_damaged(tmp_path):
             Toy.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8])
+def test_dtypes_that_are_none(dtype, tmp_path):
+    Toy(ToyConfig(width=4)).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=f"dtype: must be a floating torch.dtype, got {dtype!r}"):
+        Toy.from_pretrained(tmp_path, dtype=dtype)
+
+
 def test_a_file_in_a_folders_place(tmp_path, monkeypatch):
     """Of authors whose files can be read it says how."""
     file = tmp_path / "best.pth"

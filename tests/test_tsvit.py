@@ -223,6 +223,10 @@ def test_packed_dates():
         ({"packed": torch.zeros(1, 2, 4, 4, 1)}, "packed: must be a float"),
         ({"packed": torch.zeros(1, 2, 4, 4, 3, dtype=torch.int64)}, "packed: must be a float"),
         ({"packed": torch.rand(1, 2, 4, 4, 3)}, "one date per frame"),
+        (
+            {"packed": torch.zeros(1, 2, 4, 4, 3, dtype=torch.bfloat16)},
+            "packed: torch.bfloat16 does not tell days apart",
+        ),
     ],
 )
 def test_what_is_not_packed(change, told):
@@ -391,6 +395,7 @@ def test_checkpoints_by_name_and_value(tmp_path):
          "unexpected: space_transformer.layers.7.0.norm.weight"),
         ({"to_patch_embedding.1.bias": torch.ones(15)}, r"patch.bias \[15\] for \[16\]"),
         ({"space_pos_embedding": torch.ones(1, 17, 16)}, r"positions \[17, 16\] for \[16, 16\]"),
+        ({"temporal_token": torch.ones(16)}, "no matrices: temporal_token"),
     ],
 )  # fmt: skip
 def test_checkpoints_that_are_none(change, told):
@@ -406,10 +411,24 @@ def test_a_file_of_the_authors_in_a_models_place(tmp_path):
     assert resolve_name(raised.value.args[0].split("; ")[1].partition("(")[0]) is load_published
 
 
-@pytest.mark.parametrize("heads", [0, 3])
-def test_heads_that_no_checkpoint_has(heads):
-    with pytest.raises(ValueError, match=f"heads: must divide the 16 columns of q, k and v, got {heads}"):
+@pytest.mark.parametrize(
+    ("heads", "told"),
+    [
+        (3, "must divide the 16 columns of q, k and v, got 3"),
+        (0, "must be an integer of at least 1, got 0"),
+        ("2", "must be an integer of at least 1, got '2'"),
+    ],
+)
+def test_heads_that_no_checkpoint_has(heads, told):
+    with pytest.raises(ValueError, match=f"heads: {told}"):
         load_published(published(small()), heads=heads)
+
+
+def test_half_tells_days_apart():
+    packed = (torch.arange(367) / 365.0001).half().view(1, 367, 1, 1, 1).expand(-1, -1, 2, 2, 3)
+    assert torch.equal(unpack(packed)[1][0], torch.arange(367))
+    with pytest.raises(TypeError, match="packed: must be a Tensor, got ndarray"):
+        unpack(packed.numpy())
 
 
 # ---------------------------------------------------------------------------- other classes

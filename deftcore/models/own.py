@@ -112,9 +112,12 @@ class OwnModel(nn.Module):
             dtype: of its floating tensors; None: as they are stored.
 
         Raises:
+            TypeError: dtype is no floating type of PyTorch's.
             FileNotFoundError: the folder lacks one of the two files.
             ValueError: they are damaged, of another kind of model, or lack a tensor, have one more or of another shape.
         """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: must be a floating torch.dtype, got {dtype!r}")
         model = cls.from_config(read_config(folder, cls.config_class))
         stored = StoredWeights(Path(folder))
         load_strictly(model, {name: stored.read(name) for name in stored.names()}, folder)

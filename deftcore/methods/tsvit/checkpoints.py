@@ -9,6 +9,7 @@ from torch import Tensor
 from deftcore.methods.tsvit.model import TSViT
 from deftcore.models.own import load_strictly
 from deftcore.models.published import Source, published_tensors, told
+from deftcore.ops.checks import check_count
 
 _MIXER = "mlp_change.weight"
 _BATCHED = ("class_tokens.weight", "positions")  # theirs have a dimension more, of size 1
@@ -89,8 +90,11 @@ def _sizes(theirs: Mapping[str, Tensor], heads: int, where: str) -> dict[str, An
              "fc1": "temporal.layers.0.mlp.fc1.weight"}  # fmt: skip
     _check_names(theirs, [published_name(name) for name in named.values()], where, others=True)
     shape = {short: theirs[published_name(name)].shape for short, name in named.items()}
+    if flat := [published_name(named[short]) for short, size in shape.items() if len(size) < 2]:
+        raise ValueError(f"source: {where} is no checkpoint of TSViT's: no matrices: {', '.join(flat)}")
     dim, side, columns = shape["tokens"][-1], math.isqrt(shape["pixels"][0]), shape["qkv"][0]
-    if heads < 1 or columns % (3 * heads):
+    check_count("heads", heads)
+    if columns % (3 * heads):
         raise ValueError(f"heads: must divide the {columns // 3} columns of q, k and v, got {heads}")
     return {
         "num_classes": shape["tokens"][-2],

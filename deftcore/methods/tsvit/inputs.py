@@ -27,17 +27,22 @@ def unpack(packed: Tensor, *, legacy_dates: bool = False) -> tuple[Tensor, Tenso
             float32; weights that were trained so may want it. False rounds.
 
     Raises:
-        ValueError: packed is of another form, or a frame has several dates.
+        TypeError: packed is no tensor.
+        ValueError: it is of another form, in bfloat16, which does not tell days apart, or a frame has several dates.
 
     >>> x, doy = unpack(torch.full((1, 1, 2, 2, 11), 13 / 365.0001))
     >>> tuple(x.shape), doy.item()
     ((1, 1, 10, 2, 2), 13)
     """
+    if not isinstance(packed, Tensor):
+        raise TypeError(f"packed: must be a Tensor, got {type(packed).__name__}")
     if packed.ndim != 5 or packed.shape[-1] < 2 or not packed.is_floating_point():
         raise ValueError(
             f"packed: must be a float [B, T, H, W, C + 1] with the date as last channel, "
             f"got {packed.dtype} {list(packed.shape)}"
         )
+    if torch.finfo(packed.dtype).eps > 1e-3:  # a date is at most 1, half a day 1.4e-3
+        raise ValueError(f"packed: {packed.dtype} does not tell days apart; cast x after unpacking")
     dates = packed[..., -1]
     if not bool((dates == dates[..., :1, :1]).all()):
         raise ValueError("packed: the last channel must hold one date per frame")
