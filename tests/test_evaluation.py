@@ -1,7 +1,6 @@
 """What a task measures on validation data: metrics of pooled counts, the best by one of them, what is drawn."""
 
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from conftest import Stopped
 from safetensors.torch import load_file, save_file
 from torch import nn
-from two_processes import run_in_two
+from two_processes import as_launched, run_in_two
 
 from deftcore.training.config import TrainingConfig
 from deftcore.training.loop import train
@@ -163,11 +162,7 @@ def test_a_best_that_cannot_be_found(tmp_path, options, message):
 
 
 def work(rank, port, folder):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    torch.set_num_threads(1)
+    as_launched(rank, port)
     run(folder / "two", batch_size=2)
 
 

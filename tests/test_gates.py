@@ -1,11 +1,7 @@
 """Adaptive gates: where they stand, folding into every kind of layer, files, the Trainer, several processes."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import peft
 import pytest
@@ -18,6 +14,7 @@ from test_nn import whole_blocks
 from test_package import save_base
 from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
+from two_processes import as_launched, run_in_two
 
 import deftcore
 from deftcore.methods.deft.export import export
@@ -350,20 +347,15 @@ def train_in_processes(folder, batch_size):
     torch.save(found, folder / f"{world}-{rank}.pt")
 
 
+def work(rank, port, folder):
+    as_launched(rank, port)
+    train_in_processes(folder, 1)
+
+
 def test_two_processes_train_as_one(tmp_path):
     """Gates and window ratios under DistributedDataParallel, in the Trainer and in deftcore's loop; masks unequal."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        f"import sys, pathlib\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import test_gates\ntest_gates.train_in_processes(pathlib.Path(sys.argv[1]), 1)\n"
-    )
     train_in_processes(tmp_path, 2)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-               str(script), str(tmp_path)]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two(work, tmp_path)
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for key, expected in one.items():
         torch.testing.assert_close(first[key], expected, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")

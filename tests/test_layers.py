@@ -1,6 +1,7 @@
 """The house stands on its layers: no import up, none sideways between rooms, no circle, no private name from afar."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import deftcore
@@ -11,6 +12,7 @@ LAYERS = ("_C", "_versions", "_files", "_names", "ops", "nn", "models", "trainin
 COMMON_ROOM = "lora"  # which the other rooms of methods/ may use
 
 
+@cache
 def modules():
     """Every module of the package, by name."""
     found = {}
@@ -20,8 +22,13 @@ def modules():
     return found
 
 
-def imports(known):
+@cache
+def imports():
     """(module, imported module, imported name or "", at import time) of every import, those inside functions too."""
+    return list(found_imports(modules()))
+
+
+def found_imports(known):
     for module, path in known.items():
         tree = ast.parse(path.read_text())
         deferred = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.If)) for n in ast.walk(f)}
@@ -49,14 +56,14 @@ def room_of(module):
 
 def test_imports_point_down():
     """`deftcore/__init__.py` alone names what stands above it, and loads it on first use."""
-    found = [(a, b) for a, b, _, _ in imports(modules()) if a != "deftcore" and layer_of(b) > layer_of(a)]
+    found = [(a, b) for a, b, _, _ in imports() if a != "deftcore" and layer_of(b) > layer_of(a)]
     assert not found
 
 
 def test_no_import_between_rooms():
     found = [
         (a, b)
-        for a, b, _, _ in imports(modules())
+        for a, b, _, _ in imports()
         if room_of(a) and room_of(b) and room_of(a) != room_of(b) and room_of(b) != COMMON_ROOM
     ]
     assert not found
@@ -66,7 +73,7 @@ def test_no_circles():
     """Imports inside functions count: a circle that is opened late is a circle still."""
     known = modules()
     below = {module: set() for module in known}
-    for a, b, _, _ in imports(known):
+    for a, b, _, _ in imports():
         if a != "deftcore" and b in known and a != b and not a.startswith(f"{b}."):
             below[a].add(b)
     while free := [module for module, others in below.items() if not others & below.keys()]:
@@ -78,7 +85,7 @@ def test_no_circles():
 def test_no_private_name_from_afar():
     """A leading underscore ends at its file, for a name, and at its package, for a module."""
     found = []
-    for a, b, name, _ in imports(modules()):
+    for a, b, name, _ in imports():
         private = name.startswith("_") and not name.startswith("__") and name != "_C"
         parts = b.split(".")
         hidden = [i for i, part in enumerate(parts) if part.startswith("_") and part != "_C" and i > 1]

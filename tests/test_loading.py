@@ -78,13 +78,17 @@ def test_adapters_that_peft_loads(tmp_path, case):
 
 
 def test_a_fresh_process_knows_our_adapters(tmp_path):
-    """`load_adapter` makes them known to PEFT itself; nobody has imported their room."""
+    """`load_adapter` makes them known to PEFT itself; nobody has imported their room, and no installed metadata tell of
+    it: a checkout, or one whose metadata are older."""
     peft.get_peft_model(base(), deftcore.BottleneckConfig()).save_pretrained(tmp_path / "adapter")
     base().save_pretrained(tmp_path / "base")
     run_python(
         "from deftcore.models.checkpoints import load_model\n"
         "from deftcore.training.adapters import load_adapter\n"
-        f"load_adapter(load_model('{tmp_path}/base'), '{tmp_path}/adapter')"
+        "from deftcore.training import registry\n"
+        "registry.entry_points = lambda group: []\n"
+        f"load_adapter(load_model('{tmp_path}/base'), '{tmp_path}/adapter')\n"
+        "assert {'lora', 's2ft', 'mamba-lora'} <= {each.name for each in registry.all_methods()}"
     )
 
 

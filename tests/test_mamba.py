@@ -210,7 +210,7 @@ def test_dropout(kind):
         torch.manual_seed(3)
         return fused(**arguments)
 
-    assert torch.autograd.gradcheck(call, tuple(leaves))
+    assert torch.autograd.gradcheck(call, tuple(leaves), fast_mode=True)  # a mask of its own shows in any direction
     torch.manual_seed(3)
     one = fused(**arguments)[0]
     assert not torch.equal(one, fused(**arguments)[0])
@@ -982,9 +982,12 @@ print("fine")
 def test_transformers_finds_the_aliases():
     done = subprocess.run([sys.executable, "-c", ALIASES], capture_output=True, text=True, timeout=240)
     assert done.stdout.strip() == "fine", done.stderr[-3000:]
-    late = (
-        "import transformers.models.mamba.modeling_mamba\n"
-        "from deftcore.methods.mamba.kernel_aliases import install_kernel_aliases as install\ninstall()"
-    )
-    done = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, timeout=240)
-    assert "has been imported already" in done.stderr
+
+
+def test_aliases_come_before_modelling_files():
+    import transformers.models.mamba.modeling_mamba  # noqa: F401
+
+    from deftcore.methods.mamba.kernel_aliases import install_kernel_aliases
+
+    with pytest.raises(RuntimeError, match="has been imported already"):
+        install_kernel_aliases()

@@ -351,23 +351,36 @@ def test_spectral_example():
         assert float(line.rsplit(maxsplit=1)[1]) < 1e-4
 
 
+QUICKSTART = {
+    "vocab_size": 400, "hidden_size": 48, "intermediate_size": 256, "max_length": 32, "batch_size": 4, "base_steps": 4,
+    "tune_steps": 3, "base_characters": 60_000, "new_tokens": 6, "prompts": 1, "rounds": 1,
+}  # fmt: skip
+
+
 def test_quickstart_small(tmp_path):
     """The whole quickstart at a size for tests."""
-    from deftcore.cli.quickstart.base_model import Settings
+    from rich.console import Console
+
+    from deftcore.cli.quickstart.base_model import Settings, base_model
     from deftcore.cli.quickstart.showcase import run
 
-    settings = Settings(
-        vocab_size=400, hidden_size=48, intermediate_size=256, max_length=32, batch_size=4, base_steps=4, tune_steps=3,
-        base_characters=60_000, new_tokens=6, prompts=1, rounds=1,
-    )  # fmt: skip
+    settings = Settings(**QUICKSTART)
     report = run(tmp_path, settings)
     assert report["runs"]["LoRA + DEFT"]["same_tokens"]
     assert (tmp_path / "quickstart.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "report.json").read_text())["density_ratio"] == report["density_ratio"]
     assert (tmp_path / "lora-deft" / "final" / "adapter_model.safetensors").exists()
-    again = run(tmp_path, settings, quantize="nf4")
-    assert again["base_cached"]
-    assert {"float32", "4-bit dense", "4-bit sparse"} == again["four_bit"]["rows"].keys()
-    rows = again["four_bit"]["rows"]
+    assert base_model(settings, 0, Console(stderr=True))[2], "the base model would be trained again"
+
+
+@pytest.mark.slow
+def test_quickstart_in_4_bits(tmp_path):
+    """Peaks are measured in four processes."""
+    from deftcore.cli.quickstart.base_model import Settings
+    from deftcore.cli.quickstart.showcase import run
+
+    four_bit = run(tmp_path, Settings(**QUICKSTART), quantize="nf4")["four_bit"]
+    rows = four_bit["rows"]
+    assert {"float32", "4-bit dense", "4-bit sparse"} == rows.keys()
     assert rows["4-bit sparse"]["disk_mb"] < rows["float32"]["disk_mb"]
-    assert again["four_bit"]["same_tokens"]
+    assert four_bit["same_tokens"]

@@ -48,7 +48,8 @@ atexit.register(lambda: of_gloo() and os._exit(3))
 sys.path.insert(0, {tests!r})
 from test_training import run_plain
 
-run_plain(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+for method in sys.argv[2:]:
+    run_plain(pathlib.Path(sys.argv[1]) / method, 2, method)
 assert of_gloo()
 """
 
@@ -192,22 +193,33 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
             assert one[key] == pytest.approx(other[key], rel=2e-4), key
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "s2ft"])
-def test_two_processes_give_the_single_process_result(tmp_path, method):
-    """P11: `accelerate launch` with two CPU processes, half the batch each (`--multi_gpu` is its torchrun mode)."""
-    script = tmp_path / "run.py"
+PARALLEL = ("lora", "qlora", "s2ft")
+
+
+@pytest.fixture(scope="module")
+def in_two_processes(tmp_path_factory):
+    """The folder of a run per method, of `accelerate launch` with two CPU processes (`--multi_gpu` is its torchrun
+    mode), half the batch each."""
+    folder = tmp_path_factory.mktemp("two")
+    script = folder / "run.py"
     script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent)))
-    run_plain(tmp_path / "one", 4, method)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-               str(script), str(tmp_path / "two"), "2", method]  # fmt: skip
+               str(script), str(folder), *PARALLEL]  # fmt: skip
     hidden = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | hidden
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("method", PARALLEL)
+def test_two_processes_give_the_single_process_result(in_two_processes, tmp_path, method):
+    """P11."""
+    run_plain(tmp_path, 4, method)
     logs = [
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (tmp_path, in_two_processes / method)
     ]
     for one, two in zip(*logs, strict=True):
         assert one.keys() == two.keys()
