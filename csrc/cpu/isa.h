@@ -191,8 +191,21 @@ inline void store(BFloat16* p, Vec a) {
 inline void store(Float16* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
+// Of each set of eight bits the places of those that are set, a byte each.
+struct SetBits {
+  uint64_t places[256];
+  constexpr SetBits() : places() {
+    for (int bits = 0; bits < 256; ++bits) {
+      for (int bit = 0, found = 0; bit < 8; ++bit) {
+        if (bits >> bit & 1) places[bits] |= static_cast<uint64_t>(bit) << 8 * found++;
+      }
+    }
+  }
+};
 inline void compress(int32_t* out, uint32_t bits, int32_t base) {
-  for (; bits; bits &= bits - 1) *out++ = base + __builtin_ctz(bits);
+  static constexpr SetBits kSet;
+  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kSet.places[bits])));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_add_epi32(lanes, _mm256_set1_epi32(base)));
 }
 
 #else
