@@ -95,6 +95,9 @@ def test_a_folder_that_does_not_fit(change, told, tmp_path):
 def test_a_folder_that_is_damaged(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder of a model, it has no config\.json"):
         Toy.from_pretrained(tmp_path)
+    Toy(ToyConfig(width=4)).save_pretrained(tmp_path / "final")
+    with pytest.raises(FileNotFoundError, match=rf"it has no config\.json; did you mean {tmp_path}/final\?"):
+        Toy.from_pretrained(tmp_path)
     Toy(ToyConfig(width=4)).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):

@@ -344,7 +344,9 @@ def test_one_adapters_tokens_at_a_time():
         model.base_model.set_adapter(["default", "other"])
 
 
-@pytest.mark.parametrize("name", ["lora 1", "adaptformer 8/8", "prompts", "inside"])
+@pytest.mark.parametrize(
+    "name", ["lora 1", "bitfit full", "adaptformer 8/8", "stochastic", "prompts", "inside", "tokens"]
+)
 def test_gradients_by_differences(name):
     model = moved(peft.get_peft_model(small(temporal_depth=1, spatial_depth=1).double(), METHODS[name]()))
     batch, seed = series(torch.float64), torch.randn(2, 1, 8, 8, dtype=torch.float64)

@@ -225,7 +225,9 @@ def _config_values(folder: str | os.PathLike, kinds: Sequence[type[OwnConfig]]) 
         hint = f"; {calls} makes one of the authors' files" if calls else ""
         raise FileNotFoundError(f"model: must be a folder, {folder} is a file{hint}")
     if not file.is_file():
-        raise FileNotFoundError(f"model: {folder} is no folder of a model, it has no {CONFIG_FILE}")
+        final = Path(folder) / "final"  # of a run that trained the whole model
+        hint = f"; did you mean {final}?" if (final / CONFIG_FILE).is_file() else ""
+        raise FileNotFoundError(f"model: {folder} is no folder of a model, it has no {CONFIG_FILE}{hint}")
     try:
         values = json.loads(file.read_text())
         if not isinstance(values, dict):
