@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import CONFIG_NAME
 
+from deftcore._names import final_instead
 from deftcore.models.coupled import stored_sizes
 from deftcore.models.families import family_of
 from deftcore.models.slim_files import slim_class
@@ -41,8 +42,7 @@ def checked_folder(path: str | os.PathLike) -> str:
     path = os.fspath(path)
     if Path(path).is_dir():
         if not (Path(path) / CONFIG_NAME).is_file():
-            final = Path(path) / "final"  # of a run that trained the whole model
-            hint = f"; did you mean {final}?" if (final / CONFIG_NAME).is_file() else ""
+            hint = final_instead(path, CONFIG_NAME)
             raise FileNotFoundError(f"model: {path} is no Transformers folder, it has no {CONFIG_NAME}{hint}")
         return path
     if Path(path).exists():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deftcore._files import replacing_file, write_json
+from deftcore._names import final_instead
 from deftcore.models.folders import StoredWeights
 from deftcore.ops.checks import check_flag
 
@@ -225,8 +226,7 @@ def _config_values(folder: str | os.PathLike, kinds: Sequence[type[OwnConfig]]) 
         hint = f"; {calls} makes one of the authors' files" if calls else ""
         raise FileNotFoundError(f"model: must be a folder, {folder} is a file{hint}")
     if not file.is_file():
-        final = Path(folder) / "final"  # of a run that trained the whole model
-        hint = f"; did you mean {final}?" if (final / CONFIG_FILE).is_file() else ""
+        hint = final_instead(folder, CONFIG_FILE)
         raise FileNotFoundError(f"model: {folder} is no folder of a model, it has no {CONFIG_FILE}{hint}")
     try:
         values = json.loads(file.read_text())

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, validate_call
 
-from deftcore._names import near
+from deftcore._names import final_instead, near
 
 F = TypeVar("F", bound=Callable[..., Any])
 Record = TypeVar("Record")
@@ -64,8 +64,7 @@ def _existing(path: str) -> str:
 def _adapter_folder(path: str) -> str:
     name = "adapter_config.json"
     if path and not (Path(path) / name).is_file():
-        final = Path(path) / "final"  # of a run
-        hint = f"; did you mean {final}?" if (final / name).is_file() else ""
+        hint = final_instead(path, name)
         raise Mistakes([f": must be the folder of an adapter, {path} has no {name}{hint}"])
     return path
 
