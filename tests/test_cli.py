@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import tiny_model
+from point_clouds import tiny_mae
 from safetensors.torch import load_file
 from test_package import save_base
 
@@ -46,6 +47,7 @@ def place(tmp_path_factory):
     (root / "empty.txt").write_text("")
     (root / "full").mkdir()
     (root / "full" / "x").write_text("x")
+    tiny_mae().save_pretrained(root / "clouds")
     (root / "earlier" / "final").mkdir(parents=True)  # what two runs left
     for name in ("adapter_config.json", "config.json"):
         (root / "earlier" / "final" / name).write_text("{}")
@@ -131,6 +133,9 @@ MISTAKES = [
     ([*DENSITY, "--adaptr", "x"], "No such option '--adaptr'. Did you mean '--adapter'?"),
     (["density", "bse", "base/data.txt"], "model: no such folder: bse"),
     (["density", "", "base/data.txt"], "model: is needed"),
+    (["density", "clouds", "base/data.txt"], "model: must be a language model, clouds is one of the task points"),
+    (["lyapunov", "clouds", "base/data.txt"], "model: must be a language model, clouds is one of the task points"),
+    (["generate", "clouds", "hello"], "model: must be a language model, clouds is one of the task points"),
     (["density", "base", ""], "data: is needed"),
     (["density", "base", "full"], "data: must be a file, full is a folder"),
     (["density", "base", "empty.txt"], "empty.txt is empty"),

@@ -3,6 +3,7 @@
 from deftcore.cli.shared import (
     adapter_option,
     batch_option,
+    check_language_model,
     command,
     data_argument,
     device_option,
@@ -33,6 +34,7 @@ def density(
     The loss is in nats per token, the density a share of neurons.
     """
     hush()
+    check_language_model(model)
     from deftcore.methods.deft.measure import measure_density
 
     report = measure_density(

@@ -9,6 +9,7 @@ import click
 
 from deftcore.cli.shared import (
     adapter_option,
+    check_language_model,
     command,
     device_option,
     hush,
@@ -40,6 +41,7 @@ def generate(
     you type is one; a prompt that comes through a pipe is read whole.
     """
     hush()
+    check_language_model(model)
     from deftcore.cli.generation import Writer
 
     writer = Writer(

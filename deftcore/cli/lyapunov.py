@@ -7,6 +7,7 @@ import click
 from deftcore.cli.shared import (
     Listed,
     batch_option,
+    check_language_model,
     command,
     data_argument,
     device_option,
@@ -43,6 +44,7 @@ def lyapunov(
     Exponents are in nats per token.
     """
     hush()
+    check_language_model(model)
     from deftcore.methods.mamba import stability
 
     report = stability.run(

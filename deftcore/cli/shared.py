@@ -66,6 +66,14 @@ def show(as_json: bool, result: Any, lines: Iterable[str]) -> None:
     click.echo(json.dumps(result, indent=1) if as_json else "\n".join(lines))
 
 
+def check_language_model(model: str) -> None:
+    """Raises ValueError where a folder holds a model of ours, of another task than text."""
+    from deftcore.training.registry import task_of
+
+    if (task := task_of(model)) is not None:
+        raise ValueError(f"model: must be a language model, {model} is one of the task {task.name}")
+
+
 def hush() -> None:
     """Silences the notices and progress bars of others, unless the command is to be verbose: progress is ours to
     show. To be called before models are touched."""
