@@ -626,6 +626,23 @@ def test_new_tokens_alone_train(recipe, tmp_path, stopping, change, rows, kept):
     assert torch.equal(tokens, torch.cat([deftcore.TSViT.from_pretrained(base).class_tokens.weight[:kept], whole]))
 
 
+def test_nan_may_stand_for_no_data(recipe, tmp_path, stopping):
+    """Of files that do not say so; a run that is continued is the same though NaN is not NaN."""
+    for i in range(2):
+        with np.load(tmp_path / f"{i}.npz") as stored:
+            arrays = dict(stored)
+        arrays["images"] = arrays["images"].astype(np.float32)
+        arrays["images"][0, :, :3] = np.nan
+        np.savez(tmp_path / f"{i}.npz", **arrays)
+    with pytest.raises(ValueError, match=r"has NaN or infinity .* give `cloud`, or nodata"):
+        train_recipe(recipe("run"))
+    stopping()
+    with pytest.raises(Stopped):
+        train_recipe(recipe("run", "data.nodata=nan"))
+    assert train_recipe(recipe("run", "data.nodata=nan")).steps == 4
+    assert np.isnan(load_trained(tmp_path / "run")[2].nodata)
+
+
 def test_draws_go_on_where_they_stopped(recipe, tmp_path, stopping):
     """Of two projections each call draws one: an interrupted run draws what a whole one does."""
     options = "{r: 2, parallel: true, stochastic: true, target_modules: [mlp], modules_to_save: [mixer]}"

@@ -93,7 +93,8 @@ DataPlace = Annotated[Needed, AfterValidator(_existing)]  # a file or a folder
 AdapterFolder = Annotated[Text, AfterValidator(_adapter_folder)]  # or nothing
 OutputFolder = Annotated[Needed, AfterValidator(_writable)]  # it, or its nearest existing parent, is one
 NewFolder = Annotated[OutputFolder, AfterValidator(_empty)]
-Number = Annotated[float, BeforeValidator(_no_flag), Field(allow_inf_nan=False)]
+Real = Annotated[float, BeforeValidator(_no_flag)]  # NaN and infinity among them
+Number = Annotated[Real, Field(allow_inf_nan=False)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[NonNegative, Field(le=1)]

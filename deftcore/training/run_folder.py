@@ -99,7 +99,7 @@ class RunFolder:
         lines = [
             f"  {name}: {_shown(old, name)} -> {_shown(new, name)}"
             for name in [*new, *(name for name in old if whole and name not in new)]
-            if (name in old, old.get(name)) != (name in new, new.get(name))
+            if (name in old) != (name in new) or not _same(old.get(name), new.get(name))
         ]
         if {"method"} <= old.keys() & new.keys() and old["method"] != new["method"]:  # then all else differs too
             methods = f"method: {_shown(old, 'method')} -> {_shown(new, 'method')}"
@@ -203,6 +203,10 @@ def _parse(text: str, file: Path, kind: Any) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"output: {file} is damaged, {'; '.join(wrong).lstrip(': ')}; {_WAYS}")
     return found
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a == b or (a != a and b != b)  # NaN stands for itself
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

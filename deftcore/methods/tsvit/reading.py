@@ -17,7 +17,7 @@ from deftcore.methods.tsvit.adapting import MODES
 from deftcore.methods.tsvit.scene import UNLABELLED, Scene, Window
 from deftcore.methods.tsvit.tiling import tiles
 from deftcore.models.own import read_record
-from deftcore.training.fields import OPTIONS, Integer, Number, Positive, Text, one_of, record_of
+from deftcore.training.fields import OPTIONS, Integer, Number, Positive, Real, Text, one_of, record_of
 
 READING_FILE = "series.json"
 
@@ -42,7 +42,7 @@ class Reading:
 
     bands: tuple[Integer | Text, ...] = ()
     scale: Positive = 1.0
-    nodata: float | None = None
+    nodata: Real | None = None
     classes: tuple[Text, ...] = ()
     codes: tuple[tuple[Integer, ...], ...] = ()
     unlabelled: tuple[Integer, ...] = ()

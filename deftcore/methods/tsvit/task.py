@@ -31,7 +31,18 @@ from deftcore.methods.tsvit.series import read_scenes
 from deftcore.methods.tsvit.splits import hold_out
 from deftcore.methods.tsvit.tokens import TokenLayer
 from deftcore.training.config import DataConfig
-from deftcore.training.fields import OPTIONS, DataPlace, Integer, NonNegative, Number, Positive, Text, Whole, one_of
+from deftcore.training.fields import (
+    OPTIONS,
+    DataPlace,
+    Integer,
+    NonNegative,
+    Number,
+    Positive,
+    Real,
+    Text,
+    Whole,
+    one_of,
+)
 from deftcore.training.metrics import ConfusionCounts
 from deftcore.training.pictures import draw_confusion, draw_maps
 from deftcore.training.registry import register
@@ -45,7 +56,7 @@ class CropData(DataConfig):
 
     bands: tuple[Integer | Text, ...] = ()  # names or numbers from 1; none: as the model's data was, or all
     scale: Positive | None = None  # what stored values are multiplied with; None: as the model's data was, or 1
-    nodata: Number | None = None  # the stored value that is none; None: what the files say
+    nodata: Real | None = None  # the stored value that is none, NaN may be one; None: what the files say
     classes: dict[Text, tuple[Integer, ...]] | None = None  # codes of each; None: the model's, whose numbers are codes
     unlabelled: tuple[Integer, ...] = ()  # codes that are no class, without `classes`
     masked: bool | None = None  # leave out what is clouded or without data; None: as the model's data was, or true
