@@ -6,6 +6,12 @@ def table(header, rows):
     return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
 
 
+def by_columns(rows, columns):
+    """A table with a line per row and a column per header: a key of the rows, or a function of a row."""
+    cells = [cell if callable(cell) else lambda row, key=cell: row[key] for cell in columns.values()]
+    return table(list(columns), ([cell(row) for cell in cells] for row in rows))
+
+
 def pivot(rows, corner, label, column, value, columns):
     """A table with a line per label(row) and a column per row[column] in `columns`; empty without rows."""
     if not rows:
@@ -21,6 +27,14 @@ def times(key):
     return lambda row: f"{row[key]:.2f}x"
 
 
+def shown(key, form):
+    return lambda row: form.format(row[key])
+
+
+def where_there(key, form):
+    return lambda row: optional(row, key, form)
+
+
 def by_tokens(row):
     return f"{row['dtype']}, {row['tokens']} token{'s' if row['tokens'] > 1 else ''}"
 
@@ -31,6 +45,10 @@ def by_shape(row):
 
 def direction(row):
     return "forward" if row["what"] == "forward" else "forward + backward"
+
+
+def by_direction(row):
+    return f"{direction(row)}, {row['dtype']}"
 
 
 def optional(row, key, form):

@@ -1,6 +1,7 @@
 """Mamba: scans, convolution, whole mixers and decoding against Transformers' PyTorch code and mambapy."""
 
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -209,6 +210,19 @@ def bench_decode(device, quick):
     return rows
 
 
+def timed(calls, what, leaves, grad, device):
+    """Seconds of each call by name, forward alone or with the gradients of leaves."""
+
+    def side(run):
+        if what == "forward":
+            with torch.no_grad():
+                return run()
+        return torch.autograd.grad(run(), leaves, grad)
+
+    times = alternate({name: partial(side, run) for name, run in calls.items()}, 5, device)
+    return {name: each["seconds"] for name, each in times.items()}
+
+
 def bench_chunk_scan(device, quick):
     """Mamba-2's scan against Transformers' chunked one."""
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
@@ -233,15 +247,7 @@ def bench_chunk_scan(device, quick):
                     x, dt, a, b, c, 256, D=d, dt_softplus=True
                 )
             for what in ("forward", "both"):
-
-                def side(run, leaves=(x, dt, b, c), grad=grad, what=what):
-                    if what == "forward":
-                        with torch.no_grad():
-                            return run()
-                    return torch.autograd.grad(run(), leaves, grad)
-
-                times = alternate({n: lambda run=run, f=side: f(run) for n, run in calls.items()}, 5, device)
-                seconds = {name: t["seconds"] for name, t in times.items()}
+                seconds = timed(calls, what, (x, dt, b, c), grad, device)
                 rows.append(
                     {"what": what, "dtype": str(dtype)[6:], "length": length, "ours_ms": 1e3 * seconds["ours"],
                      "ratio": seconds["transformers"] / seconds["ours"]}
@@ -272,15 +278,7 @@ def bench_conv1d(device, quick):
         if theirs:
             calls["causal_conv1d"] = lambda x=x, w=w, b=bias: theirs(x, w, b, activation="silu")
         for what in ("forward", "both"):
-
-            def side(run, leaves=(x, w, bias), grad=grad, what=what):
-                if what == "forward":
-                    with torch.no_grad():
-                        return run()
-                return torch.autograd.grad(run(), leaves, grad)
-
-            times = alternate({n: lambda run=run, f=side: f(run) for n, run in calls.items()}, 5, device)
-            seconds = {name: t["seconds"] for name, t in times.items()}
+            seconds = timed(calls, what, (x, w, bias), grad, device)
             moved = x.nbytes * (2 if what == "forward" else 5)  # in and out; for both x again, its gradient, out's
             rows.append(
                 {"what": what, "dtype": str(dtype)[6:], "length": length, "width": width,

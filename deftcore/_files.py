@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the folder in which deftcore keeps what it measured or made."""
+"""Files that appear whole or not at all, JSON records, and the folder in which deftcore keeps what it measured."""
 
 import contextlib
 import fcntl
@@ -8,11 +8,12 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 _log = logging.getLogger("deftcore")
+Record = TypeVar("Record")
 _WAIT = 5.0  # seconds for another process that adds to a table
 
 
@@ -78,6 +79,30 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
     write_text(path, json.dumps(value, indent=1))
+
+
+def read_record(
+    folder: str | os.PathLike, name: str, make: Callable[[dict[str, Any]], Record], *, argument: str = "model"
+) -> Record | None:
+    """What stands as JSON beside a model or an adapter; None where it does not.
+
+    Args:
+        make: of the file's values the record.
+        argument: what errors name.
+
+    Raises:
+        ValueError: naming the file, when it is damaged.
+    """
+    file = Path(folder) / name
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
+        return make(values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{argument}: {file} is damaged: {error}") from error
 
 
 # ---------------------------------------------------------------------------- the cache

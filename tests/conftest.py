@@ -150,6 +150,14 @@ def tiny_model(family: str, activation: str = "relu"):
     return t.AutoModelForSeq2SeqLM.from_config(config)
 
 
+def tiny_base(packed: bool):
+    """A small Llama to wrap, dense or in 4 bits."""
+    import deftcore
+
+    model = tiny_model("llama").eval()
+    return deftcore.quantize(model) if packed else model
+
+
 def tiny_batch(family: str):
     """Two sequences, the second padded by two."""
     generator = torch.Generator().manual_seed(1)

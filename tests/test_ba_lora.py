@@ -8,7 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import perturbed, tiny_batch, tiny_model
+from conftest import perturbed, tiny_base, tiny_batch, tiny_model
 from recipe_runs import check_recipe
 from torch import nn
 
@@ -328,18 +328,13 @@ def test_deleted_and_added_again(tmp_path, mode):
 @pytest.mark.parametrize("packed", [False, True])
 def test_save_and_load(tmp_path, monkeypatch, mode, packed):
     """Bit for bit; nothing is decomposed again."""
-
-    def base():
-        model = tiny_model("llama").eval()
-        return deftcore.quantize(model) if packed else model
-
-    model = perturbed(llama(model=base(), base_mode=mode))
+    model = perturbed(llama(model=tiny_base(packed), base_mode=mode))
     y = logits(model)
     model.save_pretrained(tmp_path)
     monkeypatch.setattr("deftcore.methods.ba_lora.layer.principal", lambda *_: pytest.fail("decomposed again"))
-    assert torch.equal(logits(peft.PeftModel.from_pretrained(base(), tmp_path)), y)
-    assert torch.equal(logits(load_adapter(base(), tmp_path)), y)
-    assert torch.equal(logits(peft.PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=True)), y)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(tiny_base(packed), tmp_path)), y)
+    assert torch.equal(logits(load_adapter(tiny_base(packed), tmp_path)), y)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(tiny_base(packed), tmp_path, low_cpu_mem_usage=True)), y)
 
 
 @pytest.mark.parametrize("mode", ["factored", "pissa"])

@@ -1,12 +1,11 @@
 """What a task measures on validation data: metrics of pooled counts, the best by one of them, what is drawn."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import Stopped
+from label_task import LabelTask
 from safetensors.torch import load_file, save_file
 from torch import nn
 from two_processes import as_launched, run_in_two
@@ -15,13 +14,13 @@ from deftcore.training.config import TrainingConfig
 from deftcore.training.loop import train
 from deftcore.training.metrics import ConfusionCounts
 from deftcore.training.pictures import draw_confusion
-from deftcore.training.task import Batches, Task
+from deftcore.training.task import Batches
 
 
-class SideTask(Task):
+class SideTask(LabelTask):
     """On which side of a plane a noisy point lies."""
 
-    name = "sides"
+    name, of = "sides", "x"
     metric_names = ("accuracy", "f1")
 
     def draw(self, example, generator, training):
@@ -30,13 +29,6 @@ class SideTask(Task):
 
     def collate(self, examples):
         return {name: torch.stack([each[name] for each in examples]) for name in ("x", "label")}
-
-    def output(self, model, batch):
-        logits = model(batch["x"])
-        return SimpleNamespace(logits=logits, loss=F.cross_entropy(logits, batch["label"]))
-
-    def predictions(self, batch):
-        return len(batch["label"])
 
     def counts(self, batch, output):
         return ConfusionCounts(2).add(batch["label"], output.logits.argmax(-1)).counts

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers as t
-from conftest import tiny_batch, tiny_model
+from conftest import tiny_base, tiny_batch, tiny_model
 from recipe_runs import check_recipe
 from torch import nn
 
@@ -423,17 +423,15 @@ def test_mean_and_sum_differ_by_the_number_of_layers():
 @pytest.mark.parametrize("mode", ["factored", "destructive"])
 def test_save_and_load(tmp_path, mode, packed):
     """Property 11: the same logits, bit for bit."""
-
-    def base():
-        model = tiny_model("llama").eval()
-        return deftcore.quantize(model) if packed else model
-
-    model = perturbed(llama(model=base(), base_mode=mode))
+    model = perturbed(llama(model=tiny_base(packed), base_mode=mode))
     y = logits(model)
     model.save_pretrained(tmp_path)
-    for loaded in (peft.PeftModel.from_pretrained(base(), tmp_path), load_adapter(base(), tmp_path)):
+    for loaded in (
+        peft.PeftModel.from_pretrained(tiny_base(packed), tmp_path),
+        load_adapter(tiny_base(packed), tmp_path),
+    ):
         assert torch.equal(logits(loaded), y)
-    low = peft.PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=True)
+    low = peft.PeftModel.from_pretrained(tiny_base(packed), tmp_path, low_cpu_mem_usage=True)
     assert torch.equal(logits(low), y)
 
 

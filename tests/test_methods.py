@@ -8,17 +8,16 @@ import sys
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pydantic
 import pytest
 import torch
 import yaml
 from conftest import Stopped
+from label_task import LabelTask
 from safetensors.torch import load_file, save_file
 from test_package import save_base
 from torch import nn
-from torch.nn import functional as F
 
 import deftcore
 from deftcore.cli.main import main
@@ -43,7 +42,6 @@ from deftcore.training.registry import (
 )
 from deftcore.training.run import train_recipe
 from deftcore.training.run_folder import RunFolder
-from deftcore.training.task import Task
 
 PAGE = Path(__file__).parents[1] / "docs" / "add-a-method.md"
 
@@ -301,10 +299,10 @@ class CloudData(DataConfig):
     scale: Positive = 1.0
 
 
-class CloudTask(Task):
+class CloudTask(LabelTask):
     """Lines of JSON: points [N, 3] and a label."""
 
-    name, config = "clouds", CloudData
+    name, of, config = "clouds", "points", CloudData
 
     @classmethod
     def load_model(cls, path, **options):
@@ -318,13 +316,6 @@ class CloudTask(Task):
 
     def collate(self, examples):
         return {name: torch.tensor([each[name] for each in examples]) for name in ("points", "label")}
-
-    def output(self, model, batch):
-        logits = model(batch["points"])
-        return SimpleNamespace(logits=logits, loss=F.cross_entropy(logits, batch["label"]))
-
-    def predictions(self, batch):
-        return len(batch["label"])
 
 
 @dataclass

@@ -4,12 +4,12 @@ import re
 
 import click
 
-from deftcore.cli.shared import command, show
+from deftcore.cli import shared
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64)
 
 
-@command(example="deftcore bench --shape 2048x8192 --dtype bfloat16")
+@shared.command(example="deftcore bench --shape 2048x8192 --dtype bfloat16")
 @click.option("--shape", default="4096x11008", metavar="WIDTHxNEURONS", help="Of the MLP.")
 @click.option(
     "--dtype", default="float32", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the weights."
@@ -31,4 +31,4 @@ def bench(shape: str, dtype: str, as_json: bool) -> None:
     table = {tokens: break_even_density(like, tokens, neurons, width) for tokens in _TOKENS}
     lines = [f"sparse_down {shape} {dtype}: the sparse path is faster below this union density"]
     lines += [f"  {tokens:3d} tokens: {density:.2f}" for tokens, density in table.items()]
-    show(as_json, {"shape": shape, "dtype": dtype, "break_even": table}, lines)
+    shared.show(as_json, {"shape": shape, "dtype": dtype, "break_even": table}, lines)

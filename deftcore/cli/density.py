@@ -1,29 +1,18 @@
 """`deftcore density`."""
 
-from deftcore.cli.shared import (
-    adapter_option,
-    batch_option,
-    check_language_model,
-    command,
-    data_argument,
-    device_option,
-    hush,
-    length_option,
-    model_argument,
-    quantize_option,
-    quantize_options,
-    show,
+from deftcore.cli import shared
+
+
+@shared.command(
+    example="deftcore density meta-llama/Llama-3.2-1B texts.jsonl --adapter runs/deft-lora/final --batch-size 8"
 )
-
-
-@command(example="deftcore density meta-llama/Llama-3.2-1B texts.jsonl --adapter runs/deft-lora/final --batch-size 8")
-@model_argument
-@data_argument
-@adapter_option
-@quantize_option("Load the base into 4 bits, as QLoRA trained on it.")
-@length_option(512)
-@batch_option
-@device_option()
+@shared.model_argument
+@shared.data_argument
+@shared.adapter_option
+@shared.quantize_option("Load the base into 4 bits, as QLoRA trained on it.")
+@shared.length_option(512)
+@shared.batch_option
+@shared.device_option()
 def density(
     model: str, data: str, adapter: str, quantize: str | None, max_length: int, batch_size: int, device: str,
     as_json: bool,
@@ -33,13 +22,13 @@ def density(
     MODEL is a Transformers folder, an exported folder or a hub id; DATA a .jsonl, .csv or .txt file.
     The loss is in nats per token, the density a share of neurons.
     """
-    hush()
-    check_language_model(model)
+    shared.hush()
+    shared.check_language_model(model)
     from deftcore.methods.deft.measure import measure_density
 
     report = measure_density(
-        model, data, adapter=adapter, quantize=quantize_options(quantize), max_length=max_length,
+        model, data, adapter=adapter, quantize=shared.quantize_options(quantize), max_length=max_length,
         batch_size=batch_size, device=device,
     )  # fmt: skip
     lines = [f"{name}: {value:.4f}" for name, value in report["blocks"].items()]
-    show(as_json, report, lines + [f"{key}: {value}" for key, value in report.items() if key != "blocks"])
+    shared.show(as_json, report, lines + [f"{key}: {value}" for key, value in report.items() if key != "blocks"])

@@ -7,30 +7,20 @@ from collections.abc import Iterator
 
 import click
 
-from deftcore.cli.shared import (
-    adapter_option,
-    check_language_model,
-    command,
-    device_option,
-    hush,
-    model_argument,
-    quantize_option,
-    quantize_options,
-    show,
-)
+from deftcore.cli import shared
 
 
-@command(example='deftcore generate meta-llama/Llama-3.2-1B "Once upon a time" --adapter runs/deft-lora/final')
-@model_argument
+@shared.command(example='deftcore generate meta-llama/Llama-3.2-1B "Once upon a time" --adapter runs/deft-lora/final')
+@shared.model_argument
 @click.argument("prompt", required=False)
-@adapter_option
-@quantize_option("Load the base into 4 bits.")
+@shared.adapter_option
+@shared.quantize_option("Load the base into 4 bits.")
 @click.option("--max-new-tokens", default=128, help="Tokens of an answer, at most.")
 @click.option("--temperature", default=0.0, help="Of the sampling; 0 takes the likeliest token each time.")
 @click.option("--top-p", default=1.0, help="Sample from the likeliest tokens that hold this share of the probability.")
 @click.option("--seed", default=0, help="Of the sampling.")
 @click.option("--chat", is_flag=True, help="Put prompts into the model's chat template, and keep the conversation.")
-@device_option()
+@shared.device_option()
 def generate(
     model: str, prompt: str | None, adapter: str, quantize: str | None, max_new_tokens: int, temperature: float,
     top_p: float, seed: int, chat: bool, device: str, as_json: bool,
@@ -40,12 +30,12 @@ def generate(
     MODEL is a Transformers folder, an exported folder (which runs sparse) or a hub id. Without a PROMPT each line that
     you type is one; a prompt that comes through a pipe is read whole.
     """
-    hush()
-    check_language_model(model)
+    shared.hush()
+    shared.check_language_model(model)
     from deftcore.cli.generation import Writer
 
     writer = Writer(
-        model, adapter=adapter, quantize=quantize_options(quantize), device=device, chat=chat, seed=seed,
+        model, adapter=adapter, quantize=shared.quantize_options(quantize), device=device, chat=chat, seed=seed,
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
     )  # fmt: skip
     for text in _prompts(prompt):
@@ -53,7 +43,7 @@ def generate(
         answer = writer.answer(text, stream=not as_json)
         seconds = time.perf_counter() - start
         if as_json:
-            show(True, {"prompt": text, "text": answer.text, "tokens": answer.tokens, "seconds": seconds}, ())
+            shared.show(True, {"prompt": text, "text": answer.text, "tokens": answer.tokens, "seconds": seconds}, ())
 
 
 def _prompts(prompt: str | None) -> Iterator[str]:

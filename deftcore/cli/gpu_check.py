@@ -4,12 +4,12 @@ from dataclasses import asdict
 
 import click
 
-from deftcore.cli.shared import command, show
+from deftcore.cli import shared
 
 _DAY = 24 * 60 * 60  # seconds
 
 
-@command(example="deftcore gpu-check --again")
+@shared.command(example="deftcore gpu-check --again")
 @click.option("--device", default="cuda", help="Which GPU: cuda is the current one, cuda:1 the second.")
 @click.option("--again", is_flag=True, help="Run the kernels whose verdict is known, too.")
 @click.option(
@@ -52,6 +52,6 @@ def gpu_check(device: str, again: bool, timeout: float | None, as_json: bool) ->
     failed = [kernel for kernel, verdict in found.items() if verdict.reason]
     passed = f"{len(found) - len(failed)} of {len(found)} kernels passed"
     result = {"place": place.words, "kernels": {kernel: asdict(verdict) for kernel, verdict in found.items()}}
-    show(as_json, result, [f"{passed}; off: {', '.join(failed)}" if failed else passed])
+    shared.show(as_json, result, [f"{passed}; off: {', '.join(failed)}" if failed else passed])
     if failed:
         click.get_current_context().exit(1)

@@ -4,10 +4,10 @@ from typing import Any
 
 import click
 
-from deftcore.cli.shared import command, hush, show
+from deftcore.cli import shared
 
 
-@command(example="deftcore info --models")
+@shared.command(example="deftcore info --models")
 @click.option("--models", is_flag=True, help="Print what is known of each architecture instead.")
 def info(models: bool, as_json: bool) -> None:
     """Print versions, instruction sets and kernels.
@@ -16,19 +16,19 @@ def info(models: bool, as_json: bool) -> None:
     has proved or refused on this machine.
     """
     if models:
-        hush()
+        shared.hush()
         from deftcore.models.families import describe
         from deftcore.training.registry import uses
 
         rows = describe(uses())
-        show(as_json, rows, _architectures(rows))
+        shared.show(as_json, rows, _architectures(rows))
         return
     result = collect()
     lines = [f"{key}: {value}" for key, value in result.items() if key not in ("kernels", "patch", "versions")]
     lines += [f"{name}: {text}" for name, text in result["versions"].items()]
     lines += [f"kernel {name}: cpu {on['cpu']}, cuda {on['cuda']}" for name, on in result["kernels"].items()]
     lines += [f"patch, {verdict}: {line}" for verdict, found in result["patch"].items() for line in found]
-    show(as_json, result, lines)
+    shared.show(as_json, result, lines)
 
 
 def _architectures(rows: list[dict[str, Any]]) -> list[str]:

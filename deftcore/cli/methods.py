@@ -2,17 +2,17 @@
 
 from typing import Any
 
-from deftcore.cli.shared import command, hush, show
+from deftcore.cli import shared
 
 
-@command(example="deftcore methods --json")
+@shared.command(example="deftcore methods --json")
 def methods(as_json: bool) -> None:
     """List the methods that a recipe can name.
 
     Each comes with its paper and what it needs. Below them stand the losses that a recipe adds to any method by a
     section of its own, as `deft: true`, and the kinds of data, as `task: text`.
     """
-    hush()
+    shared.hush()
     from deftcore.training.registry import all_methods, all_sections, all_tasks
 
     fields = ("name", "summary", "paper", "needs")
@@ -27,4 +27,4 @@ def methods(as_json: bool) -> None:
         for entry in table:
             lines.append(f"  {entry['name']:{width}}  {entry['summary']}")
             lines += [f"  {'':{width}}  {name}: {entry[name]}" for name in ("paper", "needs") if entry.get(name)]
-    show(as_json, tables, lines)
+    shared.show(as_json, tables, lines)

@@ -5,24 +5,24 @@ from pathlib import Path
 
 import click
 
-from deftcore.cli.shared import command, device_option, hush, show
+from deftcore.cli import shared
 
 
-@command(
+@shared.command(
     example="deftcore train recipes/deft-lora.yaml model=./my-llama data.train=train.jsonl output=runs/deft-lora "
     "training.max_steps=100"
 )
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--restart", is_flag=True, help="Forget the run that the output folder holds.")
-@device_option("", shown="the recipe's")
+@shared.device_option("", shown="the recipe's")
 def train(recipe: str, overrides: tuple[str, ...], restart: bool, device: str, as_json: bool) -> None:
     """Train from a recipe.
 
     RECIPE is a YAML file; KEY=VALUE sets one of its fields. A run that was interrupted continues from its newest
     checkpoint.
     """
-    hush()
+    shared.hush()
     from deftcore.training.recipe import load_recipe
     from deftcore.training.run import train_recipe
 
@@ -38,4 +38,4 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, device: str, a
         by = f"{loaded.training.best_by} {result.best_metric:.4g}, " if result.best_metric is not None else ""
         best = f"step {result.best_step}, {by}loss {result.best_eval_loss:.4g}"
         lines.append(f"best checkpoint at {folder / 'best'} ({best})")
-    show(as_json, value, [*lines, f"final: {folder / 'final'}"])
+    shared.show(as_json, value, [*lines, f"final: {folder / 'final'}"])

@@ -7,7 +7,7 @@ A folder is read strictly, every tensor by name and shape, or refused; nothing i
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deftcore._files import replacing_file, write_json
+from deftcore._files import read_record, replacing_file, write_json
 from deftcore._names import final_instead
 from deftcore.models.folders import StoredWeights
 from deftcore.ops.checks import check_flag
@@ -27,7 +27,6 @@ _NAMED = 5  # names in a message
 
 Config = TypeVar("Config", bound="OwnConfig")
 Model = TypeVar("Model", bound="OwnModel")
-Record = TypeVar("Record")
 
 
 @dataclasses.dataclass
@@ -228,31 +227,7 @@ def _config_values(folder: str | os.PathLike, kinds: Sequence[type[OwnConfig]]) 
     if not file.is_file():
         hint = final_instead(folder, CONFIG_FILE)
         raise FileNotFoundError(f"model: {folder} is no folder of a model, it has no {CONFIG_FILE}{hint}")
-    try:
-        values = json.loads(file.read_text())
-        if not isinstance(values, dict):
-            raise ValueError("no JSON object")
-    except ValueError as error:  # JSON's own among them
-        raise ValueError(f"model: {file}: {error}") from error
-    return values
-
-
-def read_record(folder: str | os.PathLike, name: str, make: Callable[[dict[str, Any]], Record]) -> Record | None:
-    """What a task has written beside a model as JSON; None where it has not.
-
-    Args:
-        make: of the file's values the record.
-
-    Raises:
-        ValueError: naming the file, when it is damaged.
-    """
-    file = Path(folder) / name
-    if not file.is_file():
-        return None
-    try:
-        return make(json.loads(file.read_text()))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"model: {file} is damaged: {error}") from error
+    return read_record(folder, CONFIG_FILE, dict) or {}
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], source: str | os.PathLike) -> None:

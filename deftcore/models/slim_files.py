@@ -1,7 +1,6 @@
 """Slim models on disk: built in their own sizes, and the record by which a task's folder fits a base."""
 
 import copy
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from deftcore._files import write_json
+from deftcore._files import read_record, write_json
 from deftcore.models.coupled import SIZES_FIELD, Coupled, find_coupled, layer_at, stored_sizes
 from deftcore.models.kept import Kept
 from deftcore.models.slimming import cut
@@ -55,18 +54,15 @@ class SlimRecord:
         Raises:
             ValueError: naming the file, when it is damaged.
         """
-        file = Path(folder) / RECORD_FILE
-        if not file.is_file():
-            return None
-        try:
-            values = json.loads(file.read_text())
-            if values["format"] != _FORMAT:
-                raise ValueError(f"format is {values['format']!r}")
-            if not values["base"]:
-                raise ValueError("no fingerprint of the base")
-            return cls(Kept.from_dict(values["kept"]), dict(values["base"]), dict(values["adapter"]))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"task: {file} is damaged: {error}") from error
+        return read_record(folder, RECORD_FILE, cls._from_values, argument="task")
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> "SlimRecord":
+        if values["format"] != _FORMAT:
+            raise ValueError(f"format is {values['format']!r}")
+        if not values["base"]:
+            raise ValueError("no fingerprint of the base")
+        return cls(Kept.from_dict(values["kept"]), dict(values["base"]), dict(values["adapter"]))
 
     def check(self, base: nn.Module) -> None:
         """Raises ValueError where a whole base is not the one that this was cut from."""

@@ -44,26 +44,12 @@ def wrap_full(model: Any, config: Any, setup: Setup) -> Any:
 
 
 _PROMPTS: dict[str, Any] = {"limits": {"num_virtual_tokens": Count}, "check": _check_prompts, "export": "keep"}
-_LORA: dict[str, Any] = {
-    "config": peft.LoraConfig,
-    "limits": LORA_LIMITS,
-    "wrap": wrap_lora,
-    "check": check_lora,
-}
-register(
-    Method(
-        name="lora",
-        summary="Low-rank updates beside frozen weights, fused.",
-        paper="arXiv 2106.09685",
-        part="",
-        **_LORA,
-    )
-)
-register(
-    Method(
-        name="qlora", summary="LoRA over a frozen base in 4 bits.", paper="arXiv 2305.14314", quantized=True, **_LORA
-    )
-)
+FUSED: dict[str, Any] = {"limits": LORA_LIMITS, "wrap": wrap_lora, "check": check_lora}
+_LORA: dict[str, Any] = {"config": peft.LoraConfig, **FUSED}
+register(Method(name="lora", summary="Low-rank updates beside frozen weights, fused.", paper="arXiv 2106.09685",
+                part="", **_LORA))  # fmt: skip
+register(Method(name="qlora", summary="LoRA over a frozen base in 4 bits.", paper="arXiv 2305.14314",
+                quantized=True, **_LORA))  # fmt: skip
 register(
     Method(
         name="bottleneck",
@@ -83,16 +69,8 @@ register(
         config=BitFitConfig,
     )
 )
-register(
-    Method(
-        name="prompt",
-        summary="Learned tokens before the input (PEFT's).",
-        paper="arXiv 2104.08691",
-        needs="num_virtual_tokens",
-        config=peft.PromptTuningConfig,
-        **_PROMPTS,
-    )
-)
+register(Method(name="prompt", summary="Learned tokens before the input (PEFT's).", paper="arXiv 2104.08691",
+                needs="num_virtual_tokens", config=peft.PromptTuningConfig, **_PROMPTS))  # fmt: skip
 register(
     Method(
         name="prefix",

@@ -1,6 +1,6 @@
 """What the Mamba room gives to recipes: LoRA on the buffers of the blocks."""
 
-from deftcore.methods.lora.method import LORA_LIMITS, check_lora, wrap_lora
+from deftcore.methods.lora.method import FUSED
 from deftcore.methods.mamba.lora import MambaLoraConfig
 from deftcore.training.registry import Method, register
 
@@ -12,8 +12,6 @@ register(
         needs="a Mamba model",
         part="Mamba mixer",
         config=MambaLoraConfig,
-        limits=LORA_LIMITS,
-        wrap=wrap_lora,
-        check=check_lora,
+        **FUSED,
     )
 )

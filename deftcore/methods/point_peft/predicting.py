@@ -11,13 +11,12 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from deftcore._files import write_json
+from deftcore._files import read_record, write_json
 from deftcore.methods.point_peft.augment import choose_points
 from deftcore.methods.point_peft.classifier import PointClassifier
 from deftcore.methods.point_peft.data import farthest_first, unit_ball
 from deftcore.methods.point_peft.formats import SURFACE, checked_cloud, read_cloud
 from deftcore.methods.point_peft.pretraining import PointMae
-from deftcore.models.own import read_record
 from deftcore.training.fields import OPTIONS, Count, Text, record_of
 
 _FILE = "clouds.json"

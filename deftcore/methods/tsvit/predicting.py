@@ -1,7 +1,6 @@
 """A TSViT as scenes of certain classes and bands need it, and what it says of them."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deftcore._files import read_record
 from deftcore.methods.tsvit.adapting import MODES, adapt_classes
 from deftcore.methods.tsvit.model import TSViT, TSViTConfig
 from deftcore.methods.tsvit.reading import Reading, usable_patches
@@ -86,7 +86,7 @@ def load_trained(path: str | os.PathLike) -> tuple[Any, TSViTConfig, Reading]:
     if not (folder / _ADAPTER).is_file():
         model: Any = TSViT.from_pretrained(folder)
     else:
-        base = _base_of(folder / _ADAPTER)
+        base = read_record(folder, _ADAPTER, lambda values: values.get("base_model_name_or_path")) or ""
         if not (Path(base) / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"model: {folder} is an adapter on the model in {base!r}, which is not there")
         model = read_as(TSViT.from_pretrained(base), reading)
@@ -96,13 +96,3 @@ def load_trained(path: str | os.PathLike) -> tuple[Any, TSViTConfig, Reading]:
     if (folder / _ADAPTER).is_file():
         model = load_adapter(model, folder)
     return model.eval(), config, reading
-
-
-def _base_of(file: Path) -> str:
-    try:
-        values = json.loads(file.read_text())
-        if not isinstance(values, dict):
-            raise ValueError("no JSON object")
-    except ValueError as error:  # JSON's own among them
-        raise ValueError(f"model: {file} is damaged: {error}") from error
-    return values.get("base_model_name_or_path") or ""

@@ -12,11 +12,10 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from deftcore._files import write_json
+from deftcore._files import read_record, write_json
 from deftcore.methods.tsvit.adapting import MODES
 from deftcore.methods.tsvit.scene import UNLABELLED, Scene, Window
 from deftcore.methods.tsvit.tiling import tiles
-from deftcore.models.own import read_record
 from deftcore.training.fields import OPTIONS, Integer, Number, Positive, Real, Text, one_of, record_of
 
 READING_FILE = "series.json"

@@ -40,8 +40,7 @@ def mamba2_inner(
         mask, conv_state [B, D + 2 G N, W - 1], initial_state [B, H, P, N]: as in `mamba_inner`.
 
     Returns:
-        out [B, L, M] in zxbcdt's dtype (under autocast in its), and the last state (float32), the next `initial_state`;
-        the next `conv_state` is the last W - 1 steps of the convolution's input.
+        out [B, L, M] and the last state, as `mamba_inner`.
 
     Raises:
         TypeError, ValueError: naming the argument.
