@@ -4,7 +4,11 @@
 // 4 s and looking their lowest nibble up gives element 8 l + (s ^ 1) of the chunk in lane l, since the even element is
 // in the high nibble. So a chunk decodes without a shuffle into "positions" s * kWidth + l, and x is put in that order
 // once per call. A lane's eight elements lie in one block (blocks are 32 or more), so that one vector holds a chunk's
-// scales. Everything else decodes in order.
+// scales. Everything else decodes in strips, whose vectors come in an order that costs nothing and are put in order
+// where that matters.
+//
+// AVX2 has no lookup of 16 floats, but one of 16 bytes: the codes' four bytes are looked up apart, 32 elements at a
+// time, and unpacked to floats, at three operations for a vector.
 #pragma once
 
 #include <algorithm>
@@ -34,6 +38,12 @@ struct CodeBook {  // the lookup uses four bits of each word and ignores the res
   __m512 table;
   explicit CodeBook(const float* code) : table(_mm512_loadu_ps(code)) {}
   Vec operator()(Words w) const { return _mm512_permutexvar_ps(w, table); }
+  static constexpr int kAtOnce = 1;  // steps of a chunk that are looked up together: kPart, kPart + 8 / kAtOnce, ...
+  static constexpr int kHeld = 1;    // registers
+  template <int kPart>
+  void steps(Words w, Vec* values) const {
+    values[0] = (*this)(shift<kPart>(w));
+  }
 };
 // kWidth bytes, one per word: the lowest nibbles are odd elements, the next ones even.
 inline Words load_bytes(const uint8_t* p) {
@@ -79,22 +89,41 @@ template <int kShift>
 inline Words shift(Words w) {
   return _mm256_srli_epi32(w, 4 * kShift);
 }
-struct CodeBook {  // two lookups of three bits each, chosen by the fourth
-  __m256 low, high;
-  explicit CodeBook(const float* code) : low(_mm256_loadu_ps(code)), high(_mm256_loadu_ps(code + 8)) {}
+struct CodeBook {
+  __m256 low, high;   // the codes, for one vector: two lookups of three bits each, chosen by the fourth
+  __m256i planes[4];  // their bytes, twice
+  explicit CodeBook(const float* code) : low(_mm256_loadu_ps(code)), high(_mm256_loadu_ps(code + 8)) {
+    uint8_t bytes[64], plane[16];
+    std::memcpy(bytes, code, 64);
+    for (int k = 0; k < 4; ++k) {
+      for (int i = 0; i < 16; ++i) plane[i] = bytes[4 * i + k];
+      planes[k] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(plane)));
+    }
+  }
   Vec operator()(Words w) const {
     const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(w, 28));
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, w), _mm256_permutevar8x32_ps(high, w), bit3);
   }
+  // The codes of 32 bytes below 16: vector k has those of bytes 4 k .. 4 k + 3 of either half.
+  void lookup(__m256i index, Vec* values) const {
+    const __m256i b0 = _mm256_shuffle_epi8(planes[0], index), b1 = _mm256_shuffle_epi8(planes[1], index);
+    const __m256i b2 = _mm256_shuffle_epi8(planes[2], index), b3 = _mm256_shuffle_epi8(planes[3], index);
+    const __m256i front = _mm256_unpacklo_epi8(b0, b1), back = _mm256_unpacklo_epi8(b2, b3);
+    values[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(front, back));
+    values[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(front, back));
+    const __m256i front2 = _mm256_unpackhi_epi8(b0, b1), back2 = _mm256_unpackhi_epi8(b2, b3);
+    values[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(front2, back2));
+    values[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(front2, back2));
+  }
+  static constexpr int kAtOnce = 4, kHeld = 4;
+  template <int kPart>
+  void steps(Words w, Vec* values) const {  // the bytes of four words, turned, lie as `lookup` takes them
+    const __m256i turn = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
+                                          0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m256i bytes = _mm256_shuffle_epi8(w, turn);
+    lookup(_mm256_and_si256(kPart == 0 ? bytes : _mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15)), values);
+  }
 };
-inline Words load_bytes(const uint8_t* p) {
-  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-}
-inline void interleave(Vec even, Vec odd, Vec& first, Vec& second) {
-  const __m256 low = _mm256_unpacklo_ps(even.v, odd.v), high = _mm256_unpackhi_ps(even.v, odd.v);
-  first = _mm256_permute2f128_ps(low, high, 0x20);
-  second = _mm256_permute2f128_ps(low, high, 0x31);
-}
 inline Words load_nibbles(const uint8_t* p) {
   int32_t word;
   std::memcpy(&word, p, 4);
@@ -132,6 +161,11 @@ struct CodeBook {
   const float* code;
   explicit CodeBook(const float* book) : code(book) {}
   Vec operator()(Words w) const { return code[w & 15]; }
+  static constexpr int kAtOnce = 1, kHeld = 1;
+  template <int kPart>
+  void steps(Words w, Vec* values) const {
+    values[0] = (*this)(shift<kPart>(w));
+  }
 };
 inline Words load_bytes(const uint8_t* p) { return *p; }
 inline void interleave(Vec even, Vec odd, Vec& first, Vec& second) {
@@ -145,6 +179,43 @@ struct LaneScales {
 };
 
 #endif
+
+// Neighbouring elements that are looked up together, in vectors.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kStripVecs = 4;
+#else
+constexpr int kStripVecs = 2;
+#endif
+constexpr int64_t kStrip = kStripVecs * kWidth;
+struct Strip {
+  Vec v[kStripVecs];
+};
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline Strip load_strip(const CodeBook& book, const uint8_t* p) {
+  const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i spread = _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,  //
+                                          2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
+  const __m256i twice = _mm256_shuffle_epi8(bytes, spread);  // a byte for each of its elements, the even one first
+  const __m256i even = _mm256_and_si256(_mm256_srli_epi16(twice, 4), _mm256_set1_epi16(0x000f));
+  const __m256i odd = _mm256_and_si256(twice, _mm256_set1_epi16(0x0f00));
+  Strip s;
+  book.lookup(_mm256_or_si256(even, odd), s.v);
+  return s;
+}
+inline Strip in_order(Strip s) { return s; }
+#else
+inline Strip load_strip(const CodeBook& book, const uint8_t* p) {  // even elements, then odd ones
+  const Words w = load_bytes(p);
+  return {{book(shift<1>(w)), book(w)}};
+}
+inline Strip in_order(Strip s) {
+  Strip out;
+  interleave(s.v[0], s.v[1], out.v[0], out.v[1]);
+  return out;
+}
+#endif
+inline Strip strip_in_order(const CodeBook& book, const uint8_t* p) { return in_order(load_strip(book, p)); }
 
 inline float scale_of(const Quant4& q, int64_t block) {
   if (q.nested_absmax == nullptr) return static_cast<const float*>(q.absmax)[block];
@@ -203,18 +274,17 @@ inline void decode_column_blocks(const Quant4& q, const CodeBook& book, int64_t 
   if (q.cols % 2 == 0) {
     const uint8_t* bytes = packed_row(q, row) + first / 2;
     const float* scale = column_scales(q, row, first);
-    for (; j + 2 * kWidth <= count; j += 2 * kWidth) {
-      const Words w = load_bytes(bytes + j / 2);
-      Vec low, high;
-      interleave(book(shift<1>(w)), book(w), low, high);
-      store(out + j, low * load(scale + j));
-      store(out + j + kWidth, high * load(scale + j + kWidth));
+    for (; j + kStrip <= count; j += kStrip) {
+      const Strip codes = strip_in_order(book, bytes + j / 2);
+      for (int v = 0; v < kStripVecs; ++v) {
+        const int64_t i = j + v * kWidth;
+        store(out + i, codes.v[v] * load(scale + i));
+      }
     }
   }
   for (; j < count; ++j) out[j] = decode_one(q, row, first + j);
 }
 
-#if defined(__AVX2__) || defined(__AVX512F__)
 // The same of a regular matrix, whose bytes of these columns stand at `bytes`; first and count are multiples of 32.
 // `scales` is room for count / block_size + 2 floats.
 inline void decode_regular(const Quant4& q, const CodeBook& book, const uint8_t* bytes, int64_t row, int64_t first,
@@ -224,22 +294,20 @@ inline void decode_regular(const Quant4& q, const CodeBook& book, const uint8_t*
   for (int64_t j = 0; j < count; ++scales) {
     const int64_t left = q.block_size - (begin + j) % q.block_size, end = left < count - j ? j + left : count;
     const Vec scale(*scales);
-    for (; j < end; j += kWidth) store(out + j, book(load_nibbles(bytes + j / 2)) * scale);
+    for (; j < end; j += kStrip) {
+      const Strip codes = strip_in_order(book, bytes + j / 2);
+      for (int v = 0; v < kStripVecs; ++v) store(out + j + v * kWidth, codes.v[v] * scale);
+    }
   }
 }
-#endif
 
 // The same of any layout.
 inline void decode_columns(const Quant4& q, const CodeBook& book, int64_t row, int64_t first, int64_t count,
                            float* scales, float* out) {
   if (q.column_blocks) return decode_column_blocks(q, book, row, first, count, out);
-#if defined(__AVX2__) || defined(__AVX512F__)
   if (is_regular(q)) {
     return decode_regular(q, book, packed_row(q, row) + first / 2, row, first, count, scales, out);
   }
-#else
-  (void)scales;
-#endif
   for (int64_t j = 0; j < count; ++j) out[j] = decode_one(q, row, first + j);
 }
 

@@ -14,12 +14,21 @@ constexpr int64_t kDot4Tokens = 4;  // tokens per pass over a group
 // How codes become words to multiply with. Floats: 8 lookups a chunk, exact code values.
 template <class Word>
 struct DotForm {
+  static constexpr int kAtOnce = CodeBook::kAtOnce, kHeld = CodeBook::kHeld;
   CodeBook book;
   explicit DotForm(const float* code) : book(code) {}
-  template <int kStep>
-  Vec value(Words w) const {
-    return book(shift<kStep>(w));
+  template <int kPart>
+  void values(Words w, Vec* out) const {
+    book.steps<kPart>(w, out);
   }
+  // Rows of a tile: a block's sums stay in registers, beside the code book and what is looked up at once. The totals
+  // are met once a block and may lie in L1.
+  static constexpr int rows(int tokens) {
+    int most = kDot4Rows;
+    while (most > 1 && !in_registers(most * tokens, kHeld + most * kAtOnce)) most /= 2;
+    return most;
+  }
+  static_assert(in_registers(kDot4Tokens, kHeld + kAtOnce));
 };
 
 #if defined(__AVX512BF16__)
@@ -27,16 +36,18 @@ struct DotForm {
 // rounding that bfloat16 weights have). Shifting 16-bit half w by 4 j gives element 4 w + (j ^ 1).
 template <>
 struct DotForm<PairWord> {
+  static constexpr int kAtOnce = 1, kHeld = 1;
   __m512i table;
   explicit DotForm(const float* code) {
     alignas(64) uint16_t halves[32];
     for (int i = 0; i < 32; ++i) halves[i] = to_bfloat16(code[i % 16]).bits;
     table = _mm512_load_si512(halves);
   }
-  template <int kStep>
-  __m512bh value(Words w) const {
-    return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4 * kStep), table);
+  template <int kPart>
+  void values(Words w, __m512bh* out) const {
+    out[0] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4 * kPart), table);
   }
+  static constexpr int rows(int tokens) { return tokens == 1 ? 4 : 2; }  // four met the totals too often: slower
 };
 #endif
 
@@ -67,6 +78,8 @@ template <int kRows, int kTokens, class Word>
 void dot4_tile(const DotForm<Word>& form, const Quant4& q, const LaneScales& lanes, const uint8_t* const* rows,
                const uint8_t* const* next, const float* scales, int64_t scale_stride, const typename Word::Element* x,
                int64_t x_stride, float (*out)[kDot4Tokens]) {
+  using Form = DotForm<Word>;
+  constexpr int kParts = kDotSteps<Word> / Form::kAtOnce;
   Vec total[kRows][kTokens];
   for (auto& row : total) {
     for (Vec& v : row) v = Vec(0.0f);
@@ -79,24 +92,29 @@ void dot4_tile(const DotForm<Word>& form, const Quant4& q, const LaneScales& lan
       for (Vec& v : part[r]) v = Vec(0.0f);
     }
     const auto* xc = x + c * kChunk;
-    const auto step = [&](auto s) {
-      if constexpr (s() < kDotSteps<Word>) {
-        for (int r = 0; r < kRows; ++r) {
-          const auto value = form.template value<s()>(w[r]);
-          for (int m = 0; m < kTokens; ++m) {
-            part[r][m] = Word::multiply(value, Word::load(xc + m * x_stride + s() * Word::kLanes), part[r][m]);
+    const auto look_up = [&](auto p) {
+      if constexpr (p() < kParts) {
+        typename Word::Row values[kRows][Form::kAtOnce];
+        for (int r = 0; r < kRows; ++r) form.template values<p()>(w[r], values[r]);
+        for (int i = 0; i < Form::kAtOnce; ++i) {
+          const int step = p() + i * kParts;
+          for (int r = 0; r < kRows; ++r) {
+            for (int m = 0; m < kTokens; ++m) {
+              part[r][m] =
+                  Word::multiply(values[r][i], Word::load(xc + m * x_stride + step * Word::kLanes), part[r][m]);
+            }
           }
         }
       }
     };
-    step(std::integral_constant<int, 0>{});
-    step(std::integral_constant<int, 1>{});
-    step(std::integral_constant<int, 2>{});
-    step(std::integral_constant<int, 3>{});
-    step(std::integral_constant<int, 4>{});
-    step(std::integral_constant<int, 5>{});
-    step(std::integral_constant<int, 6>{});
-    step(std::integral_constant<int, 7>{});
+    look_up(std::integral_constant<int, 0>{});
+    look_up(std::integral_constant<int, 1>{});
+    look_up(std::integral_constant<int, 2>{});
+    look_up(std::integral_constant<int, 3>{});
+    look_up(std::integral_constant<int, 4>{});
+    look_up(std::integral_constant<int, 5>{});
+    look_up(std::integral_constant<int, 6>{});
+    look_up(std::integral_constant<int, 7>{});
     for (int r = 0; r < kRows; ++r) {
       const Vec scale = lanes(scales + r * scale_stride + c * kChunk / q.block_size);
       for (int m = 0; m < kTokens; ++m) total[r][m] = fma(part[r][m], scale, total[r][m]);
@@ -141,13 +159,12 @@ void dots4(const Quant4& q, RowOf&& row_of, Range range, const typename Word::El
         }
       };
       using std::integral_constant;
-      // A total and a part per row and token, 8 to 16 registers: beside the words and the book AVX-512's 32 have room
-      // for all, AVX2's 16 up to two tokens, from three on the compiler keeps some in L1.
+      constexpr auto rows_of = DotForm<Word>::rows;
       switch (tokens - m0) {
-        case 1: tile(integral_constant<int, 4>{}, integral_constant<int, 1>{}); break;
-        case 2: tile(integral_constant<int, 2>{}, integral_constant<int, 2>{}); break;
-        case 3: tile(integral_constant<int, 2>{}, integral_constant<int, 3>{}); break;
-        default: tile(integral_constant<int, 2>{}, integral_constant<int, 4>{}); break;
+        case 1: tile(integral_constant<int, rows_of(1)>{}, integral_constant<int, 1>{}); break;
+        case 2: tile(integral_constant<int, rows_of(2)>{}, integral_constant<int, 2>{}); break;
+        case 3: tile(integral_constant<int, rows_of(3)>{}, integral_constant<int, 3>{}); break;
+        default: tile(integral_constant<int, rows_of(4)>{}, integral_constant<int, 4>{}); break;
       }
     }
   }

@@ -52,6 +52,7 @@ inline BFloat16 to_bfloat16(float x) {  // round to nearest even; NaN stays NaN
 #if defined(__AVX512F__)
 
 constexpr int kWidth = 16;
+constexpr int kRegisters = 32;  // of vectors
 using Mask = __mmask16;
 
 struct Vec {
@@ -126,6 +127,7 @@ inline void compress(int32_t* out, uint32_t bits, int32_t base) {
 #elif defined(__AVX2__)
 
 constexpr int kWidth = 8;
+constexpr int kRegisters = 16;
 
 struct Vec {
   __m256 v;
@@ -211,6 +213,7 @@ inline void compress(int32_t* out, uint32_t bits, int32_t base) {
 #else
 
 constexpr int kWidth = 1;
+constexpr int kRegisters = 16;
 using Mask = bool;
 using Vec = float;
 using math::abs;
@@ -329,6 +332,10 @@ template <class T>
 inline void store_exact(T* p, Vec a) {
   store(p, a);
 }
+
+// Whether a tile's sums stay in registers beside what one of its steps holds: every kernel that keeps a tile of sums
+// picks its size by this, or checks it.
+constexpr bool in_registers(int sums, int operands) { return sums + operands <= kRegisters; }
 
 // Run-time value to compile-time constant.
 template <class Fn>

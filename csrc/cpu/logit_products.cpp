@@ -54,9 +54,11 @@ void top_of_row(const TopLogitsArgs& args, int64_t row) {
 
 // ---------------------------------------------------------------------------- products
 
-constexpr int64_t kColumns = 2048;         // of a tile of a product over columns
-constexpr int64_t kRows = 32;              // that go through such a tile one after another
-constexpr int kSharing = 4, kVectors = 4;  // rows and vectors of a block: their sums stay in registers
+constexpr int64_t kColumns = 2048;  // of a tile of a product over columns
+constexpr int64_t kRows = 32;       // that go through such a tile one after another
+// Rows and vectors of a block: their sums stay in registers, beside the vectors and a row's logits.
+constexpr int kSharing = 4, kVectors = in_registers(4 * 4, 4 + 1) ? 4 : 2;
+static_assert(in_registers(kSharing* kVectors, kVectors + 1));
 constexpr int64_t kTransposedColumns = 512, kTransposedRows = 8;
 
 // Adds products of kR rows and kV vectors over n columns to the rows' results.

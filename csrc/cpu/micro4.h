@@ -9,11 +9,8 @@ namespace deftcore::cpu {
 namespace {
 
 constexpr int kMaxVecs = 3;  // vectors of tokens per panel
-#if defined(__AVX512F__)
-constexpr int kMicroRows = 8;  // with 3 vectors: 24 accumulators
-#else
-constexpr int kMicroRows = 4;  // 12 accumulators of 16 registers
-#endif
+constexpr int kMicroRows = in_registers(8 * kMaxVecs, kMaxVecs + 1) ? 8 : 4;
+static_assert(in_registers(kMicroRows* kMaxVecs, kMaxVecs + 1));  // beside the tokens and a weight
 constexpr int64_t kPanelTokens = kMaxVecs * kWidth;
 
 // Where A's word for output i and reduction r lies, and how its sums are scaled: after every `group` words, by
@@ -148,12 +145,10 @@ void to_words_across(const float* values, int64_t stride, int64_t count, uint32_
 // Unscaled codes of a regular row's columns as words along it.
 void codes_to_words(const Quant4& q, const CodeBook& book, int64_t row, int64_t first, int64_t count, float* out) {
   const uint8_t* bytes = packed_row(q, row) + first / 2;
-#if defined(__AVX2__) || defined(__AVX512F__)
-  for (int64_t j = 0; j < count; j += kWidth) store(out + j, book(load_nibbles(bytes + j / 2)));
-#else
-  (void)book;
-  for (int64_t j = 0; j < count; ++j) out[j] = q.code[bytes[j / 2] >> (j % 2 ? 0 : 4) & 15];
-#endif
+  for (int64_t j = 0; j < count; j += kStrip) {
+    const Strip codes = strip_in_order(book, bytes + j / 2);
+    for (int v = 0; v < kStripVecs; ++v) store(out + j + v * kWidth, codes.v[v]);
+  }
 }
 #if defined(__AVX512BF16__)
 void codes_to_words(const Quant4& q, const CodeBook& book, int64_t row, int64_t first, int64_t count, uint32_t* out) {

@@ -7,12 +7,10 @@
 namespace deftcore::cpu {
 namespace {
 
-constexpr int64_t kTileTokens = 6;  // tokens per register tile; with 4 rows or 4 vectors: 24 accumulators
-#if defined(__AVX512F__)
-constexpr int kTileVecs = 4;
-#else
-constexpr int kTileVecs = 2;  // 12 accumulators of 16 registers
-#endif
+// A register tile: sums of tokens and vectors of columns, beside a row's vectors and a token's factor.
+constexpr int64_t kTileTokens = 6;
+constexpr int kTileVecs = in_registers(4 * kTileTokens, 4 + 1) ? 4 : 2;
+static_assert(in_registers(kTileVecs* kTileTokens, kTileVecs + 1));
 constexpr int64_t kTileColumns = kTileVecs * kWidth;
 constexpr int64_t kPrefetch = 64;  // elements beyond the next tile that are asked for; chosen, not measured
 

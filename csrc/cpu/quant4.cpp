@@ -97,9 +97,10 @@ void dequantize(const Dequantize4bitArgs& args) {
       const float scale = scale_of(q, b);
       const int64_t first = b * q.block_size, end = count - first < q.block_size ? count : first + q.block_size;
       int64_t i = first;
-#if defined(__AVX2__) || defined(__AVX512F__)
-      for (; i + kWidth <= end; i += kWidth) store_ieee(out + i, book(load_nibbles(q.packed + i / 2)) * Vec(scale));
-#endif
+      for (; i + kStrip <= end; i += kStrip) {
+        const Strip codes = strip_in_order(book, q.packed + i / 2);
+        for (int v = 0; v < kStripVecs; ++v) store_ieee(out + i + v * kWidth, codes.v[v] * Vec(scale));
+      }
       for (; i < end; ++i) {
         T lanes[kWidth];
         store_ieee(lanes, Vec(q.code[q.packed[i / 2] >> (i % 2 ? 0 : 4) & 15] * scale));

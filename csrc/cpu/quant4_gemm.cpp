@@ -201,12 +201,10 @@ void backward_pass(const Linear4bitArgs& args, const Layout<Word>& layout, const
       for (int64_t n0 = 0; n0 < r_count; n0 += kBackDepth) {
         const int64_t n_count = r_count - n0 < kBackDepth ? r_count - n0 : kBackDepth;
         multiply_rows(n_count, columns(k0), b, layout.b_rows, r0 + n0, c_of(k0), [&](int64_t n, float* out) {
-#if defined(__AVX2__) || defined(__AVX512F__)
           if (is_regular(q)) {
             const uint8_t* bytes = lines + (k0 - mine.begin) / 2 * kBackRows + (n0 + n) * (kBackOutputs / 2);
             return decode_regular(q, book, bytes, r0 + n0 + n, k0, columns(k0), scratch.scales, out);
           }
-#endif
           decode_columns(q, book, r0 + n0 + n, k0, columns(k0), scratch.scales, out);
         });
       }

@@ -6,33 +6,37 @@
 namespace deftcore::cpu {
 namespace {
 
-constexpr int64_t kDotRows = 4;  // weight rows per dot tile
+constexpr int64_t kDotRows = 4;  // weight rows per group
+
+// Rows of a group that one tile takes: its sums, a vector of each row and one of a token have to fit.
+constexpr int rows_of_tile(int tokens) { return in_registers(4 * tokens, 4 + 1) ? 4 : 2; }
+static_assert(in_registers(rows_of_tile(kTileTokens) * kTileTokens, rows_of_tile(kTileTokens) + 1));
 
 // ---------------------------------------------------------------------------- dots
 
 // out[r][m] = x[m] . rows[r]; x is [tokens, x_stride]. `next` rows are prefetched alongside.
-template <class Word, int kTokens, class T>
+template <class Word, int kRows, int kTokens, class T>
 void dot_tile(const T* const* rows, const T* const* next, const typename Word::Element* x, int64_t x_stride,
               int64_t width, float (*out)[kTileTokens]) {
-  Vec acc[kDotRows][kTokens];
+  Vec acc[kRows][kTokens];
   for (auto& row : acc) {
     for (Vec& v : row) v = Vec(0.0f);
   }
   const auto step = [&](int64_t j, auto fetch) {
-    typename Word::Row w[kDotRows];
-    for (int r = 0; r < kDotRows; ++r) w[r] = fetch(rows[r] + j);
+    typename Word::Row w[kRows];
+    for (int r = 0; r < kRows; ++r) w[r] = fetch(rows[r] + j);
     for (int m = 0; m < kTokens; ++m) {
       const auto xv = fetch(x + m * x_stride + j);
-      for (int r = 0; r < kDotRows; ++r) acc[r][m] = Word::multiply(w[r], xv, acc[r][m]);
+      for (int r = 0; r < kRows; ++r) acc[r][m] = Word::multiply(w[r], xv, acc[r][m]);
     }
   };
   int64_t j = 0;
   for (; j + Word::kLanes <= width; j += Word::kLanes) {
-    for (int r = 0; r < kDotRows; ++r) __builtin_prefetch(next[r] + j, 0, 2);
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(next[r] + j, 0, 2);
     step(j, [](const auto* p) { return Word::load(p); });
   }
   if (j < width) step(j, [&](const auto* p) { return Word::load_tail(p, width - j); });
-  for (int r = 0; r < kDotRows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
     for (int m = 0; m < kTokens; ++m) out[r][m] = reduce_add(acc[r][m]);
   }
 }
@@ -51,7 +55,11 @@ void dots(Matrix<T> w, RowOf&& row_of, Range range, const typename Word::Element
     for (int64_t m0 = 0; m0 < tokens; m0 += kTileTokens) {
       float out[kDotRows][kTileTokens];
       dispatch_tokens(tokens - m0, [&](auto count) {
-        dot_tile<Word, count()>(rows, m0 == 0 ? next : rows, x + m0 * x_stride, x_stride, width, out);
+        constexpr int kRows = rows_of_tile(count());
+        for (int r = 0; r < kDotRows; r += kRows) {
+          dot_tile<Word, kRows, count()>(rows + r, (m0 == 0 ? next : rows) + r, x + m0 * x_stride, x_stride, width,
+                                         out + r);
+        }
         for (int64_t r = 0; r < kDotRows && k + r <= last; ++r) {
           for (int m = 0; m < count(); ++m) sink(k + r, m0 + m, out[r][m]);
         }

@@ -7,8 +7,7 @@
 namespace deftcore::cpu {
 namespace {
 
-constexpr int64_t kPair = 2 * kWidth;  // columns of one vector of even and one of odd elements
-constexpr int64_t kDecodeTokens = 4;   // tokens that share one decode in registers
+constexpr int64_t kDecodeTokens = 4;  // tokens that share one decode in registers
 // Up to here rows are decoded in registers, at most twice; beyond, once per panel. Chosen by that count.
 constexpr int64_t kDirectTokens = 8;
 
@@ -22,41 +21,45 @@ struct Piece {
   const float* scales;  // of column 0 onwards, or null: what the piece's sum is multiplied by
 };
 
-// acc[m, j ...] += sum_r factor * code[row r, j ...] for kPairs pairs of vectors.
-template <int kTokens, int kPairs>
+// acc[m, j ...] += sum_r factor * code[row r, j ...] for kStrips strips.
+template <int kTokens, int kStrips>
 void down_tile4(const CodeBook& book, const Piece& p, int64_t j, float* acc, int64_t acc_stride) {
-  Vec even[kTokens][kPairs], odd[kTokens][kPairs];
-  for (int m = 0; m < kTokens; ++m) {
-    for (int i = 0; i < kPairs; ++i) even[m][i] = odd[m][i] = Vec(0.0f);
+  Strip sums[kTokens][kStrips];
+  for (auto& of_token : sums) {
+    for (Strip& sum : of_token) {
+      for (Vec& v : sum.v) v = Vec(0.0f);
+    }
   }
   for (int64_t r = 0; r < p.count; ++r) {
     const uint8_t* bytes = p.rows[r] + j / 2;
     const float* factors = p.factors + r * kTokens * p.factor_stride;
     __builtin_prefetch(p.next[r] + j / 2, 0, 2);
-    for (int i = 0; i < kPairs; ++i) {
-      const Words w = load_bytes(bytes + i * kWidth);
-      const Vec low = book(w), high = book(shift<1>(w));
-      const int64_t block = (j + i * kPair) >> p.block_shift;
+    for (int i = 0; i < kStrips; ++i) {
+      const Strip codes = load_strip(book, bytes + i * (kStrip / 2));
+      const int64_t block = (j + i * kStrip) >> p.block_shift;
       for (int m = 0; m < kTokens; ++m) {
         const Vec factor(factors[m * p.factor_stride + block]);
-        odd[m][i] = fma(low, factor, odd[m][i]);
-        even[m][i] = fma(high, factor, even[m][i]);
+        for (int v = 0; v < kStripVecs; ++v) sums[m][i].v[v] = fma(codes.v[v], factor, sums[m][i].v[v]);
       }
     }
   }
   for (int m = 0; m < kTokens; ++m) {
-    for (int i = 0; i < kPairs; ++i) {
-      float* out = acc + m * acc_stride + j + i * kPair;
-      Vec first, second;
-      interleave(even[m][i], odd[m][i], first, second);
-      if (p.scales != nullptr) {
-        first = first * load(p.scales + j + i * kPair);
-        second = second * load(p.scales + j + i * kPair + kWidth);
+    for (int i = 0; i < kStrips; ++i) {
+      const Strip sum = in_order(sums[m][i]);
+      for (int v = 0; v < kStripVecs; ++v) {
+        const int64_t column = j + i * kStrip + v * kWidth;
+        float* out = acc + m * acc_stride + column;
+        store(out, load(out) + (p.scales != nullptr ? sum.v[v] * load(p.scales + column) : sum.v[v]));
       }
-      store(out, load(out) + first);
-      store(out + kWidth, load(out + kWidth) + second);
     }
   }
+}
+
+// Strips of a tile: sums in half of the registers, where more were measured slower.
+constexpr int strips_of_tile(int tokens) {
+  int strips = 4;
+  while (strips > 1 && kStripVecs * strips * tokens > kRegisters / 2) --strips;
+  return strips;
 }
 
 // acc[m, j] += sum_k h[k, m] w[list[k], j] for kTokens tokens of h [active, tokens] and j in columns, which start at a
@@ -64,7 +67,7 @@ void down_tile4(const CodeBook& book, const Piece& p, int64_t j, float* acc, int
 template <int kTokens>
 void down_few4(const Quant4& q, const int32_t* list, int64_t active, const float* h, int64_t tokens, Range columns,
                float* factors, float* acc, int64_t acc_stride) {
-  constexpr int kPairs = kTokens == 1 ? 4 : kTokens == 2 ? 3 : 2;  // accumulators for most of the registers
+  constexpr int kStrips = strips_of_tile(kTokens);
   const CodeBook book(q.code);
   Piece p{};
   p.factors = factors;
@@ -94,10 +97,10 @@ void down_few4(const Quant4& q, const int32_t* list, int64_t active, const float
     }
     p.scales = q.column_blocks ? column_scales(q, list[k0], 0) : nullptr;
     int64_t j = columns.begin;
-    for (; j + kPairs * kPair <= columns.end; j += kPairs * kPair) {
-      down_tile4<kTokens, kPairs>(book, p, j, acc, acc_stride);
+    for (; j + kStrips * kStrip <= columns.end; j += kStrips * kStrip) {
+      down_tile4<kTokens, kStrips>(book, p, j, acc, acc_stride);
     }
-    for (; j + kPair <= columns.end; j += kPair) down_tile4<kTokens, 1>(book, p, j, acc, acc_stride);
+    for (; j + kStrip <= columns.end; j += kStrip) down_tile4<kTokens, 1>(book, p, j, acc, acc_stride);
     for (; j < columns.end; ++j) {  // a ragged width, with column blocks only
       for (int64_t r = 0; r < p.count; ++r) {
         const float w = decode_one(q, list[k0 + r], j);
