@@ -18,18 +18,26 @@ inline int64_t chunk_count(int64_t length) { return (length + kScanChunk - 1) / 
 constexpr float kLog2E = 1.44269504088896341f;
 
 // 2^x for decays. 1 at 0 exactly and never above 1 for x <= 0 (the constant term is 1, so that long memories cannot
-// grow); 2 ulp for |x| <= 1.44; 0 below -150, infinity from 128. Coefficients from the specification of the scan.
+// grow); 2 ulp for |x| <= 1.44; 0 below -150, infinity from 128. Coefficients from the specification of the scan. AVX2
+// scales by adding to the exponent's bits, which only normal numbers bear: 0 below -126.
 #if defined(__AVX512F__) || defined(__AVX2__)
-inline Vec exp2_decay(Vec x) {
-#if defined(__AVX512F__)
-  const Vec n = round(x), f = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 at infinity
-#else
-  const Vec held = at_most(at_least(x, Vec(-252.0f)), Vec(252.0f));
-  const Vec n = round(held), f = held - n;
-#endif
-  return scale2(
-      horner(f, 1.0f, 0.693147203f, 0.240226479f, 0.0555033247f, 9.61843736e-3f, 1.33988747e-3f, 1.53533612e-4f), n);
+inline Vec exp2_near_zero(Vec x) {
+  return horner(x, 1.0f, 0.693147203f, 0.240226479f, 0.0555033247f, 9.61843736e-3f, 1.33988747e-3f, 1.53533612e-4f);
 }
+#if defined(__AVX512F__)
+inline Vec exp2_decay(Vec x) {
+  const Vec n = round(x), f = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 at infinity
+  return scale2(exp2_near_zero(f), n);
+}
+#else
+inline Vec exp2_decay(Vec x) {
+  const Vec held = at_most(x, Vec(128.0f));
+  const __m256i n = _mm256_cvtps_epi32(held.v);
+  const Vec p = exp2_near_zero(held - Vec(_mm256_cvtepi32_ps(n)));
+  const __m256i scaled = _mm256_add_epi32(_mm256_castps_si256(p.v), _mm256_slli_epi32(n, 23));
+  return _mm256_andnot_ps((x < Vec(-126.0f)).m, _mm256_castsi256_ps(scaled));
+}
+#endif
 #else
 inline Vec exp2_decay(Vec x) { return exp2f(x); }
 #endif

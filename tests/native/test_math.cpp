@@ -119,7 +119,8 @@ void test_number(float x) {
     check_value(name, x, on_lanes(fn, x), exact, relative, absolute);
   };
   function("exp", [](Vec v) { return exp(v); }, std::exp(y), 3e-7, 2e-45);
-  function("exp2", [](Vec v) { return exp2_decay(v); }, std::exp2(y), 3e-7, 2e-45);
+  const bool flushed = kWidth == 8 && x < -126;  // AVX2 has no decays below the smallest normal number
+  function("exp2", [](Vec v) { return exp2_decay(v); }, flushed ? 0 : std::exp2(y), 3e-7, flushed ? 0 : 2e-45);
   function("tanh", [](Vec v) { return tanh(v); }, std::tanh(y), 4e-7, 0);
   function("sigmoid", [](Vec v) { return math::sigmoid(v); }, sigmoid(y), 5e-7, 3e-45);
   function(
