@@ -123,31 +123,24 @@ std::vector<Launch> take() {
 
 // ---------------------------------------------------------------------------- what the compiler calls
 
-#define DEFTCORE_ACCESS(bytes)                                                                 \
-  void __tsan_read##bytes(void* p) {                                                           \
+#define DEFTCORE_ACCESS(kind, bytes)                                                           \
+  void __tsan_##kind##read##bytes(void* p) {                                                   \
     traffic::count(reinterpret_cast<uintptr_t>(p), bytes, false, __builtin_return_address(0)); \
   }                                                                                            \
-  void __tsan_write##bytes(void* p) {                                                          \
-    traffic::count(reinterpret_cast<uintptr_t>(p), bytes, true, __builtin_return_address(0));  \
-  }
-#define DEFTCORE_UNALIGNED(bytes)                                                              \
-  void __tsan_unaligned_read##bytes(void* p) {                                                 \
-    traffic::count(reinterpret_cast<uintptr_t>(p), bytes, false, __builtin_return_address(0)); \
-  }                                                                                            \
-  void __tsan_unaligned_write##bytes(void* p) {                                                \
+  void __tsan_##kind##write##bytes(void* p) {                                                  \
     traffic::count(reinterpret_cast<uintptr_t>(p), bytes, true, __builtin_return_address(0));  \
   }
 
 extern "C" {
-DEFTCORE_ACCESS(1)
-DEFTCORE_ACCESS(2)
-DEFTCORE_ACCESS(4)
-DEFTCORE_ACCESS(8)
-DEFTCORE_ACCESS(16)
-DEFTCORE_UNALIGNED(2)
-DEFTCORE_UNALIGNED(4)
-DEFTCORE_UNALIGNED(8)
-DEFTCORE_UNALIGNED(16)
+DEFTCORE_ACCESS(, 1)
+DEFTCORE_ACCESS(, 2)
+DEFTCORE_ACCESS(, 4)
+DEFTCORE_ACCESS(, 8)
+DEFTCORE_ACCESS(, 16)
+DEFTCORE_ACCESS(unaligned_, 2)
+DEFTCORE_ACCESS(unaligned_, 4)
+DEFTCORE_ACCESS(unaligned_, 8)
+DEFTCORE_ACCESS(unaligned_, 16)
 void __tsan_read_range(void* p, size_t bytes) {
   traffic::count(reinterpret_cast<uintptr_t>(p), bytes, false, __builtin_return_address(0));
 }

@@ -5,10 +5,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 // The device under test: the CPU, or the CUDA kernels over the emulator.
@@ -72,6 +74,18 @@ inline std::vector<float> random_floats(size_t count, unsigned seed) {
 inline bool close(double ours, double ref, double tolerance) {
   return std::fabs(ours - ref) <= tolerance * (1 + std::fabs(ref));
 }
+
+// Whether a call is refused by an std::invalid_argument that begins with the op's name.
+template <class Call>
+bool refused(const std::string& op, Call&& call) {
+  try {
+    call();
+  } catch (const std::invalid_argument& error) {
+    return std::string(error.what()).rfind(op + ": ", 0) == 0;
+  }
+  return false;
+}
+
 // Some of the slopes of `total` in `values`, against symmetric differences.
 template <class Total>
 void check_slopes(std::vector<float>& values, const std::vector<float>& slopes, Total&& total) {
@@ -84,4 +98,12 @@ void check_slopes(std::vector<float>& values, const std::vector<float>& slopes, 
     values[i] = before;
     CHECK(close(slopes[i], (up - down) / (high - low), 1e-2));
   }
+}
+
+// Values, and what a backward says of their slopes.
+using Slopes = std::pair<std::vector<float>*, const std::vector<float>*>;
+
+template <class Total>
+void check_slopes(Total&& total, std::initializer_list<Slopes> all) {
+  for (const auto& [values, slopes] : all) check_slopes(*values, *slopes, total);
 }

@@ -79,16 +79,9 @@ void test_scan(Problem p) {
   const Room workspace(device::ssd_backward_workspace(back));
   back.workspace = workspace.data();
   device::ssd_backward(back, nullptr);
-  const auto check = [&](std::vector<float>& values, const std::vector<float>& slopes) {
-    check_slopes(values, slopes, [&] { return p.total(nullptr); });
-  };
-  check(p.x, dx);
-  check(p.step, dstep);
-  check(p.log_decay, ddecay);
-  check(p.b, db);
-  check(p.c, dc);
-  check(p.d, dd);
-  check(p.first, dfirst);
+  const auto total = [&] { return p.total(nullptr); };
+  check_slopes(total, {{&p.x, &dx}, {&p.step, &dstep}, {&p.log_decay, &ddecay}, {&p.first, &dfirst}});
+  check_slopes(total, {{&p.b, &db}, {&p.c, &dc}, {&p.d, &dd}});
 }
 
 // One step of the scan by the update: dt is the step, a its logarithmic decay over it.

@@ -86,18 +86,9 @@ void test_scan(Problem p) {
   back.workspace = workspace.data();
   device::selective_scan_backward(back, nullptr);
   for (size_t i = 0; i < size; ++i) CHECK(close(again[i], expected[i], 1e-4));
-  const auto check = [&](std::vector<float>& values, const std::vector<float>& slopes) {
-    check_slopes(values, slopes, [&] { return p.total(nullptr); });
-  };
-  check(p.u, du);
-  check(p.delta, ddelta);
-  check(p.z, dz);
-  check(p.a, da);
-  check(p.b, db);
-  check(p.c, dc);
-  check(p.d, dd);
-  check(p.bias, dbias);
-  check(p.first, dfirst);
+  const auto total = [&] { return p.total(nullptr); };
+  check_slopes(total, {{&p.u, &du}, {&p.delta, &ddelta}, {&p.z, &dz}, {&p.first, &dfirst}});
+  check_slopes(total, {{&p.a, &da}, {&p.b, &db}, {&p.c, &dc}, {&p.d, &dd}, {&p.bias, &dbias}});
 }
 
 }  // namespace
