@@ -1,6 +1,6 @@
 """The families of bench/ssm.py as tables."""
 
-from bench.markdown import by_columns, by_direction, shown, times, where_there
+from bench.markdown import against, by_columns, by_direction, shown, times, where_there
 
 MAMBA = {"mamba": "Mamba", "mamba2": "Mamba-2"}
 
@@ -20,10 +20,7 @@ def selective_scan(results, _):
 
 def mamba_chunk_scan(results, _):
     """24 heads of 64, state size 128, against Transformers' chunked form."""
-    yield by_columns(results["mamba_chunk_scan"], {
-        "`mamba_chunk_scan`": by_direction, "length": "length", "ms": shown("ours_ms", "{:.1f}"),
-        "over Transformers": times("ratio"),
-    })  # fmt: skip
+    yield by_columns(results["mamba_chunk_scan"], against("mamba_chunk_scan", "length", "{:.1f}", "Transformers"))
 
 
 def conv1d(results, _):

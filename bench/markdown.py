@@ -12,6 +12,11 @@ def by_columns(rows, columns):
     return table(list(columns), ([cell(row) for cell in cells] for row in rows))
 
 
+def against(op, size, form, peer):
+    """The columns of an op beside a peer, for `by_columns`."""
+    return {f"`{op}`": by_direction, size: size, "ms": shown("ours_ms", form), f"over {peer}": times("ratio")}
+
+
 def pivot(rows, corner, label, column, value, columns):
     """A table with a line per label(row) and a column per row[column] in `columns`; empty without rows."""
     if not rows:

@@ -8,18 +8,7 @@ import json
 from pathlib import Path
 
 from bench import mamba_tables, spectral_tables
-from bench.markdown import (
-    by_columns,
-    by_direction,
-    by_shape,
-    by_tokens,
-    milliseconds,
-    pivot,
-    shown,
-    spread,
-    table,
-    times,
-)
+from bench.markdown import against, by_columns, by_shape, by_tokens, milliseconds, pivot, spread, table, times
 from bench.targets import AVX2, AVX512, CUDA, LARGE, standing
 
 ROOT = Path(__file__).parent.parent
@@ -266,10 +255,7 @@ def neighbours(results, _):
 
 def gated_linear(results, _):
     """5440 to 2048, SiLU, a frozen weight, against PyTorch's activation, product and projection."""
-    yield by_columns(results["gated_linear"], {
-        "`gated_linear`": by_direction, "tokens": "tokens", "ms": shown("ours_ms", "{:.2f}"),
-        "over PyTorch": times("ratio"),
-    })  # fmt: skip
+    yield by_columns(results["gated_linear"], against("gated_linear", "tokens", "{:.2f}", "PyTorch"))
 
 
 def train_step(results, _):

@@ -285,7 +285,7 @@ def test_a_page_has_sizes_and_where_they_were_measured_costs(evidence, data, tmp
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setitem(report.SPECS, "texts", data["texts"].spec)
     experiment = report.Experiment(
-        name="light_peft", sides={"texts": module.SIDES}, pairs=[("Light-PEFT, 1/3", "LoRA")], head="Head.",
+        name="toy", sides={"texts": module.SIDES}, pairs=[("Light-PEFT, 1/3", "LoRA")], head="Head.",
         papers=[("Light-PEFT, 1/3", "LoRA", "smaller"), ("random, 1/3", "LoRA", "none")], limits="Limits.",
     )  # fmt: skip
     experiment.results.add({"kind": "about", "machine": "a machine", "versions": {}})
@@ -302,7 +302,7 @@ def test_a_page_has_sizes_and_where_they_were_measured_costs(evidence, data, tmp
     step = {side: {"seconds": value, "spread": 0.1, "first": value} for side, value in pairs.items()}
     costs = {"about": {"machine": "a machine"}, "threads": 1, "step": {"texts": step}, "peak_mb": {"texts": pairs},
              "inference": {"texts": {"1": pairs}}, "training": {"texts": pairs}}  # fmt: skip
-    (tmp_path / "light_peft_cost.json").write_text(json.dumps(costs))
+    (tmp_path / "toy_cost.json").write_text(json.dumps(costs))
     page = report.section(experiment)
     assert "base 0.75x, step 0.50x, inference of 1 0.50x, training 0.50x, peak 0.50x |" in page
     assert "| texts, 4 examples | step | inference of 1 | training | peak | quartiles of steps apart |" in page

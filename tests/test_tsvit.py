@@ -267,24 +267,24 @@ def test_what_is_no_series(change, error, told):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("field", "value", "told"),
     [
-        ({"image_size": 9}, "image_size: must be a multiple of patch_size 2, got 9"),
-        ({"num_classes": 0}, "num_classes: must be an integer of at least 1, got 0"),
-        ({"temporal_depth": 2.0}, "temporal_depth: must be an integer of at least 1, got 2.0"),
-        ({"mixed_classes": 0}, "mixed_classes: must be an integer of at least 1, got 0"),
-        ({"num_classes": True}, "num_classes: must be an integer of at least 1, got True"),
-        ({"mixed_classes": True}, "mixed_classes: must be an integer of at least 1, got True"),
-        ({"legacy_layout": "false"}, "legacy_layout: must be true or false, got 'false'"),
-        ({"band_mean": [1.0, 2.0]}, "band_mean: must be 4 numbers"),
-        ({"band_mean": 3.0}, "band_mean: must be 4 numbers"),
-        ({"band_mean": "B234"}, "band_mean: must be 4 numbers"),
-        ({"band_std": [1.0, 2.0, 0.0, 1.0]}, "band_std: must be 4 positive numbers"),
+        ("image_size", 9, "must be a multiple of patch_size 2, got 9"),
+        ("num_classes", 0, "must be an integer of at least 1, got 0"),
+        ("temporal_depth", 2.0, "must be an integer of at least 1, got 2.0"),
+        ("mixed_classes", 0, "must be an integer of at least 1, got 0"),
+        ("num_classes", True, "must be an integer of at least 1, got True"),
+        ("mixed_classes", True, "must be an integer of at least 1, got True"),
+        ("legacy_layout", "false", "must be true or false, got 'false'"),
+        ("band_mean", [1.0, 2.0], "must be 4 numbers"),
+        ("band_mean", 3.0, "must be 4 numbers"),
+        ("band_mean", "B234", "must be 4 numbers"),
+        ("band_std", [1.0, 2.0, 0.0, 1.0], "must be 4 positive numbers"),
     ],
 )
-def test_what_is_no_model(change, told):
-    with pytest.raises(ValueError, match=told):
-        small(**change)
+def test_what_is_no_model(field, value, told):
+    with pytest.raises(ValueError, match=f"{field}: {told}"):
+        small(**{field: value})
 
 
 # ---------------------------------------------------------------------------- pixels

@@ -1,7 +1,7 @@
 """The page of `bench.evidence.light_peft`: its prose, and the comparisons that matter."""
 
 from bench.evidence.light_peft import SETS, SIDES
-from bench.evidence.report import Experiment, claims
+from bench.evidence.report import Experiment
 
 HEAD = """## Light-PEFT
 
@@ -46,7 +46,6 @@ LIGHT = Experiment(
     ),
     head=HEAD,
     papers=PAPERS,
-    claims=claims("light_peft"),
     extras=EXTRAS,
     limits=LIMITS,
 )  # fmt: skip

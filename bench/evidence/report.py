@@ -64,7 +64,7 @@ class Claim:
 
 def claims(experiment: str) -> list[Claim]:
     """Those of claims.yaml."""
-    return [Claim(**values) for values in _claims()[experiment]]
+    return [Claim(**values) for values in _claims().get(experiment, ())]
 
 
 @cache
@@ -82,7 +82,6 @@ class Experiment:
         pairs: sides whose runs of one seed are compared: ours, and what it is measured against.
         head, limits: prose: what was done, what this cannot show.
         papers: claims of the papers, each of two sides: ours, other, the claim.
-        claims: what came out, in short.
         extras: prose above the table of sides that ran once; "" for none.
     """
 
@@ -92,8 +91,12 @@ class Experiment:
     head: str
     papers: Sequence[tuple[str, str, str]]
     limits: str
-    claims: Sequence[Claim] = ()
     extras: str = ""
+
+    @property
+    def claims(self) -> list[Claim]:
+        """What came out, in short."""
+        return claims(self.name)
 
     @property
     def results(self) -> Results:

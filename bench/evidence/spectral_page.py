@@ -1,6 +1,6 @@
 """The page of `bench.evidence.spectral`: its prose, and the comparisons that matter."""
 
-from bench.evidence.report import Experiment, claims
+from bench.evidence.report import Experiment
 from bench.evidence.spectral import SIDES
 
 HEAD = """## Natural GaLore, KaSA, BA-LoRA
@@ -67,7 +67,6 @@ SPECTRAL = Experiment(
     ),
     head=HEAD,
     papers=PAPERS,
-    claims=claims("spectral"),
     extras=EXTRAS,
     limits=LIMITS,
 )  # fmt: skip

@@ -60,7 +60,7 @@ def sparsify(
         ValueError, TypeError: naming the argument, or the model, block or layer that is not understood. The model is as
             it was then.
     """
-    merge = check_sparsify(model, tau=tau, path=path, skip=skip, merge=merge)
+    merge = _will_merge(model, tau, path, skip, merge)
     gates = gates_of(model)
     if gates is not None:
         gates.fold()
@@ -94,19 +94,18 @@ def sparsify(
     return model
 
 
-def check_sparsify(
-    model: Any,
-    *,
-    tau: float | dict[str, float] | None = None,
-    path: str = "auto",
-    skip: Collection[str] = (),
-    merge: bool | None = None,
-) -> bool:
+def check_sparsify(model: Any, *, skip: Collection[str] = (), merge: bool | None = None) -> bool:
     """Whether `sparsify` would merge an adapter; raises what it would raise, and changes nothing.
 
     Raises:
         ValueError, TypeError: as `sparsify`.
     """
+    return _will_merge(model, None, "auto", skip, merge)
+
+
+def _will_merge(
+    model: Any, tau: float | dict[str, float] | None, path: str, skip: Collection[str], merge: bool | None
+) -> bool:
     if path not in PATHS:
         raise ValueError(f"path: must be one of {', '.join(PATHS)}, got {path!r}")
     if hasattr(base_of(model), "deftcore_blocks"):

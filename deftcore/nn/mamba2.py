@@ -145,24 +145,12 @@ class Mamba2Mixer(Mamba2Block, Mixer):
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        *,
-        expand: int = 2,
-        head_dim: int = 64,
-        n_groups: int = 1,
-        state_size: int = 128,
-        conv_kernel: int = 4,
-        chunk_size: int = 256,
-        bias: bool = False,
-        conv_bias: bool = True,
-        norm_groups: int | None = None,
-        norm_eps: float = 1e-5,
-        time_step_limit: tuple[float, float] = (0.0, float("inf")),
-        time_step_min: float = 1e-3,
-        time_step_max: float = 0.1,
-        time_step_floor: float = 1e-4,
-    ) -> None:
+        self, hidden_size: int, *, expand: int = 2, head_dim: int = 64, n_groups: int = 1, state_size: int = 128,
+        conv_kernel: int = 4, chunk_size: int = 256, bias: bool = False, conv_bias: bool = True,
+        norm_groups: int | None = None, norm_eps: float = 1e-5,
+        time_step_limit: tuple[float, float] = (0.0, float("inf")), time_step_min: float = 1e-3,
+        time_step_max: float = 0.1, time_step_floor: float = 1e-4,
+    ) -> None:  # fmt: skip
         super().__init__()
         width = expand * hidden_size
         norm_groups = n_groups if norm_groups is None else norm_groups

@@ -47,20 +47,10 @@ class SparseMLP(_SparseBlock):
     """
 
     def __init__(
-        self,
-        w_gate: Tensor | None,
-        w_up: Tensor,
-        w_down: Tensor,
-        b_up: Tensor | None = None,
-        b_down: Tensor | None = None,
-        *,
-        activation: str,
-        tau: float | None = None,
-        path: str = "auto",
-        lora_gate: LowRank | None = None,
-        lora_up: LowRank | None = None,
-        lora_down: LowRank | None = None,
-    ) -> None:
+        self, w_gate: Tensor | None, w_up: Tensor, w_down: Tensor, b_up: Tensor | None = None,
+        b_down: Tensor | None = None, *, activation: str, tau: float | None = None, path: str = "auto",
+        lora_gate: LowRank | None = None, lora_up: LowRank | None = None, lora_down: LowRank | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(activation, tau, path)
         neurons, width = w_up.shape
         rank_in = sum(low.a.shape[0] for low in (lora_gate, lora_up) if low is not None)
@@ -133,20 +123,10 @@ class SparseMLP4bit(_SparseBlock):
     """
 
     def __init__(
-        self,
-        gate: QuantizedTensor | None,
-        up: QuantizedTensor,
-        down: QuantizedTensor,
-        b_up: Tensor | None = None,
-        b_down: Tensor | None = None,
-        *,
-        activation: str,
-        tau: float | None = None,
-        path: str = "auto",
-        lora_gate: LowRank | None = None,
-        lora_up: LowRank | None = None,
-        lora_down: LowRank | None = None,
-    ) -> None:
+        self, gate: QuantizedTensor | None, up: QuantizedTensor, down: QuantizedTensor, b_up: Tensor | None = None,
+        b_down: Tensor | None = None, *, activation: str, tau: float | None = None, path: str = "auto",
+        lora_gate: LowRank | None = None, lora_up: LowRank | None = None, lora_down: LowRank | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(activation, tau, path)
         self.gate = None if gate is None else PackedModule(gate)
         self.up, self.down = PackedModule(up), PackedModule(down.t())

@@ -34,19 +34,10 @@ class LogitPenalties(NamedTuple):
 
 
 def logit_penalties(
-    student: Tensor,
-    teacher: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    consistency: float = 0.0,
-    diversity: float = 0.0,
-    spectral: float = 0.0,
-    temperature: float = 2.0,
-    top_k: int = 20,
-    k: int = 10,
-    norm: str = "frobenius",
-    vocabulary: int | None = None,
-) -> LogitPenalties:
+    student: Tensor, teacher: Tensor | None = None, *, mask: Tensor | None = None, consistency: float = 0.0,
+    diversity: float = 0.0, spectral: float = 0.0, temperature: float = 2.0, top_k: int = 20, k: int = 10,
+    norm: str = "frobenius", vocabulary: int | None = None,
+) -> LogitPenalties:  # fmt: skip
     """The penalties of BA-LoRA on a language model's logits (arXiv 2408.04556, v6), over the M tokens that count:
 
         consistency   T^2 KL(softmax(teacher / T) | softmax(student / T)), mean over tokens

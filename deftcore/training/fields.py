@@ -25,6 +25,11 @@ class Mistakes(ValueError):
         self.lines = lines
 
 
+def option(default: Any, help: str) -> Any:
+    """A dataclass field that a recipe can set, with what `deftcore train --help` or a page says of it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 def one_of(*choices: Any) -> AfterValidator:
     """A validator: the value must be one of the choices."""
 

@@ -3,7 +3,7 @@ or have one adapter active at a time, and what merging layers do first."""
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
@@ -11,16 +11,17 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from deftcore.nn.sharding import whole
+from deftcore.training.fields import option
 
 
 @dataclass
 class PlacesConfig(PeftConfig):
     """The fields that narrow a config's `target_modules`, as PEFT reads them."""
 
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer numbers; None is all."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    exclude_modules: list[str] | str | None = option(None, "Modules to leave out.")
+    modules_to_save: list[str] | None = option(None, "Modules trained and saved whole.")
+    layers_to_transform: list[int] | int | None = option(None, "Layer numbers; None is all.")
+    layers_pattern: list[str] | str | None = option(None, "Name of the list of layers.")
 
 
 class WrapperLayer(nn.Module, BaseTunerLayer):

@@ -1,6 +1,6 @@
 """The config of BA-LoRA."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from peft import LoraConfig
 
@@ -8,6 +8,7 @@ from deftcore.methods.ba_lora.schedules import CONSISTENCY_SCHEDULES, SCHEDULES
 from deftcore.methods.lora.paired import check_plain
 from deftcore.ops.checks import check_count, check_number
 from deftcore.training.adapters import MethodName
+from deftcore.training.fields import option
 
 BASE_MODES = ("factored", "pissa")
 VARIANTS = ("v6", "v5")
@@ -30,32 +31,22 @@ class BaLoraConfig(LoraConfig):
     number.
     """
 
-    base_mode: str = field(
-        default="factored", metadata={"help": "factored: the weight stays; pissa: the residual takes its place."}
-    )
-    svd_niter: int | None = field(
-        default=16, metadata={"help": "Iterations of the randomised decomposition; None decomposes exactly."}
-    )
-    variant: str = field(default="v6", metadata={"help": "v6 (ICLR 2026), or v5, of the preprint before."})
-    form: str | None = field(default=None, metadata={"help": "nlg, nlu; None: nlu for task_type SEQ_CLS, else nlg."})
-    consistency: float | None = field(default=None, metadata={"help": "Weight of staying with the pre-trained logits."})
-    diversity: float | None = field(default=None, metadata={"help": "Weight of the diversity of outputs."})
-    spectral: float | None = field(default=None, metadata={"help": "Weight of the largest singular values' share."})
-    k: int | None = field(default=None, metadata={"help": "How many singular values count as the largest."})
-    temperature: float = field(default=2.0, metadata={"help": "Of the consistency; v5 has 1 for nlg."})
-    top_k: int = field(default=20, metadata={"help": "Logits in the nlg diversity; 0, and v5, the whole vocabulary."})
-    consistency_schedule: str = field(
-        default="cosine", metadata={"help": f"Of its weight: {', '.join(CONSISTENCY_SCHEDULES)}."}
-    )
-    schedule: str = field(default="two_phase", metadata={"help": f"Of the other weights: {', '.join(SCHEDULES)}."})
-    warmup_ratio: float = field(default=0.2, metadata={"help": "Share of the steps in which these wait, or rise."})
-    ramp_ratio: float = field(default=0.05, metadata={"help": "Share in which they rise afterwards, for two_phase."})
-    shift: bool = field(
-        default=True, metadata={"help": "Count positions that predict a label; false: as the authors', with a label."}
-    )
-    base_hash: dict[str, str] | None = field(
-        default=None, metadata={"help": "Of the weights before, by dtype; set on wrapping."}
-    )
+    base_mode: str = option("factored", "factored: the weight stays; pissa: the residual takes its place.")
+    svd_niter: int | None = option(16, "Iterations of the randomised decomposition; None decomposes exactly.")
+    variant: str = option("v6", "v6 (ICLR 2026), or v5, of the preprint before.")
+    form: str | None = option(None, "nlg, nlu; None: nlu for task_type SEQ_CLS, else nlg.")
+    consistency: float | None = option(None, "Weight of staying with the pre-trained logits.")
+    diversity: float | None = option(None, "Weight of the diversity of outputs.")
+    spectral: float | None = option(None, "Weight of the largest singular values' share.")
+    k: int | None = option(None, "How many singular values count as the largest.")
+    temperature: float = option(2.0, "Of the consistency; v5 has 1 for nlg.")
+    top_k: int = option(20, "Logits in the nlg diversity; 0, and v5, the whole vocabulary.")
+    consistency_schedule: str = option("cosine", f"Of its weight: {', '.join(CONSISTENCY_SCHEDULES)}.")
+    schedule: str = option("two_phase", f"Of the other weights: {', '.join(SCHEDULES)}.")
+    warmup_ratio: float = option(0.2, "Share of the steps in which these wait, or rise.")
+    ramp_ratio: float = option(0.05, "Share in which they rise afterwards, for two_phase.")
+    shift: bool = option(True, "Count positions that predict a label; false: as the authors', with a label.")
+    base_hash: dict[str, str] | None = option(None, "Of the weights before, by dtype; set on wrapping.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

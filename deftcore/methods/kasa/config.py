@@ -1,12 +1,13 @@
 """The config of KaSA."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from peft import LoraConfig
 
 from deftcore.methods.lora.paired import check_plain
 from deftcore.ops.checks import check_number
 from deftcore.training.adapters import MethodName
+from deftcore.training.fields import option
 
 BASE_MODES = ("factored", "destructive")
 RULES = ("min", "in_features")
@@ -21,27 +22,17 @@ class KasaFactoredConfig(LoraConfig):
     Raises ValueError, naming the field, on a value out of range or a variant of LoRA; TypeError on what is no number.
     """
 
-    truncate_rank: int | None = field(
-        default=None, metadata={"help": "How many of the weight's smallest singular values go; None is the rank r."}
+    truncate_rank: int | None = option(
+        None, "How many of the weight's smallest singular values go; None is the rank r."
     )
-    truncate_rule: str = field(
-        default="min", metadata={"help": "min; in_features: as the reference code, which leaves wide weights whole."}
-    )
-    base_mode: str = field(
-        default="factored", metadata={"help": "factored: the weight stays, what goes is subtracted; destructive."}
-    )
-    beta: float = field(default=1e-4, metadata={"help": "Weight of the penalty on the singular values."})
-    gamma: float = field(default=1e-3, metadata={"help": "Weight of the penalty on factors that are not orthonormal."})
-    reduction: str = field(default="mean", metadata={"help": "mean over the adapted layers, or sum (PEFT's)."})
-    ortho_form: str = field(
-        default="paper", metadata={"help": "paper: R x R Gram matrices; reference: the code's, of the other side."}
-    )
-    svd_device: str | None = field(
-        default=None, metadata={"help": "Where the weights are decomposed; None is where they are."}
-    )
-    base_hash: dict[str, str] | None = field(
-        default=None, metadata={"help": "Of the weights before, by dtype; set on wrapping."}
-    )
+    truncate_rule: str = option("min", "min; in_features: as the reference code, which leaves wide weights whole.")
+    base_mode: str = option("factored", "factored: the weight stays, what goes is subtracted; destructive.")
+    beta: float = option(1e-4, "Weight of the penalty on the singular values.")
+    gamma: float = option(1e-3, "Weight of the penalty on factors that are not orthonormal.")
+    reduction: str = option("mean", "mean over the adapted layers, or sum (PEFT's).")
+    ortho_form: str = option("paper", "paper: R x R Gram matrices; reference: the code's, of the other side.")
+    svd_device: str | None = option(None, "Where the weights are decomposed; None is where they are.")
+    base_hash: dict[str, str] | None = option(None, "Of the weights before, by dtype; set on wrapping.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,9 @@
 """The config of Light-PEFT."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from deftcore.ops.checks import check_choice, check_count, check_number
+from deftcore.training.fields import option
 
 ADAPTERS = ("lora", "bottleneck")
 IMPORTANCE = ("estimated", "random", "magnitude")
@@ -15,58 +16,44 @@ class LightPeftConfig:
     Raises TypeError or ValueError, naming the field, on a value out of range.
     """
 
-    adapter: str = field(default="lora", metadata={"help": "lora or bottleneck."})
-    r: int = field(default=8, metadata={"help": "Rank of LoRA, width of bottlenecks."})
-    lora_alpha: float = field(default=16, metadata={"help": "LoRA's update is scaled by lora_alpha / r."})
-    scaling: float = field(default=1.0, metadata={"help": "Factor of a bottleneck's output."})
-    non_linearity: str = field(default="relu", metadata={"help": "relu, gelu or silu, inside a bottleneck."})
-    parallel: bool = field(default=False, metadata={"help": "Bottlenecks read the MLP's input (AdaptFormer)."})
-    dropout: float | None = field(
-        default=None, metadata={"help": "On an adapter's input; None is 0.05 of LoRA, 0.1 of bottlenecks."}
+    adapter: str = option("lora", "lora or bottleneck.")
+    r: int = option(8, "Rank of LoRA, width of bottlenecks.")
+    lora_alpha: float = option(16, "LoRA's update is scaled by lora_alpha / r.")
+    scaling: float = option(1.0, "Factor of a bottleneck's output.")
+    non_linearity: str = option("relu", "relu, gelu or silu, inside a bottleneck.")
+    parallel: bool = option(False, "Bottlenecks read the MLP's input (AdaptFormer).")
+    dropout: float | None = option(None, "On an adapter's input; None is 0.05 of LoRA, 0.1 of bottlenecks.")
+    target_modules: list[str] | str | None = option(
+        None, "Linear layers with an adapter. None: of LoRA all of attention and MLP, of bottlenecks the last of each."
     )
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Linear layers with an adapter. None: of LoRA all of attention and MLP, of bottlenecks the "
-                          "last of each."},
-    )  # fmt: skip
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    modules_to_save: list[str] | None = option(None, "Modules trained and saved whole.")
 
-    estimate_steps: int = field(default=800, metadata={"help": "Steps of the first phase."})
-    head_ratio: float = field(default=1 / 3, metadata={"help": "Share of the heads that go, in [0, 1)."})
-    ffn_ratio: float = field(default=1 / 3, metadata={"help": "Share of the MLP channels that go, in [0, 1)."})
-    module_ratio: float = field(default=0.75, metadata={"help": "Share of the adapters that go, in [0, 1)."})
-    rank_ratio: float = field(default=0.5, metadata={"help": "Share of the others' ranks that go, in [0, 1)."})
-    ffn_scope: str = field(default="global", metadata={"help": "layer: as many in each; global: over all layers."})
-    rank_scope: str = field(default="global", metadata={"help": "layer: as many of each adapter; global: over all."})
-    head_granularity: str | None = field(
-        default=None,
-        metadata={"help": "Of grouped queries: whole groups (group), or as many heads of each (head). None is group, "
-                          "head where the ratio is less than one group."},
-    )  # fmt: skip
-    rule: str = field(
-        default="floor", metadata={"help": "floor: that share, rounded down; quantile: all up to it, the authors'."}
+    estimate_steps: int = option(800, "Steps of the first phase.")
+    head_ratio: float = option(1 / 3, "Share of the heads that go, in [0, 1).")
+    ffn_ratio: float = option(1 / 3, "Share of the MLP channels that go, in [0, 1).")
+    module_ratio: float = option(0.75, "Share of the adapters that go, in [0, 1).")
+    rank_ratio: float = option(0.5, "Share of the others' ranks that go, in [0, 1).")
+    ffn_scope: str = option("global", "layer: as many in each; global: over all layers.")
+    rank_scope: str = option("global", "layer: as many of each adapter; global: over all.")
+    head_granularity: str | None = option(
+        None,
+        "Of grouped queries: whole groups (group), or as many heads of each (head). None is group, head where the "
+        "ratio is less than one group.",
     )
-    round_to: int = field(default=1, metadata={"help": "Round kept channels up to a multiple of this."})
-    uniform: bool = field(
-        default=False, metadata={"help": "As many heads and channels in every layer: Transformers loads the result."}
-    )
-    allow_empty: bool = field(default=False, metadata={"help": "Whether a layer may lose all heads or channels."})
-    keep_masks: str = field(
-        default="reset", metadata={"help": "What becomes of the masks of what stays: reset, or fold into weights."}
-    )
-    requantize: bool = field(
-        default=False, metadata={"help": "Over 4 bits: round weights again whose blocks a cut goes through."}
-    )
+    rule: str = option("floor", "floor: that share, rounded down; quantile: all up to it, the authors'.")
+    round_to: int = option(1, "Round kept channels up to a multiple of this.")
+    uniform: bool = option(False, "As many heads and channels in every layer: Transformers loads the result.")
+    allow_empty: bool = option(False, "Whether a layer may lose all heads or channels.")
+    keep_masks: str = option("reset", "What becomes of the masks of what stays: reset, or fold into weights.")
+    requantize: bool = option(False, "Over 4 bits: round weights again whose blocks a cut goes through.")
 
-    l1: float = field(default=1e-4, metadata={"help": "Weight of the masks' absolute sum in the loss."})
-    l1_heads: float | None = field(default=None, metadata={"help": "Of heads alone; None is l1."})
-    l1_ffn: float | None = field(default=None, metadata={"help": "Of channels alone; None is l1."})
-    mask_lr_mult_heads: float = field(default=1.0, metadata={"help": "Rate of the heads' masks over the adapters'."})
-    mask_lr_mult_ffn: float = field(default=1.0, metadata={"help": "Rate of the channels' masks over the adapters'."})
-    importance: str = field(
-        default="estimated", metadata={"help": "What is pruned: estimated, or to compare with, random or magnitude."}
-    )
-    seed: int = field(default=42, metadata={"help": "Of random importance."})
+    l1: float = option(1e-4, "Weight of the masks' absolute sum in the loss.")
+    l1_heads: float | None = option(None, "Of heads alone; None is l1.")
+    l1_ffn: float | None = option(None, "Of channels alone; None is l1.")
+    mask_lr_mult_heads: float = option(1.0, "Rate of the heads' masks over the adapters'.")
+    mask_lr_mult_ffn: float = option(1.0, "Rate of the channels' masks over the adapters'.")
+    importance: str = option("estimated", "What is pruned: estimated, or to compare with, random or magnitude.")
+    seed: int = option(42, "Of random importance.")
 
     def __post_init__(self) -> None:
         check_choice("adapter", self.adapter, ADAPTERS)

@@ -1,7 +1,7 @@
 """BitFit: only biases train (Ben Zaken, Goldberg, Ravfogel, arXiv 2106.10199)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.func import functional_call
 from deftcore.models.preflight import check_names
 from deftcore.nn.linear import dtype_of, is_transposed, shape_of
 from deftcore.training.adapters import MethodName
+from deftcore.training.fields import option
 from deftcore.training.tuners import PlacedTuner, PlacesConfig, WrapperLayer, check_finite, nothing_merged
 
 
@@ -21,11 +22,11 @@ class BitFitConfig(PlacesConfig):
     without children that has a parameter `bias`; names only narrow the choice.
     """
 
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules whose biases train, by name or pattern; None is all that have one."}
+    target_modules: list[str] | str | None = option(
+        None, "Modules whose biases train, by name or pattern; None is all that have one."
     )
-    new_biases: list[str] | str | None = field(
-        default=None, metadata={"help": "Linear layers without a bias, by name or pattern, that get one of zeros."}
+    new_biases: list[str] | str | None = option(
+        None, "Linear layers without a bias, by name or pattern, that get one of zeros."
     )
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from deftcore.models.families import FAMILIES, MLP_FORMS, check_part
 from deftcore.nn.linear import dtype_of, is_transposed, shape_of
 from deftcore.ops.checks import check_count, check_flag, check_number
 from deftcore.training.adapters import MethodName
+from deftcore.training.fields import option
 from deftcore.training.tuners import GathersShards, NeverMerged, PlacesConfig, WrapperLayer
 
 _NON_LINEARITIES = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -24,24 +25,20 @@ class BottleneckConfig(PlacesConfig):
     Raises ValueError, naming the field, on a value out of range.
     """
 
-    reduction_factor: int = field(default=16, metadata={"help": "Model width over bottleneck width."})
-    r: int | None = field(default=None, metadata={"help": "Bottleneck width, in place of reduction_factor's."})
+    reduction_factor: int = option(16, "Model width over bottleneck width.")
+    r: int | None = option(None, "Bottleneck width, in place of reduction_factor's.")
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Bottleneck widths of some modules, by name or pattern, as LoRA's."}
     )
-    bottleneck_bias: bool = field(default=True, metadata={"help": "Whether down and up have biases."})
-    init_std: float | None = field(
-        default=None, metadata={"help": "Spread of a normal start of down and up; None starts up at zero."}
-    )
-    non_linearity: str = field(default="relu", metadata={"help": "relu, gelu or silu, inside the bottleneck."})
-    parallel: bool = field(default=False, metadata={"help": "Read the MLP's input, not its output (AdaptFormer)."})
-    scaling: float = field(default=1.0, metadata={"help": "Factor of the adapter's output; AdaptFormer uses 0.1."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
-    stochastic: bool = field(
-        default=False, metadata={"help": "Two down projections, one drawn per call in training, their mean else."}
-    )
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules that return the MLP's output; None picks them by model type."}
+    bottleneck_bias: bool = option(True, "Whether down and up have biases.")
+    init_std: float | None = option(None, "Spread of a normal start of down and up; None starts up at zero.")
+    non_linearity: str = option("relu", "relu, gelu or silu, inside the bottleneck.")
+    parallel: bool = option(False, "Read the MLP's input, not its output (AdaptFormer).")
+    scaling: float = option(1.0, "Factor of the adapter's output; AdaptFormer uses 0.1.")
+    dropout: float = option(0.0, "Dropout on the adapter's input.")
+    stochastic: bool = option(False, "Two down projections, one drawn per call in training, their mean else.")
+    target_modules: list[str] | str | None = option(
+        None, "Modules that return the MLP's output; None picks them by model type."
     )
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ Transformers bypasses: run `deftcore.patch(model)` on the PEFT model.
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from deftcore.methods.lora.layer import Pair
 from deftcore.models.families import FAMILIES, with_part
 from deftcore.nn.linear import Linear4bit
 from deftcore.training.adapters import MethodName
+from deftcore.training.fields import option
 from deftcore.training.tuners import GathersShards
 
 _SPLIT_INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
@@ -43,7 +44,7 @@ class MambaLoraConfig(LoraConfig):
         ValueError: use_dora; with split an `init_lora_weights` that reads data or quantises.
     """
 
-    split: bool = field(default=False, metadata={"help": "one pair of factors per slice of a fused projection"})
+    split: bool = option(False, "one pair of factors per slice of a fused projection")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,6 @@
 """What the room gives to recipes: full training whose optimizer is GaLore's, or Natural GaLore's."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from deftcore.methods.lora.method import wrap_full
@@ -10,7 +10,7 @@ from deftcore.methods.natural_galore.options import GaloreOptions, NaturalOption
 from deftcore.ops.checks import check_number
 from deftcore.training.config import TrainingConfig
 from deftcore.training.decay import spare_from_decay, without_decay
-from deftcore.training.fields import Count
+from deftcore.training.fields import Count, option
 from deftcore.training.registry import Method, register
 
 
@@ -18,11 +18,11 @@ from deftcore.training.registry import Method, register
 class _Recipe:
     """What a recipe says beside the options of projected matrices."""
 
-    target_modules: list[str] | str = field(
-        default=ALL_LINEAR, metadata={"help": "Parts of names, or patterns of whole names; all-linear: but the output."}
+    target_modules: list[str] | str = option(
+        ALL_LINEAR, "Parts of names, or patterns of whole names; all-linear: but the output."
     )
-    betas: tuple[float, float] = field(default=(0.9, 0.999), metadata={"help": "Of Adam."})
-    eps: float = field(default=1e-6, metadata={"help": "Of Adam, outside the root."})
+    betas: tuple[float, float] = option((0.9, 0.999), "Of Adam.")
+    eps: float = option(1e-6, "Of Adam, outside the root.")
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The options of a group of matrices, as a recipe and a param group give them."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from deftcore._names import near
 from deftcore.ops.checks import check_choice, check_count, check_number
 from deftcore.ops.natural import DAMPING_MODES, FISHER_NORMS
+from deftcore.training.fields import option
 
 PROJ_TYPES = ("galore", "natural_galore")
 SIDES = ("auto", "left", "right")
@@ -25,26 +26,18 @@ _GALORE_TORCH: dict[str, dict[str, str]] = {
 class GaloreOptions:
     """Options of GaLore. Raises ValueError or TypeError, naming the field."""
 
-    rank: int | None = field(default=None, metadata={"help": "Of the subspace; None is AdamW on whole gradients."})
-    update_proj_gap: int = field(default=200, metadata={"help": "Steps from one subspace to the next."})
-    scale: float = field(default=0.25, metadata={"help": "What an update is multiplied with, beside the rate."})
-    projection: str = field(
-        default="one_sided", metadata={"help": "one_sided: rows or columns; two_sided: both, so that R is rank x rank."}
+    rank: int | None = option(None, "Of the subspace; None is AdamW on whole gradients.")
+    update_proj_gap: int = option(200, "Steps from one subspace to the next.")
+    scale: float = option(0.25, "What an update is multiplied with, beside the rate.")
+    projection: str = option("one_sided", "one_sided: rows or columns; two_sided: both, so that R is rank x rank.")
+    side: str = option("auto", "Of a one-sided subspace: left, right; auto takes the shorter, right at ties.")
+    refresh: str = option("warm", "How a subspace is found: warm, from the one before it; exact, by SVD.")
+    on_switch: str = option(
+        "rotate", "What becomes of the state then: rotate into the new one; keep, as published; reset."
     )
-    side: str = field(
-        default="auto",
-        metadata={"help": "Of a one-sided subspace: left, right; auto takes the shorter, right at ties."},
-    )
-    refresh: str = field(
-        default="warm", metadata={"help": "How a subspace is found: warm, from the one before it; exact, by SVD."}
-    )
-    on_switch: str = field(
-        default="rotate",
-        metadata={"help": "What becomes of the state then: rotate into the new one; keep, as published; reset."},
-    )
-    flatten: bool = field(default=False, metadata={"help": "Whether [out, ...] weights count as [out, rest]."})
-    stochastic_rounding: bool = field(default=False, metadata={"help": "Of updates into bfloat16 weights."})
-    seed: int = field(default=0, metadata={"help": "Of random starts of subspaces, and of stochastic rounding."})
+    flatten: bool = option(False, "Whether [out, ...] weights count as [out, rest].")
+    stochastic_rounding: bool = option(False, "Of updates into bfloat16 weights.")
+    seed: int = option(0, "Of random starts of subspaces, and of stochastic rounding.")
 
     def __post_init__(self) -> None:
         for name, least in (("rank", 1), ("update_proj_gap", 1), ("seed", 0)):
@@ -67,19 +60,12 @@ class GaloreOptions:
 class NaturalOptions(GaloreOptions):
     """Options of Natural GaLore. Raises ValueError or TypeError, naming the field."""
 
-    natural_history: int = field(default=20, metadata={"help": "Projected gradients in the window, with this step's."})
-    history_every: int = field(default=1, metadata={"help": "Keep every so many steps' gradient in the window."})
-    history_dtype: str | None = field(
-        default=None, metadata={"help": "Of the window: float32, bfloat16; None is that of the rest of the state."}
-    )
-    damping: float = field(
-        default=1e-3,
-        metadata={"help": "lambda of the damped Fisher. The paper names none; 1e-3 is the published code's."},
-    )
-    damping_mode: str = field(
-        default="absolute", metadata={"help": "absolute, as published; relative: times the window's mean squared norm."}
-    )
-    fisher_norm: str = field(default="sum", metadata={"help": "Over the window: sum, as published; mean."})
+    natural_history: int = option(20, "Projected gradients in the window, with this step's.")
+    history_every: int = option(1, "Keep every so many steps' gradient in the window.")
+    history_dtype: str | None = option(None, "Of the window: float32, bfloat16; None is that of the rest of the state.")
+    damping: float = option(1e-3, "lambda of the damped Fisher. The paper names none; 1e-3 is the published code's.")
+    damping_mode: str = option("absolute", "absolute, as published; relative: times the window's mean squared norm.")
+    fisher_norm: str = option("sum", "Over the window: sum, as published; mean.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftConfig
@@ -10,6 +10,7 @@ from peft import PeftConfig
 from deftcore.methods.point_peft.bank import MemoryBank
 from deftcore.ops.checks import check_count
 from deftcore.training.adapters import MethodName
+from deftcore.training.fields import option
 
 _CHOICES = {
     "prompts": ("token", "gated", "none"),
@@ -28,56 +29,35 @@ class PointPeftConfig(PeftConfig):
     Raises ValueError, naming the field, on a value out of range; TypeError on a bank that is none.
     """
 
-    prompts: str = field(
-        default="token",
-        metadata={"help": "token: prompts stand among the keys; gated: beside them, by a gate from 0; none."},
+    prompts: str = option("token", "token: prompts stand among the keys; gated: beside them, by a gate from 0; none.")
+    prompt_tokens: int = option(10, "Prompts a block, P; with a bank P - 2 rows are used.")
+    prompt_blocks: int | None = option(None, "How many blocks, from the first, have prompts; None is the first half.")
+    prompt_rank: int = option(8, "Inner width of the networks over retrieved rows.")
+    prompt_dropout: float = option(0.1, "Dropout on the learned prompts.")
+    memory: bool = option(True, "Whether prompts are enriched from a memory bank.")
+    bank: Any = option(None, "The MemoryBank, or its file; the model keeps its rows.")
+    normalize_query: bool = option(False, "Unit length also for the cloud's own feature, as a row of the bank has.")
+    exclude_self: bool = option(False, "In training the row of a cloud is hidden from it; needs its index.")
+    rank: int = option(16, "Inner width of the two networks of each block.")
+    dropout: float = option(0.1, "Dropout inside these networks.")
+    geometry: bool = option(True, "Whether patches are mixed with their neighbours.")
+    local_centres: int | None = option(None, "Local groups; None is half the patches.")
+    local_neighbours: int | None = option(None, "Patches of a local group; None is half a patch's points.")
+    local_width: int = option(18, "Width of the local attention.")
+    local_heads: int = option(6, "Its heads.")
+    local_scale: str = option("width", "Of its scores: width^(-1/2), as the paper's code, or a head's width.")
+    pooling: str = option("max", "Over a local group: max, or max+mean.")
+    propagation_neighbours: int | None = option(
+        None, "Local groups that a patch hears from; None is all, PointNet++ takes 3."
     )
-    prompt_tokens: int = field(default=10, metadata={"help": "Prompts a block, P; with a bank P - 2 rows are used."})
-    prompt_blocks: int | None = field(
-        default=None, metadata={"help": "How many blocks, from the first, have prompts; None is the first half."}
-    )
-    prompt_rank: int = field(default=8, metadata={"help": "Inner width of the networks over retrieved rows."})
-    prompt_dropout: float = field(default=0.1, metadata={"help": "Dropout on the learned prompts."})
-    memory: bool = field(default=True, metadata={"help": "Whether prompts are enriched from a memory bank."})
-    bank: Any = field(default=None, metadata={"help": "The MemoryBank, or its file; the model keeps its rows."})
-    normalize_query: bool = field(
-        default=False, metadata={"help": "Unit length also for the cloud's own feature, as a row of the bank has."}
-    )
-    exclude_self: bool = field(
-        default=False, metadata={"help": "In training the row of a cloud is hidden from it; needs its index."}
-    )
-    rank: int = field(default=16, metadata={"help": "Inner width of the two networks of each block."})
-    dropout: float = field(default=0.1, metadata={"help": "Dropout inside these networks."})
-    geometry: bool = field(default=True, metadata={"help": "Whether patches are mixed with their neighbours."})
-    local_centres: int | None = field(default=None, metadata={"help": "Local groups; None is half the patches."})
-    local_neighbours: int | None = field(
-        default=None, metadata={"help": "Patches of a local group; None is half a patch's points."}
-    )
-    local_width: int = field(default=18, metadata={"help": "Width of the local attention."})
-    local_heads: int = field(default=6, metadata={"help": "Its heads."})
-    local_scale: str = field(
-        default="width", metadata={"help": "Of its scores: width^(-1/2), as the paper's code, or a head's width."}
-    )
-    pooling: str = field(default="max", metadata={"help": "Over a local group: max, or max+mean."})
-    propagation_neighbours: int | None = field(
-        default=None, metadata={"help": "Local groups that a patch hears from; None is all, PointNet++ takes 3."}
-    )
-    gamma_c: float = field(default=0.3, metadata={"help": "How much of a local centre's own token is added."})
-    gamma_p: float = field(
-        default=0.3, metadata={"help": "How much of the neighbours; under init identity it is learned, from 0."}
-    )
-    gamma_f: float = field(default=0.7, metadata={"help": "How much of the network behind the MLP."})
-    tune_biases: bool = field(default=True, metadata={"help": "Whether biases of the blocks train too."})
-    init: str = field(
-        default="identity", metadata={"help": "identity: all but prompts start without effect; reference."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained and saved whole; None is a classifier's head."}
-    )
-    bank_rows: int | None = field(default=None, metadata={"help": "Rows of the bank; set on wrapping."})
-    base_hash: dict[str, str] | None = field(
-        default=None, metadata={"help": "Of the backbone that the bank is of, by dtype; set on wrapping."}
-    )
+    gamma_c: float = option(0.3, "How much of a local centre's own token is added.")
+    gamma_p: float = option(0.3, "How much of the neighbours; under init identity it is learned, from 0.")
+    gamma_f: float = option(0.7, "How much of the network behind the MLP.")
+    tune_biases: bool = option(True, "Whether biases of the blocks train too.")
+    init: str = option("identity", "identity: all but prompts start without effect; reference.")
+    modules_to_save: list[str] | None = option(None, "Modules trained and saved whole; None is a classifier's head.")
+    bank_rows: int | None = option(None, "Rows of the bank; set on wrapping.")
+    base_hash: dict[str, str] | None = option(None, "Of the backbone that the bank is of, by dtype; set on wrapping.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,11 +1,12 @@
 """The config of S2FT."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from peft import PeftConfig
 
 from deftcore.ops.checks import check_count
 from deftcore.training.adapters import MethodName
+from deftcore.training.fields import option
 
 STRATEGIES = ("random", "weight", "activation", "product", "gradient")
 DATA_STRATEGIES = ("activation", "product", "gradient")
@@ -20,42 +21,29 @@ class S2ftConfig(PeftConfig):
     Raises ValueError, naming the field, on a value out of range.
     """
 
-    channel_ratio: float = field(default=0.02, metadata={"help": "Share of the MLP channels trained, in (0, 1)."})
-    head_ratio: float | None = field(
-        default=None, metadata={"help": "Share of the heads trained, in (0, 1); None spends what the channels do."}
+    channel_ratio: float = option(0.02, "Share of the MLP channels trained, in (0, 1).")
+    head_ratio: float | None = option(None, "Share of the heads trained, in (0, 1); None spends what the channels do.")
+    targets: list[str] | None = option(
+        None, f"Of {', '.join(TARGETS)}; None is o and down, down alone on grouped queries."
     )
-    targets: list[str] | None = field(
-        default=None, metadata={"help": f"Of {', '.join(TARGETS)}; None is o and down, down alone on grouped queries."}
+    strategy: str = option("random", f"How to score units: {', '.join(STRATEGIES)}.")
+    order: str = option("largest", "Which scores to take: largest or smallest.")
+    budget: str = option("layer", "layer: equal counts; global: over all layers at once.")
+    head_granularity: str | None = option(None, "group: whole key-value groups (default for grouped queries); head.")
+    round_to: int = option(1, "Round channel counts up to a multiple of this.")
+    seed: int = option(0, "Of the random strategy.")
+    storage: str = option("shared", "shared: in place; split: beside the weight (FSDP2; always for 4-bit).")
+    master: str | None = option(None, "fp32: optimise a float32 copy of the slice; none. None is fp32 for 16 bits.")
+    recompute: str = option(
+        "none", "Of a gated MLP's two products, what the backward computes again: none, up or gate_up."
     )
-    strategy: str = field(default="random", metadata={"help": f"How to score units: {', '.join(STRATEGIES)}."})
-    order: str = field(default="largest", metadata={"help": "Which scores to take: largest or smallest."})
-    budget: str = field(default="layer", metadata={"help": "layer: equal counts; global: over all layers at once."})
-    head_granularity: str | None = field(
-        default=None, metadata={"help": "group: whole key-value groups (default for grouped queries); head."}
+    exclude: dict[str, list[int]] | None = option(None, "Units not to select, as in `indices` of another adapter.")
+    indices: dict[str, list[int]] | None = option(
+        None, "Selected units per weight; None selects when the model is wrapped."
     )
-    round_to: int = field(default=1, metadata={"help": "Round channel counts up to a multiple of this."})
-    seed: int = field(default=0, metadata={"help": "Of the random strategy."})
-    storage: str = field(
-        default="shared", metadata={"help": "shared: in place; split: beside the weight (FSDP2; always for 4-bit)."}
-    )
-    master: str | None = field(
-        default=None, metadata={"help": "fp32: optimise a float32 copy of the slice; none. None is fp32 for 16 bits."}
-    )
-    recompute: str = field(
-        default="none", metadata={"help": "Of a gated MLP's two products, what the backward computes again: "
-                                          "none, up or gate_up."}
-    )  # fmt: skip
-    exclude: dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Units not to select, as in `indices` of another adapter."}
-    )
-    indices: dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Selected units per weight; None selects when the model is wrapped."}
-    )
-    base_hash: dict[str, str] | None = field(
-        default=None, metadata={"help": "Of the slices before training, by dtype; set on wrapping."}
-    )
-    target_modules: list[str] | None = field(default=None, metadata={"help": "Set on wrapping."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    base_hash: dict[str, str] | None = option(None, "Of the slices before training, by dtype; set on wrapping.")
+    target_modules: list[str] | None = option(None, "Set on wrapping.")
+    modules_to_save: list[str] | None = option(None, "Modules trained and saved whole.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

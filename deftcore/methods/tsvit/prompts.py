@@ -1,7 +1,7 @@
 """Prompts of TSViT: learned rows, or keys and values, that attention reads beside a sequence's own and that put out
 nothing (Zahweh et al., arXiv 2310.01825)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from deftcore.methods.tsvit.model import TSViT
 from deftcore.methods.tsvit.tuner import TSViTTuner
 from deftcore.ops.checks import check_count
 from deftcore.training.adapters import MethodName
+from deftcore.training.fields import option
 from deftcore.training.tuners import NeverMerged, WrapperLayer
 
 _CHOICES = {"place": ("outside", "inside"), "depth": ("deep", "shallow")}
@@ -25,14 +26,11 @@ class TSViTPromptConfig(PeftConfig):
     Raises ValueError, naming the field, on a value out of range.
     """
 
-    temporal: int = field(default=2, metadata={"help": "Prompts a layer over dates; 0 is none."})
-    spatial: int = field(default=2, metadata={"help": "Prompts a layer over patches; 0 is none."})
-    place: str = field(
-        default="outside",
-        metadata={"help": "outside: rows, before qkv; inside: a key and a value of each head, behind it."},
-    )
-    depth: str = field(default="deep", metadata={"help": "deep: every layer has its own; shallow: the first alone."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    temporal: int = option(2, "Prompts a layer over dates; 0 is none.")
+    spatial: int = option(2, "Prompts a layer over patches; 0 is none.")
+    place: str = option("outside", "outside: rows, before qkv; inside: a key and a value of each head, behind it.")
+    depth: str = option("deep", "deep: every layer has its own; shallow: the first alone.")
+    modules_to_save: list[str] | None = option(None, "Modules trained and saved whole.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

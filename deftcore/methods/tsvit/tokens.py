@@ -1,6 +1,6 @@
 """Token tuning of TSViT: class tokens alone train, all or those that `extend` has put behind the others."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from deftcore.methods.tsvit.model import TSViT
 from deftcore.methods.tsvit.tuner import TSViTTuner
 from deftcore.ops.checks import check_count
 from deftcore.training.adapters import MethodName
+from deftcore.training.fields import option
 from deftcore.training.tuners import OneActive, WrapperLayer, check_finite, nothing_merged
 
 
@@ -23,10 +24,8 @@ class TSViTTokenConfig(PeftConfig):
     Raises ValueError, naming the field, on a value out of range.
     """
 
-    tokens: int | None = field(
-        default=None, metadata={"help": "How many class tokens train, from the last; None is all."}
-    )
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    tokens: int | None = option(None, "How many class tokens train, from the last; None is all.")
+    modules_to_save: list[str] | None = option(None, "Modules trained and saved whole.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
