@@ -7,6 +7,7 @@ from torch import Tensor
 
 from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.checks import check_bias, check_float, check_like
+from deftcore.ops.products import add_product_, linear, product
 
 SCHEMA = "Tensor weight, Tensor[] trained, int[] starts"
 
@@ -85,15 +86,15 @@ def pieces_of(
 def sum_of_products(x: Tensor, pieces: list[tuple[int, int, Tensor]], bias: Tensor | None = None) -> Tensor:
     """bias + sum of x[:, begin:end] @ matrix."""
     (begin, end, first), *rest = pieces
-    y = x[:, begin:end] @ first if bias is None else torch.addmm(bias, x[:, begin:end], first)
+    y = linear(x[:, begin:end], first.t(), bias)
     for begin, end, matrix in rest:
-        y.addmm_(x[:, begin:end], matrix)
+        add_product_(y, x[:, begin:end], matrix, beta=1.0, alpha=1.0)
     return y
 
 
 def joined_products(x: Tensor, pieces: list[tuple[int, int, Tensor]], bias: Tensor | None = None) -> Tensor:
     """The products x @ matrix + bias[begin:end], side by side."""
-    parts = [x @ m if bias is None else torch.addmm(bias[begin:end], x, m) for begin, end, m in pieces]
+    parts = [linear(x, m.t(), None if bias is None else bias[begin:end]) for begin, end, m in pieces]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -105,8 +106,8 @@ def transposed(pieces: list[tuple[int, int, Tensor]]) -> list[tuple[int, int, Te
 def slice_grad(grad: Tensor, inputs: Tensor, like: Tensor) -> Tensor:
     """grad^T inputs, in the strides and dtype of `like`."""
     if like.stride(0) < like.stride(1):
-        return (inputs.t() @ grad).to(like.dtype).t()
-    return (grad.t() @ inputs).to(like.dtype)
+        return product(inputs.t(), grad).to(like.dtype).t()
+    return product(grad.t(), inputs).to(like.dtype)
 
 
 def no_grads(starts: list[int]) -> list | None:

@@ -12,6 +12,7 @@ from deftcore.ops.checks import check_bias, check_choice, check_float, check_lik
 from deftcore.ops.density import ACTIVATIONS, activate, activation_name, default_tau, keep_active
 from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, stream
 from deftcore.ops.paths import AUTO, DENSE, MAX_TOKENS, PATHS
+from deftcore.ops.products import linear
 from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.sparse_down import (
     capacity_of,
@@ -198,7 +199,7 @@ def _sparse_mlp_impl(
     # Where dense may still win (a limited capacity), the library's pre-activation serves both ways.
     z = None
     if tokens > 1 or capacity < neurons:
-        z = F.linear(x, w_up if w_gate is None else w_gate, b_up)
+        z = linear(x, w_up if w_gate is None else w_gate, b_up)
     y = torch.empty_like(x)
     args = native.SparseMlp(
         x=address(x), z=address(z), w_gate=0 if w_gate is None else w_gate.data_ptr(), w_up=w_up.data_ptr(),

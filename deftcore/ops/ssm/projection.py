@@ -11,6 +11,7 @@ from torch import Tensor
 from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.checks import check_float, check_like, check_shape
 from deftcore.ops.packed import Parts
+from deftcore.ops.products import linear, product
 from deftcore.ops.quant4 import check_weight, multiply, multiply_backward
 from deftcore.ops.quantized import QuantizedTensor
 
@@ -221,7 +222,7 @@ def _dropped(x: Tensor, pair: Pair) -> Tensor:
 def apply(x: Tensor, layer: Layer) -> Tensor:
     """x [T, K] through a projection: [T, M]."""
     weight, bias, pairs = layer
-    y = multiply(x, weight, bias) if isinstance(weight, Parts) else F.linear(x, weight, bias)
+    y = multiply(x, weight, bias) if isinstance(weight, Parts) else linear(x, weight, bias)
     for pair in pairs:
         y[:, pair.start : pair.stop].addmm_(_dropped(x, pair) @ pair.a.t(), pair.b.t(), alpha=pair.scaling)
     return y
@@ -230,7 +231,7 @@ def apply(x: Tensor, layer: Layer) -> Tensor:
 def pull_back(g: Tensor, layer: Layer) -> Tensor:
     """The gradient of x [T, K] from that of the outputs, [T, M]."""
     weight, _, pairs = layer
-    dx = multiply_backward(g, weight) if isinstance(weight, Parts) else g @ weight
+    dx = multiply_backward(g, weight) if isinstance(weight, Parts) else product(g, weight)
     for pair in pairs:
         low = g[:, pair.start : pair.stop] @ pair.b
         if pair.dropout:
