@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
@@ -36,6 +37,25 @@ class WrapperLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"{self.shown_as}.{super().__repr__()}"
+
+
+class RestoringLayer(WrapperLayer):
+    """A layer whose merge keeps what it overwrites in `_before`."""
+
+    _before: Any = None
+
+    def restore(self) -> None:
+        """Puts `_before` back into the module."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Gives the module what it had before the first merge, bit for bit."""
+        if nothing_merged(self):
+            return
+        self.restore()
+        self._before = None
+        self.merged_adapters.clear()
 
 
 class NeverMerged(BaseTunerLayer):

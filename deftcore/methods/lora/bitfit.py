@@ -13,7 +13,7 @@ from deftcore.models.preflight import check_names
 from deftcore.nn.linear import dtype_of, is_transposed, shape_of
 from deftcore.training.adapters import MethodName
 from deftcore.training.fields import option
-from deftcore.training.tuners import PlacedTuner, PlacesConfig, WrapperLayer, check_finite, nothing_merged
+from deftcore.training.tuners import PlacedTuner, PlacesConfig, RestoringLayer, check_finite
 
 
 @dataclass
@@ -48,7 +48,7 @@ def with_biases(module: nn.Module, biases: Mapping[str, Tensor], *args: Any, **k
     return functional_call(module, own, args, kwargs)
 
 
-class BitFitLayer(WrapperLayer):
+class BitFitLayer(RestoringLayer):
     """A module run with another bias; several active adapters' changes add up."""
 
     shown_as = "bitfit"
@@ -58,7 +58,6 @@ class BitFitLayer(WrapperLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BitFitConfig) -> None:
         super().__init__(base_layer)
         self.bitfit_bias = nn.ParameterDict()
-        self._before: Tensor | None = None  # the merged base's bias
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: BitFitConfig, **_: Any) -> None:
@@ -130,17 +129,12 @@ class BitFitLayer(WrapperLayer):
             base.bias.copy_(merged)  # in place: another module may share it
         self.merged_adapters.extend(names)
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Gives the module its own bias back, bit for bit."""
-        if nothing_merged(self):
-            return
+    def restore(self) -> None:
+        """Gives the module its own bias back, or none."""
         if self._before is None:
             self.base_layer.bias = None
         else:
             self.base_layer.bias.copy_(self._before)
-        self._before = None
-        self.merged_adapters.clear()
 
 
 class BitFitModel(PlacedTuner):

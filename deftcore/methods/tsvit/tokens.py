@@ -14,7 +14,7 @@ from deftcore.methods.tsvit.tuner import TSViTTuner
 from deftcore.ops.checks import check_count
 from deftcore.training.adapters import MethodName
 from deftcore.training.fields import option
-from deftcore.training.tuners import OneActive, WrapperLayer, check_finite, nothing_merged
+from deftcore.training.tuners import OneActive, RestoringLayer, check_finite
 
 
 @dataclass
@@ -35,7 +35,7 @@ class TSViTTokenConfig(PeftConfig):
             check_count("tokens", self.tokens)
 
 
-class TokenLayer(WrapperLayer, OneActive):
+class TokenLayer(RestoringLayer, OneActive):
     """Class tokens of which the last are an adapter's, [n, d], that start as the model's. One is active at a time."""
 
     one_of = "one adapter's class tokens are"
@@ -45,7 +45,6 @@ class TokenLayer(WrapperLayer, OneActive):
     def __init__(self, base_layer: ClassTokens, adapter_name: str, config: TSViTTokenConfig, tokens: int) -> None:
         super().__init__(base_layer)
         self.tsvit_token_rows = nn.ParameterDict()
-        self._before: Tensor | None = None  # the merged base's tokens
         self.update_layer(adapter_name, config, tokens)
 
     def update_layer(self, adapter_name: str, config: TSViTTokenConfig, tokens: int) -> None:
@@ -88,14 +87,9 @@ class TokenLayer(WrapperLayer, OneActive):
         self.base_layer.weight[-len(rows) :] = rows
         self.merged_adapters.extend(names)
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Gives the model its own tokens back, bit for bit."""
-        if nothing_merged(self):
-            return
+    def restore(self) -> None:
+        """Gives the model its own tokens back."""
         self.base_layer.weight.copy_(self._before)
-        self._before = None
-        self.merged_adapters.clear()
 
 
 class TSViTTokenModel(TSViTTuner):
