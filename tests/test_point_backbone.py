@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -197,6 +198,7 @@ def test_one_cloud_alone_cannot_train_a_head():
     ("points", "told"),
     [
         ([1.0], "points: must be a floating Tensor, got list"),
+        (np.ones((2, 40, 3), np.float32), "points: must be a floating Tensor, got ndarray"),
         (torch.ones(2, 40, 3, dtype=torch.int64), "points: must be a floating Tensor, got torch.int64"),
         (torch.ones(40, 3), r"points: must be \[B, N, 3\], got shape \(40, 3\)"),
         (torch.ones(2, 40, 4), r"points: must be \[B, N, 3\], got shape \(2, 40, 4\)"),
@@ -208,6 +210,23 @@ def test_one_cloud_alone_cannot_train_a_head():
 def test_points_that_it_does_not_take(points, told):
     with pytest.raises((TypeError, ValueError), match=told):
         classifier()(points)
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (torch.tensor([0, 5]), r"labels: must be in 0\.\.4, got values in 0\.\.5"),
+        (torch.tensor([-1, 0]), r"labels: must be in 0\.\.4, got values in -1\.\.0"),
+        (torch.zeros(2), "labels: must be an int32 or int64 tensor, got torch.float32"),
+        ([0, 1], "labels: must be an int32 or int64 tensor, got <class 'list'>"),
+        (torch.zeros(3, dtype=torch.int64), r"labels: shape must be \(2,\) \(one of each cloud\), got \(3,\)"),
+    ],
+)
+def test_labels_that_it_does_not_take(labels, told):
+    model = classifier().eval()
+    assert model(clouds(), labels=torch.tensor([0, 4], dtype=torch.int32)).loss.isfinite()
+    with pytest.raises((TypeError, ValueError), match=told):
+        model(clouds(), labels=labels)
 
 
 @pytest.mark.parametrize(

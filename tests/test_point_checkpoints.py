@@ -12,6 +12,8 @@ from deftcore.methods.point_peft.backbone import PointConfig, PointTransformer
 from deftcore.methods.point_peft.checkpoints import load_backbone, load_classifier
 from deftcore.methods.point_peft.classifier import PointClassifier, PointClassifierConfig
 from deftcore.methods.point_peft.patches import cut_patches
+from deftcore.methods.point_peft.pretraining import PointMae
+from deftcore.methods.point_peft.task import PointTask
 
 SIZES = {"width": 24, "depth": 2, "heads": 3, "patches": 8, "patch_points": 4}
 UNTOLD = {name: SIZES[name] for name in ("heads", "patches", "patch_points")}  # by the tensors
@@ -167,6 +169,19 @@ def test_files_that_are_no_checkpoints(tmp_path, capsys):
         torch.save(value, tmp_path / "other.pth")
         with pytest.raises(ValueError, match=r"source: .*other\.pth holds no tensors by name"):
             load_backbone(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize(("kind", "reader"), [(PointTransformer, load_backbone), (PointClassifier, load_classifier)])
+def test_a_file_of_the_authors_in_a_models_place(tmp_path, kind, reader):
+    model = backbone() if kind is PointTransformer else classifier()
+    torch.save(published(model), tmp_path / "best.pth")
+    call = f"{reader.__module__}.{reader.__name__}(FILE).save_pretrained(FOLDER)"
+    for load in (kind.from_pretrained, PointTask.load_model):
+        with pytest.raises(FileNotFoundError, match=r"best\.pth is a file; ") as raised:
+            load(tmp_path / "best.pth")
+        assert call in str(raised.value)
+    with pytest.raises(FileNotFoundError, match=r"best\.pth is a file$"):  # which no file of theirs makes
+        PointMae.from_pretrained(tmp_path / "best.pth")
 
 
 # ---------------------------------------------------------------------------- values of the authors' code

@@ -223,7 +223,7 @@ def test_clouds_fill_the_unit_ball():
     assert np.linalg.norm(ball, axis=1).max() == pytest.approx(1, abs=1e-6)
     np.testing.assert_allclose(unit_ball(7 * CLOUD - 3), ball, atol=1e-5)
     assert not unit_ball(np.full((4, 3), 5.0)).any()  # all points equal
-    for size in (1e-200, 1e200):  # whose squares are no float64
+    for size in (1e-200, 1e200, 5e306):  # whose squares, and the last one's sum, are no float64
         np.testing.assert_array_equal(unit_ball(size * CLOUD.astype(np.float64)).round(5), ball.round(5))
 
 

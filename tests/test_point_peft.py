@@ -250,6 +250,13 @@ def test_geometry_mixes_neighbours():
     assert not torch.equal(found[0], want[0])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_centres_that_are_not_finite_are_named(value):
+    patches, settings = group_of()
+    with pytest.raises(ValueError, match=r"^centres: must be finite"):
+        local_groups(patches._replace(centres=patches.centres + value), settings)
+
+
 def test_local_groups_are_of_near_patches():
     patches, settings = group_of(local_centres=3, local_neighbours=4, propagation_neighbours=2)
     groups = local_groups(patches, settings)
@@ -403,6 +410,17 @@ def test_copies_and_casts():
     want = logits(model)
     assert torch.equal(logits(copy.deepcopy(model)), want)
     torch.testing.assert_close(logits(model.double(), clouds().double()).float(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_cast_rounds_the_bank(dtype):
+    """Rows that 16 bits hold equal would be looked up in another order."""
+    model = adapted()
+    rows = find_layer(model).point_peft_parts["default"].rows
+    kept = find_layer(model.to(dtype)).point_peft_parts["default"].rows
+    assert kept.dtype == torch.float32
+    assert torch.equal(kept, rows)
+    assert model(clouds()).logits.isfinite().all()
 
 
 def test_half_weights_and_autocast():

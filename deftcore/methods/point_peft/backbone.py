@@ -36,6 +36,7 @@ class PointConfig(OwnConfig):
     """
 
     model_type = "point_transformer"
+    published = "deftcore.methods.point_peft.checkpoints.load_backbone"
     width: int = 384
     depth: int = 12
     heads: int = 6

@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from deftcore.methods.point_peft.backbone import BatchNorm, PointConfig, PointTransformer, check_counts, check_rates
 from deftcore.models.own import OwnModel
+from deftcore.ops.checks import check_integers
 
 
 @dataclass
@@ -23,6 +24,7 @@ class PointClassifierConfig(PointConfig):
     """
 
     model_type = "point_classifier"
+    published = "deftcore.methods.point_peft.checkpoints.load_classifier"
     classes: int = 40
     head_width: int = 256
     head_dropout: float = 0.5
@@ -83,7 +85,7 @@ class PointClassifier(OwnModel):
     def forward(
         self, points: Tensor, labels: Tensor | None = None, index: Tensor | None = None
     ) -> PointClassifierOutput:
-        """Logits, and with labels [B] int64 the mean cross-entropy.
+        """Logits, and with labels [B] int32 or int64 the mean cross-entropy.
 
         Args:
             index: as of the backbone.
@@ -92,9 +94,18 @@ class PointClassifier(OwnModel):
             TypeError, ValueError: naming the argument; one cloud alone in training, of which BatchNorm has no spread.
         """
         tokens = self.backbone(points, index)
+        if labels is not None:
+            self._check_labels(labels, points)
         pooled = torch.cat([tokens[:, 0], tokens[:, 1:].max(1).values], -1)
         logits = self.head(pooled)
         if labels is None:
             return PointClassifierOutput(logits=logits)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return PointClassifierOutput(loss=cross_entropy(wide, labels), logits=logits)
+        return PointClassifierOutput(loss=cross_entropy(wide, labels.long()), logits=logits)
+
+    def _check_labels(self, labels: Tensor, points: Tensor) -> None:
+        check_integers("labels", labels, (points.shape[0],), "one of each cloud", "points", points)
+        if labels.numel() and not torch.compiler.is_compiling():
+            low, high = (int(each) for each in labels.aminmax())
+            if low < 0 or high >= self.config.classes:
+                raise ValueError(f"labels: must be in 0..{self.config.classes - 1}, got values in {low}..{high}")

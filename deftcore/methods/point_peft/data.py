@@ -194,9 +194,10 @@ def _one_each(arrays: dict[str, np.ndarray], name: str, path: Path) -> np.ndarra
 
 def unit_ball(points: np.ndarray) -> np.ndarray:
     """A cloud about its mean, its farthest point at distance 1, float32; one whose points are all equal stays there."""
-    centred = points.astype(np.float64) - points.astype(np.float64).mean(0)
-    _, exponent = np.frexp(np.abs(centred).max())
-    centred = np.ldexp(centred, -exponent)  # squares of very large or small coordinates are none
+    wide = points.astype(np.float64)
+    _, exponent = np.frexp(np.abs(wide).max())
+    wide = np.ldexp(wide, -exponent)  # sums and squares of very large or small coordinates are none
+    centred = wide - wide.mean(0)
     radius = np.sqrt(np.square(centred).sum(1).max())
     return (centred / radius if radius > 0 else centred).astype(np.float32)
 

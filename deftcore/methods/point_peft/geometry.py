@@ -11,6 +11,7 @@ from deftcore.methods.point_peft.backbone import BatchNorm
 from deftcore.methods.point_peft.config import PointPeftConfig
 from deftcore.methods.point_peft.patches import Patches
 from deftcore.ops import farthest_point_sample, gather_points, knn
+from deftcore.ops.neighbours import check_values
 
 _NEAR = 1e-8  # added to squared distances
 
@@ -34,9 +35,11 @@ def local_groups(patches: Patches, config: PointPeftConfig) -> LocalGroups:
     """The groups of a batch, which all blocks share.
 
     Raises:
-        ValueError: naming a field of the config that asks for more than the G patches.
+        ValueError: centres that are not finite; naming a field of the config that asks for more than the G patches.
     """
     centres = patches.centres
+    if not torch.compiler.is_compiling():
+        check_values(None, centres=centres)
     count, size = centres.shape[1], patches.members.shape[2]
     groups, members = (
         config.local_centres or max(count // 2, 1),

@@ -13,6 +13,7 @@ from deftcore.methods.point_peft.bank import look_up
 from deftcore.methods.point_peft.config import PointPeftConfig
 from deftcore.methods.point_peft.geometry import LocalGroups, LocalMixing, Propagation, local_groups
 from deftcore.methods.point_peft.prompts import Prompts
+from deftcore.nn.buffers import ExactBuffers
 from deftcore.training.tuners import NeverMerged, OneActive, WrapperLayer
 
 
@@ -65,9 +66,10 @@ class AdaptedBlock(nn.Module):
         return with_biases(module, biases, x) if biases else module(x)
 
 
-class Adaptation(nn.Module):
-    """What one adapter trains, and its memory bank."""
+class Adaptation(ExactBuffers, nn.Module):
+    """What one adapter trains, and its memory bank, which in 16 bits stays float32: the nearest rows are near ties."""
 
+    exact = ("rows",)
     rows: Tensor | None  # of the bank, [M, C]
 
     def __init__(self, backbone: Any, config: PointPeftConfig) -> None:
@@ -83,10 +85,10 @@ class Adaptation(nn.Module):
         self.local = LocalMixing(config, width) if config.geometry else None
         self.norm = copy.deepcopy(backbone.norm)
         like = backbone.class_token
-        if not self.class_token.is_meta:  # as it is while PEFT loads without memory for the start
-            self.to(like.device, torch.promote_types(like.dtype, torch.float32))
         rows = torch.zeros(config.bank_rows or 0, width, device=like.device) if config.uses_bank else None
         self.register_buffer("rows", rows)
+        if not self.class_token.is_meta:  # as it is while PEFT loads without memory for the start
+            self.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
     def retrieve(self, query: Tensor, index: Tensor | None) -> Tensor:
         """A bank's rows for features [B, C]: [B, P, C].

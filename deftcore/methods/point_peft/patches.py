@@ -47,7 +47,8 @@ def cut_patches(points: Tensor, patches: int, size: int, *, skip_near_origin: bo
         TypeError, ValueError: naming the argument.
     """
     if not isinstance(points, Tensor) or not points.is_floating_point():
-        raise TypeError(f"points: must be a floating Tensor, got {getattr(points, 'dtype', type(points).__name__)}")
+        kind = points.dtype if isinstance(points, Tensor) else type(points).__name__
+        raise TypeError(f"points: must be a floating Tensor, got {kind}")
     if points.dim() != 3 or points.shape[-1] != 3:
         raise ValueError(f"points: must be [B, N, 3], got shape {tuple(points.shape)}")
     if points.shape[1] < max(patches, size):

@@ -29,6 +29,7 @@ class PointMaeConfig(PointConfig):
     """
 
     model_type = "point_mae"
+    published = ""  # of the authors' files backbones are read, no decoders
     mask_ratio: float = 0.6
     decoder_depth: int = 4
     decoder_heads: int = 6
