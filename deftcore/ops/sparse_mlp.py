@@ -254,7 +254,7 @@ def _mlp_rest(
 ) -> Tensor:
     h = keep_active(a, a, tau)
     if w_gate is not None:
-        h = h * F.linear(x, w_up)
+        h = h * linear(x, w_up)
     y = down_dense(h, w_down_t)
     return y if b_down is None else y + b_down
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.checks import check_float, check_like, check_shape
 from deftcore.ops.packed import Parts
-from deftcore.ops.products import linear, product
+from deftcore.ops.products import add_product_, linear, product
 from deftcore.ops.quant4 import check_weight, multiply, multiply_backward
 from deftcore.ops.quantized import QuantizedTensor
 
@@ -224,7 +224,8 @@ def apply(x: Tensor, layer: Layer) -> Tensor:
     weight, bias, pairs = layer
     y = multiply(x, weight, bias) if isinstance(weight, Parts) else linear(x, weight, bias)
     for pair in pairs:
-        y[:, pair.start : pair.stop].addmm_(_dropped(x, pair) @ pair.a.t(), pair.b.t(), alpha=pair.scaling)
+        low = product(_dropped(x, pair), pair.a.t())
+        add_product_(y[:, pair.start : pair.stop], low, pair.b.t(), beta=1.0, alpha=pair.scaling)
     return y
 
 
@@ -233,11 +234,11 @@ def pull_back(g: Tensor, layer: Layer) -> Tensor:
     weight, _, pairs = layer
     dx = multiply_backward(g, weight) if isinstance(weight, Parts) else product(g, weight)
     for pair in pairs:
-        low = g[:, pair.start : pair.stop] @ pair.b
+        low = product(g[:, pair.start : pair.stop], pair.b)
         if pair.dropout:
-            dx += _dropped(low.mul_(pair.scaling) @ pair.a, pair)
+            dx += _dropped(product(low.mul_(pair.scaling), pair.a), pair)
         else:
-            dx.addmm_(low, pair.a, alpha=pair.scaling)
+            add_product_(dx, low, pair.a, beta=1.0, alpha=pair.scaling)
     return dx
 
 
@@ -247,8 +248,9 @@ def factor_gradients(x: Tensor, g: Tensor, layer: Layer) -> list[Tensor]:
     for pair in layer.pairs:
         dropped, own = _dropped(x, pair), g[:, pair.start : pair.stop]
         found += [
-            ((own @ pair.b).mul_(pair.scaling)).t() @ dropped, (own.t() @ (dropped @ pair.a.t())).mul_(pair.scaling)
-        ]  # fmt: skip
+            product(product(own, pair.b).mul_(pair.scaling).t(), dropped),
+            product(own.t(), product(dropped, pair.a.t())).mul_(pair.scaling),
+        ]
     return found
 
 
