@@ -223,6 +223,14 @@ def test_bad_sigma_and_minus(keywords, error, message):
         ops.lora_linear(*inputs()[:4], **keywords)
 
 
+@pytest.mark.parametrize(("dtype", "scaling"), [(torch.float32, 3.402823466385289e38), (torch.bfloat16, -1e300)])
+def test_scaling_that_float32_cannot_hold(dtype, scaling):
+    one = torch.ones(1, 1, dtype=dtype)
+    with pytest.raises(ValueError, match="scaling: must be at most"):
+        ops.lora_linear(one, one, one, one, scaling=scaling)
+    assert ops.lora_linear(*[one.double()] * 4, scaling=1e300).item() == 1e300
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     shapes=st.tuples(*[st.lists(st.integers(0, 4), max_size=3) for _ in range(4)]),

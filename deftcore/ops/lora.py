@@ -91,6 +91,9 @@ def lora_linear(
         check_like("dropped_x", dropped_x, *like)
         check_shape("dropped_x", dropped_x, tuple(x.shape), "as x")
     check_number("scaling", abs(scaling), minimum=0.0)
+    largest = torch.finfo(torch.promote_types(like[1].dtype, torch.float32)).max  # what the library's products take
+    if abs(scaling) > largest:
+        raise ValueError(f"scaling: must be at most {largest} in size, got {scaling}")
     low_rank = lora_a, lora_b, sigma, minus_a, minus_b
     if isinstance(weight, QuantizedTensor):
         return _lora_linear_4bit(x, dropped_x, *weight.parts(), *low_rank, bias, float(scaling))[0]

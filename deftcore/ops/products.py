@@ -11,7 +11,7 @@ from torch import Tensor, nn
 # Below either, finding oneDNN's kernel (about 12 us a call) costs more than the kernel spares.
 _LEAST_ROWS, _LEAST_WORK = 16, 2**20
 _ROWS = 512  # of a product that is added to something: not all of it is in memory at once, and what is stays in a cache
-_TILE = 2**20  # numbers of a 16-bit matrix that are in memory as float32 at a time
+_TILE = 2**18  # numbers of a 16-bit matrix that are in memory as float32 at a time
 _FEW = 4  # rows below which x W^T reads W once and waits for memory: PyTorch's then is no slower in 16 bits
 
 
