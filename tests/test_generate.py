@@ -11,8 +11,11 @@ from conftest import tiny_model
 from test_package import save_base
 
 import deftcore
+from deftcore.cli import generation
 from deftcore.cli.main import main
+from deftcore.models import decoder
 from deftcore.models.checkpoints import load_model
+from deftcore.ops.decoder import decode_step
 from deftcore.training.adapters import load_adapter
 
 TEMPLATE = (
@@ -87,6 +90,24 @@ def test_every_form_of_a_model(place, capsys):
     assert found["merged"] == found["adapter"]
     assert main(["generate", str(place / "merged"), PROMPT, *four]) == 2
     assert "takes no further adapter and no quantize" in capsys.readouterr().err
+
+
+def test_tokens_come_from_the_decoder_where_its_cache_holds_them(place, monkeypatch):
+    """And from Transformers where the text may be longer; the tokens are the same."""
+    calls = []
+
+    def step(*arguments):
+        calls.append(arguments)
+        return decode_step(*arguments)
+
+    monkeypatch.setattr(decoder, "decode_step", step)
+    for longest, steps in ((4096, 7), (8, 0)):
+        monkeypatch.setattr(generation, "_LONGEST", longest)
+        writer = generation.Writer(str(place / "base"), device="cpu", max_new_tokens=8)
+        assert writer.decoder.reason == ""
+        calls.clear()
+        assert writer.answer(PROMPT).text == expected(load_model(place / "base"), place)
+        assert len(calls) == steps
 
 
 def test_encoder_decoder(place, capsys):

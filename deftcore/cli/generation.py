@@ -12,10 +12,13 @@ from transformers import TextStreamer
 from deftcore.methods.deft.files import load_sparse
 from deftcore.methods.lora.patch import patch
 from deftcore.models.checkpoints import SPARSE_FILE, load_model, load_tokenizer
+from deftcore.models.decoder import compile_decoder
 from deftcore.models.preflight import check_lengths, empty_model
 from deftcore.training.adapters import load_adapter
 from deftcore.training.device import choose_device
 from deftcore.training.fields import AdapterFolder, Count, Needed, NonNegative, Positive, Seed, Text, checked
+
+_LONGEST = 4096  # positions of the decoder's cache; texts that may pass it are Transformers'
 
 
 @dataclass
@@ -69,6 +72,10 @@ class Writer:
             with contextlib.suppress(ValueError):  # nothing in it that native ops would run
                 patch(loaded)
         self.model = loaded.eval()
+        self.decoder = None
+        if where.type == "cpu" and not loaded.config.is_encoder_decoder:
+            longest = min(getattr(loaded.config, "max_position_embeddings", None) or _LONGEST, _LONGEST)
+            self.decoder = compile_decoder(loaded, max_length=longest)
         self.where, self.chat, self.max_new_tokens = where, chat, max_new_tokens
         self.messages: list[dict[str, str]] = []
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -91,8 +98,11 @@ class Writer:
             check_lengths(self.empty, [whole], "prompt and max_new_tokens")
         streamer = TextStreamer(self.tokenizer, skip_prompt=not pair, skip_special_tokens=True) if stream else None
         padding = self.tokenizer.pad_token_id
+        decoder = self.decoder
+        native = decoder is not None and given + self.max_new_tokens <= decoder.max_length
+        writer: Any = decoder if native else self.model
         with torch.no_grad():
-            found = self.model.generate(
+            found = writer.generate(
                 **inputs, **self.options, max_new_tokens=self.max_new_tokens, streamer=streamer,
                 pad_token_id=self.tokenizer.eos_token_id if padding is None else padding,
             )  # fmt: skip
