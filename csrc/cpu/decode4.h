@@ -145,6 +145,60 @@ struct LaneScales {
   Vec operator()(const float* scales) const { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), lane); }
 };
 
+#elif defined(DEFTCORE_LANES)
+
+struct Words {
+  uint32_t w[kWidth];
+};
+template <class Fn>
+inline Words words_of(Fn&& fn) {
+  Words out;
+  for (int i = 0; i < kWidth; ++i) out.w[i] = fn(i);
+  return out;
+}
+inline Words load_words(const uint8_t* p, int64_t bytes = 4 * kWidth) {
+  Words out{};
+  std::memcpy(out.w, p, static_cast<size_t>(std::min<int64_t>(bytes, 4 * kWidth)));
+  return out;
+}
+template <int kShift>
+inline Words shift(Words w) {
+  return words_of([&](int i) { return w.w[i] >> (4 * kShift); });
+}
+struct CodeBook {
+  const float* code;
+  explicit CodeBook(const float* book) : code(book) {}
+  Vec operator()(Words w) const {
+    return lanes_of([&](int i) { return code[w.w[i] & 15]; });
+  }
+  static constexpr int kAtOnce = 1, kHeld = 1;
+  template <int kPart>
+  void steps(Words w, Vec* values) const {
+    values[0] = (*this)(shift<kPart>(w));
+  }
+};
+inline Words load_bytes(const uint8_t* p) {
+  return words_of([&](int i) { return p[i]; });
+}
+inline void interleave(Vec even, Vec odd, Vec& first, Vec& second) {
+  const auto lane = [&](int i) { return i % 2 ? odd.v[i / 2] : even.v[i / 2]; };
+  first = lanes_of(lane);
+  second = lanes_of([&](int i) { return lane(i + kWidth); });
+}
+inline Words load_nibbles(const uint8_t* p) {
+  return words_of([&](int i) { return static_cast<uint32_t>(p[i / 2]) >> (i % 2 ? 0 : 4); });
+}
+inline Vec gather(const float* table, const uint8_t* index) {
+  return lanes_of([&](int i) { return table[index[i]]; });
+}
+struct LaneScales {
+  int64_t block;
+  explicit LaneScales(int64_t size) : block(size) {}
+  Vec operator()(const float* scales) const {
+    return lanes_of([&](int i) { return scales[8 * i / block]; });
+  }
+};
+
 #else
 
 using Words = uint32_t;

@@ -11,6 +11,9 @@ namespace deftcore::cpu {
 #define DEFTCORE_ENTRY(op, Args, room, devices, isa) op##_##isa, DEFTCORE_IF_##room(op##_workspace_##isa, )
 
 DEFTCORE_OPS(DEFTCORE_DECLARE, scalar)
+#if defined(DEFTCORE_TEST_LEVEL)
+DEFTCORE_OPS(DEFTCORE_DECLARE, lanes16)
+#endif
 #if defined(DEFTCORE_X86)
 DEFTCORE_OPS(DEFTCORE_DECLARE, avx2)
 DEFTCORE_OPS(DEFTCORE_DECLARE, avx512)
@@ -24,7 +27,7 @@ struct Level {
   bool available;
 };
 
-// Plainest first.
+// Plainest first, after the tests' own, which no machine prefers.
 const Level* levels(int* count) {
 #define DEFTCORE_TABLE(isa)                 \
   {                                         \
@@ -34,15 +37,18 @@ const Level* levels(int* count) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
   static const Level all[] = {
+#if defined(DEFTCORE_TEST_LEVEL)
+      {DEFTCORE_TABLE(lanes16), true},
+#endif
       {DEFTCORE_TABLE(scalar), true},
+#if defined(DEFTCORE_X86)
       {DEFTCORE_TABLE(avx2), avx2},
       {DEFTCORE_TABLE(avx512), avx512},
       {DEFTCORE_TABLE(avx512bf16), avx512 && __builtin_cpu_supports("avx512bf16")},
-  };
-#else
-  static const Level all[] = {{DEFTCORE_TABLE(scalar), true}};
 #endif
+  };
   *count = sizeof(all) / sizeof(all[0]);
   return all;
 }

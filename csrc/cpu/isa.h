@@ -49,6 +49,26 @@ inline BFloat16 to_bfloat16(float x) {  // round to nearest even; NaN stays NaN
   return {static_cast<uint16_t>(bits >> 16)};
 }
 
+inline Float16 to_float16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (bits >= 0x477ff000u) {  // 65520 and above round to infinity
+    half = 0x7c00u;
+  } else if (bits < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the fraction, rounded, in the low bits
+    const float magic = fabsf(x) + 0.5f;
+    std::memcpy(&half, &magic, 4);
+    half -= 0x3f000000u;
+  } else {
+    half = (bits + 0xfff + ((bits >> 13) & 1) - 0x38000000u) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | half)};
+}
+
 #if defined(__AVX512F__)
 
 constexpr int kWidth = 16;
@@ -210,6 +230,10 @@ inline void compress(int32_t* out, uint32_t bits, int32_t base) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_add_epi32(lanes, _mm256_set1_epi32(base)));
 }
 
+#elif defined(DEFTCORE_LANES)
+
+#include "lanes.h"
+
 #else
 
 constexpr int kWidth = 1;
@@ -236,25 +260,7 @@ inline Vec load(const BFloat16* p) { return to_float(*p); }
 inline Vec load(const Float16* p) { return to_float(*p); }
 inline void store(float* p, Vec a) { *p = a; }
 inline void store(BFloat16* p, Vec a) { *p = to_bfloat16(a); }
-inline void store(Float16* p, Vec a) {
-  uint32_t bits;
-  std::memcpy(&bits, &a, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  bits &= 0x7fffffffu;
-  uint32_t half;
-  if (bits > 0x7f800000u) {
-    half = 0x7e00u;
-  } else if (bits >= 0x477ff000u) {  // 65520 and above round to infinity
-    half = 0x7c00u;
-  } else if (bits < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the fraction, rounded, in the low bits
-    float magic = fabsf(a) + 0.5f;
-    std::memcpy(&half, &magic, 4);
-    half -= 0x3f000000u;
-  } else {
-    half = (bits + 0xfff + ((bits >> 13) & 1) - 0x38000000u) >> 13;
-  }
-  p->bits = static_cast<uint16_t>(sign | half);
-}
+inline void store(Float16* p, Vec a) { *p = to_float16(a); }
 inline void compress(int32_t* out, uint32_t bits, int32_t base) {
   if (bits) *out = base;
 }
@@ -282,7 +288,7 @@ inline void store_tail(T* p, Vec a, int64_t n) {
   std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
 }
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(DEFTCORE_LANES)
 
 inline Vec polynomial(Vec x, Vec c) {
   (void)x;

@@ -38,6 +38,10 @@ inline Vec exp2_decay(Vec x) {
   return _mm256_andnot_ps((x < Vec(-126.0f)).m, _mm256_castsi256_ps(scaled));
 }
 #endif
+#elif defined(DEFTCORE_LANES)
+inline Vec exp2_decay(Vec x) {
+  return lanes_of([&](int i) { return exp2f(x.v[i]); });
+}
 #else
 inline Vec exp2_decay(Vec x) { return exp2f(x); }
 #endif

@@ -10,7 +10,7 @@ namespace deftcore::cpu {
 namespace {
 
 constexpr int kStateBlock = kRegisters / 2;  // states in registers
-constexpr int kQuad = 4;                            // channels side by side in the backward
+constexpr int kQuad = 4;                     // channels side by side in the backward
 
 // Some states of one block of channels over a chunk; y [steps, kWidth] collects c . h.
 template <int kCount>

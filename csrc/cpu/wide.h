@@ -49,6 +49,42 @@ inline Wide load_wide(const BFloat16* p) {
 inline void store(double* p, Wide a) { _mm256_storeu_pd(p, a.v); }
 inline void store(float* p, Wide a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a.v)); }
 
+#elif defined(DEFTCORE_LANES)
+
+constexpr int kWide = kWidth / 2;
+struct Wide {
+  double v[kWide];
+  Wide() = default;
+  explicit Wide(double x) {
+    for (double& lane : v) lane = x;
+  }
+};
+inline Wide fma(Wide a, Wide b, Wide c) {
+  for (int i = 0; i < kWide; ++i) c.v[i] = std::fma(a.v[i], b.v[i], c.v[i]);
+  return c;
+}
+inline double reduce_add(Wide a) {
+  for (int half = kWide / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+  }
+  return a.v[0];
+}
+inline Wide load_wide(const double* p) {
+  Wide out;
+  std::memcpy(out.v, p, sizeof(out.v));
+  return out;
+}
+template <class T>
+inline Wide load_wide(const T* p) {
+  Wide out;
+  for (int i = 0; i < kWide; ++i) out.v[i] = to_float(p[i]);
+  return out;
+}
+inline void store(double* p, Wide a) { std::memcpy(p, a.v, sizeof(a.v)); }
+inline void store(float* p, Wide a) {
+  for (int i = 0; i < kWide; ++i) p[i] = static_cast<float>(a.v[i]);
+}
+
 #else
 
 constexpr int kWide = 1;
