@@ -78,7 +78,7 @@ def check_number(name: str, value: Any, *, minimum: float = -math.inf, strict: b
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: must be a number, got {type(value).__name__}")
     above = value > minimum if strict else value >= minimum
-    if not above or not math.isfinite(value):
+    if not above or not -math.inf < value < math.inf:  # compared: under torch.compile it may be a symbol
         bound = "" if minimum == -math.inf else f" and {'above' if strict else 'at least'} {minimum}"
         raise ValueError(f"{name}: must be finite{bound}, got {value}")
     return float(value)
