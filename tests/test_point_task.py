@@ -20,6 +20,7 @@ from deftcore.cli import main
 from deftcore.methods.point_peft.attention import attention_to_points
 from deftcore.methods.point_peft.bank import MemoryBank
 from deftcore.methods.point_peft.classifier import PointClassifier
+from deftcore.methods.point_peft.predicting import CloudReader, Clouds
 from deftcore.methods.point_peft.pretraining import PointMae
 from deftcore.methods.point_peft.pretraining_task import NEW, PointPretrainingTask
 from deftcore.methods.point_peft.task import LabelledPointData, PointTask
@@ -151,6 +152,7 @@ def test_from_a_backbone_of_its_own_to_a_merged_classifier(place, tmp_path, caps
     for change, message in (
         ({"classes": known["classes"][:-1]}, f"names {len(SHAPES) - 1} classes .*, the model tells {len(SHAPES)}"),
         ({"classes": "rod"}, "clouds.json is damaged: classes: must be a list"),
+        ({"classes": ["rod"] * len(SHAPES)}, "clouds.json is damaged: classes: must be names, each class its own"),
         ({"points": True}, "clouds.json is damaged: points: must be a number, got True"),
         ({"normalise": True}, "clouds.json is damaged: normalise: unknown; did you mean normalize"),
     ):
@@ -320,6 +322,19 @@ def test_what_does_not_fit(place, tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         train_recipe(recipe(place, tmp_path / "run", "lora", *overrides))
     assert not (tmp_path / "run").exists()
+
+
+def test_clouds_that_are_too_large_as_they_are(place, tmp_path):
+    arrays = dict(np.load(write_arrays(tmp_path / "large.npz")))
+    np.savez(tmp_path / "large.npz", **arrays | {"points": arrays["points"].astype(np.float64) * 1e200})
+    large = [f"data.train={tmp_path / 'large.npz'}", "data.normalize=false"]
+    told = (
+        r"data: .*large\.npz, cloud 0: coordinates must be of size at most 1e\+18, got \d.*; data\.normalize=true takes"
+    )
+    with pytest.raises(ValueError, match=told):
+        train_recipe(recipe(place, tmp_path / "run", "lora", *large))
+    with pytest.raises(ValueError, match="data: the array: coordinates must be of size at most"):
+        CloudReader(None, Clouds(SHAPES, 8, False)).points(np.full((3, 3), 1e30))
 
 
 def test_classes_that_do_not_fit(place, tmp_path):

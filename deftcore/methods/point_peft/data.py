@@ -18,6 +18,7 @@ from deftcore.methods.point_peft.formats import ARRAYS, CLOUDS, checked_cloud, r
 _PARTS = {"train": "train", "test": "test", "val": "test", "validation": "test"}  # folders, and `split` of arrays
 _POOL = 75 / 64  # points to choose from, over those that a model sees
 _TOGETHER = 64  # clouds that are sampled at a time
+_LARGEST = 1e18  # a coordinate's size, to the operators on neighbours
 _SLOW = 200  # clouds whose reading shows its progress
 
 
@@ -200,6 +201,21 @@ def unit_ball(points: np.ndarray) -> np.ndarray:
     centred = wide - wide.mean(0)
     radius = np.sqrt(np.square(centred).sum(1).max())
     return (centred / radius if radius > 0 else centred).astype(np.float32)
+
+
+def as_stored(points: np.ndarray, place: str) -> np.ndarray:
+    """A cloud where it is and as large, float32.
+
+    Raises:
+        ValueError: naming the place, for coordinates whose squared distances float32 does not hold.
+    """
+    most = np.abs(points.astype(np.float64)).max()
+    if most > _LARGEST:
+        raise ValueError(
+            f"data: {place}: coordinates must be of size at most {_LARGEST:g}, got {most:g}; data.normalize=true takes "
+            "any"
+        )
+    return points.astype(np.float32)
 
 
 def farthest_first(clouds: Sequence[np.ndarray], count: int) -> list[Tensor]:

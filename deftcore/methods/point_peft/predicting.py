@@ -7,19 +7,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from deftcore._files import read_record, write_json
 from deftcore.methods.point_peft.augment import choose_points
 from deftcore.methods.point_peft.classifier import PointClassifier
-from deftcore.methods.point_peft.data import farthest_first, unit_ball
+from deftcore.methods.point_peft.data import as_stored, farthest_first, unit_ball
 from deftcore.methods.point_peft.formats import SURFACE, checked_cloud, read_cloud
 from deftcore.methods.point_peft.pretraining import PointMae
 from deftcore.training.fields import OPTIONS, Count, Text, record_of
 
 _FILE = "clouds.json"
+
+
+def _different(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("names, each class its own")
+    return names
 
 
 @dataclass(frozen=True, config=OPTIONS)
@@ -32,7 +38,7 @@ class Clouds:
         normalize: whether a cloud is brought into the unit ball.
     """
 
-    classes: Annotated[tuple[Text, ...], Field(min_length=1)]
+    classes: Annotated[tuple[Text, ...], Field(min_length=1), AfterValidator(_different)]
     points: Count
     normalize: bool
 
@@ -79,11 +85,10 @@ class CloudReader:
             ValueError: as `read_cloud`.
         """
         if isinstance(cloud, (str, os.PathLike)):
-            array = read_cloud(cloud, SURFACE * self.clouds.points)
+            array, place = read_cloud(cloud, SURFACE * self.clouds.points), os.fspath(cloud)
         else:
-            array = checked_cloud(cloud, "the array")
-        if self.clouds.normalize:
-            array = unit_ball(array)
+            array, place = checked_cloud(cloud, "the array"), "the array"
+        array = unit_ball(array) if self.clouds.normalize else as_stored(array, place)
         return choose_points(farthest_first([array], self.clouds.points)[0], self.clouds.points)
 
     @torch.no_grad()

@@ -16,7 +16,15 @@ from deftcore.methods.point_peft.attention import attention_to_points, patches_o
 from deftcore.methods.point_peft.augment import augment, choose_points
 from deftcore.methods.point_peft.backbone import PointTransformer
 from deftcore.methods.point_peft.classifier import PointClassifier
-from deftcore.methods.point_peft.data import CloudSet, class_names, farthest_first, has_test, read_clouds, unit_ball
+from deftcore.methods.point_peft.data import (
+    CloudSet,
+    as_stored,
+    class_names,
+    farthest_first,
+    has_test,
+    read_clouds,
+    unit_ball,
+)
 from deftcore.methods.point_peft.formats import SURFACE
 from deftcore.methods.point_peft.predicting import CloudReader, Clouds, with_head
 from deftcore.methods.point_peft.pretraining import PointMae
@@ -84,7 +92,10 @@ class CloudTask(Task):
         )
 
     def _examples(self, found: CloudSet, config: Any) -> list[dict[str, Any]]:
-        clouds = [unit_ball(cloud) for cloud in found.points] if config.normalize else found.points
+        clouds = [
+            unit_ball(cloud) if config.normalize else as_stored(cloud, place)
+            for cloud, place in zip(found.points, found.places, strict=True)
+        ]
         return [{"points": each} for each in farthest_first(clouds, config.points)]
 
     def view(self, cloud: Tensor, generator: torch.Generator | None) -> Tensor:
