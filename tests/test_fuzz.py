@@ -26,7 +26,7 @@ from deftcore.ops.galore import galore_step
 from deftcore.ops.galore_matrix import AdamMatrix
 from deftcore.ops.grouped_delta import LowRankDelta, SliceDelta
 from deftcore.ops.natural import DAMPING_MODES, FISHER_NORMS, Damping, Window
-from deftcore.ops.quant4 import QuantizedTensor, quantize_ref
+from deftcore.ops.quant4 import QuantizedTensor, linear_4bit_int8_ref, quantize_ref, takes_int8
 from deftcore.ops.quantized import QUANT_TYPES
 from deftcore.ops.ssm.projection import LoraPair, Projection
 
@@ -164,6 +164,22 @@ def linear_4bit(d: Draw) -> Call:
     lead = [d.size(3)] * d.chance(0.3)
     arguments = {"x": d.tensor(*lead, d.size(70), cols), "q": q, "bias": d.maybe(lambda: d.tensor(rows))}
     return Call(ops.linear_4bit, arguments, ("x", "bias"))
+
+
+def _int8(x: Any, q: Any, bias: Any, activations: Any) -> Tensor:
+    if isinstance(x, Tensor) and x.dtype == torch.float64:  # the definition stands in for a float64 op
+        rows, bias32 = x.float().reshape(-1, x.shape[-1]), None if bias is None else bias.float()
+        if takes_int8(rows, q.parts()):
+            return linear_4bit_int8_ref(rows, q.parts(), bias32).double().reshape(*x.shape[:-1], q.shape[0])
+    return ops.linear_4bit(x, q, bias, activations=activations)
+
+
+@case("linear_4bit_int8")
+def linear_4bit_int8(d: Draw) -> Call:
+    rows, cols = d.size(140), d.random.choice((32, 64, 128, 256, d.size(200)))
+    q, tokens = d.packed(rows, cols), d.size(20)
+    arguments = {"x": d.tensor(tokens, cols), "q": q, "bias": d.maybe(lambda: d.tensor(rows)), "activations": "int8"}
+    return Call(_int8, arguments)
 
 
 def _lora(d: Draw, weight: Any, rows: int, cols: int) -> Call:

@@ -81,6 +81,7 @@ def calls(dtype):
         yield lambda w: ops.quantize_4bit(w).packed, [r(7, 33)], False
     yield lambda: ops.dequantize_4bit(q, dtype), [], False
     yield lambda x, b: ops.linear_4bit(x, q, b), [r(5, 32), r(64)], True
+    yield lambda x, b: ops.linear_4bit(x, q, b, activations="int8"), [r(5, 32), r(64)], False
     yield lambda x, d, *w: ops.lora_linear(x, *w, dropped_x=d), [r(3, 17), r(3, 17), r(5, 17), r(2, 17), r(5, 2)], True
     yield lambda x, *w: ops.lora_linear(x, q, *w), [r(5, 32), r(2, 32), r(64, 2)], True
     for weight, cols, rows in ((r(5, 17), 17, 5), (q, 32, 64)):

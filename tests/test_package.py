@@ -73,6 +73,7 @@ KERNEL_TESTS = (
     "density",
     "sparse_mlp",
     "quant4",
+    "quant4_int8",
     "sparse_mlp4",
     "partial_linear",
     "grouped_delta",

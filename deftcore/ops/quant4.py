@@ -11,11 +11,13 @@ from deftcore.ops._library import define, flatten_tokens
 from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.checks import check_bias, check_choice, check_float
 from deftcore.ops.kernels import DTYPE_CODES, address, aligned, backend, give_workspace, native, stream
-from deftcore.ops.packed import NESTED_BLOCK, PARTS, SCHEMA, Parts, decode
+from deftcore.ops.packed import NESTED_BLOCK, PARTS, SCHEMA, Parts, decode, dequantize_ref
 from deftcore.ops.quantized import QUANT_TYPES, QuantizedTensor, check_block_size, dynamic_book
 from deftcore.ops.timing import bucket_of, native_pays
 
+ACTIVATIONS = ("exact", "int8")
 _TINY = torch.finfo(torch.float32).tiny
+_MOST_INT8_TOKENS = 16  # more are bound by arithmetic, and take the exact product
 
 
 def quantize_4bit(
@@ -114,7 +116,7 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Ten
     return q.dequantize(dtype)
 
 
-def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "exact") -> Tensor:
     """y = x W^T + bias for a 4-bit W [M, K], which stays packed (QLoRA, arXiv 2305.14314, eq. 5 without its adapter).
 
     Differentiable in x and bias.
@@ -122,10 +124,16 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
     Sums are float32. With float32 and float16 inputs the weights enter exactly; with bfloat16 inputs they are rounded
     to bfloat16, as PyTorch's own bfloat16 weights are.
 
+    With activations "int8" each block of x and the code book are rounded to 255 steps of their largest magnitude,
+    for inference on a CPU. Let a be a block's largest |x|, c that of the code and s the block's scale: a product is off
+    by at most s (a |code| + c |x| + a c / 254) / 254. More than 16 tokens, float64, other devices, rows that are not
+    whole blocks and x with NaN or infinity take the exact product.
+
     Args:
         x: [..., K], float32, bfloat16, float16 or float64; under autocast in its dtype.
         q: of shape [M, K].
         bias: [M] in x's dtype, or None.
+        activations: "exact" or "int8", which has no gradient.
 
     Returns:
         [..., M] in x's dtype.
@@ -137,12 +145,16 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
     [[1.0, 1.0, 1.0, 1.0]]
     """
     check_float("x", x)
+    check_choice("activations", activations, ACTIVATIONS)
     dtype = autocast_dtype(x)
     if dtype is not None:  # as nn.Linear would
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     check_weight("q", q, x)
     check_bias("bias", bias, q.shape[0], "x", x)
-    y = linear_4bit_op(flatten_tokens(x), *q.parts(), bias)
+    int8 = activations == "int8"
+    if int8 and torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("activations: 'int8' has no gradient; take 'exact', or call it under torch.no_grad()")
+    y = (linear_4bit_int8_op if int8 else linear_4bit_op)(flatten_tokens(x), *q.parts(), bias)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], q.shape[0])
 
 
@@ -290,6 +302,56 @@ def _linear_4bit_grad_fake(grad: Tensor, *args: Any) -> Tensor:
     return grad.new_empty((grad.shape[0], Parts(*args[:PARTS]).cols))
 
 
+# ---------------------------------------------------------------------------- linear_4bit, activations in int8
+
+
+def takes_int8(x: Tensor, w: Parts) -> bool:
+    """Whether x [T, K] is rounded to int8 where that is asked for; all else takes the exact product."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in DTYPE_CODES
+        and 0 < x.shape[0] <= _MOST_INT8_TOKENS
+        and w.rows > 0
+        and w.cols > 0
+        and not w.column_blocks
+        and w.cols % w.block_size == 0
+        and bool(torch.isfinite(x).all())
+    )
+
+
+def linear_4bit_int8_ref(x: Tensor, w: Parts, bias: Tensor | None = None) -> Tensor:
+    """The definition, in plain PyTorch: x [T, K] finite, rows of w whole blocks."""
+    blocks = x.float().contiguous().unflatten(1, (-1, w.block_size))
+    absmax = blocks.abs().amax(2)
+    x8 = (blocks / torch.where(absmax > 0, absmax, 1.0).unsqueeze(2) * 127).round()
+    largest = w.code.abs().max()
+    code8 = (w.code / torch.where(largest > 0, largest, 1.0) * 127).round()
+    ones = torch.ones(w.rows * w.cols // w.block_size)
+    w8 = dequantize_ref(w._replace(code=code8, absmax=ones, nested_absmax=None), torch.float32)
+    sums = (x8.unsqueeze(1) * w8.unflatten(1, (-1, w.block_size))).sum(3)  # whole numbers
+    scales = dequantize_ref(w._replace(code=torch.ones(16)), torch.float32)[:, :: w.block_size]
+    y = (sums * ((absmax / 127 * (largest / 127)).unsqueeze(1) * scales)).sum(2)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _linear_4bit_int8_impl(x: Tensor, *args: Any) -> Tensor:
+    w, bias = Parts(*args[:PARTS]), args[PARTS]
+    if not takes_int8(x, w):
+        return multiply(x, w, bias)
+    kernels = backend("linear_4bit_int8", x)
+    if kernels is None:
+        return linear_4bit_int8_ref(x, w, bias)
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    y = x.new_empty((x.shape[0], w.rows))
+    call = native.Linear4bit(
+        w=w.native(), x=address(x), bias=address(bias), low=0, lora=0, y=address(y), workspace=0, tokens=x.shape[0],
+        rank=0, dtype=DTYPE_CODES[x.dtype],
+    )  # fmt: skip
+    _held = give_workspace(call, kernels.linear_4bit_int8_workspace(call), x)
+    kernels.linear_4bit_int8(call, stream(x))
+    return y
+
+
 _quantize_4bit = define(
     "quantize_4bit(Tensor w, int block_size, int quant_type) -> (Tensor, Tensor)",
     _quantize_4bit_impl,
@@ -307,4 +369,9 @@ linear_4bit_op = define(
     _linear_4bit_fake,
     setup_context=_linear_4bit_setup,
     backward=_linear_4bit_backward,
+)
+linear_4bit_int8_op = define(
+    f"linear_4bit_int8(Tensor x, {SCHEMA}, Tensor? bias) -> Tensor",
+    _linear_4bit_int8_impl,
+    _linear_4bit_fake,
 )

@@ -31,6 +31,7 @@
   X(dequantize_4bit, Dequantize4bitArgs, PLAIN, EVERYWHERE, where)                    \
   X(linear_4bit, Linear4bitArgs, WORKSPACE, EVERYWHERE, where)                        \
   X(linear_4bit_backward, Linear4bitArgs, WORKSPACE, CPU_ONLY, where)                 \
+  X(linear_4bit_int8, Linear4bitArgs, WORKSPACE, CPU_ONLY, where)                     \
   X(gated_act, GatedActArgs, PLAIN, EVERYWHERE, where)                                \
   X(gated_act_backward, GatedActBackwardArgs, PLAIN, EVERYWHERE, where)               \
   X(grouped_delta, GroupedDeltaArgs, WORKSPACE, EVERYWHERE, where)                    \
