@@ -105,9 +105,9 @@ class MemoryBank:
 
 
 def identity(backbone: nn.Module) -> dict[str, str]:
-    """The fingerprint of a backbone's weights and statistics, by dtype."""
-    tensors = {name: each for name, each in backbone.state_dict().items() if each.is_floating_point()}
-    return fingerprints(tensors)
+    """The fingerprint of a backbone's weights and statistics, by dtype; statistics, which no cast rounds, as weights."""
+    dtype = next(each.dtype for each in backbone.parameters())
+    return fingerprints({n: each.to(dtype) for n, each in backbone.state_dict().items() if each.is_floating_point()})
 
 
 def _bytes(points: Tensor) -> bytes:
