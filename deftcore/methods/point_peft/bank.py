@@ -105,7 +105,7 @@ class MemoryBank:
 
 
 def identity(backbone: nn.Module) -> dict[str, str]:
-    """The fingerprint of a backbone's weights and statistics, by dtype; statistics, which no cast rounds, as weights."""
+    """The fingerprint of a backbone's weights and, rounded as they are, of its statistics, by dtype."""
     dtype = next(each.dtype for each in backbone.parameters())
     return fingerprints({n: each.to(dtype) for n, each in backbone.state_dict().items() if each.is_floating_point()})
 
