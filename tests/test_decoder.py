@@ -154,6 +154,15 @@ def test_an_unsupported_model_says_why_and_generates(caplog):
     assert torch.equal(decoder.generate(prompts(), **options), model.generate(prompts(), **options))
 
 
+def test_norms_that_differ_are_refused():
+    """One epsilon serves all; what the proof's tokens would not show."""
+    for module in ("input_layernorm", "self_attn.q_norm"):
+        model = model_of("qwen3")
+        model.model.layers[1].get_submodule(module).variance_epsilon = 2e-6
+        with pytest.raises(ValueError, match="its norms have several epsilons: 1e-06, 2e-06"):
+            read_stack(model, 16)
+
+
 def test_rotations_that_change_and_other_forwards_are_refused():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     changing = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, rope_parameters=rope))

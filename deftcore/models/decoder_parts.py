@@ -47,11 +47,14 @@ def read_stack(model: Any, length: int) -> DecoderStack:
     activations = {activation_of(mlp.activation.get()) for mlp in mlps}
     if len(activations) > 1:
         raise ValueError(f"its blocks have several activations: {', '.join(sorted(activations))}")
+    epsilons = {_eps(module) for name, module in core.named_modules() if name.endswith("norm")}
+    if len(epsilons) > 1:
+        raise ValueError(f"its norms have several epsilons: {', '.join(f'{each:g}' for each in sorted(epsilons))}")
     cosine, sine = _rotations(core.rotary_emb, first.head_dim, length)
     head = model.get_output_embeddings()
     stack = DecoderStack(
         blocks=blocks, norm=_norm(core.norm), head=_matrix("the head", head), cosine=cosine, sine=sine,
-        heads=blocks[0].q.weight.shape[0] // first.head_dim, activation=activations.pop(), eps=_eps(core.norm),
+        heads=blocks[0].q.weight.shape[0] // first.head_dim, activation=activations.pop(), eps=epsilons.pop(),
         scale=first.scaling,
     )  # fmt: skip
     if not stack.has_kernel:
