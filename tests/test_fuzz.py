@@ -20,6 +20,7 @@ from torch import Tensor
 
 from deftcore import ops
 from deftcore.ops import decoder
+from deftcore.ops._library import flatten_tokens
 from deftcore.ops.decoder import Block, DecoderStack, Matrix
 from deftcore.ops.density import ACTIVATIONS
 from deftcore.ops.galore import galore_step
@@ -168,7 +169,7 @@ def linear_4bit(d: Draw) -> Call:
 
 def _int8(x: Any, q: Any, bias: Any, activations: Any) -> Tensor:
     if isinstance(x, Tensor) and x.dtype == torch.float64:  # the definition stands in for a float64 op
-        rows, bias32 = x.float().reshape(-1, x.shape[-1]), None if bias is None else bias.float()
+        rows, bias32 = flatten_tokens(x.float()), None if bias is None else bias.float()
         if takes_int8(rows, q.parts()):
             return linear_4bit_int8_ref(rows, q.parts(), bias32).double().reshape(*x.shape[:-1], q.shape[0])
     return ops.linear_4bit(x, q, bias, activations=activations)
