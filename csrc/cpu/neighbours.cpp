@@ -3,10 +3,10 @@
 // that a bound, taken from the least distances of groups of points, leaves.
 //
 // What the arithmetic alone takes cannot be reached on clouds that small. Of 32 neighbours among 2,048 points, 8
-// clouds, one thread of an AVX-512 machine, bare distances take 98 ns a query. Storing them and the groups' least makes
-// it 200; another look at each against the bound, without a branch, 170 more; keys of the 45 or so that are left, and
-// their order, another 170: 540 in all, 18 % of bare distances (26 % with AVX2, whose distances take twice as long). A
-// cloud of 65,536 points, 16 neighbours: 27 and 43 %, where it is the second look that remains.
+// clouds, one thread of a Zen 5 with AVX-512 beside other work, bare distances take 98 ns a query. Storing them and the
+// groups' least makes it 200; another look at each against the bound, without a branch, 170 more; keys of the 45 or so
+// that are left, and their order, another 170: 540 in all, 18 % of bare distances (26 % with AVX2 forced there, whose
+// distances take twice as long). A cloud of 65,536 points, 16 neighbours: 27 and 43 %, where the second look remains.
 #include <algorithm>
 
 #include "clouds.h"
