@@ -16,7 +16,8 @@ from transformers import (
 import deftcore
 from deftcore import ops
 from deftcore.models.decoder_parts import read_stack
-from deftcore.ops.decoder import Matrix, decode_step, decode_step_ref
+from deftcore.ops.decoder import decode_step, decode_step_ref
+from deftcore.ops.decoder_matrix import Matrix
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,

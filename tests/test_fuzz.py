@@ -21,7 +21,8 @@ from torch import Tensor
 from deftcore import ops
 from deftcore.ops import decoder
 from deftcore.ops._library import flatten_tokens
-from deftcore.ops.decoder import Block, DecoderStack, Matrix
+from deftcore.ops.decoder import Block, DecoderStack
+from deftcore.ops.decoder_matrix import Matrix
 from deftcore.ops.density import ACTIVATIONS
 from deftcore.ops.galore import galore_step
 from deftcore.ops.galore_matrix import AdamMatrix
@@ -29,6 +30,7 @@ from deftcore.ops.grouped_delta import LowRankDelta, SliceDelta
 from deftcore.ops.natural import DAMPING_MODES, FISHER_NORMS, Damping, Window
 from deftcore.ops.quant4 import QuantizedTensor, linear_4bit_int8_ref, quantize_ref, takes_int8
 from deftcore.ops.quantized import QUANT_TYPES
+from deftcore.ops.ssm.decode import MambaLayer, MambaStack, mamba_step
 from deftcore.ops.ssm.projection import LoraPair, Projection
 
 CALLS = int(os.environ.get("DEFTCORE_FUZZ_CALLS", "24"))
@@ -632,6 +634,46 @@ def decode_step(d: Draw) -> Call:
     }  # fmt: skip
     run = partial(decoder.decode_step, stack=stack)
     return Call(run, arguments, in_place=("keys", "values"), roundings=20 * layers)
+
+
+@case("mamba_step")
+def one_mamba_step(d: Draw) -> Call:
+    second, width, tokens, layers, taps = d.chance(0.5), d.size(70, 1), d.size(5, 1), d.size(2, 1), d.size(5, 1)
+    states, rank, groups = d.size(40, 1), d.size(33, 1), d.size(3, 1) if second else 1
+    heads = groups * d.size(3, 1) if second else 1
+    channels, norm_groups = heads * d.size(20, 1) if second else d.size(70, 1), heads if second and d.chance(0.5) else 1
+    mixed, own = channels + 2 * groups * states * second, heads if second else channels
+    d.dtype = torch.float32
+
+    def matrix(rows: int, cols: int) -> Matrix:
+        scale, bias = cols**-0.5, d.maybe(lambda: d.tensor(rows).contiguous())
+        if cols % 32 == 0 and d.chance(0.5):
+            return Matrix(ops.quantize_4bit(d.tensor(rows, cols, scale=scale), block_size=32), bias)
+        dtype = d.random.choice((torch.float32, torch.bfloat16, torch.float16))
+        return Matrix(d.tensor(rows, cols, dtype=dtype, scale=scale).contiguous(), bias)
+
+    def vector(*shape: int) -> Tensor:
+        return d.tensor(*shape).contiguous()
+
+    def layer() -> MambaLayer:
+        first = {} if second else {"x_proj": matrix(rank + 2 * states, channels), "dt_proj": matrix(channels, rank)}
+        return MambaLayer(
+            matrix(channels + mixed + heads * second, width), matrix(width, channels), vector(width),
+            vector(taps, mixed), d.maybe(lambda: vector(mixed)),
+            -vector(*((heads,) if second else (channels, states))).abs(), vector(own), d.maybe(lambda: vector(own)),
+            gated_norm=vector(channels) if second else None, **first,
+        )  # fmt: skip
+
+    stack = MambaStack(
+        [layer() for _ in range(layers)], vector(width), matrix(d.size(70, 1), width), states, 0.1, groups, norm_groups
+    )
+    arguments = {
+        "hidden": d.tensor(tokens, width),
+        "windows": torch.randn(layers, tokens + 1, taps - 1, mixed, generator=d.generator),
+        "states": torch.randn(layers, tokens + 1, channels, states, generator=d.generator),
+    }
+    run = partial(mamba_step, stack=stack)
+    return Call(run, arguments, in_place=("windows", "states"), roundings=20 * layers)
 
 
 # ---------------------------------------------------------------------------- running a call

@@ -13,7 +13,7 @@ from test_package import save_base
 import deftcore
 from deftcore.cli import generation
 from deftcore.cli.main import main
-from deftcore.models import decoder
+from deftcore.models import decoder_parts
 from deftcore.models.checkpoints import load_model
 from deftcore.ops.decoder import decode_step
 from deftcore.training.adapters import load_adapter
@@ -100,7 +100,7 @@ def test_tokens_come_from_the_decoder_where_its_cache_holds_them(place, monkeypa
         calls.append(arguments)
         return decode_step(*arguments)
 
-    monkeypatch.setattr(decoder, "decode_step", step)
+    monkeypatch.setattr(decoder_parts, "decode_step", step)
     for longest, steps in ((4096, 7), (8, 0)):
         monkeypatch.setattr(generation, "_LONGEST", longest)
         writer = generation.Writer(str(place / "base"), device="cpu", max_new_tokens=8)

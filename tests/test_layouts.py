@@ -12,10 +12,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deftcore import ops
 from deftcore.ops import grouped_delta, kernels, quant4
-from deftcore.ops.decoder import Block, DecoderStack, Matrix, decode_step
+from deftcore.ops.decoder import Block, DecoderStack, decode_step
+from deftcore.ops.decoder_matrix import Matrix
 from deftcore.ops.galore import galore_step
 from deftcore.ops.galore_matrix import AdamMatrix
 from deftcore.ops.ssm import ssd
+from deftcore.ops.ssm.decode import MambaLayer, MambaStack, mamba_step
 from deftcore.ops.ssm.projection import LoraPair, Projection
 
 LAYOUTS = {
@@ -111,6 +113,7 @@ def calls(dtype):
 
     yield step, [r(5, 17), r(5, 17), r(5, 3)], False
     yield decoding_step(dtype), [r(2, 6)], False
+    yield mamba_decoding_step(dtype), [r(2, 6)], False
     yield from mamba_calls(r)
 
 
@@ -122,6 +125,16 @@ def decoding_step(dtype):
     block = Block(*(matrix(*shape) for shape in shapes), torch.ones(6), torch.ones(6))
     stack = DecoderStack([block], torch.ones(6), matrix(9, 6), torch.ones(7, 4), torch.ones(7, 4), 2, "silu", 1e-5, 0.5)
     return lambda x: decode_step(x, stack, *stack.new_cache(2, dtype), torch.tensor([0, 1]), 2)
+
+
+def mamba_decoding_step(dtype):
+    def matrix(rows, cols):
+        return Matrix(torch.randn(rows, cols))
+
+    layer = MambaLayer(matrix(20, 6), matrix(6, 10), torch.ones(6), torch.ones(3, 10), None, -torch.ones(10, 4),
+                       torch.ones(10), None, matrix(10, 10), matrix(10, 2))  # fmt: skip
+    stack = MambaStack([layer], torch.ones(6), matrix(9, 6), 4, 1e-5)
+    return lambda x: mamba_step(x, stack, *stack.new_state(2, dtype))
 
 
 def mamba_calls(r):

@@ -1,18 +1,10 @@
 // Attention of one query over cached keys and values: softmax(scale q K^T) V.
 #pragma once
 
-#include "isa.h"
+#include "root_mean_square.h"
 
 namespace deftcore::cpu {
 namespace {
-
-inline float dot(const float* a, const float* b, int64_t n) {
-  Vec sum(0.0f);
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) sum = fma(load(a + i), load(b + i), sum);
-  if (i < n) sum = fma(load_tail(a + i, n - i), load_tail(b + i, n - i), sum);
-  return reduce_add(sum);
-}
 
 // y += factor x
 inline void add_scaled(float factor, const float* x, int64_t n, float* y) {
@@ -20,11 +12,6 @@ inline void add_scaled(float factor, const float* x, int64_t n, float* y) {
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) store(y + i, fma(f, load(x + i), load(y + i)));
   if (i < n) store_tail(y + i, fma(f, load_tail(x + i, n - i), load_tail(y + i, n - i)), n - i);
-}
-
-// 1 / sqrt(mean(x^2) + eps)
-inline float inverse_rms(const float* x, int64_t n, float eps) {
-  return 1.0f / std::sqrt(dot(x, x, n) / static_cast<float>(n) + eps);
 }
 
 // x as a head's vector at a position: normed, where there is a norm, and its halves rotated against each other.

@@ -2,7 +2,7 @@
 // kWidth channels, its history of width - 1 steps included, in any layout of the tensors. That passage bounds it: one
 // core with AVX-512 moves 14 GB/s of a channels-last tensor and 7 of a time-last one (17 and 8 without SiLU), where a
 // copy moves 46.
-#include "scan_tile.h"
+#include "conv_taps.h"
 
 namespace deftcore::cpu {
 namespace {
@@ -19,10 +19,6 @@ int64_t chunks_of(const CausalConv1dArgs& args) { return std::max<int64_t>(chunk
 Chunk chunk_of(const CausalConv1dArgs& args, int64_t index) {
   const int64_t per_batch = chunks_of(args), start = index % per_batch * kScanChunk;
   return {index / per_batch, start, std::min(args.length - start, kScanChunk)};
-}
-
-Lanes lanes_of(int64_t channels, int64_t block) {
-  return {block * kWidth, std::min<int64_t>(channels - block * kWidth, kWidth)};
 }
 
 // x at steps start - (width - 1) .. end, with what came before step 0.
@@ -49,30 +45,6 @@ void find_reach(const CausalConv1dArgs& args, int64_t batch, int64_t start, int6
     }
     reach[t - start] = back;
   }
-}
-
-struct Taps {
-  Vec weight[kMaxConvWidth];
-  Vec bias;
-};
-
-Taps taps_of(const float* weight, const float* bias, int64_t width, int64_t channels, Lanes lanes) {
-  Taps taps;
-  for (int64_t k = 0; k < width; ++k) taps.weight[k] = load_some(weight + k * channels + lanes.first, lanes.count);
-  taps.bias = bias == nullptr ? Vec(0.0f) : load_some(bias + lanes.first, lanes.count);
-  return taps;
-}
-
-// The sum before the activation; `row` is the oldest tap's. kTaps 0: any width, taps beyond `reach` left out.
-template <int kTaps>
-Vec convolve(const Taps& taps, const float* row, int64_t width, int64_t reach) {
-  Vec sum = taps.bias;
-  if constexpr (kTaps > 0) {
-    for (int k = 0; k < kTaps; ++k) sum = fma(taps.weight[k], load(row + k * kWidth), sum);
-  } else {
-    for (int64_t k = width - 1 - reach; k < width; ++k) sum = fma(taps.weight[k], load(row + k * kWidth), sum);
-  }
-  return sum;
 }
 
 template <int kTaps, class T>

@@ -2,7 +2,7 @@
 // and each weight is read once.
 #pragma once
 
-#include "deftcore/decoder.h"
+#include "deftcore/decoder_matrix.h"
 #include "dot4.h"
 
 namespace deftcore::cpu {
@@ -14,7 +14,7 @@ struct Activations {
   float* placed;  // [tokens, placed_stride] in the order of dot4.h, zero beyond size
   int64_t size, placed_stride;
 
-  void set(int64_t token, int64_t column, float value) {
+  void set(int64_t token, int64_t column, float value) const {
     constexpr int64_t kSteps = kDotSteps<FloatWord>;
     const int64_t inside = column % kChunk, place = (inside % kSteps ^ 1) * FloatWord::kLanes + inside / kSteps;
     plain[token * size + column] = value;

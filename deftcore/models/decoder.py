@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from deftcore.models.blocks import base_of
-from deftcore.models.decoder_parts import copy_cache, embedded, read_stack
+from deftcore.models.decoder_parts import LlamaSteps, read_stack
+from deftcore.models.decoder_steps import Steps, cache_of, embedded
+from deftcore.models.families import is_mamba
+from deftcore.models.mamba_decoder import MambaSteps, read_mamba
 from deftcore.ops.checks import check_choice
-from deftcore.ops.decoder import DecoderStack, decode_step
 
 logger = logging.getLogger("deftcore")
 
@@ -18,17 +20,17 @@ _MOST_SEQUENCES = 16
 
 
 def compile_decoder(model: Any, *, batch: int = 1, max_length: int = 2048, activations: str = "exact") -> "Decoder":
-    """A decoder of a Llama-like model (Llama, Mistral, Qwen2, Qwen3, Gemma, SmolLM) on CPUs.
+    """A decoder of a Llama-like model (Llama, Mistral, Qwen2, Qwen3, Gemma, SmolLM), Mamba or Mamba-2 on CPUs.
 
     Weights in float32, bfloat16, float16 and deftcore's 4 bits may be mixed; they are those of this moment, read where
-    they lie. Activations and cache are float32. Whether the native step gives the model's own logits is shown on a few
-    made-up tokens; where it does not, or cannot run the model, a log line says why, as does `Decoder.reason`, and
-    Transformers decodes.
+    they lie. Activations, cache and states are float32. Whether the native step gives the model's own logits is shown
+    on a few made-up tokens; where it does not, or cannot run the model, a log line says why, as does `Decoder.reason`,
+    and Transformers decodes.
 
     Args:
         model: a Transformers model in memory, adapters merged.
         batch: sequences at once, at most; 1 to 16.
-        max_length: of the cache: prompt and new tokens together.
+        max_length: of prompt and new tokens together; a cache of keys and values has as much room.
         activations: "exact".
 
     Raises:
@@ -46,13 +48,17 @@ def compile_decoder(model: Any, *, batch: int = 1, max_length: int = 2048, activ
     check_choice("activations", activations, ("exact",))
     if not hasattr(base_of(model), "generate"):
         raise TypeError(f"model: must be a Transformers model that generates, got {type(model).__name__}")
-    stack, reason = None, ""
+    steps: Steps | None = None
+    reason = ""
     try:
-        stack = read_stack(model, max_length)
+        if is_mamba(base_of(model)):
+            steps = MambaSteps(read_mamba(model, max_length))
+        else:
+            steps = LlamaSteps(read_stack(model, max_length))
     except ValueError as error:
         reason = str(error)
         logger.warning("compile_decoder: Transformers decodes this model: %s", reason)
-    return Decoder(model, stack, reason, batch, max_length)
+    return Decoder(model, steps, reason, batch, max_length)
 
 
 class Decoder:
@@ -61,10 +67,10 @@ class Decoder:
     `reason` says why Transformers decodes; it is empty where the native step does.
     """
 
-    def __init__(self, model: Any, stack: DecoderStack | None, reason: str, batch: int, max_length: int) -> None:
+    def __init__(self, model: Any, steps: Steps | None, reason: str, batch: int, max_length: int) -> None:
         self.model, self.reason, self.batch, self.max_length = model, reason, batch, max_length
-        self._stack = stack
-        self._cache = (torch.empty(0), torch.empty(0)) if stack is None else stack.new_cache(batch)
+        self._steps = steps
+        self._state = (torch.empty(0), torch.empty(0)) if steps is None else steps.new_state(batch)
 
     @torch.no_grad()
     def generate(
@@ -94,12 +100,12 @@ class Decoder:
         options = dict(kwargs, generation_config=generation_config)
         if attention_mask is not None:
             options["attention_mask"] = attention_mask
-        stack = self._stack
-        if stack is None or not self._is_plain(generation_config, kwargs):
+        steps = self._steps
+        if steps is None or not self._is_plain(generation_config, kwargs):
             return self.model.generate(input_ids, streamer=streamer, **options)
 
         def decode(model: Any, tokens: Tensor, **prepared: Any) -> Tensor:
-            return self._decode(stack, tokens, streamer, **prepared)
+            return self._decode(steps, tokens, streamer, **prepared)
 
         return self.model.generate(input_ids, streamer=streamer, custom_generate=decode, **options)
 
@@ -136,7 +142,7 @@ class Decoder:
         return not special and not asked and mode.value in ("greedy_search", "sample")
 
     def _decode(
-        self, stack: DecoderStack, tokens: Tensor, streamer: Any, *, logits_processor: Any, stopping_criteria: Any,
+        self, steps: Steps, tokens: Tensor, streamer: Any, *, logits_processor: Any, stopping_criteria: Any,
         generation_config: Any, **inputs: Any,
     ) -> Tensor:  # fmt: skip
         """The loop, from what Transformers prepared."""
@@ -145,11 +151,9 @@ class Decoder:
         mask = inputs.get("attention_mask")
         starts = torch.zeros(sequences, dtype=torch.int64) if mask is None else _starts(mask)
         output = self.model(input_ids=tokens, **inputs)
-        cache = next(output[name] for name in ("cache", "past_key_values") if output.get(name) is not None)
-        keys, values = self._cache
-        copy_cache(cache, keys, values, prompt)
-        del cache, inputs
+        steps.take(cache_of(output), self._state, prompt)
         logits = output.logits[:, -1].float()
+        del output, inputs
         padding = generation_config._pad_token_tensor
         unfinished = torch.ones(sequences, dtype=torch.bool)
         for position in range(prompt, self.max_length + 1):
@@ -161,7 +165,7 @@ class Decoder:
             unfinished = unfinished & ~stopping_criteria(tokens, None)
             if position == self.max_length or not unfinished.any():
                 break
-            logits = decode_step(embedded(self.model, chosen), stack, keys, values, starts, position)
+            logits = steps.step(embedded(self.model, chosen), self._state, starts, position)
         if streamer is not None:
             streamer.end()
         return tokens

@@ -1,52 +1,16 @@
 """One step of decoding with a Llama-like model: a token of each sequence through all blocks in one native call."""
 
-import itertools
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deftcore.ops._library import define
 from deftcore.ops.checks import check_float, check_integers, check_like, check_shape
+from deftcore.ops.decoder_matrix import Matrix, enlist, enlisted, matrix_row, rms_normed
 from deftcore.ops.density import ACTIVATIONS, activate
-from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, stream
-from deftcore.ops.quantized import QuantizedTensor
-
-
-@dataclass(frozen=True, eq=False)
-class Matrix:
-    """y = x W^T + bias.
-
-    Raises:
-        TypeError, ValueError: naming the field.
-    """
-
-    weight: Tensor | QuantizedTensor  # [M, K]; in 4 bits of any kind whose rows are whole blocks
-    bias: Tensor | None = None  # [M] float32
-
-    def __post_init__(self) -> None:
-        if self.weight.dim() != 2:
-            raise ValueError(f"weight: must be a matrix, got shape {tuple(self.weight.shape)}")
-        if isinstance(self.weight, QuantizedTensor):
-            if self.weight.column_blocks or self.weight.shape[1] % self.weight.block_size:
-                raise ValueError(
-                    f"weight: rows in 4 bits must be whole blocks of {self.weight.block_size}, got shape "
-                    f"{tuple(self.weight.shape)}"
-                )
-        elif not self.weight.is_contiguous():
-            raise ValueError(f"weight: must be contiguous, got strides {self.weight.stride()}")
-        if self.bias is not None:
-            check_shape("bias", self.bias, (self.weight.shape[0],), "one per row")
-            if self.bias.dtype != torch.float32:
-                raise TypeError(f"bias: dtype must be torch.float32, got {self.bias.dtype}")
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """By PyTorch, in x's dtype."""
-        weight = self.weight.dequantize() if isinstance(self.weight, QuantizedTensor) else self.weight
-        return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+from deftcore.ops.kernels import address, backend, give_workspace, native, stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +29,6 @@ class Block:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     window: int = 2**62  # positions that a token sees, its own included
-
-
-_numbers = itertools.count()
-_stacks: "WeakValueDictionary[int, DecoderStack]" = WeakValueDictionary()
 
 
 @dataclass(eq=False)
@@ -98,15 +58,14 @@ class DecoderStack:
                 raise TypeError(f"{name}: dtype must be torch.float32, got {getattr(self, name).dtype}")
         self._held: list[Tensor] = []
         self._blocks = torch.tensor([self._row(block) for block in self.blocks])
-        self._head = torch.tensor(self._matrix(self.head))
-        self.number = next(_numbers)
-        _stacks[self.number] = self
+        self._head = torch.tensor(matrix_row(self.head, self._held))
+        self.number = enlist(self)
 
     @property
     def has_kernel(self) -> bool:
         """Whether the native step reads all weights."""
         parts = [self.head, *(m for b in self.blocks for m in (b.q, b.k, b.v, b.o, b.gate, b.up, b.down))]
-        return all(isinstance(m.weight, QuantizedTensor) or m.weight.dtype in DTYPE_CODES for m in parts)
+        return all(m.has_kernel for m in parts)
 
     def new_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Keys and values, [layers, batch, kv_heads, length, head_size] each."""
@@ -128,23 +87,9 @@ class DecoderStack:
         )  # fmt: skip
 
     def _row(self, b: Block) -> list[int]:
-        matrices = [n for m in (b.q, b.k, b.v, b.o, b.gate, b.up, b.down) for n in self._matrix(m)]
+        parts = (b.q, b.k, b.v, b.o, b.gate, b.up, b.down)
+        matrices = [n for m in parts for n in matrix_row(m, self._held)]
         return [*matrices, *map(address, (b.attention_norm, b.mlp_norm, b.q_norm, b.k_norm)), b.window]
-
-    def _matrix(self, m: Matrix) -> list[int]:
-        row = dict.fromkeys(native.decoder_matrix.split(", "), 0)
-        row |= {"bias": address(m.bias), "rows": m.weight.shape[0], "cols": m.weight.shape[1]}
-        if isinstance(m.weight, Tensor):
-            row |= {"weight": address(m.weight), "dtype": DTYPE_CODES.get(m.weight.dtype, -1)}
-            return list(row.values())
-        q = m.weight
-        row |= {"weight": address(q.packed), "code": address(q.code), "absmax": address(q.absmax)}
-        row["block_size"] = q.block_size
-        if q.nested_absmax is not None:
-            self._held.append(torch.tensor([q.nested_offset]))
-            row |= {"nested_absmax": address(q.nested_absmax), "nested_code": address(q.nested_code)}
-            row["nested_offset"] = address(self._held[-1])
-        return list(row.values())
 
 
 def decode_step(
@@ -197,7 +142,7 @@ def decode_step(
 def _decode_step_impl(
     hidden: Tensor, stack: int, keys: Tensor, values: Tensor, starts: Tensor, position: int, vocabulary: int
 ) -> Tensor:
-    whole = _stacks[stack]
+    whole = enlisted(stack)
     kernels = backend("decode_step", hidden) if hidden.dtype == torch.float32 and whole.has_kernel else None
     if kernels is None or not hasattr(kernels, "decode_step"):
         return decode_step_ref(hidden, whole, keys, values, starts, position)
@@ -236,12 +181,12 @@ def decode_step_ref(
 
     def heads(projected: Tensor, norm: Tensor | None) -> Tensor:  # [tokens, heads, size], rotated
         h = projected.unflatten(-1, (-1, size))
-        h = h if norm is None else _normed(h, norm, stack.eps)
+        h = h if norm is None else rms_normed(h, norm, stack.eps)
         low, high = h.chunk(2, -1)
         return h * cosine + torch.cat((-high, low), -1) * sine
 
     for block, k_cache, v_cache in zip(stack.blocks, keys, values, strict=True):
-        h = _normed(x, block.attention_norm, stack.eps)
+        h = rms_normed(x, block.attention_norm, stack.eps)
         q = heads(block.q(h), block.q_norm)
         k_cache[:tokens, :, position] = heads(block.k(h), block.k_norm)
         v_cache[:tokens, :, position] = block.v(h).unflatten(-1, (-1, size))
@@ -251,10 +196,6 @@ def decode_step_ref(
         seen = (past >= starts[:, None]) & (past > position - block.window)
         scores = (stack.scale * (k @ q.unsqueeze(-1)).squeeze(-1)).masked_fill(~seen.unsqueeze(1), -torch.inf)
         x = x + block.o((scores.softmax(-1).unsqueeze(2) @ v).flatten(1))
-        h = _normed(x, block.mlp_norm, stack.eps)
+        h = rms_normed(x, block.mlp_norm, stack.eps)
         x = x + block.down(activate(block.gate(h), stack.activation) * block.up(h))
-    return stack.head(_normed(x, stack.norm, stack.eps))
-
-
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+    return stack.head(rms_normed(x, stack.norm, stack.eps))

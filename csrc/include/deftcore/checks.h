@@ -139,6 +139,12 @@ inline void check_args(const GaloreStepArgs& args, const char* op) {
   }
 }
 
+inline void check_matrix(const DecoderMatrix& m, int64_t rows, int64_t cols, const char* op) {
+  require(m.rows == rows && m.cols == cols, op, "a matrix has another shape than the model's sizes say");
+  require(m.code == nullptr || (is_block_size(m.block_size) && cols % m.block_size == 0), op,
+          "rows in 4 bits must be whole blocks");
+}
+
 inline void check_args(const DecodeStepArgs& args, const char* op) {
   require(args.tokens >= 1 && args.tokens <= args.batch, op, "tokens must be in 1..batch");
   require(args.position >= 0 && args.position < args.length, op, "position must be in 0..length - 1");
@@ -149,11 +155,7 @@ inline void check_args(const DecodeStepArgs& args, const char* op) {
     require(args.starts[t] >= 0 && args.starts[t] <= args.position, op, "starts must be in 0..position");
   }
   const int64_t mixed = args.heads * args.head_size, kept = args.kv_heads * args.head_size;
-  const auto check = [&](const DecoderMatrix& m, int64_t rows, int64_t cols) {
-    require(m.rows == rows && m.cols == cols, op, "a matrix has another shape than the model's sizes say");
-    require(m.code == nullptr || (is_block_size(m.block_size) && cols % m.block_size == 0), op,
-            "rows in 4 bits must be whole blocks");
-  };
+  const auto check = [&](const DecoderMatrix& m, int64_t rows, int64_t cols) { check_matrix(m, rows, cols, op); };
   for (int64_t i = 0; i < args.layers; ++i) {
     const DecoderBlock& block = args.blocks[i];
     check(block.q, mixed, args.width);
@@ -166,6 +168,28 @@ inline void check_args(const DecodeStepArgs& args, const char* op) {
     require(block.window >= 1, op, "window must be at least 1");
   }
   check(*args.head, args.vocabulary, args.width);
+}
+
+inline void check_args(const MambaStepArgs& args, const char* op) {
+  require(args.tokens >= 1 && args.tokens <= args.batch, op, "tokens must be in 1..batch");
+  require(args.width >= 1 && args.channels >= 1 && args.vocabulary >= 1, op, "sizes must be at least 1");
+  check_states(args.states, op);
+  check_heads(args.heads, args.groups, op);
+  require(args.taps >= 1 && args.taps <= kMaxConvWidth, op, "taps must be in 1..16");
+  require(args.heads >= 1 && args.channels % args.heads == 0, op, "heads must divide channels");
+  require(args.norm_groups >= 1 && args.channels % args.norm_groups == 0, op, "norm_groups must divide channels");
+  require(args.rank >= 0 && (args.rank == 0 || args.heads == 1), op, "Mamba has one head");
+  const int64_t second = args.rank == 0 ? args.heads : 0;
+  for (int64_t i = 0; i < args.count; ++i) {
+    const MambaLayer& layer = args.layers[i];
+    check_matrix(layer.in, args.channels + args.mixed() + second, args.width, op);
+    if (args.rank > 0) {
+      check_matrix(layer.x, args.rank + 2 * args.states, args.channels, op);
+      check_matrix(layer.dt, args.channels, args.rank, op);
+    }
+    check_matrix(layer.out, args.width, args.channels, op);
+  }
+  check_matrix(*args.head, args.vocabulary, args.width, op);
 }
 
 inline void check_args(const SsdBackwardArgs& args, const char* op) { check_args(args.forward, op); }

@@ -1,23 +1,9 @@
 // A step of decoding: one token of each sequence through all blocks of a Llama-like model, against a cache.
 #pragma once
 
-#include "deftcore/format4.h"
+#include "deftcore/decoder_matrix.h"
 
 namespace deftcore {
-
-// y = x W^T + bias, W in `dtype`, or in 4 bits where there is a code.
-struct DecoderMatrix {
-  const void* weight;  // [rows, cols], contiguous; in 4 bits the packed bytes
-  const float* bias;   // [rows] or null
-  const float* code;   // [16]; null: dense. What follows, up to the offset, as in Quant4
-  const void* absmax;
-  const float* nested_absmax;
-  const float* nested_code;
-  const float* nested_offset;  // [1], or null
-  int64_t rows, cols, block_size, dtype;
-
-  DEFTCORE_FIELDS(weight, bias, code, absmax, nested_absmax, nested_code, nested_offset, rows, cols, block_size, dtype)
-};
 
 // h = x + o(attention(norm x));  y = h + down(f(gate(norm h)) * up(norm h))
 struct DecoderBlock {
@@ -28,8 +14,6 @@ struct DecoderBlock {
   const float* k_norm;
   int64_t window;  // positions that a token sees, its own included
 };
-// Python writes tables of both, as rows of 64-bit numbers.
-static_assert(sizeof(DecoderMatrix) == 8 * std::tuple_size_v<decltype(DecoderMatrix{}.fields())>);
 static_assert(sizeof(DecoderBlock) == 7 * sizeof(DecoderMatrix) + 5 * 8);
 
 // logits = head(norm(blocks(hidden))). Norms divide by the root of the mean square. Every sequence is at the same

@@ -7,6 +7,7 @@
 #include "deftcore/density.h"
 #include "deftcore/galore.h"
 #include "deftcore/logits.h"
+#include "deftcore/mamba_step.h"
 #include "deftcore/masks.h"
 #include "deftcore/neighbours.h"
 #include "deftcore/partial_linear.h"
@@ -46,6 +47,7 @@
   X(ssd, SsdArgs, PLAIN, EVERYWHERE, where)                                           \
   X(ssd_backward, SsdBackwardArgs, WORKSPACE, EVERYWHERE, where)                      \
   X(decode_step, DecodeStepArgs, WORKSPACE, CPU_ONLY, where)                          \
+  X(mamba_step, MambaStepArgs, WORKSPACE, CPU_ONLY, where)                            \
   X(logit_rows, LogitRowsArgs, PLAIN, EVERYWHERE, where)                              \
   X(logit_rows_backward, LogitRowsBackwardArgs, PLAIN, EVERYWHERE, where)             \
   X(top_logits, TopLogitsArgs, PLAIN, CPU_ONLY, where)                                \

@@ -18,6 +18,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as HfMamba2Mi
 from deftcore.methods.lora.layer import factors
 from deftcore.methods.lora.patch import Replacement
 from deftcore.methods.lora.proof import lora_ready
+from deftcore.models.mamba_cache import held_states
 from deftcore.nn.linear import called_plainly
 from deftcore.nn.mamba import MambaBlock
 from deftcore.nn.mamba2 import Mamba2Block
@@ -96,7 +97,7 @@ class _Cached:
         conv: Any = None
         ssm: Any = None
         if cache is not None:
-            conv, ssm = _held(cache, layer)
+            conv, ssm = held_states(cache, layer)
         recording = hasattr(cache, "is_recording_past") and cache.is_recording_past(layer)
         if mask is not None:
             mask = mask[:, mask.shape[1] - length :]
@@ -121,16 +122,6 @@ class _Cached:
         if seq_idx is not None or cu_seqlens is not None:
             raise ValueError("seq_idx, cu_seqlens: packed sequences are not supported by the patched Mamba mixers")
         return {}
-
-
-def _held(cache: Any, layer: int) -> tuple[Any, Any]:
-    """The convolution's inputs and the scan's state that a cache holds for a layer; None before the first tokens."""
-    if hasattr(cache, "get_conv_state"):
-        return cache.get_conv_state(layer), cache.get_recurrent_state(layer)
-    if not cache.has_previous_state(layer):  # Transformers before 5.21
-        return None, None
-    held = cache.layers[layer]
-    return held.conv_states[0], held.recurrent_states[0]
 
 
 class FusedMambaMixer(_Cached, MambaBlock, HfMambaMixer):  # type: ignore[misc]

@@ -1,0 +1,24 @@
+// A matrix of a model that decodes token by token, in any of the forms that its steps read.
+#pragma once
+
+#include "deftcore/format4.h"
+
+namespace deftcore {
+
+// y = x W^T + bias, W in `dtype`, or in 4 bits where there is a code.
+struct DecoderMatrix {
+  const void* weight;  // [rows, cols], contiguous; in 4 bits the packed bytes
+  const float* bias;   // [rows] or null
+  const float* code;   // [16]; null: dense. What follows, up to the offset, as in Quant4
+  const void* absmax;
+  const float* nested_absmax;
+  const float* nested_code;
+  const float* nested_offset;  // [1], or null
+  int64_t rows, cols, block_size, dtype;
+
+  DEFTCORE_FIELDS(weight, bias, code, absmax, nested_absmax, nested_code, nested_offset, rows, cols, block_size, dtype)
+};
+// Python writes tables of these, as rows of 64-bit numbers.
+static_assert(sizeof(DecoderMatrix) == 8 * std::tuple_size_v<decltype(DecoderMatrix{}.fields())>);
+
+}  // namespace deftcore

@@ -1,0 +1,115 @@
+"""What `Decoder` asks of a model's native step, what the readers of models share, and the proof of a step."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from deftcore.nn.linear import Linear4bit
+from deftcore.ops.decoder_matrix import Matrix
+
+State = tuple[Tensor, Tensor]  # what sequences carry from token to token
+
+_PROMPT, _PROOF_STEPS = 2, 3
+_CLOSE = 2e-3  # of the largest logit, in float32
+_CLOSE_16 = 5e-2  # where Transformers rounds every activation to 16 bits
+
+
+class Steps(Protocol):
+    """A model's native step."""
+
+    def new_state(self, batch: int) -> State:
+        """Room for `batch` sequences at most."""
+
+    def take(self, cache: Any, state: State, length: int) -> None:
+        """Copies Transformers' cache after a prompt of `length` tokens, padding included."""
+
+    def step(self, hidden: Tensor, state: State, starts: Tensor, position: int) -> Tensor:
+        """Logits [B, vocabulary] of the next token; hidden [B, D] are the embeddings of the one at `position`.
+
+        What stands before a sequence's place in `starts` [B] is padding.
+        """
+
+
+def embedded(model: Any, tokens: Tensor) -> Tensor:
+    """Embeddings of tokens [B] as a step takes them, [B, D] float32."""
+    return model.get_input_embeddings()(tokens).float()
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output, whatever this release of Transformers calls it."""
+    return next(output[name] for name in ("cache", "past_key_values") if output.get(name) is not None)
+
+
+def check_devices(model: nn.Module) -> None:
+    """Raises ValueError for a model that is not on the CPU."""
+    devices = {t.device.type for t in model.parameters()}
+    if devices != {"cpu"}:
+        raise ValueError(f"the native step is for CPUs, the model is on {', '.join(sorted(devices))}")
+
+
+def matrix_of(name: str, layer: Any) -> Matrix:
+    """A linear layer's matrix and bias.
+
+    Raises:
+        ValueError: with the reason why no native step reads it.
+    """
+    if type(layer) not in (nn.Linear, Linear4bit):
+        raise ValueError(f"{name}: {type(layer).__name__} has no native step")
+    bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
+    try:
+        return Matrix(layer.quantized if isinstance(layer, Linear4bit) else layer.weight.detach(), bias)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def norm_weight(module: Any) -> Tensor:
+    """What a norm multiplies with: its weight, or 1 + its weight."""
+    weight = module.weight.detach().float()
+    with torch.no_grad():
+        plain = module(torch.ones_like(module.weight)).float()
+    choices = (weight, 1 + weight)
+    return min(choices, key=lambda w: float((plain - w).abs().max())).contiguous()
+
+
+def one_epsilon(core: nn.Module) -> float:
+    """The epsilon of all norms below a module.
+
+    Raises:
+        ValueError: there are several.
+    """
+    norms: list[Any] = [module for name, module in core.named_modules() if name.endswith(("norm", "norm_f"))]
+    epsilons = {float(getattr(norm, "variance_epsilon", None) or norm.eps) for norm in norms}
+    if len(epsilons) > 1:
+        raise ValueError(f"its norms have several epsilons: {', '.join(f'{each:g}' for each in sorted(epsilons))}")
+    return epsilons.pop()
+
+
+@torch.no_grad()
+def prove(model: Any, steps: Steps, length: int) -> None:
+    """Raises ValueError where a few steps behind a prompt, all of made-up tokens and one sequence padded, differ from
+    the model's own forward. `length` is the most that a sequence may have.
+    """
+    length = min(_PROMPT + _PROOF_STEPS, length)
+    prompt = min(_PROMPT, length)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.get_input_embeddings().weight.shape[0], (2, length), generator=generator)
+    starts = torch.tensor([0, prompt - 1])
+    mask = (torch.arange(length) >= starts[:, None]).long()
+    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    training = model.training
+    model.eval()
+    try:
+        theirs = model(**inputs, use_cache=False).logits.float()
+        cache = cache_of(model(**{name: t[:, :prompt] for name, t in inputs.items()}, use_cache=True))
+    finally:
+        model.train(training)
+    state = steps.new_state(2)
+    steps.take(cache, state, prompt)
+    bound = _CLOSE if model.dtype == torch.float32 else _CLOSE_16
+    for position in range(prompt, length):
+        ours = steps.step(embedded(model, tokens[:, position]), state, starts, position)
+        wanted = theirs[:, position]
+        error, scale = float((ours - wanted).abs().max()), float(wanted.abs().max())
+        if not error <= bound * max(scale, 1e-30):
+            raise ValueError(f"its logits differ from a native step's by {error:.3g} of {scale:.3g}")
