@@ -1,11 +1,13 @@
 """`compile_decoder` with Mamba and Mamba-2 against Transformers, and the native step against its reference."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, FalconMambaConfig, Mamba2Config, MambaConfig
+from transformers.models.mamba.modeling_mamba import MambaRMSNorm
 
 import deftcore
 from deftcore import ops
@@ -119,6 +121,29 @@ def test_what_is_refused_says_why():
     wrong = deftcore.patch(model_of("mamba"))  # the proof finds what the parts do not tell
     wrong.backbone.layers[0].mixer.decay = lambda: -torch.ones(128, 16)
     assert "differ" in reason(wrong)
+
+
+def test_the_proof_in_16_bits_is_not_about_roundings():
+    """Logits that Transformers' own roundings spoil say nothing of the native step: its forward in float32 does."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(MambaConfig(**SIZES | {"num_hidden_layers": 8})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(3) if parameter.dim() == 2 and "A_log" not in name else None
+    tokens, model = prompts(2, 5), model.bfloat16()
+    with torch.no_grad():
+        rounded, exact = model(tokens).logits, copy.deepcopy(model).float()(tokens).logits
+    assert (rounded - exact).abs().max() > 0.1 * exact.abs().max()
+    assert deftcore.compile_decoder(model).reason == ""
+    model.backbone.layers[3].norm.__class__ = _Doubled
+    assert "differ" in deftcore.compile_decoder(model).reason
+
+
+class _Doubled(MambaRMSNorm):
+    """What the parts do not tell."""
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) + hidden_states.sign()
 
 
 def test_adapters_are_merged_first():
