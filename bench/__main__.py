@@ -1,13 +1,14 @@
 """Ratios to the best peer: `python -m bench`. Sides alternate in one process, weights are cold, medians are reported.
 
-Writes bench/results/<kind of machine>.json and the plots in bench/results; `--quick` runs a tenth of it.
+Prints which kind of machine this is and writes bench/results/<kind of machine>.json (cpu-avx512, cpu-avx2, cuda), with
+a plot beside it; `--quick` takes three minutes and writes into bench/results/quick. A level that DEFTCORE_CPU_ISA
+forces is no kind of machine: see machines.py.
 """
 
 import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -18,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from rich.progress import track
 
-from bench import light_peft, neighbours, quant4, s2ft, spectral, ssm, tsvit
+from bench import light_peft, neighbours, quant4, s2ft, spectral, ssm, train_step, tsvit
 from bench.harness import Rotating, alternate, console, keep_freed_memory, streaming_bandwidth
+from bench.machines import describe, headline, keep_origins, origin, result_file
 from deftcore import ops
 from deftcore._files import write_json
 from deftcore.cli.info import collect
 from deftcore.ops.kernels import machine_name
 
-RESULTS = Path(__file__).parent / "results"
 GROUPS = {"spectral": list(spectral.FAMILIES)}  # what --only takes as one name
 
 
@@ -188,54 +189,6 @@ def bench_overhead(device):
     return rows
 
 
-TRAIN_STEP = """
-import json, resource, statistics, sys, time, warnings
-warnings.filterwarnings("ignore")
-import peft, torch, transformers
-import deftcore
-from deftcore.methods.deft.objective import DensityLoss
-torch.manual_seed(0)
-config = transformers.LlamaConfig(vocab_size=2048, hidden_size=512, intermediate_size=4096, num_hidden_layers=4,
-                                  num_attention_heads=8, num_key_value_heads=8, hidden_act="relu")
-model = peft.get_peft_model(transformers.LlamaForCausalLM(config), peft.LoraConfig(
-    r=16, target_modules=["q_proj", "v_proj", "gate_proj"], task_type="CAUSAL_LM"))
-if sys.argv[1] != "peft":
-    deftcore.patch(model)
-objective = DensityLoss(model, surrogate="tanh") if sys.argv[1] == "deft" else None
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-ids = torch.randint(0, 2048, (8, 128))
-model.train()
-times = []
-for step in range(int(sys.argv[2])):
-    start = time.perf_counter()
-    loss = model(input_ids=ids, labels=ids).loss
-    if objective:
-        loss = loss + objective.loss()
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    times.append(time.perf_counter() - start)
-print(json.dumps({"seconds": statistics.median(times[2:]),
-                  "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
-"""
-
-
-def bench_train_step(quick):
-    """A LoRA step on a 4-layer Llama (8 x 128 tokens): PEFT, patched, patched with DEFT; a process each, in turn."""
-    sides = {"peft": [], "patched": [], "deft": []}
-    for _ in track(range(1 if quick else 3), "training step", console=console):
-        for side, found in sides.items():
-            command = [sys.executable, "-c", TRAIN_STEP, side, "6" if quick else "10"]
-            found.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    return [
-        {
-            "side": side, "ms": 1e3 * statistics.median(f["seconds"] for f in found),
-            "peak_mb": statistics.median(f["peak_mb"] for f in found),
-        }
-        for side, found in sides.items()
-    ]  # fmt: skip
-
-
 def plot(results, path):
     import matplotlib
 
@@ -271,26 +224,32 @@ def print_tables(results):
             print(f"geometric mean of ratio: {statistics.geometric_mean(ratios):.2f}")
 
 
-def kind_of_machine(device):
-    """Names a result file: "cpu" is one with AVX-512, whose figures are others than those of "cpu-avx2"."""
-    isa = collect()["cpu_isa"]
-    return device if device != "cpu" or isa.startswith("avx512") else f"cpu-{isa}"
-
-
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench")
-    parser.add_argument("--quick", action="store_true", help="fewer points and repeats")
+    parser.add_argument("--quick", action="store_true", help="fewer points and repeats, three minutes")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", nargs="*", metavar="FAMILY", help="these alone; others keep what the file has")
     parser.add_argument(
-        "--output", type=Path, default=None, help="JSON file; default bench/results/<kind of machine>.json"
+        "--output",
+        type=Path,
+        default=None,
+        help="JSON file; default bench/results/<kind of machine>.json, a quick run's in bench/results/quick; a forced "
+        "level has no default",
     )
     args = parser.parse_args()
+    head = describe(args.device)
+    print(headline(head))
+    try:
+        output = result_file(head, args.output, args.quick)
+    except ValueError as error:
+        parser.error(str(error))
     torch.manual_seed(0)
     bandwidth = streaming_bandwidth(args.device)
-    output = args.output or RESULTS / f"{kind_of_machine(args.device)}.json"
     results = json.loads(output.read_text()) if args.only and output.exists() else {}
-    results |= {
+    if results.get("forced") != head["forced"] and results:
+        parser.error(f"--output: {output} was measured otherwise ({results.get('forced') or 'not forced'})")
+    keep_origins(results)
+    results |= head | {
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "machine": machine_name(torch.empty(0, device=args.device)),
         "python": platform.python_version(),
@@ -322,7 +281,7 @@ def main():
         "state_update": lambda: ssm.bench_state_update(args.device, args.quick),
         "mamba_mixer": lambda: ssm.bench_mixer(args.device, args.quick),
         "mamba_decode": lambda: ssm.bench_decode(args.device, args.quick),
-        "train_step": lambda: bench_train_step(args.quick),
+        "train_step": lambda: train_step.bench_train_step(args.quick),
         "light_peft": lambda: light_peft.bench_light_peft(args.quick),
         "neighbours": lambda: neighbours.bench_neighbours(args.device, args.quick),
         "tsvit": lambda: tsvit.bench_tsvit(args.device, args.quick),
@@ -333,21 +292,23 @@ def main():
     unknown = sorted(set(wanted) - families.keys())
     if unknown:
         parser.error(f"--only: unknown {', '.join(unknown)}; known: {', '.join([*families, *GROUPS])}")
-    RESULTS.mkdir(exist_ok=True)
+    output.parent.mkdir(exist_ok=True)
     failed = []
     for name in [n for n in families if n in wanted]:
         if name in tuned:
             keep_freed_memory()
+        start = time.perf_counter()
         try:
             results[name] = families[name]()
+            results["measured"][name] = origin(results) | {"seconds": round(time.perf_counter() - start, 1)}
         except Exception:  # one family's failure must not cost the others' hour
             traceback.print_exc()
             failed.append(name)
         write_json(output, results)
     print_tables(results)
-    print(f"\nstreaming read {bandwidth / 1e9:.1f} GB/s on {results['machine']}")
+    print(f"\nstreaming read {bandwidth / 1e9:.1f} GB/s\n{headline(head)}")
     if results.get("sparse_down") and not args.quick:
-        plot(results, RESULTS / f"sparse_down_{output.stem}.png")
+        plot(results, output.parent / f"sparse_down_{output.stem}.png")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -14,7 +14,7 @@ from bench.targets import AVX2, AVX512, CUDA, LARGE, standing
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
-KINDS = {AVX512: "CPU with AVX-512", AVX2: "CPU with AVX2 alone", CUDA: "NVIDIA GPU"}
+KINDS = {AVX512: "CPU with AVX-512", AVX2: "CPU with AVX2 alone", CUDA: "NVIDIA GPU"}  # in the page's order
 DENSITIES = [0.05, 0.1, 0.2, 0.5, 1.0]
 
 HEAD = """# Benchmarks
@@ -27,9 +27,11 @@ bitsandbytes, PEFT, Transformers, mambapy, galore-torch. `2.00x` is twice as fas
 CUDA graph, so that the device's time is seen and not the interpreter's; what a call costs the host stands under "Calls
 on tiny tensors".
 
-To measure another machine: `python -m bench` on a CPU (an hour; `--quick` takes a tenth of it, `--only FAMILY` one
-family, `--only spectral` those of Natural GaLore, KaSA and BA-LoRA), `bash bench/gpu_check.sh` on a GPU (nine minutes,
-tests included); then `python -m bench.tables`.
+To measure another machine: `python -m bench` on a CPU (an hour; `--only FAMILY` one family, `--only spectral` those of
+Natural GaLore, KaSA and BA-LoRA), `bash bench/gpu_check.sh` on a GPU (nine minutes, tests included); then
+`python -m bench.tables`. `python -m bench --quick` runs every family in three minutes, with fewer points and repeats;
+its figures are not kept here. A CPU's kind is the best level that it has: one that `DEFTCORE_CPU_ISA` holds down to
+less measures neither, and is labelled so. llama.cpp comes with `pip install "deftcore[bench]"`, which compiles it.
 
 What density can buy is bounded: a gated block reads its gate matrix whole, so the ideal is 3 / (1 + 2 density), at most
 3x; a plain block at most 2x. Batches read the union of their tokens' active neurons. In a compute-bound prefill, or an
@@ -308,8 +310,10 @@ FAMILIES = {
 def machine(file):
     """(kind, results, how and where they were measured) of a result file."""
     if "figures" not in file:
-        kind = AVX512 if file["info"]["cpu_isa"].startswith("avx512") else AVX2
-        return kind, file, f"{file['machine']}, Python {file['python']}: `{file['command']}`."
+        if file["forced"]:
+            raise ValueError(f"a result file is {file['forced']}")
+        machines = dict.fromkeys([file["machine"], *(each["machine"] for each in file["measured"].values())])
+        return file["kind"], file, f"{'; '.join(machines)}; Python {file['python']}: `python -m bench`."
     results, outcomes = file["figures"], file["tests"]
     others = ", ".join(f"`{name}`" for name, outcome in outcomes.items() if outcome != "passed") or "none"
     passed = sum(outcome == "passed" for outcome in outcomes.values())
@@ -334,15 +338,25 @@ def section(path):
         key = family.__name__
         if results.get(key):
             yield f"### {name}"
-            yield " ".join(
-                filter(None, [f"`python -m bench {options} {key}` on {results['machine']}.", notes.get(key)])
-            )
+            where = results.get("measured", {}).get(key, results)["machine"]
+            yield " ".join(filter(None, [f"`python -m bench {options} {key}` on {where}.", notes.get(key)]))
             yield inspect.getdoc(family)
             yield from family(results, kind)
             if kind == CUDA and key in ON_A_GPU:
                 yield ON_A_GPU[key]
             if (RESULTS / f"{key}_{path.stem}.png").exists():
                 yield f"![{name}](../bench/results/{key}_{path.stem}.png)"
+
+
+def unmeasured(kind):
+    """The blocks of a kind of machine that has no result file."""
+    yield f"## {KINDS[kind]}"
+    if kind == CUDA:
+        yield "Not measured yet: `bash bench/gpu_check.sh` on such a machine writes its file in `bench/results`."
+        return
+    yield f"""Not measured yet: `python -m bench` on such a machine writes `cpu-{kind}.json` in `bench/results`. A
+machine with more instructions that is held down to these (`DEFTCORE_CPU_ISA`) does not measure it."""
+    yield table(["asked of it", ""], ((what, asked) for what, asked, *_ in standing({}, kind)))
 
 
 def finetuning(report):
@@ -362,12 +376,15 @@ last two, the better learning rate of those tried, one seed. `{report["command"]
 
 def page():
     """The text of docs/benchmarks.md."""
-    files = sorted(path for path in RESULTS.glob("*.json") if path.stem != "finetuning_cpu")
-    measured = {machine(json.loads(path.read_text()))[0] for path in files}
-    missing = [text for kind, text in KINDS.items() if kind not in measured]
+    files = [path for path in RESULTS.glob("*.json") if path.stem != "finetuning_cpu"]
+    of_kind = {kind: [] for kind in KINDS}
+    for path in sorted(files):
+        of_kind[machine(json.loads(path.read_text()))[0]].append(path)
+    missing = [KINDS[kind] for kind, found in of_kind.items() if not found]
     blocks = [HEAD.strip()]
     blocks += [f"Not measured yet: {', '.join(missing)}."] if missing else []
-    blocks += [block for path in files for block in section(path)]
+    for kind, found in of_kind.items():
+        blocks += [block for path in found for block in section(path)] or [*unmeasured(kind)]
     blocks += finetuning(json.loads((RESULTS / "finetuning_cpu.json").read_text()))
     return "\n\n".join(filter(None, blocks)) + "\n"
 

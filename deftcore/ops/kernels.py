@@ -195,6 +195,14 @@ def capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
+def cpu_name() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine_name(like: Tensor) -> str:
     """What a measurement on like's device depends on: the processor and how it is used, and versions.
 
@@ -202,15 +210,8 @@ def machine_name(like: Tensor) -> str:
     """
     if like.device.type == "cuda":
         return Place.of(like.device).words
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
     threads = torch.get_num_threads()
-    return f"{cpu} {native.isa_name()} threads={threads} torch-{torch.__version__} deftcore-{native.version}"
+    return f"{cpu_name()} {native.isa_name()} threads={threads} torch-{torch.__version__} deftcore-{native.version}"
 
 
 # ---------------------------------------------------------------------------- memory
