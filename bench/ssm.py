@@ -10,6 +10,8 @@ from rich.progress import track
 import deftcore
 from bench.harness import alternate, console, optional
 from deftcore import ops
+from deftcore.models.decoder_steps import cache_of, embedded
+from deftcore.models.mamba_decoder import MambaSteps, read_mamba
 
 STATES = 16
 # Operations of the multiply-add pipes per state and step of 16 channels: an exponential has seven.
@@ -196,10 +198,15 @@ def bench_decode(device, quick):
                 cache = "cache" if "cache" in caches[name] else "cache_params"  # Transformers renamed it
                 return m(ids[:, :1], **{cache: caches[name][cache]}, use_cache=True)
 
-            times = alternate(
-                {"transformers": lambda: step(model, "transformers"), "ours": lambda: step(patched, "ours")}, 30,
-                device,
-            )  # fmt: skip
+            sides = {"transformers": lambda: step(model, "transformers"), "ours": lambda: step(patched, "ours")}
+            if device == "cpu":  # all layers in one native call
+                compiled = MambaSteps(read_mamba(patched, 32))
+                state, starts = compiled.new_state(batch), torch.zeros(batch, dtype=torch.int64)
+                compiled.take(cache_of(caches["ours"]), state, 16)
+                sides["compiled"] = lambda c=compiled, m=patched, s=state, z=starts, t=ids[:, 0]: c.step(
+                    embedded(m, t), s, z, 16
+                )
+            times = alternate(sides, 30, device)
             weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embed" not in n)
             seconds = {name: t["seconds"] for name, t in times.items()}
             rows.append(
@@ -207,6 +214,9 @@ def bench_decode(device, quick):
                  "weights_gb_per_s": weights / seconds["ours"] / 1e9,
                  "ratio": seconds["transformers"] / seconds["ours"]}
             )  # fmt: skip
+            if "compiled" in seconds:
+                rows[-1] |= {"compiled_ms": 1e3 * seconds["compiled"],
+                             "compiled_ratio": seconds["transformers"] / seconds["compiled"]}  # fmt: skip
     return rows
 
 
