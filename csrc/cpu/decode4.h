@@ -14,6 +14,7 @@
 #include <algorithm>
 
 #include "deftcore/format4.h"
+#include "deftcore/workspace.h"
 #include "isa.h"
 
 namespace deftcore::cpu {
@@ -64,12 +65,12 @@ inline Words load_nibbles(const uint8_t* p) {
 inline Vec gather(const float* table, const uint8_t* index) {
   return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index))), table, 4);
 }
-// A chunk's scales, one per lane: lane l takes scales[lane[l]].
+// A chunk's scales, one per lane of `each` elements: lane l takes scales[lane[l]].
 struct LaneScales {
   __m512i lane;
-  explicit LaneScales(int64_t block) {
+  explicit LaneScales(int64_t block, int64_t each = 8) {
     alignas(64) int32_t index[16];
-    for (int l = 0; l < 16; ++l) index[l] = static_cast<int32_t>(8 * l / block);
+    for (int l = 0; l < 16; ++l) index[l] = static_cast<int32_t>(each * l / block);
     lane = _mm512_load_si512(index);
   }
   Vec operator()(const float* scales) const { return _mm512_permutexvar_ps(lane, _mm512_loadu_ps(scales)); }
@@ -137,9 +138,9 @@ inline Vec gather(const float* table, const uint8_t* index) {
 }
 struct LaneScales {
   __m256i lane;
-  explicit LaneScales(int64_t block) {
+  explicit LaneScales(int64_t block, int64_t each = 8) {
     alignas(32) int32_t index[8];
-    for (int l = 0; l < 8; ++l) index[l] = static_cast<int32_t>(8 * l / block);
+    for (int l = 0; l < 8; ++l) index[l] = static_cast<int32_t>(each * l / block);
     lane = _mm256_load_si256(reinterpret_cast<const __m256i*>(index));
   }
   Vec operator()(const float* scales) const { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), lane); }
@@ -192,10 +193,10 @@ inline Vec gather(const float* table, const uint8_t* index) {
   return lanes_of([&](int i) { return table[index[i]]; });
 }
 struct LaneScales {
-  int64_t block;
-  explicit LaneScales(int64_t size) : block(size) {}
+  int64_t block, each;
+  explicit LaneScales(int64_t size, int64_t elements = 8) : block(size), each(elements) {}
   Vec operator()(const float* scales) const {
-    return lanes_of([&](int i) { return scales[8 * i / block]; });
+    return lanes_of([&](int i) { return scales[each * i / block]; });
   }
 };
 
@@ -228,7 +229,7 @@ inline void interleave(Vec even, Vec odd, Vec& first, Vec& second) {
 }
 inline Vec gather(const float* table, const uint8_t* index) { return table[*index]; }
 struct LaneScales {
-  explicit LaneScales(int64_t) {}
+  explicit LaneScales(int64_t, int64_t = 8) {}
   Vec operator()(const float* scales) const { return *scales; }
 };
 
@@ -304,6 +305,16 @@ inline const float* column_scales(const Quant4& q, int64_t row, int64_t col) {
 
 inline const uint8_t* packed_row(const Quant4& q, int64_t row) { return q.packed + row * (q.cols / 2); }
 
+// Blocks are powers of two: column >> block_shift(q) is a column's block, for less than a division.
+inline int block_shift(const Quant4& q) { return __builtin_ctzll(static_cast<unsigned long long>(q.block_size)); }
+
+// How many rows, a multiple of `group`, lie between what is read and what is prefetched: of short rows many, or the
+// bytes would come too late.
+inline int64_t rows_ahead(int64_t row_bytes, int64_t group) {
+  constexpr int64_t kBytesAhead = 4096;
+  return round_up(std::max<int64_t>(kBytesAhead / std::max<int64_t>(row_bytes, 1), 1), group);
+}
+
 // Floats that hold a row's scales, and zeros for the lanes beyond.
 inline int64_t row_scale_size(const Quant4& q) { return q.cols / q.block_size + 16; }
 
@@ -312,6 +323,17 @@ inline void decode_row_scales(const Quant4& q, int64_t row, int64_t first, int64
   const int64_t blocks = (count + q.block_size - 1) / q.block_size;
   decode_scales(q, (row * q.cols + first) / q.block_size, blocks, out);
   for (int64_t i = blocks; i < blocks + 16; ++i) out[i] = 0.0f;
+}
+
+// All scales of `count` regular rows, as decode_row_scales leaves them for each. Rows may be short: their scales, which
+// lie in a row, are decoded together.
+inline void decode_rows_scales(const Quant4& q, int64_t row, int64_t count, float* out) {
+  const int64_t blocks = q.cols / q.block_size, stride = row_scale_size(q);
+  decode_scales(q, row * blocks, count * blocks, out);
+  for (int64_t r = count - 1; r >= 0; --r) {
+    std::memmove(out + r * stride, out + r * blocks, static_cast<size_t>(blocks) * sizeof(float));
+    std::fill_n(out + r * stride + blocks, stride - blocks, 0.0f);
+  }
 }
 
 // One weight of any layout.

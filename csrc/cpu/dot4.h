@@ -80,6 +80,7 @@ void dot4_tile(const DotForm<Word>& form, const Quant4& q, const LaneScales& lan
                int64_t x_stride, float (*out)[kDot4Tokens]) {
   using Form = DotForm<Word>;
   constexpr int kParts = kDotSteps<Word> / Form::kAtOnce;
+  const int shift = block_shift(q);
   Vec total[kRows][kTokens];
   for (auto& row : total) {
     for (Vec& v : row) v = Vec(0.0f);
@@ -116,7 +117,7 @@ void dot4_tile(const DotForm<Word>& form, const Quant4& q, const LaneScales& lan
     look_up(std::integral_constant<int, 6>{});
     look_up(std::integral_constant<int, 7>{});
     for (int r = 0; r < kRows; ++r) {
-      const Vec scale = lanes(scales + r * scale_stride + c * kChunk / q.block_size);
+      const Vec scale = lanes(scales + r * scale_stride + (c * kChunk >> shift));
       for (int m = 0; m < kTokens; ++m) total[r][m] = fma(part[r][m], scale, total[r][m]);
     }
   };
@@ -131,20 +132,26 @@ void dot4_tile(const DotForm<Word>& form, const Quant4& q, const LaneScales& lan
   }
 }
 
-// Calls sink(k, m, x[m] . row row_of(k)) for k in range and every token. `scales` holds kDot4Rows row_scale_size(q).
+// Calls sink(k, m, x[m] . row row_of(k)) for k in range and every token; row_of rises. `scales` holds kDot4Rows
+// row_scale_size(q).
 template <class Word, class RowOf, class Sink>
 void dots4(const Quant4& q, RowOf&& row_of, Range range, const typename Word::Element* x, int64_t x_stride,
            int64_t tokens, float* scales, Sink&& sink) {
   const DotForm<Word> form(q.code);
   const LaneScales lanes(q.block_size);
-  const int64_t last = range.end - 1, scale_stride = row_scale_size(q);
+  const int64_t last = range.end - 1, scale_stride = row_scale_size(q), leap = rows_ahead(q.cols / 2, kDot4Rows);
   for (int64_t k = range.begin; k < range.end; k += kDot4Rows) {
     const uint8_t *rows[kDot4Rows], *next[kDot4Rows];
     for (int64_t r = 0; r < kDot4Rows; ++r) {  // past the end: repeat the last row, drop its result
-      const int64_t row = row_of(k + r < last ? k + r : last), ahead = k + r + kDot4Rows;
+      const int64_t row = row_of(k + r < last ? k + r : last), ahead = k + r + leap;
       rows[r] = packed_row(q, row);
       next[r] = packed_row(q, row_of(ahead < last ? ahead : last));
-      decode_row_scales(q, row, 0, q.cols, scales + r * scale_stride);
+    }
+    const int64_t mine = std::min(kDot4Rows, range.end - k), first = row_of(k);
+    if (row_of(k + mine - 1) == first + mine - 1) {
+      decode_rows_scales(q, first, mine, scales);
+    } else {
+      for (int64_t r = 0; r < mine; ++r) decode_row_scales(q, row_of(k + r), 0, q.cols, scales + r * scale_stride);
     }
     for (int64_t m0 = 0; m0 < tokens; m0 += kDot4Tokens) {
       float out[kDot4Rows][kDot4Tokens];

@@ -37,6 +37,7 @@ const Level* levels(int* count) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
   static const Level all[] = {
 #if defined(DEFTCORE_TEST_LEVEL)
@@ -44,9 +45,7 @@ const Level* levels(int* count) {
 #endif
       {DEFTCORE_TABLE(scalar), true},
 #if defined(DEFTCORE_X86)
-      {DEFTCORE_TABLE(avx2), avx2},
-      {DEFTCORE_TABLE(avx512), avx512},
-      {DEFTCORE_TABLE(avx512bf16), avx512 && __builtin_cpu_supports("avx512bf16")},
+      {DEFTCORE_TABLE(avx2), avx2},    {DEFTCORE_TABLE(avx512), avx512}, {DEFTCORE_TABLE(avx512bf16), avx512bf16},
 #endif
   };
   *count = sizeof(all) / sizeof(all[0]);

@@ -1,9 +1,10 @@
-// Products of a few tokens with rows of a decoder's matrices, dense or in 4 bits: sums over a row stay in registers,
-// and each weight is read once.
+// Products of a few tokens with rows of a decoder's matrices, dense, in 4 bits or in int8: sums over a row stay in
+// registers, and each weight is read once.
 #pragma once
 
 #include "deftcore/decoder_matrix.h"
 #include "dot4.h"
+#include "dot8.h"
 
 namespace deftcore::cpu {
 namespace {
@@ -86,18 +87,56 @@ void dense_rows(const DecoderMatrix& matrix, Range range, const Activations& x, 
   }
 }
 
-// Calls sink(row, token, y) with y = x W^T + bias for the rows of a range and every token. `scales` holds
-// kDot4Rows row_scale_size(matrix) floats where it is in 4 bits.
+// What a part works in.
+struct RowRoom {
+  float* scales;   // kDot4Rows row_scale_size(matrix), of the matrix with the longest rows
+  Tokens8 tokens;  // x rounded to int8
+};
+static_assert(kDot4Rows == kDot8Rows);
+
+// The same of all parts, in a step whose longest row has `cols` columns.
+struct RowRooms {
+  float* scales;
+  Tokens8 rounded;  // [parts tokens]
+  int64_t scale_stride, tokens;
+
+  RowRoom of(int64_t part) const {
+    RowRoom room{scales + part * scale_stride, rounded.from(part * tokens)};
+    room.tokens.tokens = tokens;
+    return room;
+  }
+};
+
+inline RowRooms take_row_rooms(Workspace& room, int64_t tokens, int64_t cols) {
+  RowRooms r{};
+  r.scale_stride = kDot4Rows * round_up(cols / 32 + 16, 16);  // blocks have 32 columns or more
+  r.scales = room.take<float>(most_parts() * r.scale_stride);
+  r.rounded = take_tokens8(room, most_parts() * tokens, cols);
+  r.tokens = tokens;
+  return r;
+}
+
+// Calls sink(row, token, y) with y = x W^T + bias for the rows of a range and every token.
 template <class Sink>
-void matrix_rows(const DecoderMatrix& matrix, Range range, const Activations& x, int64_t tokens, float* scales,
+void matrix_rows(const DecoderMatrix& matrix, Range range, const Activations& x, int64_t tokens, const RowRoom& room,
                  Sink&& sink) {
   const auto add_bias = [&](int64_t row, int64_t token, float dot) {
     sink(row, token, matrix.bias == nullptr ? dot : dot + matrix.bias[row]);
   };
+  if (matrix.dtype == kInt8Rows) {
+    to_int8<false>(x.plain, matrix.cols, kBlock8, 1.0f, room.tokens);
+    return dense8(static_cast<const int8_t*>(matrix.weight), static_cast<const float*>(matrix.absmax), matrix.cols,
+                  range, room.tokens, add_bias);
+  }
+  if (matrix.code != nullptr && matrix.int8 != 0) {
+    const Quant4 q = packed_form(matrix);
+    const Book8 book(q.code);
+    to_int8<true>(x.plain, q.cols, q.block_size, book.step, room.tokens);
+    return dots8(q, book, range, room.tokens, room.scales, add_bias);
+  }
   if (matrix.code != nullptr) {
     const auto same = [](int64_t row) { return row; };
-    dots4<FloatWord>(packed_form(matrix), same, range, x.placed, x.placed_stride, tokens, scales, add_bias);
-    return;
+    return dots4<FloatWord>(packed_form(matrix), same, range, x.placed, x.placed_stride, tokens, room.scales, add_bias);
   }
   dispatch_dtype(static_cast<DType>(matrix.dtype),
                  [&](auto t) { dense_rows<decltype(t)>(matrix, range, x, tokens, add_bias); });

@@ -6,18 +6,15 @@ namespace deftcore::cpu {
 namespace {
 
 struct Int8Buffers {
-  Int8Tokens x;
+  Tokens8 x;
   float* scales;  // [parts, scale_stride]: of the rows of a group
   int64_t scale_stride;
 };
 
 Int8Buffers lay_out(const Linear4bitArgs& args, Workspace& room) {
-  const int64_t blocks = args.w.cols / args.w.block_size;
   Int8Buffers b{};
   b.scale_stride = kDot8Rows * row_scale_size(args.w);
-  b.x.tokens = args.tokens;
-  b.x.x = room.take<int8_t>(args.tokens * args.w.cols);
-  b.x.steps = room.take<float>(args.tokens * blocks);
+  b.x = take_tokens8(room, args.tokens, args.w.cols);
   b.scales = room.take<float>(most_parts() * b.scale_stride);
   return b;
 }
@@ -29,10 +26,8 @@ void linear_int8(const Linear4bitArgs& args) {
   T* y = static_cast<T*>(args.y);
   Workspace room(args.workspace);
   const Int8Buffers b = lay_out(args, room);
-  for (int64_t m = 0; m < args.tokens; ++m) {
-    to_int8(x + m * q.cols, q.cols, q.block_size, b.x.x + m * q.cols, b.x.steps + m * (q.cols / q.block_size));
-  }
   const Book8 book(q.code);
+  to_int8<true>(x, q.cols, q.block_size, book.step, b.x);
   const int parts = parts_for(q.rows * q.cols / 2);
   for_parts(parts, [&](int part) {
     dots8(q, book, share(q.rows, parts, part, kDot8Rows), b.x, b.scales + part * b.scale_stride,

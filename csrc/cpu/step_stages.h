@@ -13,8 +13,7 @@ struct StageBuffers {
   int64_t tokens, width;
   Activations normed;  // [width]
   float* stream;       // [tokens, width]
-  float* scales;       // per part
-  int64_t scale_stride;
+  RowRooms rooms;
 };
 
 inline Activations take_activations(Workspace& room, int64_t tokens, int64_t size) {
@@ -33,8 +32,7 @@ inline StageBuffers take_stages(Workspace& room, int64_t tokens, int64_t width, 
   b.width = width;
   b.normed = take_activations(room, tokens, width);
   b.stream = room.take<float>(tokens * width);
-  b.scale_stride = kDot4Rows * round_up(longest / 32 + 16, 16);  // blocks have 32 columns or more
-  b.scales = room.take<float>(most_parts() * b.scale_stride);
+  b.rooms = take_row_rooms(room, tokens, longest);
   return b;
 }
 
@@ -70,7 +68,7 @@ class StepStages {
   // All of some rows, by one part.
   template <class Sink>
   void own_rows(int part, const DecoderMatrix& m, Range mine, const Activations& x, Sink&& sink) {
-    matrix_rows(m, mine, x, s_.tokens, s_.scales + part * s_.scale_stride, sink);
+    matrix_rows(m, mine, x, s_.tokens, s_.rooms.of(part), sink);
   }
 
   // normed = the stream over its root mean square, times weight.

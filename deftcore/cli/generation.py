@@ -3,7 +3,7 @@
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -37,6 +37,7 @@ class Writer:
         max_new_tokens: of an answer, at most.
         temperature: of the sampling; 0 is greedy.
         top_p: share of the probability that the tokens to sample from hold.
+        activations: as in `deftcore.compile_decoder`.
 
     Raises:
         FileNotFoundError, ValueError: naming the argument, before weights are read.
@@ -55,6 +56,7 @@ class Writer:
         max_new_tokens: Count = 128,
         temperature: NonNegative = 0.0,
         top_p: Annotated[Positive, Field(le=1)] = 1.0,
+        activations: Literal["exact", "int8"] = "exact",
     ) -> None:
         where = choose_device(device)
         sparse = (Path(model) / SPARSE_FILE).is_file()
@@ -75,7 +77,7 @@ class Writer:
         self.decoder = None
         if where.type == "cpu" and not loaded.config.is_encoder_decoder:
             longest = min(getattr(loaded.config, "max_position_embeddings", None) or _LONGEST, _LONGEST)
-            self.decoder = compile_decoder(loaded, max_length=longest)
+            self.decoder = compile_decoder(loaded, max_length=longest, activations=activations)
         self.where, self.chat, self.max_new_tokens = where, chat, max_new_tokens
         self.messages: list[dict[str, str]] = []
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}

@@ -24,6 +24,10 @@ class LlamaSteps:
 
     stack: DecoderStack
 
+    def rounded(self) -> "LlamaSteps":
+        """As `Steps`."""
+        return LlamaSteps(self.stack.rounded())
+
     def new_state(self, batch: int) -> State:
         """As `Steps`."""
         return self.stack.new_cache(batch)

@@ -20,6 +20,9 @@ _CLOSE_16 = 5e-2  # where Transformers rounds every activation to 16 bits
 class Steps(Protocol):
     """A model's native step."""
 
+    def rounded(self) -> "Steps":
+        """The same in int8: what weights in 4 bits are multiplied with, and the head."""
+
     def new_state(self, batch: int) -> State:
         """Room for `batch` sequences at most."""
 
@@ -87,45 +90,69 @@ def one_epsilon(core: nn.Module) -> float:
     return epsilons.pop()
 
 
-@torch.no_grad()
+class Trial:
+    """A prompt of made-up tokens with some behind it, one of two sequences padded, through a model's own forward.
+
+    Args:
+        length: the most that a sequence may have.
+        forward: in place of the model's.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, length: int, forward: Callable[..., Any] | None = None) -> None:
+        length = min(_PROMPT + _PROOF_STEPS, length)
+        self.model, self.prompt = model, min(_PROMPT, length)
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(model.get_input_embeddings().weight.shape[0], (2, length), generator=generator)
+        self.starts = torch.tensor([0, self.prompt - 1])
+        mask = (torch.arange(length) >= self.starts[:, None]).long()
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs = {"input_ids": self.tokens, "attention_mask": mask, "position_ids": places}
+        before = {name: t[:, : self.prompt] for name, t in inputs.items()}
+        training, forward = model.training, forward or model
+        model.eval()
+        try:
+            self.logits = forward(**inputs, use_cache=False).logits.float()[:, self.prompt :]
+            self.cache = cache_of(forward(**before, use_cache=True))
+        finally:
+            model.train(training)
+
+    @torch.no_grad()
+    def logits_of(self, steps: Steps) -> Tensor:
+        """By a native step, [2, tokens behind the prompt, vocabulary]."""
+        state = steps.new_state(2)
+        steps.take(self.cache, state, self.prompt)
+        places = range(self.prompt, self.tokens.shape[1])
+        found = [steps.step(embedded(self.model, self.tokens[:, p]), state, self.starts, p) for p in places]
+        return torch.stack(found, 1) if found else self.logits
+
+    def compare(self, steps: Steps, bound: float) -> None:
+        """Raises ValueError where logits differ by more than `bound` of a token's largest."""
+        ours = self.logits_of(steps)
+        for mine, wanted in zip(ours.unbind(1), self.logits.unbind(1), strict=True):
+            error, scale = float((mine - wanted).abs().max()), float(wanted.abs().max())
+            if not error <= bound * max(scale, 1e-30):
+                raise ValueError(f"its logits differ from a native step's by {error:.3g} of {scale:.3g}")
+
+    def distance(self, steps: Steps, exact: Steps) -> float:
+        """Root mean square of what two steps' logits differ by, over that of the second's."""
+        wanted = self.logits_of(exact)
+        return float((self.logits_of(steps) - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+
 def prove(model: Any, steps: Steps, length: int) -> None:
-    """Raises ValueError where a few steps behind a prompt, all of made-up tokens and one sequence padded, differ from
-    the model's own forward. `length` is the most that a sequence may have.
+    """Raises ValueError where a few steps on made-up tokens differ from the model's own forward. `length` is the most
+    that a sequence may have.
 
     In 16 bits Transformers rounds every activation, which deep models can blow up: where the two differ by more than
     that does as a rule, the model's forward runs once more in float32, over copies of its weights.
     """
-    training = model.training
-    model.eval()
+    trial = Trial(model, length)
+    if model.dtype == torch.float32:
+        return trial.compare(steps, _CLOSE)
     try:
-        if model.dtype == torch.float32:
-            _compare(model, steps, length, model, _CLOSE)
-            return
-        try:
-            _compare(model, steps, length, model, _CLOSE_16)
-        except ValueError:
-            wide = {n: p.float() for n, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)}
-            forward = partial(torch.func.functional_call, model, wide, ())
-            _compare(model, steps, length, lambda **inputs: forward(kwargs=inputs), _CLOSE)
-    finally:
-        model.train(training)
-
-
-def _compare(model: Any, steps: Steps, length: int, forward: Callable[..., Any], bound: float) -> None:
-    length = min(_PROMPT + _PROOF_STEPS, length)
-    prompt = min(_PROMPT, length)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.get_input_embeddings().weight.shape[0], (2, length), generator=generator)
-    starts = torch.tensor([0, prompt - 1])
-    mask = (torch.arange(length) >= starts[:, None]).long()
-    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    theirs = forward(**inputs, use_cache=False).logits.float()
-    cache = cache_of(forward(**{name: t[:, :prompt] for name, t in inputs.items()}, use_cache=True))
-    state = steps.new_state(2)
-    steps.take(cache, state, prompt)
-    for position in range(prompt, length):
-        ours = steps.step(embedded(model, tokens[:, position]), state, starts, position)
-        wanted = theirs[:, position]
-        error, scale = float((ours - wanted).abs().max()), float(wanted.abs().max())
-        if not error <= bound * max(scale, 1e-30):
-            raise ValueError(f"its logits differ from a native step's by {error:.3g} of {scale:.3g}")
+        trial.compare(steps, _CLOSE_16)
+    except ValueError:
+        wide = {n: p.float() for n, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+        forward = partial(torch.func.functional_call, model, wide, ())
+        Trial(model, length, lambda **inputs: forward(kwargs=inputs)).compare(steps, _CLOSE)

@@ -28,6 +28,10 @@ class MambaSteps:
 
     stack: MambaStack
 
+    def rounded(self) -> "MambaSteps":
+        """As `Steps`."""
+        return MambaSteps(self.stack.rounded())
+
     def new_state(self, batch: int) -> State:
         """As `Steps`."""
         return self.stack.new_state(batch)

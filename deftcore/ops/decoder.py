@@ -1,6 +1,6 @@
 """One step of decoding with a Llama-like model: a token of each sequence through all blocks in one native call."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deftcore.ops._library import define
 from deftcore.ops.checks import check_float, check_integers, check_like, check_shape
-from deftcore.ops.decoder_matrix import Matrix, enlist, enlisted, matrix_row, rms_normed
+from deftcore.ops.decoder_matrix import Matrix, enlist, enlisted, matrix_row, rms_normed, rounded_layer
 from deftcore.ops.density import ACTIVATIONS, activate
 from deftcore.ops.kernels import address, backend, give_workspace, native, stream
 
@@ -66,6 +66,10 @@ class DecoderStack:
         """Whether the native step reads all weights."""
         parts = [self.head, *(m for b in self.blocks for m in (b.q, b.k, b.v, b.o, b.gate, b.up, b.down))]
         return all(m.has_kernel for m in parts)
+
+    def rounded(self) -> "DecoderStack":
+        """Whose weights in 4 bits round what they are multiplied with, and whose head is in int8."""
+        return replace(self, blocks=[rounded_layer(block) for block in self.blocks], head=self.head.rounded())
 
     def new_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Keys and values, [layers, batch, kv_heads, length, head_size] each."""

@@ -319,18 +319,23 @@ def takes_int8(x: Tensor, w: Parts) -> bool:
     )
 
 
+def int8_blocks(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Blocks of x [T, K] as whole numbers [T, K / block, block], and what a step of each is worth [T, K / block]."""
+    blocks = x.contiguous().unflatten(1, (-1, block))
+    absmax = blocks.abs().amax(2)
+    return (blocks / torch.where(absmax > 0, absmax, 1.0).unsqueeze(2) * 127).round(), absmax / 127
+
+
 def linear_4bit_int8_ref(x: Tensor, w: Parts, bias: Tensor | None = None) -> Tensor:
     """The definition, in plain PyTorch: x [T, K] finite, rows of w whole blocks."""
-    blocks = x.float().contiguous().unflatten(1, (-1, w.block_size))
-    absmax = blocks.abs().amax(2)
-    x8 = (blocks / torch.where(absmax > 0, absmax, 1.0).unsqueeze(2) * 127).round()
+    x8, steps = int8_blocks(x.float(), w.block_size)
     largest = w.code.abs().max()
     code8 = (w.code / torch.where(largest > 0, largest, 1.0) * 127).round()
     ones = torch.ones(w.rows * w.cols // w.block_size)
     w8 = dequantize_ref(w._replace(code=code8, absmax=ones, nested_absmax=None), torch.float32)
     sums = (x8.unsqueeze(1) * w8.unflatten(1, (-1, w.block_size))).sum(3)  # whole numbers
     scales = dequantize_ref(w._replace(code=torch.ones(16)), torch.float32)[:, :: w.block_size]
-    y = (sums * ((absmax / 127 * (largest / 127)).unsqueeze(1) * scales)).sum(2)
+    y = (sums * ((steps * (largest / 127)).unsqueeze(1) * scales)).sum(2)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 

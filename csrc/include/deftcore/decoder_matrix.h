@@ -5,6 +5,10 @@
 
 namespace deftcore {
 
+// In place of a DType: weights are int8, and absmax has what a step of each row is worth, [rows] floats. x is rounded
+// to int8 as well.
+inline constexpr int64_t kInt8Rows = 3;
+
 // y = x W^T + bias, W in `dtype`, or in 4 bits where there is a code.
 struct DecoderMatrix {
   const void* weight;  // [rows, cols], contiguous; in 4 bits the packed bytes
@@ -15,8 +19,10 @@ struct DecoderMatrix {
   const float* nested_code;
   const float* nested_offset;  // [1], or null
   int64_t rows, cols, block_size, dtype;
+  int64_t int8;  // in 4 bits: whether x is rounded to int8 by the matrix' blocks
 
-  DEFTCORE_FIELDS(weight, bias, code, absmax, nested_absmax, nested_code, nested_offset, rows, cols, block_size, dtype)
+  DEFTCORE_FIELDS(weight, bias, code, absmax, nested_absmax, nested_code, nested_offset, rows, cols, block_size, dtype,
+                  int8)
 };
 // Python writes tables of these, as rows of 64-bit numbers.
 static_assert(sizeof(DecoderMatrix) == 8 * std::tuple_size_v<decltype(DecoderMatrix{}.fields())>);

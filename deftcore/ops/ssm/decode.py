@@ -1,6 +1,6 @@
 """One step of decoding with Mamba or Mamba-2: a token of each sequence through all layers in one native call."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deftcore.ops._library import define
 from deftcore.ops.checks import check_float, check_like, check_shape
-from deftcore.ops.decoder_matrix import Matrix, enlist, enlisted, matrix_row, rms_normed
+from deftcore.ops.decoder_matrix import Matrix, enlist, enlisted, matrix_row, rms_normed, rounded_layer
 from deftcore.ops.kernels import address, backend, give_workspace, native, stream
 from deftcore.ops.ssm.scan import MAX_STATES
 
@@ -107,6 +107,10 @@ class MambaStack:
         """Whether the native step reads all weights."""
         matrices = [self.head, *(m for layer in self.layers for m in layer.matrices)]
         return all(m is None or m.has_kernel for m in matrices)
+
+    def rounded(self) -> "MambaStack":
+        """Whose weights in 4 bits round what they are multiplied with, and whose head is in int8."""
+        return replace(self, layers=[rounded_layer(layer) for layer in self.layers], head=self.head.rounded())
 
     def new_state(self, batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Windows [layers, batch, W - 1, C] of the convolutions, the newest last, and states [layers, batch, D, N]."""
