@@ -183,7 +183,7 @@ def test_rotations_that_change_and_other_forwards_are_refused():
         ({"batch": 17}, ValueError, "batch"),
         ({"batch": 1.5}, TypeError, "batch"),
         ({"max_length": 0}, ValueError, "max_length"),
-        ({"activations": "int8"}, ValueError, "activations"),
+        ({"activations": "int4"}, ValueError, "activations"),
     ],
 )
 def test_bad_options(change, error, name):
