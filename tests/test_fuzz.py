@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deftcore import ops
-from deftcore.ops import decoder
+from deftcore.ops import decoder, products
 from deftcore.ops._library import flatten_tokens
 from deftcore.ops.decoder import Block, DecoderStack
 from deftcore.ops.decoder_matrix import Matrix
@@ -183,6 +183,15 @@ def linear_4bit_int8(d: Draw) -> Call:
     q, tokens = d.packed(rows, cols), d.size(20)
     arguments = {"x": d.tensor(tokens, cols), "q": q, "bias": d.maybe(lambda: d.tensor(rows)), "activations": "int8"}
     return Call(_int8, arguments)
+
+
+@case("linear_16bit")
+def linear_16bit(d: Draw) -> Call:
+    rows, cols, lead = d.size(140), d.size(200), [d.size(3)] * d.chance(0.3)
+    arguments = {
+        "x": d.tensor(*lead, d.size(70), cols), "weight": d.tensor(rows, cols), "bias": d.maybe(lambda: d.tensor(rows))
+    }  # fmt: skip
+    return Call(products.linear_16bit, arguments, ("x", "weight", "bias"))
 
 
 def _lora(d: Draw, weight: Any, rows: int, cols: int) -> Call:

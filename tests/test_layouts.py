@@ -16,6 +16,7 @@ from deftcore.ops.decoder import Block, DecoderStack, decode_step
 from deftcore.ops.decoder_matrix import Matrix
 from deftcore.ops.galore import galore_step
 from deftcore.ops.galore_matrix import AdamMatrix
+from deftcore.ops.products import linear_16bit
 from deftcore.ops.ssm import ssd
 from deftcore.ops.ssm.decode import MambaLayer, MambaStack, mamba_step
 from deftcore.ops.ssm.projection import LoraPair, Projection
@@ -82,6 +83,7 @@ def calls(dtype):
     if dtype != torch.float64:
         yield lambda w: ops.quantize_4bit(w).packed, [r(7, 33)], False
     yield lambda: ops.dequantize_4bit(q, dtype), [], False
+    yield linear_16bit, [r(5, 17), r(4, 17), r(4)], True
     yield lambda x, b: ops.linear_4bit(x, q, b), [r(5, 32), r(64)], True
     yield lambda x, b: ops.linear_4bit(x, q, b, activations="int8"), [r(5, 32), r(64)], False
     yield lambda x, d, *w: ops.lora_linear(x, *w, dropped_x=d), [r(3, 17), r(3, 17), r(5, 17), r(2, 17), r(5, 2)], True

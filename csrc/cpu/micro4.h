@@ -118,11 +118,11 @@ void multiply_tile(const typename Word::Type* a, const Tile& t, int64_t outputs,
 }
 
 // Floats of a row as words along it, or (`stride` apart) of two rows as words across them.
-void to_words(const float* values, int64_t count, float* out) {
+inline void to_words(const float* values, int64_t count, float* out) {
   std::memcpy(out, values, static_cast<size_t>(count) * 4);
 }
 #if defined(__AVX512BF16__)
-void to_words(const float* values, int64_t count, uint32_t* out) {  // count is even
+inline void to_words(const float* values, int64_t count, uint32_t* out) {  // count is even
   int64_t p = 0;
   for (; p + 32 <= count; p += 32) {
     _mm512_storeu_si512(out + p / 2, (__m512i)_mm512_cvtne2ps_pbh(load(values + p + 16).v, load(values + p).v));
@@ -133,9 +133,9 @@ void to_words(const float* values, int64_t count, uint32_t* out) {  // count is 
 }
 #endif
 
-void to_words_across(const float* values, int64_t, int64_t count, float* out) { to_words(values, count, out); }
+inline void to_words_across(const float* values, int64_t, int64_t count, float* out) { to_words(values, count, out); }
 #if defined(__AVX512BF16__)
-void to_words_across(const float* values, int64_t stride, int64_t count, uint32_t* out) {
+inline void to_words_across(const float* values, int64_t stride, int64_t count, uint32_t* out) {
   for (int64_t p = 0; p < count; p += kWidth) {  // count is a multiple of kWidth
     _mm512_storeu_si512(out + p, pairs_of(load(values + p), load(values + stride + p)));
   }
@@ -143,7 +143,8 @@ void to_words_across(const float* values, int64_t stride, int64_t count, uint32_
 #endif
 
 // Unscaled codes of a regular row's columns as words along it.
-void codes_to_words(const Quant4& q, const CodeBook& book, int64_t row, int64_t first, int64_t count, float* out) {
+inline void codes_to_words(const Quant4& q, const CodeBook& book, int64_t row, int64_t first, int64_t count,
+                           float* out) {
   const uint8_t* bytes = packed_row(q, row) + first / 2;
   for (int64_t j = 0; j < count; j += kStrip) {
     const Strip codes = strip_in_order(book, bytes + j / 2);
@@ -151,7 +152,8 @@ void codes_to_words(const Quant4& q, const CodeBook& book, int64_t row, int64_t 
   }
 }
 #if defined(__AVX512BF16__)
-void codes_to_words(const Quant4& q, const CodeBook& book, int64_t row, int64_t first, int64_t count, uint32_t* out) {
+inline void codes_to_words(const Quant4& q, const CodeBook& book, int64_t row, int64_t first, int64_t count,
+                           uint32_t* out) {
   const uint8_t* bytes = packed_row(q, row) + first / 2;
   const __m512i half = (__m512i)_mm512_cvtne2ps_pbh(book.table, book.table);  // the book twice, in bfloat16
   for (int64_t j = 0; j < count; j += 32) {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deftcore.nn.linear import Linear4bit
+from deftcore.nn.linear16 import LINEARS
 from deftcore.ops.decoder_matrix import Matrix
 
 State = tuple[Tensor, Tensor]  # what sequences carry from token to token
@@ -59,7 +60,7 @@ def matrix_of(name: str, layer: Any) -> Matrix:
     Raises:
         ValueError: with the reason why no native step reads it.
     """
-    if type(layer) not in (nn.Linear, Linear4bit):
+    if type(layer) not in (*LINEARS, Linear4bit):
         raise ValueError(f"{name}: {type(layer).__name__} has no native step")
     bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
     try:

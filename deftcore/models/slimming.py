@@ -19,6 +19,7 @@ from deftcore.models.gates import gates_of
 from deftcore.models.kept import Kept
 from deftcore.nn.constant import Constant
 from deftcore.nn.linear import Linear4bit, is_transposed, shape_of
+from deftcore.nn.linear16 import LINEARS
 from deftcore.ops.quant4 import quantize_4bit
 
 _SIDES = (("out_features", "nf"), ("in_features", "nx", "embedding_dim"))  # names of a layer's sizes, by dim
@@ -172,7 +173,7 @@ def own_configs(model: nn.Module) -> None:
 
 def _check(model: nn.Module, each: Cut, requantize: bool) -> None:
     layer = layer_at(model, each.layer)
-    if not (type(layer) in (nn.Linear, nn.Embedding, Linear4bit) or is_transposed(layer)):
+    if not (type(layer) in (*LINEARS, nn.Embedding, Linear4bit) or is_transposed(layer)):
         raise ValueError(f"{each.layer}: a {type(layer).__module__}.{type(layer).__name__} cannot be cut")
     if isinstance(layer, Linear4bit) and not (each.empty or requantize):
         whole = layer.quantized.has_whole(each.dim, each.lines)

@@ -12,6 +12,7 @@ from deftcore.models.gates import gates_of
 from deftcore.models.tied import merge_and_unload, tuned_ties
 from deftcore.nn.activations import activation_of
 from deftcore.nn.linear import is_transposed
+from deftcore.nn.linear16 import LINEARS
 from deftcore.nn.mlp import LowRank, SkippedMLP, SparseMLP, SparseMLP4bit
 from deftcore.ops.checks import check_number
 from deftcore.ops.paths import PATHS
@@ -207,7 +208,7 @@ def _weight(block: MlpBlock, role: str, *, merge: bool = False) -> tuple[Any, Te
                 extra = low.scaling * module.lora_B[name].bias
         module = module.base_layer
     packed = getattr(module, "quantized", None)
-    if not isinstance(packed, QuantizedTensor) and type(module) is not nn.Linear and not is_transposed(module):
+    if not isinstance(packed, QuantizedTensor) and type(module) not in LINEARS and not is_transposed(module):
         raise ValueError(
             f"{where}: must be torch.nn.Linear, Linear4bit, Conv1D, a patched bitsandbytes layer or PEFT LoRA over "
             f"one, got {type(module).__name__}"

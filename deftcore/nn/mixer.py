@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deftcore.nn.linear import Linear4bit, called_plainly
+from deftcore.nn.linear16 import LINEARS
 from deftcore.ops.ssm.conv1d import next_window
 from deftcore.ops.ssm.projection import Projection
 
@@ -26,7 +27,7 @@ def plain_projection(module: nn.Module) -> Projection | None:
     """A linear layer as the fused ops take it; None where it is something else, or has hooks to run."""
     if not called_plainly(module):
         return None
-    if type(module) is nn.Linear:
+    if type(module) in LINEARS:
         return Projection(module.weight, module.bias)
     if type(module) is Linear4bit:
         return Projection(module.quantized, module.bias)

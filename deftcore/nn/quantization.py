@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deftcore.nn.linear import Linear4bit, is_transposed
+from deftcore.nn.linear16 import LINEARS
 from deftcore.ops.checks import FLOAT_DTYPES, check_choice
 from deftcore.ops.quantized import QUANT_TYPES, check_block_size
 
@@ -79,7 +80,7 @@ def linears_to_quantize(model: nn.Module, skip: Collection[str]) -> list[str]:
     Raises:
         ValueError: when there is none, or a name in `skip` (other than lm_head) matches nothing.
     """
-    found = [name for name, module in model.named_modules() if type(module) is nn.Linear or is_transposed(module)]
+    found = [name for name, module in model.named_modules() if type(module) in LINEARS or is_transposed(module)]
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():

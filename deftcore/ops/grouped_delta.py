@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deftcore.ops._library import define, flatten_tokens
 from deftcore.ops.checks import check_bias, check_float, check_like, check_shape
 from deftcore.ops.kernels import DTYPE_CODES, address, backend, capturing, give_workspace, native, runs_cuda, stream
+from deftcore.ops.products import add_product_, linear, product
 from deftcore.ops.quant4 import check_weight, linear_4bit
 from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.timing import bucket_of, native_pays
@@ -218,9 +218,14 @@ def grouped_delta_linear(
     else:
         check_like("base", base, "x", x)
     check_bias("bias", bias, shape[0], "x", x)
-    y = linear_4bit(x, base, bias) if isinstance(base, QuantizedTensor) else F.linear(x, base, bias)
+    y = linear_4bit(x, base, bias) if isinstance(base, QuantizedTensor) else _dense(x, base, bias)
     _add_deltas(y, x, adapter_index, bank.starts, bank.tensors, bank.most)
     return y
+
+
+def _dense(x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
+    y = linear(flatten_tokens(x), base, bias)
+    return y.reshape(*x.shape[:-1], base.shape[0])
 
 
 # Tokens of a row from which products are the library's: the native pass reads an adapter once per four tokens.
@@ -278,9 +283,9 @@ def _add_by_adapter(out: Tensor, flat: Tensor, index: Tensor, starts: Tensor, te
         x = flat[tokens]
         total = out[tokens]
         g, s, r = (slice(bounds[j], bounds[j + 1]) for bounds in (gather, scatter, low))
-        total += x[:, gather_index[g].long()] @ gather_rows[g]
-        total += (x @ low_in[r].t()) @ low_out[r]
-        total.index_add_(1, scatter_index[s].long(), x @ scatter_rows[s].t())
+        add_product_(total, x[:, gather_index[g].long()], gather_rows[g], beta=1.0, alpha=1.0)
+        add_product_(total, product(x, low_in[r].t()), low_out[r], beta=1.0, alpha=1.0)
+        total.index_add_(1, scatter_index[s].long(), product(x, scatter_rows[s].t()))
         out[tokens] = total
 
 

@@ -12,6 +12,7 @@ from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.checks import check_bias, check_choice, check_float
 from deftcore.ops.kernels import DTYPE_CODES, address, aligned, backend, give_workspace, native, stream
 from deftcore.ops.packed import NESTED_BLOCK, PARTS, SCHEMA, Parts, decode, dequantize_ref
+from deftcore.ops.products import add_product_, linear, product
 from deftcore.ops.quantized import QUANT_TYPES, QuantizedTensor, check_block_size, dynamic_book
 from deftcore.ops.timing import bucket_of, native_pays
 
@@ -227,8 +228,7 @@ def multiply(
     device's kernel does not take so many tokens, or is slower; or the reference."""
 
     def library() -> Tensor:
-        y = F.linear(x, decode(w, x.dtype), bias)
-        return y if low is None or lora is None else y.addmm_(low, lora.t())
+        return _with_low(linear(x, decode(w, x.dtype), bias), low, None if lora is None else lora.t())
 
     return _product("linear_4bit", library, x, w, w.rows, bias, low, lora)
 
@@ -237,10 +237,15 @@ def multiply_backward(g: Tensor, w: Parts, low: Tensor | None = None, lora: Tens
     """g [T, M] W + low lora: low [T, R], lora [R, K]; as `multiply`."""
 
     def library() -> Tensor:
-        y = g @ decode(w, g.dtype)
-        return y if low is None or lora is None else y.addmm_(low, lora)
+        return _with_low(product(g, decode(w, g.dtype)), low, lora)
 
     return _product("linear_4bit_backward", library, g, w, w.cols, None, low, lora)
+
+
+def _with_low(y: Tensor, low: Tensor | None, lora: Tensor | None) -> Tensor:
+    if low is not None and lora is not None:
+        add_product_(y, low, lora, beta=1.0, alpha=1.0)
+    return y
 
 
 def _product(

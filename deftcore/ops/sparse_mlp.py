@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deftcore.ops import paths
@@ -245,7 +244,7 @@ def sparse_mlp_ref(
     activation: str, tau: float,
 ) -> Tensor:  # fmt: skip
     """The definition, in plain PyTorch; any floating dtype."""
-    z = F.linear(x, w_up if w_gate is None else w_gate, b_up)
+    z = linear(x, w_up if w_gate is None else w_gate, b_up)
     return _mlp_rest(x, activate(z, activation), w_gate, w_up, w_down_t, b_down, tau)
 
 

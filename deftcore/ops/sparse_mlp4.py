@@ -13,6 +13,7 @@ from deftcore.ops.density import ACTIVATIONS, activate, keep_active
 from deftcore.ops.kernels import DTYPE_CODES, address, aligned, backend, give_workspace, native, runs_cuda, stream
 from deftcore.ops.packed import Parts
 from deftcore.ops.paths import DENSE, MAX_TOKENS, SPARSE
+from deftcore.ops.products import add_product_, product
 from deftcore.ops.quant4 import check_weight, linear_4bit_grad, linear_4bit_op, multiply, multiply_backward
 from deftcore.ops.quantized import QuantizedTensor
 
@@ -83,7 +84,7 @@ def _supports(w: Parts) -> bool:
 
 
 def _low(x: Tensor, a: Tensor | None) -> Tensor | None:
-    return None if a is None else x @ a.t()
+    return None if a is None else product(x, a.t())
 
 
 def _capacity(x: Tensor, matrices: list[Parts], path: int) -> int:
@@ -154,7 +155,9 @@ def _sparse_mlp_4bit_impl(
     kernels.sparse_mlp_4bit(args, stream(x))
     if capacity < down.rows and workspace[-1].item() > capacity:
         return _dense_rest(x, z, matrices, low, b_down, activation, tau)
-    return y if down_low is None or low.down_b is None else y.addmm_(down_low, low.down_b.t())
+    if down_low is not None and low.down_b is not None:
+        add_product_(y, down_low, low.down_b.t(), beta=1.0, alpha=1.0)
+    return y
 
 
 def _pre_activation(x: Tensor, matrices: list[Parts], low: LowRank4, b_up: Tensor | None) -> Tensor:
@@ -177,7 +180,7 @@ def _dense_rest(
     h = _keep_active(z, activation, tau)
     if len(matrices) == 3:
         h = h * multiply(x, matrices[1], None, _low(x, low.up_a), low.up_b)
-    down_low = None if low.down_a_t is None else h @ low.down_a_t
+    down_low = None if low.down_a_t is None else product(h, low.down_a_t)
     y = multiply_backward(h, matrices[-1], down_low, None if low.down_b is None else low.down_b.t())
     return y if b_down is None else y + b_down
 

@@ -226,4 +226,10 @@ inline void check_args(const LogitProductArgs& args, const char* op) {
   require(args.begin >= 0 && args.begin <= args.end && args.end <= args.stride, op, "columns must be in 0..stride");
 }
 
+inline void check_args(const ProductArgs& args, const char* op) {
+  require(args.rows >= 0 && args.inner >= 0 && args.columns >= 0, op, "sizes must not be negative");
+  require(args.a_row == 1 || args.a_inner == 1, op, "a stride of a must be 1");
+  require(args.b_inner == 1 || args.b_column == 1, op, "a stride of b must be 1");
+}
+
 }  // namespace deftcore

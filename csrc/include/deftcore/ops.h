@@ -11,6 +11,7 @@
 #include "deftcore/masks.h"
 #include "deftcore/neighbours.h"
 #include "deftcore/partial_linear.h"
+#include "deftcore/product.h"
 #include "deftcore/quant4.h"
 #include "deftcore/sparse_mlp.h"
 #include "deftcore/ssm.h"
@@ -33,6 +34,7 @@
   X(linear_4bit, Linear4bitArgs, WORKSPACE, EVERYWHERE, where)                        \
   X(linear_4bit_backward, Linear4bitArgs, WORKSPACE, CPU_ONLY, where)                 \
   X(linear_4bit_int8, Linear4bitArgs, WORKSPACE, CPU_ONLY, where)                     \
+  X(product, ProductArgs, WORKSPACE, CPU_ONLY, where)                                 \
   X(gated_act, GatedActArgs, PLAIN, EVERYWHERE, where)                                \
   X(gated_act_backward, GatedActBackwardArgs, PLAIN, EVERYWHERE, where)               \
   X(grouped_delta, GroupedDeltaArgs, WORKSPACE, EVERYWHERE, where)                    \

@@ -60,6 +60,8 @@ like any config of PEFT's, and so does `BitFitConfig()`. Recipes: `lora`, `qlora
 | LoRA beside a frozen pair of factors: layer, model, export | `paired.py`, `paired_model.py`, `exporting.py` |
 | the weight below it, however it is kept | `base_weights.py` |
 | bitsandbytes' layers | `bitsandbytes.py` |
+| plain layers in 16 bits | `linear16.py`, `deftcore/nn/linear16.py` |
+| 16-bit products | `deftcore/ops/products.py`, `csrc/cpu/product.cpp` |
 | `merge` over 4-bit bases | `merging.py` |
 | bottleneck adapters: config, layer, model | `bottleneck.py` |
 | BitFit: config, layer, model | `bitfit.py` |
@@ -94,3 +96,4 @@ register_with_peft("BITFIT", BitFitConfig, BitFitModel)
 register_with_peft("BOTTLENECK", BottleneckConfig, BottleneckModel)
 register_replacements("PEFT LoRA", "deftcore.methods.lora.layer", ["peft"])
 register_replacements("bitsandbytes 4-bit layer", "deftcore.methods.lora.bitsandbytes", ["bitsandbytes"])
+register_replacements("16-bit linear layer", "deftcore.methods.lora.linear16", ["torch"], beneath=False)

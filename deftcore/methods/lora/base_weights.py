@@ -5,9 +5,10 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deftcore.nn.linear import Linear4bit, is_transposed
+from deftcore.nn.linear16 import LINEARS
 from deftcore.nn.merging import merged_4bit
 from deftcore.nn.sharding import whole
 from deftcore.ops.quantized import QuantizedTensor
@@ -22,7 +23,7 @@ def weight_of(base: Any) -> Any:
     Raises:
         ValueError: another kind of layer.
     """
-    if type(base) is nn.Linear:
+    if type(base) in LINEARS:
         return base.weight
     if isinstance(base, Linear4bit):
         return base.quantized

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deftcore.methods.lora.patch import Replacement
 from deftcore.methods.lora.proof import lora_cases
 from deftcore.nn.linear import Linear4bit, called_plainly
+from deftcore.nn.linear16 import LINEARS
 from deftcore.nn.merging import merged_4bit
 from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.lora import lora_linear
@@ -48,7 +49,7 @@ def obstacle(layer: Any, weight: Tensor | QuantizedTensor, dtype: torch.dtype) -
     a, b = layer.lora_A[name], layer.lora_B[name]
     if b.bias is not None:
         return "lora_bias"
-    if type(base) not in layer.bases or type(a) is not nn.Linear or type(b) is not nn.Linear:
+    if type(base) not in layer.bases or type(a) not in LINEARS or type(b) not in LINEARS:
         return f"{type(a).__name__} and {type(b).__name__} over {type(base).__name__}"
     if not all(map(called_plainly, (base, a, b, layer.lora_dropout[name]))):
         return "hooks on its parts"
@@ -106,7 +107,7 @@ class FusedLoraLinear(LoraLinear):
     `Linear4bit` base, merging requantises and unmerging restores the saved bytes.
     """
 
-    bases = (nn.Linear, Linear4bit)
+    bases = (*LINEARS, Linear4bit)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] to x W^T + bias + s (drop(x) A^T) B^T [..., M], in x's dtype (LoRA, arXiv 2106.09685, eq. 3).

@@ -11,12 +11,13 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import Tensor, nn
+from torch import Tensor
 
 from deftcore.methods.lora.base_weights import change_weight, dense_weight, stored_weight, weight_of
 from deftcore.methods.lora.layer import fused_product, obstacle
 from deftcore.nn.fingerprints import fingerprints
 from deftcore.nn.linear import Linear4bit, is_transposed, shape_of
+from deftcore.nn.linear16 import LINEARS
 from deftcore.nn.sharding import is_sharded
 from deftcore.ops.checks import check_count
 from deftcore.training.tuners import check_finite, nothing_merged
@@ -94,7 +95,7 @@ class PairedLora(LoraLinear):
     def bases(self) -> tuple[type, ...]:
         """Layers whose product the fused op computes: bitsandbytes' too once `patch` has made it native."""
         home = sys.modules.get("deftcore.methods.lora.bitsandbytes")
-        return (nn.Linear, Linear4bit) if home is None else (nn.Linear, Linear4bit, home.FusedBnbLinear)
+        return (*LINEARS, Linear4bit) if home is None else (*LINEARS, Linear4bit, home.FusedBnbLinear)
 
     @property
     def lora_variants(self) -> dict:

@@ -30,46 +30,57 @@ class Replacements(Protocol):
 class _Registered(NamedTuple):
     home: str
     libraries: tuple[str, ...]
+    beneath: bool
 
 
 _REGISTERED: dict[str, _Registered] = {}
 
 
-def register_replacements(kind: str, home: str, libraries: Collection[str]) -> None:
+def register_replacements(kind: str, home: str, libraries: Collection[str], *, beneath: bool = True) -> None:
     """Makes `patch` and `unpatch` ask a room for its replacements.
 
     Args:
         kind: what they replace, as error messages name it: "Mamba mixer".
         home: name of a module that is `Replacements`; imported once it is needed.
         libraries: modules of which one has been imported by whoever has such layers. Until then `home` is not asked.
+        beneath: whether it is asked about the parts of layers that another room knows, or that hold a base layer, too.
     """
-    _REGISTERED[kind] = _Registered(home, tuple(libraries))
+    _REGISTERED[kind] = _Registered(home, tuple(libraries), beneath)
 
 
-def _in_use() -> list[Replacements]:
-    """The registered homes whose libraries have been imported."""
+def _in_use(*, beneath: bool = False) -> list[Replacements]:
+    """The registered homes whose libraries have been imported; of those asked about parts of others' layers only."""
     used = (each for each in _REGISTERED.values() if any(library in sys.modules for library in each.libraries))
-    return [import_module(each.home) for each in used]
+    return [import_module(each.home) for each in used if each.beneath or not beneath]
 
 
 def _answers(model: nn.Module) -> Iterator[tuple[str, Any, Replacement | str]]:
     """Each module with its name and what the room that knows it says, "" where none does."""
-    modules, rooms = dict(model.named_modules()), _in_use()
+    modules, rooms, beneath = dict(model.named_modules()), _in_use(), _in_use(beneath=True)
+    known: set[str] = set()  # layers of one room's, and what is beneath them
     for name, module in modules.items():
-        parent = modules.get(name.rpartition(".")[0]) if name else None
-        answers = (room.replacement(module, parent) for room in rooms)
+        above = name.rpartition(".")[0]
+        inside = bool(name) and above in known
+        parent = modules.get(above) if name else None
+        answers = (room.replacement(module, parent) for room in (beneath if inside else rooms))
         found: Iterator[Replacement | str] = (answer for answer in answers if answer)
-        yield name, module, next(found, "")
+        answer = next(found, "")
+        if inside or not isinstance(answer, str) or hasattr(type(module), "get_base_layer"):
+            known.add(name)
+        yield name, module, answer
 
 
 def patch(model: nn.Module, *, verify: bool = True) -> nn.Module:
-    """Runs PEFT's LoRA layers, bitsandbytes' 4-bit layers and Mamba mixers on native ops, in place; returns the model.
+    """Runs PEFT's LoRA layers, bitsandbytes' 4-bit layers, Mamba mixers and, where it pays, linear layers in 16 bits on
+    native ops, in place; returns the model.
 
     Bases may be `torch.nn.Linear`, deftcore's `Linear4bit` or bitsandbytes'. Layers it leaves alone are logged with the
     reason: other bases, DoRA and other variants, weights that bitsandbytes has repacked. Calls that the op does not
     cover (several active adapters, mixed batches, base weights that train, hooks on a layer's parts) go to PEFT's own
     forward; layers of which that holds already are named too. Mixers of Transformers' Mamba, Mamba-2 and FalconMamba
-    become one fused op each, LoRA on any of their projections inside.
+    become one fused op each, LoRA on any of their projections inside. On a CPU without instructions for 16-bit products
+    other `torch.nn.Linear`s in 16 bits, frozen or trained, take deftcore's product; where PyTorch's is as fast they
+    stay. Subclasses, and those with hooks, are left alone.
 
     Args:
         model: any module.
@@ -108,8 +119,8 @@ def patch(model: nn.Module, *, verify: bool = True) -> nn.Module:
     if proofs:
         proofs.keep()
     if not (patched or left or refused):
-        if any(isinstance(module, Linear4bit) for module in model.modules()):
-            return model  # native already
+        if any(isinstance(module, Linear4bit) for module in model.modules()) or _is_at_its_best(model):
+            return model  # native already, or nothing to gain
         *others, last = [f"no {kind}" for kind in _REGISTERED]
         raise ValueError(f"model: {type(model).__name__} has {', '.join(others)} and {last}; call get_peft_model first")
     logger.info("patch: %d layers on native ops", patched - sum(map(len, waiting.values())))
@@ -119,6 +130,10 @@ def patch(model: nn.Module, *, verify: bool = True) -> nn.Module:
     if refused:
         warnings.warn(f"deftcore.patch: keep their own forward: {_by_reason(refused)}", stacklevel=2)
     return model
+
+
+def _is_at_its_best(model: nn.Module) -> bool:
+    return any(room.is_at_its_best(model) for room in _in_use() if hasattr(room, "is_at_its_best"))
 
 
 def concerns(model: nn.Module) -> bool:

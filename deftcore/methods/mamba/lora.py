@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from deftcore.methods.lora.layer import Pair
 from deftcore.models.families import FAMILIES, with_part
 from deftcore.nn.linear import Linear4bit
+from deftcore.nn.linear16 import LINEARS
 from deftcore.training.adapters import MethodName
 from deftcore.training.fields import option
 from deftcore.training.tuners import GathersShards
@@ -115,13 +116,13 @@ def _split(layer: Any, name: str, slices: tuple[int, ...], config: LoraConfig) -
     options.use_rslora, options.lora_bias, options.lora_dropout = False, False, 0.0
     for start, stop, i, _ in up.blocks:
         piece = nn.Linear(base.in_features, stop - start, bias=False, device=low.weight.device)
-        if type(base) is nn.Linear:
+        if type(base) in LINEARS:
             piece.weight = nn.Parameter(base.weight[start:stop].clone(), requires_grad=False)
         own = LoraLinear(piece, name, r=rank, lora_alpha=layer.scaling[name] * rank, config=options)
         found: Any = own.lora_A[name].weight  # of lower rank where the slice is
         low.weight[i : i + len(found)] = found
         up.weight[start:stop, i : i + len(found)] = own.lora_B[name].weight
-        if type(base) is nn.Linear:
+        if type(base) in LINEARS:
             base.weight[start:stop] = piece.weight
 
 
@@ -167,7 +168,7 @@ class MambaLoraModel(GathersShards, LoraModel):
     @staticmethod
     def _check_split(config: Any, target: Any, key: str, count: int) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if type(base) not in (nn.Linear, Linear4bit):
+        if type(base) not in (*LINEARS, Linear4bit):
             raise ValueError(f"split: {key} must be a torch.nn.Linear or Linear4bit, got {type(base).__name__}")
         init = str(config.init_lora_weights)
         if type(base) is Linear4bit and init.startswith(("pissa", "olora")):

@@ -13,6 +13,7 @@ from deftcore.methods.s2ft.selection import Plan, make_plan
 from deftcore.models.coupled import permute
 from deftcore.nn.fingerprints import check_base, fingerprints
 from deftcore.nn.linear import Linear4bit, is_transposed
+from deftcore.nn.linear16 import LINEARS
 from deftcore.training.tuners import GathersShards
 
 
@@ -76,7 +77,7 @@ class S2ftModel(GathersShards):
         for name in self.plan.gated:
             mlp: Any = model.get_submodule(name)
             down = mlp.down_proj
-            if isinstance(down, S2ftLayer) or type(down) is nn.Linear:
+            if isinstance(down, S2ftLayer) or type(down) in LINEARS:
                 mlp.unfused_class, mlp.recompute = type(mlp), config.recompute
                 mlp.__class__ = FusedGatedMlp
 

@@ -24,6 +24,7 @@ from deftcore.models.families import GATED_MLP
 from deftcore.models.unit_norms import weight_norms
 from deftcore.nn.activations import has_kernel
 from deftcore.nn.linear import Linear4bit, is_transposed
+from deftcore.nn.linear16 import LINEARS
 
 logger = logging.getLogger("deftcore")
 
@@ -61,7 +62,7 @@ def make_plan(model: nn.Module, config: S2ftConfig) -> Plan:
     for coupled in structures:
         for axis in coupled.weights(targets):
             module = model.get_submodule(axis.module)
-            if type(module) not in (nn.Linear, Linear4bit) and not is_transposed(module):
+            if type(module) not in (*LINEARS, Linear4bit) and not is_transposed(module):
                 kind = f"{type(module).__module__}.{type(module).__name__}"
                 raise ValueError(
                     f"{axis.module}: must be a plain linear layer, got {kind}; unload other adapters first"
