@@ -4,9 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from deftcore.ops._library import flatten_tokens
 from deftcore.ops.autocast import autocast_dtype
-from deftcore.ops.products import linear_16bit_op
+from deftcore.ops.products import linear_16bit
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -26,8 +25,7 @@ class Linear16(nn.Linear):
             return super().forward(x)
         if torch.is_autocast_enabled("cpu"):
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        y = linear_16bit_op(flatten_tokens(x), weight, bias)
-        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+        return linear_16bit(x, weight, bias)
 
 
 LINEARS = (nn.Linear, Linear16)  # the classes of a plain linear layer, as it is made and as `patch` leaves it
