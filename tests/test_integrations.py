@@ -94,7 +94,8 @@ def test_autocast_and_bf16():
 
 
 def test_says_what_it_leaves_alone(caplog):
-    with pytest.raises(ValueError, match="no PEFT LoRA, no bitsandbytes 4-bit layer and no Mamba mixer"):
+    kinds = "no PEFT LoRA, no bitsandbytes 4-bit layer, no 16-bit linear layer and no Mamba mixer"
+    with pytest.raises(ValueError, match=kinds):
         deftcore.patch(tiny_model("llama"))
     model = lora_model(use_dora=True)
     with caplog.at_level(logging.WARNING, logger="deftcore"):
