@@ -19,13 +19,13 @@ class Linear16(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """x W^T + bias, [..., K] to [..., M], in x's dtype or autocast's: 16 bits on a CPU by
         `deftcore.ops.products.linear_16bit`, all else by PyTorch."""
-        x, weight, bias = input, self.weight, self.bias
-        dtype = autocast_dtype(x) or x.dtype
-        if not _covers(dtype, x, weight, bias):
-            return super().forward(x)
+        dtype = autocast_dtype(input) or input.dtype
+        if not _covers(dtype, input, self.weight, self.bias):
+            return super().forward(input)
         if torch.is_autocast_enabled("cpu"):
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        return linear_16bit(x, weight, bias)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return linear_16bit(input.to(dtype), self.weight.to(dtype), bias)
+        return linear_16bit(input, self.weight, self.bias)
 
 
 LINEARS = (nn.Linear, Linear16)  # the classes of a plain linear layer, as it is made and as `patch` leaves it

@@ -27,7 +27,7 @@ def plain_projection(module: nn.Module) -> Projection | None:
     """A linear layer as the fused ops take it; None where it is something else, or has hooks to run."""
     if not called_plainly(module):
         return None
-    if type(module) in LINEARS:
+    if isinstance(module, nn.Linear) and type(module) in LINEARS:
         return Projection(module.weight, module.bias)
     if type(module) is Linear4bit:
         return Projection(module.quantized, module.bias)

@@ -38,7 +38,7 @@ def _case(layer: Any) -> Case:
 def unpatch_module(module: nn.Module) -> None:
     """As `patch.Replacements`."""
     if type(module) is Linear16:
-        module.__class__ = nn.Linear
+        module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 def is_at_its_best(model: nn.Module) -> bool:
