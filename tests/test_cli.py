@@ -84,7 +84,7 @@ MISTAKES = [
     ([*TRAIN, "model=./bse"], "model: no such folder: ./bse"),
     ([*TRAIN, "model=a/b/c"], "model: no such folder: a/b/c"),
     ([*TRAIN, "model=bse/"], "model: no such folder: bse/"),
-    ([*TRAIN, "model=file"], "model: must be a folder, file is a file"),
+    ([*TRAIN, "model=file"], "model: must be a folder or a GGUF file, file is neither"),
     ([*TRAIN, "model=full"], "model: full is no Transformers folder, it has no config.json"),
     ([*TRAIN, "data.train=nope.txt"], "data.train: no such file: nope.txt"),
     (

@@ -19,7 +19,7 @@ def density(
 ) -> None:  # fmt: skip
     """Measure loss and activation density per block.
 
-    MODEL is a Transformers folder, an exported folder or a hub id; DATA a .jsonl, .csv or .txt file.
+    MODEL is a Transformers folder, an exported folder, a GGUF file or a hub id; DATA a .jsonl, .csv or .txt file.
     The loss is in nats per token, the density a share of neurons.
     """
     shared.hush()

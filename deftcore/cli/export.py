@@ -31,7 +31,7 @@ def export(
 ) -> None:  # fmt: skip
     """Merge an adapter and write a folder for sparse inference.
 
-    MODEL is a Transformers folder or hub id, OUTPUT a new folder, which `deftcore generate` and
+    MODEL is a Transformers folder, GGUF file or hub id, OUTPUT a new folder, which `deftcore generate` and
     `deftcore.load_sparse` open. MODEL may be a folder of deftcore's own as well, of a point cloud transformer or a
     TSViT: its adapter is merged and nothing else, OUTPUT is what `model` of a recipe, and `deftcore map`, take.
     """

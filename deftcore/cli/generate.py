@@ -34,8 +34,8 @@ def generate(
 ) -> None:  # fmt: skip
     """Continue a text, or talk to a model.
 
-    MODEL is a Transformers folder, an exported folder (which runs sparse) or a hub id. Without a PROMPT each line that
-    you type is one; a prompt that comes through a pipe is read whole.
+    MODEL is a Transformers folder, an exported folder (which runs sparse), a GGUF file or a hub id. Without a PROMPT
+    each line that you type is one; a prompt that comes through a pipe is read whole.
     """
     shared.hush()
     shared.check_language_model(model)

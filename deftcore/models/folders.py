@@ -1,4 +1,4 @@
-"""A Transformers folder or hub id: where it is, what it says of itself, and the tensors in it."""
+"""A Transformers folder, GGUF file or hub id: where it is, what it says of itself, and the tensors in it."""
 
 import json
 import os
@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import CONFIG_NAME
 
 from deftcore._names import final_instead
 from deftcore.models.coupled import stored_sizes
 from deftcore.models.families import family_of
+from deftcore.models.gguf_files import gguf_config, is_gguf
 from deftcore.models.slim_files import slim_class
 
 
@@ -31,6 +32,16 @@ def is_4bit(config: Any) -> bool:
     return bool(stored.get("load_in_4bit")) and stored.get("quant_method") == "bitsandbytes"
 
 
+def read_config(path: str | os.PathLike) -> Any:
+    """The configuration of a model in a Transformers folder, a GGUF file or under a hub id; no weights are read.
+
+    Raises:
+        FileNotFoundError: naming the path.
+        ImportError, ValueError: a GGUF file without the package `gguf`, or damaged.
+    """
+    return gguf_config(path) if is_gguf(path) else AutoConfig.from_pretrained(checked_folder(path))
+
+
 def checked_folder(path: str | os.PathLike) -> str:
     """The path of a Transformers folder, or the hub id of a model that the cache or the hub has.
 
@@ -46,7 +57,7 @@ def checked_folder(path: str | os.PathLike) -> str:
             raise FileNotFoundError(f"model: {path} is no Transformers folder, it has no {CONFIG_NAME}{hint}")
         return path
     if Path(path).exists():
-        raise FileNotFoundError(f"model: must be a folder, {path} is a file")
+        raise FileNotFoundError(f"model: must be a folder or a GGUF file, {path} is neither")
     if path.count("/") > 1 or path.startswith((".", "/", "~")) or path.endswith("/"):
         raise FileNotFoundError(f"model: no such folder: {path}")
     try:

@@ -7,21 +7,20 @@ from typing import Any
 
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig
 
 from deftcore._names import near
 from deftcore.models.families import POSITION_TABLES
-from deftcore.models.folders import checked_folder, model_kind
+from deftcore.models.folders import model_kind, read_config
 from deftcore.nn.quantization import linears_to_quantize
 
 
 def empty_model(path: str | os.PathLike) -> Any:
-    """The model of a Transformers folder or hub id without its weights, on the meta device.
+    """The model of a Transformers folder, GGUF file or hub id without its weights, on the meta device.
 
     Raises:
-        FileNotFoundError, ValueError: when there is no such model.
+        FileNotFoundError, ImportError, ValueError: when there is no such model; as `read_config`.
     """
-    config = AutoConfig.from_pretrained(checked_folder(path))
+    config = read_config(path)
     with init_empty_weights():
         model = model_kind(config).from_config(config)
     model.tie_weights()

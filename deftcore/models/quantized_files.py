@@ -11,8 +11,9 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from deftcore.models.folders import StoredWeights, is_4bit, local_folder, model_kind
+from deftcore.models.gguf_files import gguf_config, is_gguf, load_gguf
 from deftcore.nn.linear import Linear4bit, out_by_in
-from deftcore.nn.quantization import is_named, linears_to_quantize, set_quantization_config
+from deftcore.nn.quantization import is_named, linears_to_quantize, quantize, set_quantization_config
 from deftcore.ops.quant4 import quantize_4bit
 from deftcore.ops.quantized import QuantizedTensor
 
@@ -33,7 +34,8 @@ def load_quantized(
     bitsandbytes) keeps its bytes, and the options of quantisation are its own.
 
     Args:
-        path: a local Transformers folder or a hub id, with safetensors files.
+        path: a local Transformers folder or a hub id, with safetensors files; or a GGUF file, whose weights are dense
+            in memory first.
         quant_type, block_size, double_quant, skip, compute_dtype: as in `deftcore.quantize`.
         dtype: of the weights that stay dense, and before quantising; None is the checkpoint's.
         missing_ok: beginnings of names whose weights may be missing; they stay on the meta device.
@@ -48,6 +50,10 @@ def load_quantized(
     from rich.console import Console
     from rich.progress import track
 
+    options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
+    if is_gguf(path):
+        model = load_gguf(path, model_kind(gguf_config(path)), **({} if dtype is None else {"dtype": dtype}))
+        return quantize(model, skip=skip, compute_dtype=compute_dtype, **options).eval()
     folder = local_folder(path)
     weights = StoredWeights(folder)
     config = AutoConfig.from_pretrained(folder)
@@ -66,7 +72,6 @@ def load_quantized(
     packed = {f"{name}.weight": name for name in linears_to_quantize(model, skip)}
     parts = {key: [name for name in weights.names() if name.startswith(f"{key}.")] for key in packed}
     absent = _check_names(f"path: {folder}", model, weights, parts, tuple(missing_ok))
-    options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
     wide = _kept_wide(model, dtype)
     keys = sorted(model.state_dict().keys() - absent)
     for key in track(keys, "loading into 4 bits", console=Console(stderr=True), transient=True):
