@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import track
 
-from bench import light_peft, neighbours, quant4, s2ft, spectral, ssm, train_step, tsvit
+from bench import decode, light_peft, neighbours, quant4, s2ft, scans, spectral, ssm, train_step, tsvit
 from bench.harness import Rotating, alternate, console, keep_freed_memory, streaming_bandwidth
 from bench.machines import describe, headline, keep_origins, origin, result_file
 from deftcore import ops
@@ -281,11 +281,15 @@ def main():
         "state_update": lambda: ssm.bench_state_update(args.device, args.quick),
         "mamba_mixer": lambda: ssm.bench_mixer(args.device, args.quick),
         "mamba_decode": lambda: ssm.bench_decode(args.device, args.quick),
+        "scan_vs_llama_cpp": lambda: scans.bench_scans(args.quick),
+        "decode": lambda: decode.bench_decode(args.quick, bandwidth),
         "train_step": lambda: train_step.bench_train_step(args.quick),
         "light_peft": lambda: light_peft.bench_light_peft(args.quick),
         "neighbours": lambda: neighbours.bench_neighbours(args.device, args.quick),
         "tsvit": lambda: tsvit.bench_tsvit(args.device, args.quick),
     }
+    if args.device != "cpu":
+        del tuned["scan_vs_llama_cpp"], tuned["decode"]
     tuned |= {name: partial(run, args.quick) for name, run in spectral.FAMILIES.items()}  # on a CPU
     families = default | tuned
     wanted = [name for each in args.only or families for name in GROUPS.get(each, [each])]

@@ -7,7 +7,7 @@ import inspect
 import json
 from pathlib import Path
 
-from bench import mamba_tables, spectral_tables
+from bench import decode_tables, mamba_tables, spectral_tables
 from bench.markdown import against, by_columns, by_shape, by_tokens, milliseconds, pivot, spread, table, times
 from bench.targets import AVX2, AVX512, CUDA, LARGE, standing
 
@@ -301,6 +301,8 @@ FAMILIES = {
     "One step of Mamba": mamba_tables.state_update,
     "Mamba blocks": mamba_tables.mamba_mixer,
     "Mamba decoding": mamba_tables.mamba_decode,
+    "Scans against llama.cpp's": decode_tables.scan_vs_llama_cpp,
+    "Decoding": decode_tables.decode,
     "Natural GaLore's step": spectral_tables.galore_step,
     "GaLore's subspaces": spectral_tables.galore_refresh,
     "A KaSA layer": spectral_tables.kasa_layer,

@@ -14,11 +14,12 @@ def words(row):
     found = [row["shape"].replace("x", " to ")] if "shape" in row else []
     found += [f"{row['series']} series{', masked' if row['mask'] else ''}"] if "series" in row else []
     found += [f"{row['layers']} x {row['width']}"] if "layers" in row else []
-    found += [row[name] for name in ("variant", "base", "activation") if name in row]
+    found += [row[name] for name in ("model", "case", "variant", "base", "activation") if name in row]
     found += [row["dtype"]]
     found += ["forward" if row["what"] == "forward" else "forward + backward"] if "what" in row else []
     found += [f"length {row['length']}, width {row['width']}"] if "length" in row else []
     found += [f"{row['tokens']} token{'s' if row['tokens'] > 1 else ''}"] if "tokens" in row else []
+    found += [f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"] if "threads" in row else []
     found += [f"density {row['density']:g}"] if "density" in row else []
     return ", ".join(found)
 
@@ -100,8 +101,14 @@ TARGETS = [
            fits=lambda r: r["tokens"] >= 128 and r["dtype"] == "float32", kinds=(AVX2,)),
     Target("16-bit products without hardware bfloat16, over PyTorch's float32 product",
            "at least 0.8x", "products_16bit", lambda r: r["over_float32"], least=0.8, kinds=(AVX2,)),
-    Target("decoding a Llama-like model in 4 bits, one sequence, over llama.cpp",
-           "at least 1x, DEFT-sparse 1.3x", "decode_llama_cpp", lambda r: r["ratio"], least=1.0),
+    Target("decoding a Llama-like model in 4 bits, one sequence, exact, over llama.cpp's best",
+           "at least 1x", "decode", lambda r: r["exact_over_llama_cpp"], least=1.0,
+           fits=lambda r: "exact_over_llama_cpp" in r and "density" not in r, kinds=CPUS),
+    Target("the same, `activations=\"int8\"`", "at least 1x", "decode", lambda r: r["int8_over_llama_cpp"], least=1.0,
+           fits=lambda r: "int8_over_llama_cpp" in r and "density" not in r, kinds=CPUS),
+    Target("the same, exact, ReLU, density 0.1",
+           "at least 1.3x", "decode", lambda r: r["exact_over_llama_cpp"], least=1.3,
+           fits=lambda r: "exact_over_llama_cpp" in r and "density" in r, kinds=CPUS),
     Target("`lora_linear` over 4 bits, forward + backward, over PEFT + bitsandbytes",
            "at least 1x", "qlora", lambda r: r["ratio"], least=1.0),
     Target("the same, float32", "at least 1.5x", "qlora", lambda r: r["ratio"], least=1.5,
@@ -121,8 +128,8 @@ TARGETS = [
            fits=lambda r: r["share_of_bound"] is not None),
     Target("`selective_scan`, linear in length: time a token at the longest over that at 1024 steps",
            "at most 1.25x", growth, lambda r: r["growth"], most=1.25),
-    Target("`selective_scan` over llama.cpp's scan", "at least 5x", "selective_scan", lambda r: r["over_llama_cpp"],
-           least=5.0, fits=lambda r: "over_llama_cpp" in r),
+    Target("`selective_scan` over llama.cpp's scan", "at least 5x", "scan_vs_llama_cpp", lambda r: r["over_llama_cpp"],
+           least=5.0, fits=lambda r: r["case"] == "the scan alone", kinds=CPUS),
     Target("`act_density`, forward + backward, time over the plain activation's",
            "at most 1.1x", "act_density", lambda r: r["time_over_plain"], most=1.1),
     Target("Natural GaLore's step without a new subspace, optimizer part, time over PyTorch's fused AdamW",

@@ -132,3 +132,41 @@ def test_every_result_file_bears_its_kind_as_its_name():
         file = json.loads(path.read_text())
         assert (path.stem, file["forced"]) == (f"cpu-{file['kind']}", None)
         assert file["measured"].keys() == {name for name, rows in file.items() if isinstance(rows, list) and rows}
+
+
+def test_decoding_has_a_line_per_measured_row_and_names_what_was_not():
+    from bench.decode_tables import decode
+    from bench.targets import AVX512, standing
+
+    row = {"model": "a model", "dtype": "NF4", "threads": 2, "exact_per_s": 50.0, "transformers_per_s": 10.0,
+           "llama_cpp_q4_1_per_s": 80.0, "llama_cpp_q4_0_not_repacked_per_s": 40.0, "exact_share_of_bandwidth": 0.3,
+           "exact_over_llama_cpp": 0.625}  # fmt: skip
+    skipped = {"model": "another", "dtype": "NF4", "skipped": "no decoder"}
+    table, missing = decode({"decode": [row, skipped]}, AVX512)
+    assert "| a model | 2 | 50.0 |  | 10.0 |  | 80.0 | 40.0 (not repacked) | 0.62x |  | 0.30 |" in table
+    assert missing == "Not measured: another: no decoder."
+    found = {what: (measured, state) for what, _, measured, state in standing({"decode": [row, skipped]}, AVX512)}
+    measured, state = found["decoding a Llama-like model in 4 bits, one sequence, exact, over llama.cpp's best"]
+    assert (measured, state) == ("0.625 (a model, NF4, 2 threads)", "**short** in 1 of 1")
+
+
+def test_models_for_llama_cpp_have_their_shapes(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from bench.gguf_models import write_llama, write_mamba
+
+    path = tmp_path / "llama.gguf"
+    write_llama(path, "Q4_1", width=64, blocks=2, heads=4, kv_heads=2, neurons=96, words=128)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert len(found) == 3 + 2 * 9
+    assert list(found["blk.1.ffn_down.weight"].shape) == [96, 64]
+    assert list(found["blk.0.attn_k.weight"].shape) == [64, 32]
+    weights = gguf.quants.dequantize(found["output.weight"].data, found["output.weight"].tensor_type)
+    assert weights.shape == (128, 64)
+    assert abs(weights.mean()) < 0.01
+    assert weights.std() == pytest.approx(64**-0.5, rel=0.1)
+
+    path = tmp_path / "mamba.gguf"
+    write_mamba(path, width=32, blocks=1, states=16, taps=4, words=16)
+    found = {tensor.name: list(tensor.shape) for tensor in gguf.GGUFReader(path).tensors}
+    assert found["blk.0.ssm_a"] == [16, 64]
+    assert found["blk.0.ssm_conv1d.weight"] == [4, 64]

@@ -1,0 +1,49 @@
+"""The families of bench/decode.py and bench/scans.py as tables."""
+
+from bench.markdown import by_columns, shown, where_there
+
+_NAMES = {"exact": "exact", "int8": '`activations="int8"`'}
+_QUANTS = ("llama_cpp_q4_1", "llama_cpp_q4_0")
+
+
+def _llama(kind):
+    """Tokens a second of llama.cpp, from weights as they are where repacked ones do not run."""
+
+    def cell(row):
+        key = f"{kind}_per_s"
+        plain = f"{kind}_not_repacked_per_s"
+        return f"{row[key]:.1f}" if key in row else f"{row[plain]:.1f} (not repacked)" if plain in row else ""
+
+    return cell
+
+
+def decode(results, _):
+    """A prompt of 8 tokens, then 48 new ones, greedy, one sequence, tokens a second of the whole; NF4, the head as well
+    unless it is tied. Transformers runs the same 4-bit model, and where it stands in float32. llama.cpp runs the same
+    shape from a GGUF file; the share is of the streaming read over all of the model's weights."""
+    rows = [row for row in results["decode"] if "skipped" not in row]
+    ratios = {
+        f"{name}, over llama.cpp's best": where_there(f"{side}_over_llama_cpp", "{:.2f}x")
+        for side, name in _NAMES.items()
+    }
+    if rows:
+        yield by_columns(rows, {
+            "model": lambda r: f"{r['model']}, density {r['density']:.2f}" if "density" in r else r["model"],
+            "threads": "threads",
+            **{name: where_there(f"{side}_per_s", "{:.1f}") for side, name in _NAMES.items()},
+            "Transformers": shown("transformers_per_s", "{:.1f}"),
+            "in float32": where_there("transformers_float32_per_s", "{:.1f}"),
+            "llama.cpp, Q4_1": _llama(_QUANTS[0]), "Q4_0": _llama(_QUANTS[1]), **ratios,
+            "share, exact": shown("exact_share_of_bandwidth", "{:.2f}"),
+        })  # fmt: skip
+    missing = [f"{row['model']}: {row['skipped']}" for row in results["decode"] if "skipped" in row]
+    yield f"Not measured: {'; '.join(missing)}." if missing else ""
+
+
+def scan_vs_llama_cpp(results, _):
+    """State size 16, float32, one sequence. The scan alone is the recurrence with its softplus, from llama.cpp's graph
+    of that one operation. In a whole model most of the time are the products."""
+    yield by_columns(results["scan_vs_llama_cpp"], {
+        "": "case", "length": "length", "width": "width", "threads": "threads", "ms": shown("ours_ms", "{:.2f}"),
+        "llama.cpp, ms": shown("llama_cpp_ms", "{:.2f}"), "over llama.cpp": shown("over_llama_cpp", "{:.1f}x"),
+    })  # fmt: skip
