@@ -15,15 +15,17 @@ import torch
 from rich.console import Console
 
 from deftcore._files import cache_folder
+from deftcore.cli.quickstart.start import start_from_bigrams, steps_within
 from deftcore.training.config import TrainingConfig
 from deftcore.training.data import encode
 from deftcore.training.loop import train
 from deftcore.training.saving import save_trained
+from deftcore.training.text import TextTask
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the run. The defaults fit five minutes on two cores."""
+    """Sizes of the run."""
 
     vocab_size: int = 2048
     hidden_size: int = 384
@@ -31,9 +33,11 @@ class Settings:
     num_layers: int = 2
     max_length: int = 128
     batch_size: int = 8
-    base_steps: int = 150
-    tune_steps: int = 70
-    base_learning_rate: float = 2e-3
+    base_steps: int = 0  # 0: as many as fit into base_seconds, by a few timed ones
+    base_seconds: float = 60.0
+    tune_steps: int = 0  # likewise, of each fine-tuning
+    tune_seconds: float = 30.0
+    base_learning_rate: float = 1e-3
     tune_learning_rate: float = 2e-3
     lora_r: int = 16
     alpha: float = 1.0
@@ -88,14 +92,20 @@ def base_model(settings: Settings, seed: int, console: Console) -> tuple[Any, An
         vocab_size=settings.vocab_size, hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size, num_hidden_layers=settings.num_layers,
         num_attention_heads=6, num_key_value_heads=2, hidden_act="relu", max_position_embeddings=512,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
     model.generation_config.pad_token_id = 0
     examples = encode([{"text": text}], tokenizer, settings.max_length, is_encoder_decoder=False)
+    start_from_bigrams(model, torch.tensor([token for example in examples for token in example["input_ids"]]))
+    few = TextTask().collate(examples[: settings.batch_size])
+    steps = settings.base_steps or steps_within(
+        model, few, settings.base_seconds, least=20, most=300, mixed_precision=precision()
+    )
+    console.print(f"{steps} steps of {few['input_ids'].numel()} tokens (base_seconds={settings.base_seconds:g})")
     training = TrainingConfig(
-        max_steps=settings.base_steps, batch_size=settings.batch_size, learning_rate=settings.base_learning_rate,
+        max_steps=steps, batch_size=settings.batch_size, learning_rate=settings.base_learning_rate,
         weight_decay=0.01, schedule="cosine", mixed_precision=precision(), seed=seed,
     )  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)

@@ -48,7 +48,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     runs = report["runs"]
     colors = ["#9aa5b1", "#4c78a8", "#e4572e", "#72b7b2"]
     for i, (name, r) in enumerate(runs.items()):
@@ -59,7 +59,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
             color=colors[i],
         )  # fmt: skip
     left.set(title="Active neurons per MLP block", xlabel="block", ylabel="density", xticks=list(blocks))
-    left.legend(frameon=False)
+    beside = {"frameon": False, "loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": 2}  # no bar below it
+    left.legend(**beside)
     names = [n for n in runs if "speed_up" in runs[n]]
     for offset, side, color in ((-0.2, "dense", colors[0]), (0.2, "sparse", colors[2])):
         values = [runs[n][f"{side}_tokens_per_s"] for n in names]
@@ -67,7 +68,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         right.bar_label(bars, fmt="%.0f")
     right.set(title="Decoding, tokens per second", xticks=range(len(names)), xticklabels=names)
     right.margins(y=0.15)
-    right.legend(frameon=False)
+    right.legend(**beside)
     with replacing_file(path) as partial:
         figure.savefig(partial, dpi=150)
     plt.close(figure)

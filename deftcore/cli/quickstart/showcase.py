@@ -19,6 +19,7 @@ from deftcore._files import write_json
 from deftcore.cli.quickstart.base_model import Settings, base_model, precision, reference_text
 from deftcore.cli.quickstart.decoding import compare_4bit, decode_side_by_side
 from deftcore.cli.quickstart.report import draw
+from deftcore.cli.quickstart.start import steps_within
 from deftcore.methods.deft.objective import DensityLoss
 from deftcore.nn.quantization import quantize as quantize_model
 from deftcore.ops.quantized import QUANT_TYPES
@@ -60,9 +61,14 @@ def run(
     models: dict[str, Any] = {}
     before = _evaluate(base, validation, settings)
     runs["base"] = before
+    steps = settings.tune_steps or steps_within(
+        deepcopy(base), TextTask().collate(examples[: settings.batch_size]), settings.tune_seconds,
+        least=30, most=100, mixed_precision=precision(),
+    )  # fmt: skip
+    console.print(f"{steps} steps of each fine-tuning (tune_seconds={settings.tune_seconds:g})")
     for name, alpha in (("LoRA", 0.0), ("LoRA + DEFT", settings.alpha)):
         console.print(f"[bold]Fine-tuning: {name}[/bold]")
-        result, model = _tune(deepcopy(base), "lora", tokenizer, examples, settings, alpha, seed, folder, name)
+        result, model = _tune(deepcopy(base), "lora", tokenizer, examples, settings, steps, alpha, seed, folder, name)
         runs[name] = {**_evaluate(model, validation, settings), "seconds": result.seconds}
         models[name] = model.merge_and_unload()
 
@@ -76,7 +82,7 @@ def run(
         console.print(f"[bold]Fine-tuning: {name}, base in {quantize}[/bold]")
         packed = quantize_model(deepcopy(base), quant_type=quantize)
         result, model = _tune(
-            packed, "qlora", tokenizer, examples, settings, settings.alpha, seed, folder, name
+            packed, "qlora", tokenizer, examples, settings, steps, settings.alpha, seed, folder, name
         )  # fmt: skip
         runs[name] = {**_evaluate(model, validation, settings), "seconds": result.seconds}
         console.print("[bold]Decoding from 4 bits[/bold]")
@@ -85,6 +91,7 @@ def run(
         "settings": asdict(settings),
         "machine": _machine(),
         "base_cached": cached,
+        "tune_steps": steps,
         "runs": runs,
         "density_ratio": runs["LoRA + DEFT"]["density"] / runs["LoRA"]["density"],
         "loss_ratio": runs["LoRA + DEFT"]["loss"] / runs["LoRA"]["loss"],
@@ -102,6 +109,7 @@ def _tune(
     tokenizer: Any,
     examples: list[Example],
     settings: Settings,
+    steps: int,
     alpha: float,
     seed: int,
     output: Path,
@@ -113,7 +121,7 @@ def _tune(
     model = add_adapter(base, method, options)
     objective = DensityLoss(model, alpha=alpha, surrogate=settings.surrogate, beta=settings.beta)
     training = TrainingConfig(
-        max_steps=settings.tune_steps, batch_size=settings.batch_size, learning_rate=settings.tune_learning_rate,
+        max_steps=steps, batch_size=settings.batch_size, learning_rate=settings.tune_learning_rate,
         schedule="cosine", mixed_precision=precision(), seed=seed,
     )  # fmt: skip
     folder = output / name.lower().replace(" + ", "-")
