@@ -18,6 +18,8 @@ DEFTCORE_OPS(DEFTCORE_DECLARE, lanes16)
 DEFTCORE_OPS(DEFTCORE_DECLARE, avx2)
 DEFTCORE_OPS(DEFTCORE_DECLARE, avx512)
 DEFTCORE_OPS(DEFTCORE_DECLARE, avx512bf16)
+#elif defined(DEFTCORE_ARM64)
+DEFTCORE_OPS(DEFTCORE_DECLARE, neon)
 #endif
 
 namespace {
@@ -46,6 +48,8 @@ const Level* levels(int* count) {
       {DEFTCORE_TABLE(scalar), true},
 #if defined(DEFTCORE_X86)
       {DEFTCORE_TABLE(avx2), avx2},    {DEFTCORE_TABLE(avx512), avx512}, {DEFTCORE_TABLE(avx512bf16), avx512bf16},
+#elif defined(DEFTCORE_ARM64)
+      {DEFTCORE_TABLE(neon), true},
 #endif
   };
   *count = sizeof(all) / sizeof(all[0]);

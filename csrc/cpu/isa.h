@@ -12,6 +12,11 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(DEFTCORE_NEON)
+#include <arm_neon.h>
+#endif
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(DEFTCORE_NEON) || defined(DEFTCORE_LANES)
+#define DEFTCORE_VECTORS  // of more than one lane
 #endif
 
 namespace deftcore::cpu {
@@ -230,6 +235,10 @@ inline void compress(int32_t* out, uint32_t bits, int32_t base) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_add_epi32(lanes, _mm256_set1_epi32(base)));
 }
 
+#elif defined(DEFTCORE_NEON)
+
+#include "neon.h"
+
 #elif defined(DEFTCORE_LANES)
 
 #include "lanes.h"
@@ -288,7 +297,7 @@ inline void store_tail(T* p, Vec a, int64_t n) {
   std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
 }
 
-#if defined(__AVX512F__) || defined(__AVX2__) || defined(DEFTCORE_LANES)
+#if defined(DEFTCORE_VECTORS)
 
 inline Vec polynomial(Vec x, Vec c) {
   (void)x;

@@ -131,7 +131,7 @@ auto fill_from4(const Quant4& q, const CodeBook& book, const int32_t* list, Rang
         for (int64_t l = 0; l < left && l < kWidth; ++l) lanes[l] = decode_one(q, row, col + l);
         return load(lanes);
       }
-#if defined(__AVX2__) || defined(__AVX512F__) || defined(DEFTCORE_LANES)
+#if defined(DEFTCORE_VECTORS)
       const Vec value = book(load_nibbles(packed_row(q, row) + col / 2));
 #else
       const Vec value = book(static_cast<Words>(packed_row(q, row)[col / 2] >> (col % 2 ? 0 : 4)));

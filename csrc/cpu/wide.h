@@ -49,6 +49,26 @@ inline Wide load_wide(const BFloat16* p) {
 inline void store(double* p, Wide a) { _mm256_storeu_pd(p, a.v); }
 inline void store(float* p, Wide a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a.v)); }
 
+#elif defined(DEFTCORE_NEON)
+
+constexpr int kWide = 2;
+struct Wide {
+  float64x2_t v;
+  Wide() = default;
+  Wide(float64x2_t x) : v(x) {}
+  explicit Wide(double x) : v(vdupq_n_f64(x)) {}
+};
+inline Wide fma(Wide a, Wide b, Wide c) { return vfmaq_f64(c.v, a.v, b.v); }
+inline double reduce_add(Wide a) { return vaddvq_f64(a.v); }
+inline Wide load_wide(const double* p) { return vld1q_f64(p); }
+inline Wide load_wide(const float* p) { return vcvt_f64_f32(vld1_f32(p)); }
+inline Wide load_wide(const BFloat16* p) {
+  const float both[2] = {to_float(p[0]), to_float(p[1])};
+  return load_wide(both);
+}
+inline void store(double* p, Wide a) { vst1q_f64(p, a.v); }
+inline void store(float* p, Wide a) { vst1_f32(p, vcvt_f32_f64(a.v)); }
+
 #elif defined(DEFTCORE_LANES)
 
 constexpr int kWide = kWidth / 2;

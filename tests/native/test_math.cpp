@@ -156,11 +156,28 @@ void test_number(float x) {
   test_conversion<Float16>(x, 1.0 / 2048, 3e-8, 65519.99);
 }
 
+// Of small exponents: 1 at 0, never above 1 below it, rising but for the last bits, NaN kept.
+void test_small_decay() {
+  const SmallDecay decay;
+  const auto of = [&](float s, float a) { return on_lanes([&](Vec v) { return decay(v, Vec(a)); }, s); };
+  CHECK(of(0.0f, -3.0f) == 1.0f && of(5.0f, 0.0f) == 1.0f && of(1e-30f, -1e-10f) == 1.0f);
+  CHECK(std::isnan(of(NAN, -1.0f)) && std::isnan(of(1.0f, NAN)) && std::isnan(of(-NAN, 1.0f)));
+  float before = 0;
+  for (int i = -125 * 512; i <= 125 * 512; ++i) {
+    const float s = static_cast<float>(i) / 1536.0f, value = of(s, 3.0f);
+    const float product = std::is_same_v<SmallDecay, AnyDecay> ? 6e-8f * std::fabs(3 * s) : 0;  // which that rounds
+    check_value("small decay", s, value, std::exp2(3.0 * s), 2.4e-7 + product, 0);
+    CHECK(value >= before * (1 - 2.4e-7f) && (i > 0 || value <= 1.0f));
+    before = value;
+  }
+}
+
 }  // namespace
 
 int main() {
   return run_tests([] {
     isa_name();  // this machine may lack the level
     for (float x : hard_numbers()) test_number(x);
+    test_small_decay();
   });
 }
