@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from rich.progress import track
 
 from bench import decode, light_peft, neighbours, quant4, s2ft, scans, spectral, ssm, train_step, tsvit
-from bench.harness import Rotating, alternate, console, keep_freed_memory, streaming_bandwidth
+from bench.harness import LIMIT, Rotating, alternate, console, keep_freed_memory, streaming_bandwidth
 from bench.machines import describe, headline, keep_origins, origin, result_file
 from deftcore import ops
 from deftcore._files import write_json
 from deftcore.cli.info import collect
 from deftcore.ops.kernels import machine_name
 
+QUICK_SECONDS = 1.0  # of one comparison
 GROUPS = {"spectral": list(spectral.FAMILIES)}  # what --only takes as one name
 
 
@@ -292,6 +293,11 @@ def main():
         del tuned["scan_vs_llama_cpp"], tuned["decode"]
     tuned |= {name: partial(run, args.quick) for name, run in spectral.FAMILIES.items()}  # on a CPU
     families = default | tuned
+    if args.quick:
+        LIMIT["seconds"] = QUICK_SECONDS
+        families = {
+            name: run for name, run in families.items() if not name.endswith("_tuned_allocator")
+        }  # a repetition
     wanted = [name for each in args.only or families for name in GROUPS.get(each, [each])]
     unknown = sorted(set(wanted) - families.keys())
     if unknown:

@@ -10,11 +10,13 @@ from rich.console import Console
 
 COLD_BYTES = 128 << 20  # rotate over at least this much, more than twice a last-level cache (an H100's: 50 MB)
 GRAPH_CALLS = 16  # calls in one CUDA graph, over rotating weights
+LIMIT = {"seconds": float("inf")}  # of one comparison, behind which no further round begins; `--quick` lowers it
 console = Console(stderr=True)
 
 
 def alternate(sides, repeats, device="cpu", graph=True):
-    """Median seconds per side and the quartiles' spread; the first round does not count.
+    """Median seconds per side and the quartiles' spread; the first round does not count, unless it takes all the time
+    that a comparison has (`LIMIT`).
 
     On "cuda" a side is a graph of GRAPH_CALLS calls timed by events, so that the device's time is seen and not the
     interpreter's (what a call costs the host is the family `overhead`); calls that read a value back cannot be in one.
@@ -22,14 +24,16 @@ def alternate(sides, repeats, device="cpu", graph=True):
     in_graph = graph and device == "cuda"
     clock = {name: _graph_clock(run) if in_graph else _wall_clock(run, device) for name, run in sides.items()}
     times = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
+    end = time.perf_counter() + LIMIT["seconds"]
+    for _ in range(repeats + 1):
         for name, seconds in clock.items():
-            found = seconds()
-            if repeat:
-                times[name].append(found)
+            times[name].append(seconds())
+        if time.perf_counter() > end:
+            break
     result = {}
     for name, values in times.items():
-        low, middle, high = statistics.quantiles(values, n=4)
+        values = values[1:] or values
+        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
         result[name] = {"seconds": middle, "spread": (high - low) / middle}
     return result
 

@@ -170,3 +170,14 @@ def test_models_for_llama_cpp_have_their_shapes(tmp_path):
     found = {tensor.name: list(tensor.shape) for tensor in gguf.GGUFReader(path).tensors}
     assert found["blk.0.ssm_a"] == [16, 64]
     assert found["blk.0.ssm_conv1d.weight"] == [4, 64]
+
+
+@pytest.mark.parametrize(("limit", "calls"), [(0.0, 1), (float("inf"), 4)])
+def test_a_quick_comparison_begins_no_round_behind_its_time(monkeypatch, limit, calls):
+    from bench import harness
+
+    monkeypatch.setitem(harness.LIMIT, "seconds", limit)
+    seen = []
+    times = harness.alternate({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 3)
+    assert seen == ["a", "b"] * calls
+    assert all(each["seconds"] > 0 for each in times.values())
