@@ -244,9 +244,40 @@ def test_the_native_step_is_its_reference(form, tokens, threads):
         assert (ours.double() - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["llama", "smollm", "qwen3-window"])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "nf4"])
+@pytest.mark.parametrize(("sequences", "steps"), [(1, 1), (1, 7), (2, 5), (3, 16)])
+def test_several_positions_at_once(kind, form, sequences, steps):
+    """A prompt, part of it padding, behind two positions that were read before."""
+    stack, _, keys, values = step_of(model_of(kind, form), batch=4)
+    hidden = torch.randn(sequences, steps, stack.norm.shape[0])
+    starts = torch.tensor([0, 4, 2])[:sequences].clamp(max=1 + steps)
+    twins = [t.double() for t in (keys, values)]
+    exact = decode_step_ref(hidden.double(), stack, *twins, starts, 2)
+    found = decode_step(hidden, stack, keys, values, starts, 2)
+    assert (found.double() - exact).abs().max() <= 1e-5 * exact.abs().max()
+    for ours, theirs in zip((keys, values), twins, strict=True):
+        for row, start in enumerate(starts.tolist()):  # of padding nothing is read
+            seen = slice(max(start, 2), None)
+            difference = (ours[:, row, :, seen].double() - theirs[:, row, :, seen]).abs().max()
+            assert difference <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("length", [1, 8, 9, 16, 17, 40])  # read natively up to 16 tokens
+@pytest.mark.parametrize("rows", [1, 2])
+def test_prompts_of_any_length(length, rows):
+    model = model_of("mistral-window")
+    decoder = deftcore.compile_decoder(model, batch=3, max_length=80)
+    tokens, mask = prompts(rows, length), torch.ones(rows, length, dtype=torch.int64)
+    for row in range(1, rows):
+        mask[row, : length - 1] = tokens[row, : length - 1] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(decoder.generate(tokens, **options), model.generate(tokens, **options))
+
+
 def test_opcheck():
     stack, hidden, keys, values = step_of(model_of("llama"))
-    args = (hidden, stack.number, keys, values, torch.tensor([0, 1, 2]), 4, 97)
+    args = (hidden.unsqueeze(1), stack.number, keys, values, torch.tensor([0, 1, 2]), 4, 97)
     torch.library.opcheck(torch.ops.deftcore.decode_step.default, args)
     assert "decode_step" in ops.op_names()
 

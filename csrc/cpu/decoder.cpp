@@ -48,6 +48,7 @@ class Step : public StepStages {
       gate(block);
       add(block.down, b_.gated);
     }
+    keep_last(args_.steps);
     norm(args_.norm, args_.eps);
     project_out(*args_.head, args_.logits);
   }
@@ -64,29 +65,67 @@ class Step : public StepStages {
     });
   }
 
-  // Each head of queries rotates its key anew, which saves a stage; the first one of a group keeps it.
+  // Where a token stands, and the angles of its rotation; padding has none.
+  struct Place {
+    int64_t sequence, position, start;
+    const float *cosine, *sine;
+    bool padding() const { return position < start; }
+  };
+  Place place_of(int64_t token) const {
+    const int64_t sequence = token / args_.steps, position = args_.position + token % args_.steps;
+    const int64_t start = args_.starts[sequence], turn = std::max<int64_t>(position - start, 0) * args_.head_size;
+    return {sequence, position, start, args_.cosine + turn, args_.sine + turn};
+  }
+  // Offset of a head's first position in the cache.
+  int64_t cached(int64_t layer, int64_t sequence, int64_t kv_head) const {
+    return ((layer * args_.batch + sequence) * args_.kv_heads + kv_head) * args_.length * args_.head_size;
+  }
+
+  // Of one position each head of queries rotates its key anew, which saves a stage; the first one of a group keeps it.
+  // Several positions' keys are in the cache before any of their queries reads it.
   void attention(const DecoderBlock& block, int64_t layer) {
     const int64_t size = args_.head_size, group = args_.heads / args_.kv_heads;
+    if (args_.steps > 1) keep(block, layer);
     team_.stage([&](int part) {
       float *query = b_.heads + part * b_.head_stride, *key = query + size, *out = key + size;
-      const Range mine = share(args_.tokens * args_.heads, team_.parts, part);
+      const Range mine = share(s_.tokens * args_.heads, team_.parts, part);
       for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
         const int64_t t = unit / args_.heads, head = unit % args_.heads, source = t * args_.kv_heads + head / group;
-        const int64_t place = args_.position - args_.starts[t];
-        const float *cosine = args_.cosine + place * size, *sine = args_.sine + place * size;
-        rotate_head(b_.queries + unit * size, block.q_norm, args_.eps, cosine, sine, size, query);
-        rotate_head(b_.keys + source * size, block.k_norm, args_.eps, cosine, sine, size, key);
-        const float* value = b_.values + source * size;
-        const int64_t row = (layer * args_.batch * args_.kv_heads + source) * args_.length;
-        float *keys = args_.keys + row * size, *values = args_.values + row * size;
-        const int64_t first = std::max(args_.starts[t], args_.position - block.window + 1);
-        attend(query, keys + first * size, values + first * size, key, value, args_.position - first + 1, size,
-               args_.scale, b_.scores + part * b_.score_stride, out);
-        for (int64_t i = 0; i < size; ++i) b_.mixed.set(t, head * size + i, out[i]);
-        if (head % group == 0) {
-          std::copy_n(key, size, keys + args_.position * size);
-          std::copy_n(value, size, values + args_.position * size);
+        const Place at = place_of(t);
+        const int64_t row = cached(layer, at.sequence, head / group), now = at.position * size;
+        float *keys = args_.keys + row, *values = args_.values + row;
+        const int64_t first = std::max(at.start, at.position - block.window + 1);
+        if (at.padding()) {
+          std::fill_n(out, size, 0.0f);
+        } else {
+          rotate_head(b_.queries + unit * size, block.q_norm, args_.eps, at.cosine, at.sine, size, query);
+          if (args_.steps == 1) {
+            rotate_head(b_.keys + source * size, block.k_norm, args_.eps, at.cosine, at.sine, size, key);
+          } else {
+            std::copy_n(keys + now, size, key);
+          }
+          attend(query, keys + first * size, values + first * size, key, b_.values + source * size,
+                 at.position - first + 1, size, args_.scale, b_.scores + part * b_.score_stride, out);
         }
+        for (int64_t i = 0; i < size; ++i) b_.mixed.set(t, head * size + i, out[i]);
+        if (args_.steps == 1 && head % group == 0) {
+          std::copy_n(key, size, keys + now);
+          std::copy_n(b_.values + source * size, size, values + now);
+        }
+      }
+    });
+  }
+
+  // Keys and values of all tokens into the cache.
+  void keep(const DecoderBlock& block, int64_t layer) {
+    const int64_t size = args_.head_size;
+    team_.stage([&](int part) {
+      const Range mine = share(s_.tokens * args_.kv_heads, team_.parts, part);
+      for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
+        const Place at = place_of(unit / args_.kv_heads);
+        const int64_t to = cached(layer, at.sequence, unit % args_.kv_heads) + at.position * size;
+        rotate_head(b_.keys + unit * size, block.k_norm, args_.eps, at.cosine, at.sine, size, args_.keys + to);
+        std::copy_n(b_.values + unit * size, size, args_.values + to);
       }
     });
   }

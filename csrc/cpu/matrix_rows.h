@@ -100,11 +100,7 @@ struct RowRooms {
   Tokens8 rounded;  // [parts tokens]
   int64_t scale_stride, tokens;
 
-  RowRoom of(int64_t part) const {
-    RowRoom room{scales + part * scale_stride, rounded.from(part * tokens)};
-    room.tokens.tokens = tokens;
-    return room;
-  }
+  RowRoom of(int64_t part) const { return {scales + part * scale_stride, rounded.from(part * tokens)}; }
 };
 
 inline RowRooms take_row_rooms(Workspace& room, int64_t tokens, int64_t cols) {
@@ -123,16 +119,18 @@ void matrix_rows(const DecoderMatrix& matrix, Range range, const Activations& x,
   const auto add_bias = [&](int64_t row, int64_t token, float dot) {
     sink(row, token, matrix.bias == nullptr ? dot : dot + matrix.bias[row]);
   };
+  Tokens8 rounded = room.tokens;
+  rounded.tokens = tokens;
   if (matrix.dtype == kInt8Rows) {
-    to_int8<false>(x.plain, matrix.cols, kBlock8, 1.0f, room.tokens);
+    to_int8<false>(x.plain, matrix.cols, kBlock8, 1.0f, rounded);
     return dense8(static_cast<const int8_t*>(matrix.weight), static_cast<const float*>(matrix.absmax), matrix.cols,
-                  range, room.tokens, add_bias);
+                  range, rounded, add_bias);
   }
   if (matrix.code != nullptr && matrix.int8 != 0) {
     const Quant4 q = packed_form(matrix);
     const Book8 book(q.code);
-    to_int8<true>(x.plain, q.cols, q.block_size, book.step, room.tokens);
-    return dots8(q, book, range, room.tokens, room.scales, add_bias);
+    to_int8<true>(x.plain, q.cols, q.block_size, book.step, rounded);
+    return dots8(q, book, range, rounded, room.scales, add_bias);
   }
   if (matrix.code != nullptr) {
     const auto same = [](int64_t row) { return row; };

@@ -88,6 +88,17 @@ class StepStages {
     rows(m, x, [&](int64_t row, int64_t token, float y) { s_.stream[token * s_.width + row] += y; });
   }
 
+  // Of each `steps` tokens the last one alone goes on.
+  void keep_last(int64_t steps) {
+    if (steps == 1) return;
+    team_.once([&] {
+      for (int64_t t = 0; t < s_.tokens / steps; ++t) {
+        std::copy_n(s_.stream + (t * steps + steps - 1) * s_.width, s_.width, s_.stream + t * s_.width);
+      }
+    });
+    s_.tokens /= steps;
+  }
+
   // logits [tokens, rows of the head]
   void project_out(const DecoderMatrix& head, float* logits) {
     rows(head, s_.normed, [&](int64_t row, int64_t token, float y) { logits[token * head.rows + row] = y; });

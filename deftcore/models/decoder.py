@@ -33,7 +33,7 @@ def compile_decoder(model: Any, *, batch: int = 1, max_length: int = 2048, activ
         batch: sequences at once, at most; 1 to 16.
         max_length: of prompt and new tokens together; a cache of keys and values has as much room.
         activations: "exact", or "int8": what weights in 4 bits are multiplied with is rounded to 255 steps a block, and
-            a dense head to 255 steps a row. The prompt is read exactly. `Decoder.error` says how far the logits moved.
+            a dense head to 255 steps a row. Prompts are read exactly. `Decoder.error` says how far the logits moved.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -50,20 +50,23 @@ def compile_decoder(model: Any, *, batch: int = 1, max_length: int = 2048, activ
     check_choice("activations", activations, ACTIVATIONS)
     if not hasattr(base_of(model), "generate"):
         raise TypeError(f"model: must be a Transformers model that generates, got {type(model).__name__}")
-    steps: Steps | None = None
-    reason, moved = "", 0.0
+    exact: Steps | None = None
+    reason, steps, moved = "", None, 0.0
     try:
         if is_mamba(base_of(model)):
-            steps = MambaSteps(read_mamba(model, max_length))
+            exact = MambaSteps(read_mamba(model, max_length))
         else:
-            steps = LlamaSteps(read_stack(model, max_length))
+            exact = LlamaSteps(read_stack(model, max_length))
+        steps = exact
         if activations == "int8":
-            exact, steps = steps, steps.rounded()
+            steps = exact.rounded()
             moved = Trial(model, max_length).distance(steps, exact)
     except ValueError as error:
         reason = str(error)
         logger.warning("compile_decoder: Transformers decodes this model: %s", reason)
-    return Decoder(model, steps, reason, batch, max_length, moved)
+    decoder = Decoder(model, exact, reason, batch, max_length)
+    decoder.error, decoder._steps = moved, steps
+    return decoder
 
 
 class Decoder:
@@ -73,11 +76,11 @@ class Decoder:
     logits of a few made-up tokens: the root mean square of the difference over that of the logits.
     """
 
-    def __init__(
-        self, model: Any, steps: Steps | None, reason: str, batch: int, max_length: int, error: float = 0.0
-    ) -> None:
-        self.model, self.reason, self.batch, self.max_length, self.error = model, reason, batch, max_length, error
-        self._steps = steps
+    error = 0.0
+
+    def __init__(self, model: Any, steps: Steps | None, reason: str, batch: int, max_length: int) -> None:
+        self.model, self.reason, self.batch, self.max_length = model, reason, batch, max_length
+        self._exact = self._steps = steps  # of a prompt, of the tokens behind it
         self._state = (torch.empty(0), torch.empty(0)) if steps is None else steps.new_state(batch)
 
     @torch.no_grad()
@@ -139,11 +142,21 @@ class Decoder:
         if length > self.max_length:
             raise ValueError(f"{name}: {length} tokens are more than the cache has (max_length={self.max_length})")
 
+    def _read(self, tokens: Tensor, starts: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Logits behind a prompt, which goes into the state: a short one by exact native steps, else by the model."""
+        steps: Any = self._exact
+        sequences, prompt = tokens.shape
+        if sequences * prompt <= steps.most_read:
+            return steps.step(embedded(self.model, tokens), self._state, starts, 0)
+        output = self.model(input_ids=tokens, **inputs)
+        steps.take(cache_of(output), self._state, prompt)
+        return output.logits[:, -1].float()
+
     def _is_plain(self, config: Any, kwargs: dict[str, Any]) -> bool:
         """Whether one token of each sequence follows the other, and nothing but tokens is asked for."""
         config = copy.deepcopy(self.model.generation_config if config is None else config)
         config.update(**kwargs)
-        names = ("assistant_model", "custom_generate", "cache", "past_key_values", "inputs_embeds")
+        names = ("assistant_model", "custom_generate", "cache", "past_key_values", "inputs_embeds", "position_ids")
         special = any(kwargs.get(name) is not None for name in names)
         asked = config.return_dict_in_generate or config.use_cache is False or (config.num_beams or 1) > 1
         mode = config.get_generation_mode(kwargs.get("assistant_model"))
@@ -158,10 +171,8 @@ class Decoder:
         self._check_room(sequences, generation_config.max_length, "max_new_tokens: prompt and")
         mask = inputs.get("attention_mask")
         starts = torch.zeros(sequences, dtype=torch.int64) if mask is None else _starts(mask)
-        output = self.model(input_ids=tokens, **inputs)
-        steps.take(cache_of(output), self._state, prompt)
-        logits = output.logits[:, -1].float()
-        del output, inputs
+        logits = self._read(tokens, starts, inputs)
+        del inputs
         padding = generation_config._pad_token_tensor
         unfinished = torch.ones(sequences, dtype=torch.bool)
         for position in range(prompt, self.max_length + 1):

@@ -23,6 +23,7 @@ class LlamaSteps:
     """`decode_step` as `Decoder` asks for it. The state is the keys and the values."""
 
     stack: DecoderStack
+    most_read = 16  # SmolLM2's shape, one thread: 8 tokens in 43 ms, by Transformers 64; 32 in 137, 112
 
     def rounded(self) -> "LlamaSteps":
         """As `Steps`."""

@@ -24,6 +24,10 @@ class Steps(Protocol):
     def rounded(self) -> "Steps":
         """The same in int8: what weights in 4 bits are multiplied with, and the head."""
 
+    @property
+    def most_read(self) -> int:
+        """Tokens of a prompt, all sequences' together, up to which `step` reads it faster than Transformers."""
+
     def new_state(self, batch: int) -> State:
         """Room for `batch` sequences at most."""
 
@@ -31,14 +35,15 @@ class Steps(Protocol):
         """Copies Transformers' cache after a prompt of `length` tokens, padding included."""
 
     def step(self, hidden: Tensor, state: State, starts: Tensor, position: int) -> Tensor:
-        """Logits [B, vocabulary] of the next token; hidden [B, D] are the embeddings of the one at `position`.
+        """Logits [B, vocabulary] of the next token; hidden [B, D] are the embeddings of the one at `position`, or
+        [B, T, D], where steps read prompts, those of T tokens from there on.
 
         What stands before a sequence's place in `starts` [B] is padding.
         """
 
 
 def embedded(model: Any, tokens: Tensor) -> Tensor:
-    """Embeddings of tokens [B] as a step takes them, [B, D] float32."""
+    """Embeddings of tokens [...] as a step takes them, [..., D] float32."""
     return model.get_input_embeddings()(tokens).float()
 
 

@@ -27,6 +27,7 @@ class MambaSteps:
     """
 
     stack: MambaStack
+    most_read = 0  # scans go token by token
 
     def rounded(self) -> "MambaSteps":
         """As `Steps`."""

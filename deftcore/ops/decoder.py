@@ -84,9 +84,10 @@ class DecoderStack:
         return native.DecodeStep(
             blocks=address(self._blocks), head=address(self._head), norm=address(self.norm), hidden=address(hidden),
             cosine=address(self.cosine), sine=address(self.sine), starts=address(starts), keys=address(keys),
-            values=address(values), logits=address(out), workspace=0, layers=layers, tokens=hidden.shape[0],
-            batch=batch, position=position, length=length, width=hidden.shape[1], heads=self.heads, kv_heads=kv_heads,
-            head_size=size, neurons=self.blocks[0].up.weight.shape[0], vocabulary=out.shape[1],
+            values=address(values), logits=address(out), workspace=0, layers=layers,
+            tokens=hidden.shape[0] * hidden.shape[1], batch=batch, position=position, length=length,
+            steps=hidden.shape[1], width=hidden.shape[2], heads=self.heads, kv_heads=kv_heads, head_size=size,
+            neurons=self.blocks[0].up.weight.shape[0], vocabulary=out.shape[1],
             activation=ACTIVATIONS[self.activation], eps=self.eps, scale=self.scale,
         )  # fmt: skip
 
@@ -101,16 +102,18 @@ def decode_step(
 ) -> Tensor:
     """Logits of the next token: head(norm(blocks(hidden))), the attention over all positions so far.
 
+    Several positions, as of a prompt, are read together; the logits are the last one's.
+
     A block is h = x + o(attention(q, k, v of norm x)), y = h + down(f(gate(norm h)) * up(norm h)); queries and keys are
     rotated by halves (Su et al., RoFormer, arXiv 2104.09864), heads of queries share those of keys in groups
     (Ainslie et al., arXiv 2305.13245). Inference only.
 
     Args:
-        hidden: [B, D], embeddings of the position's tokens; float32 has a native kernel.
+        hidden: [B, D], embeddings of the position's tokens, or [B, T, D], of T positions; float32 has a native kernel.
         keys, values: [layers, at least B, kv_heads, length, head_size] in hidden's dtype, contiguous; what stands at
-            `position` is written.
+            `position`, and T - 1 behind it, is written.
         starts: [B] int64, the first position of each sequence that is no padding.
-        position: where all sequences are, below length.
+        position: where all sequences are; with T positions, the first of them.
 
     Returns:
         [B, vocabulary] in hidden's dtype.
@@ -120,9 +123,10 @@ def decode_step(
     """
     check_float("hidden", hidden)
     width = stack.norm.shape[0]
-    if hidden.dim() != 2 or hidden.shape[0] < 1 or hidden.shape[1] != width:
-        raise ValueError(f"hidden: must be [at least 1, {width}], got shape {tuple(hidden.shape)}")
-    tokens, (length, size) = hidden.shape[0], stack.cosine.shape
+    if hidden.dim() not in (2, 3) or 0 in hidden.shape[:-1] or hidden.shape[-1] != width:
+        raise ValueError(f"hidden: must be [at least 1, {width}] or [B, T, {width}], got shape {tuple(hidden.shape)}")
+    hidden = hidden if hidden.dim() == 3 else hidden.unsqueeze(1)
+    tokens, steps, (length, size) = hidden.shape[0], hidden.shape[1], stack.cosine.shape
     for name, cache in (("keys", keys), ("values", values)):
         check_like(name, cache, "hidden", hidden)
         if cache.dim() != 5 or cache.shape[1] < tokens:
@@ -133,10 +137,11 @@ def decode_step(
         if not cache.is_contiguous():
             raise ValueError(f"{name}: must be contiguous, got strides {cache.stride()}")
     check_integers("starts", starts, (tokens,), "one per sequence", "hidden", hidden)
-    if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < length:
-        raise ValueError(f"position: must be an integer in 0..{length - 1}, got {position!r}")
-    if bool(((starts < 0) | (starts > position)).any()):
-        raise ValueError(f"starts: must be in 0..{position} (position), got {starts.tolist()}")
+    if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position <= length - steps:
+        raise ValueError(f"position: must be an integer in 0..{length - steps}, got {position!r}")
+    last = position + steps - 1
+    if bool(((starts < 0) | (starts > last)).any()):
+        raise ValueError(f"starts: must be in 0..{last} (the last position), got {starts.tolist()}")
     return _decode_step(
         hidden.contiguous(), stack.number, keys, values, starts.long().contiguous(), position,
         stack.head.weight.shape[0],
@@ -178,6 +183,11 @@ def decode_step_ref(
     hidden: Tensor, stack: DecoderStack, keys: Tensor, values: Tensor, starts: Tensor, position: int
 ) -> Tensor:
     """`decode_step` by PyTorch, in hidden's dtype."""
+    if hidden.dim() == 3:
+        last = hidden.shape[1] - 1
+        for i in range(last):
+            decode_step_ref(hidden[:, i], stack, keys, values, starts.clamp(max=position + i), position + i)
+        return decode_step_ref(hidden[:, last], stack, keys, values, starts, position + last)
     x, size = hidden, stack.cosine.shape[1]
     tokens = x.shape[0]
     places = position - starts

@@ -146,13 +146,15 @@ inline void check_matrix(const DecoderMatrix& m, int64_t rows, int64_t cols, con
 }
 
 inline void check_args(const DecodeStepArgs& args, const char* op) {
-  require(args.tokens >= 1 && args.tokens <= args.batch, op, "tokens must be in 1..batch");
-  require(args.position >= 0 && args.position < args.length, op, "position must be in 0..length - 1");
+  require(args.steps >= 1 && args.tokens >= 1 && args.tokens % args.steps == 0, op, "steps must divide tokens");
+  require(args.tokens / args.steps <= args.batch, op, "tokens must be at most steps batch");
+  require(args.position >= 0 && args.position + args.steps <= args.length, op, "positions must be in 0..length - 1");
   require(args.kv_heads >= 1 && args.heads % args.kv_heads == 0, op, "kv_heads must divide heads");
   require(args.width >= 1 && args.neurons >= 1 && args.vocabulary >= 1, op, "sizes must be at least 1");
   require(args.head_size >= 2 && args.head_size % 2 == 0, op, "head_size must be even");
-  for (int64_t t = 0; t < args.tokens; ++t) {
-    require(args.starts[t] >= 0 && args.starts[t] <= args.position, op, "starts must be in 0..position");
+  for (int64_t t = 0; t < args.tokens / args.steps; ++t) {
+    require(args.starts[t] >= 0 && args.starts[t] < args.position + args.steps, op,
+            "starts must be in 0..last position");
   }
   const int64_t mixed = args.heads * args.head_size, kept = args.kv_heads * args.head_size;
   const auto check = [&](const DecoderMatrix& m, int64_t rows, int64_t cols) { check_matrix(m, rows, cols, op); };

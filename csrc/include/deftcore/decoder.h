@@ -23,23 +23,24 @@ struct DecodeStepArgs {
   const DecoderBlock* blocks;  // [layers], in the host's memory
   const DecoderMatrix* head;   // [1], as blocks
   const float* norm;           // [width]
-  const float* hidden;         // [tokens, width], contiguous
+  const float* hidden;         // [tokens, width], contiguous; a sequence's positions stand together
   const float* cosine;         // [length, head_size], of the positions' rotations
   const float* sine;           // [length, head_size]
-  const int64_t* starts;       // [tokens]
+  const int64_t* starts;       // [tokens / steps]
   float* keys;                 // [layers, batch, kv_heads, length, head_size], in and out, rotated
   float* values;               // [layers, batch, kv_heads, length, head_size], in and out
-  float* logits;               // [tokens, vocabulary], out
+  float* logits;               // [tokens / steps, vocabulary], out, of each sequence's last position
   void* workspace;             // 64-byte aligned
   int64_t layers, tokens, batch, position, length;
+  int64_t steps;  // positions of each sequence, from `position` on
   int64_t width, heads, kv_heads, head_size, neurons, vocabulary;
   Activation activation;
   float eps;    // of the norms
   float scale;  // of the products of queries and keys
 
   DEFTCORE_FIELDS(blocks, head, norm, hidden, cosine, sine, starts, keys, values, logits, workspace, layers, tokens,
-                  batch, position, length, width, heads, kv_heads, head_size, neurons, vocabulary, activation, eps,
-                  scale)
+                  batch, position, length, steps, width, heads, kv_heads, head_size, neurons, vocabulary, activation,
+                  eps, scale)
 };
 
 }  // namespace deftcore
