@@ -616,29 +616,45 @@ def decode_step(d: Draw) -> Call:
     d.dtype = torch.float32
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
-    def matrix(rows: int, cols: int) -> Matrix:
-        scale, dtype = cols**-0.5, d.random.choice(dtypes)
+    def matrix(rows: int, cols: int, *, neuron_major: bool = False) -> Matrix:
+        scale, dtype, rank = cols**-0.5, d.random.choice(dtypes), d.size(20, 1)
         bias = d.maybe(lambda: d.tensor(rows).contiguous())
-        if cols % 32 == 0 and d.chance(0.5):
-            return Matrix(ops.quantize_4bit(d.tensor(rows, cols, scale=scale), block_size=32), bias)
-        return Matrix(d.tensor(rows, cols, dtype=dtype, scale=scale).contiguous(), bias)
+        low = {}
+        if d.chance(0.3):
+            a = d.tensor(rank, cols, scale=scale).contiguous()
+            a = a.t().contiguous() if neuron_major else a
+            low = {"lora_a": a, "lora_b": d.tensor(rows, rank, scale=rank**-0.5).contiguous(), "lora_scale": 0.5}
+        low["neuron_major"] = neuron_major
+        if cols % 32 == 0 and (rows % 2 == 0 or not neuron_major) and d.chance(0.5):
+            q = ops.quantize_4bit(d.tensor(rows, cols, scale=scale), block_size=32)
+            return Matrix(q.t() if neuron_major else q, bias, **low)
+        wide = d.tensor(*((cols, rows) if neuron_major else (rows, cols)), dtype=dtype, scale=scale).contiguous()
+        return Matrix(torch.cat((wide, wide), 1)[:, : wide.shape[1]] if d.chance(0.3) else wide, bias, **low)
 
     def block() -> Block:
         norms = [d.tensor(n).contiguous() for n in (width, width, size, size)]
         norms = norms if d.chance(0.5) else [*norms[:2], None, None]
         shapes = [(heads * group * size, width), (heads * size, width), (heads * size, width),
-                  (width, heads * group * size), (neurons, width), (neurons, width), (width, neurons)]  # fmt: skip
-        return Block(*(matrix(*shape) for shape in shapes), *norms, window=d.size(40, 1))
+                  (width, heads * group * size), (neurons, width), (neurons, width)]  # fmt: skip
+        tau = 0.0 if relu and d.chance(0.5) else None  # any other threshold is a matter of rounding
+        matrices = [*(matrix(*shape) for shape in shapes), matrix(width, neurons, neuron_major=tau is not None)]
+        if d.chance(0.2):
+            matrices[4:], tau = [None] * 3, None
+        return Block(*matrices, *norms, window=d.size(40, 1), tau=tau)
 
+    activation = d.random.choice(list(ACTIVATIONS))
+    relu = activation in ("relu", "relu2")
     angles = torch.arange(length)[:, None] * torch.rand(size, generator=d.generator)
     stack = DecoderStack(
         [block() for _ in range(layers)], d.tensor(width).contiguous(), matrix(d.size(70, 1), width), angles.cos(),
-        angles.sin(), heads * group, d.random.choice(list(ACTIVATIONS)), eps=1e-3, scale=size**-0.5,
+        angles.sin(), heads * group, activation, eps=1e-3, scale=size**-0.5,
     )  # fmt: skip
-    position, cache = d.random.randrange(length), (layers, tokens + d.size(2), heads, length, size)
+    steps = min(d.size(5, 1), length)
+    position, cache = d.random.randrange(length - steps + 1), (layers, tokens + d.size(2), heads, length, size)
+    together = (steps,) if steps > 1 or d.chance(0.5) else ()  # several positions, or the one without a dimension
     arguments = {
-        "hidden": d.tensor(tokens, width), "position": position,
-        "starts": torch.randint(position + 1, (tokens,), generator=d.generator),
+        "hidden": d.tensor(tokens, *together, width), "position": position,
+        "starts": torch.randint(position + 1, (tokens,), generator=d.generator),  # keys of padding would differ
         "keys": torch.randn(cache, generator=d.generator), "values": torch.randn(cache, generator=d.generator),
     }  # fmt: skip
     run = partial(decoder.decode_step, stack=stack)

@@ -101,7 +101,7 @@ def test_tokens_come_from_the_decoder_where_its_cache_holds_them(place, monkeypa
         return decode_step(*arguments)
 
     monkeypatch.setattr(decoder_parts, "decode_step", step)
-    for longest, steps in ((4096, 7), (8, 0)):
+    for longest, steps in ((4096, 8), (8, 0)):  # the short prompt, and all tokens but the last
         monkeypatch.setattr(generation, "_LONGEST", longest)
         writer = generation.Writer(str(place / "base"), device="cpu", max_new_tokens=8)
         assert writer.decoder.reason == ""

@@ -85,6 +85,8 @@ KERNEL_TESTS = (
     "logits",
     "extremes",
     "galore_step",
+    "decoder",
+    "decoder_forms",
 )
 
 

@@ -76,11 +76,16 @@ inline void decode_row_scales(const Quant4& q, int64_t row, int64_t first, int64
   for (int64_t i = blocks; i < blocks + 16; ++i) out[i] = 0.0f;
 }
 
-// All scales of `count` regular rows, as decode_row_scales leaves them for each. Rows may be short: their scales, which
-// lie in a row, are decoded together.
-inline void decode_rows_scales(const Quant4& q, int64_t row, int64_t count, float* out) {
-  const int64_t blocks = q.cols / q.block_size, stride = row_scale_size(q);
-  decode_scales(q, row * blocks, count * blocks, out);
+// All scales of regular rows row_of(k), k in [begin, begin + count), as decode_row_scales leaves them for each. Rows
+// may be short: the scales of neighbours, which lie in a row, are decoded together.
+template <class RowOf>
+void decode_rows_scales(const Quant4& q, RowOf&& row_of, int64_t begin, int64_t count, float* out) {
+  const int64_t blocks = q.cols / q.block_size, stride = row_scale_size(q), first = row_of(begin);
+  if (row_of(begin + count - 1) != first + count - 1) {
+    for (int64_t r = 0; r < count; ++r) decode_row_scales(q, row_of(begin + r), 0, q.cols, out + r * stride);
+    return;
+  }
+  decode_scales(q, first * blocks, count * blocks, out);
   for (int64_t r = count - 1; r >= 0; --r) {
     std::memmove(out + r * stride, out + r * blocks, static_cast<size_t>(blocks) * sizeof(float));
     std::fill_n(out + r * stride + blocks, stride - blocks, 0.0f);

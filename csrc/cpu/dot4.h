@@ -147,12 +147,7 @@ void dots4(const Quant4& q, RowOf&& row_of, Range range, const typename Word::El
       rows[r] = packed_row(q, row);
       next[r] = packed_row(q, row_of(ahead < last ? ahead : last));
     }
-    const int64_t mine = std::min(kDot4Rows, range.end - k), first = row_of(k);
-    if (row_of(k + mine - 1) == first + mine - 1) {
-      decode_rows_scales(q, first, mine, scales);
-    } else {
-      for (int64_t r = 0; r < mine; ++r) decode_row_scales(q, row_of(k + r), 0, q.cols, scales + r * scale_stride);
-    }
+    decode_rows_scales(q, row_of, k, std::min(kDot4Rows, range.end - k), scales);
     for (int64_t m0 = 0; m0 < tokens; m0 += kDot4Tokens) {
       float out[kDot4Rows][kDot4Tokens];
       const auto tile = [&](auto row_count, auto count) {

@@ -348,19 +348,21 @@ void token_tiles8(int64_t tokens, Tile&& tile) {
   }
 }
 
-// Calls sink(n, m, x[m] . row n) for rows n in range and every token. `scales` holds kDot8Rows row_scale_size(q).
-template <class Sink>
-void dots8(const Quant4& q, const Book8& book, Range range, const Tokens8& x, float* scales, Sink&& sink) {
+// Calls sink(k, m, x[m] . row row_of(k)) for k in range and every token; row_of rises. `scales` holds
+// kDot8Rows row_scale_size(q).
+template <class RowOf, class Sink>
+void dots8(const Quant4& q, const Book8& book, RowOf&& row_of, Range range, const Tokens8& x, float* scales,
+           Sink&& sink) {
   const Lookup8 look_up(book);
   const LaneScales lanes(q.block_size);
   const int64_t last = range.end - 1, leap = rows_ahead(q.cols / 2, kDot8Rows);
   for (int64_t n = range.begin; n < range.end; n += kDot8Rows) {
     const uint8_t *rows[kDot8Rows], *next[kDot8Rows];
     for (int64_t r = 0; r < kDot8Rows; ++r) {  // past the end: repeat the last row, drop its result
-      rows[r] = packed_row(q, std::min(n + r, last));
-      next[r] = packed_row(q, std::min(n + r + leap, last));
+      rows[r] = packed_row(q, row_of(std::min(n + r, last)));
+      next[r] = packed_row(q, row_of(std::min(n + r + leap, last)));
     }
-    decode_rows_scales(q, n, std::min(kDot8Rows, range.end - n), scales);
+    decode_rows_scales(q, row_of, n, std::min(kDot8Rows, range.end - n), scales);
     token_tiles8(x.tokens, [&](int64_t m, auto count) {
       float out[kDot8Rows][kDot8Tokens];
       dot8_tile<count()>(q, look_up, lanes, rows, next, scales, x.from(m), out);

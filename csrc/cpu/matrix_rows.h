@@ -34,6 +34,7 @@ inline Quant4 packed_form(const DecoderMatrix& m) {
   q.rows = m.rows;
   q.cols = m.cols;
   q.block_size = m.block_size;
+  q.column_blocks = m.column_blocks != 0;
   return q;
 }
 
@@ -63,13 +64,14 @@ void dense_tile(const T* const* rows, const float* x, int64_t cols, float (*out)
   }
 }
 
-template <class T, class Sink>
-void dense_rows(const DecoderMatrix& matrix, Range range, const Activations& x, int64_t tokens, Sink&& sink) {
+template <class T, class RowOf, class Sink>
+void dense_rows(const DecoderMatrix& matrix, RowOf&& row_of, Range range, const Activations& x, int64_t tokens,
+                Sink&& sink) {
   const T* weight = static_cast<const T*>(matrix.weight);
   for (int64_t k = range.begin; k < range.end; k += kRowGroup) {
     const T* rows[kRowGroup];
     for (int64_t r = 0; r < kRowGroup; ++r) {  // past the end: repeat the last row, drop its result
-      rows[r] = weight + (k + r < range.end ? k + r : range.end - 1) * matrix.cols;
+      rows[r] = weight + row_of(k + r < range.end ? k + r : range.end - 1) * matrix.stride;
     }
     for (int64_t m = 0; m < tokens; m += kTokenGroup) {
       const int64_t count = tokens - m < kTokenGroup ? tokens - m : kTokenGroup;
@@ -112,12 +114,13 @@ inline RowRooms take_row_rooms(Workspace& room, int64_t tokens, int64_t cols) {
   return r;
 }
 
-// Calls sink(row, token, y) with y = x W^T + bias for the rows of a range and every token.
-template <class Sink>
-void matrix_rows(const DecoderMatrix& matrix, Range range, const Activations& x, int64_t tokens, const RowRoom& room,
-                 Sink&& sink) {
-  const auto add_bias = [&](int64_t row, int64_t token, float dot) {
-    sink(row, token, matrix.bias == nullptr ? dot : dot + matrix.bias[row]);
+// Calls sink(k, token, y) with y = x W^T + bias for rows row_of(k), k in a range, and every token. row_of rises;
+// matrices in int8 are heads, of which all rows are wanted.
+template <class RowOf, class Sink>
+void matrix_rows(const DecoderMatrix& matrix, RowOf&& row_of, Range range, const Activations& x, int64_t tokens,
+                 const RowRoom& room, Sink&& sink) {
+  const auto add_bias = [&](int64_t k, int64_t token, float dot) {
+    sink(k, token, matrix.bias == nullptr ? dot : dot + matrix.bias[row_of(k)]);
   };
   Tokens8 rounded = room.tokens;
   rounded.tokens = tokens;
@@ -130,14 +133,14 @@ void matrix_rows(const DecoderMatrix& matrix, Range range, const Activations& x,
     const Quant4 q = packed_form(matrix);
     const Book8 book(q.code);
     to_int8<true>(x.plain, q.cols, q.block_size, book.step, rounded);
-    return dots8(q, book, range, rounded, room.scales, add_bias);
+    return dots8(q, book, row_of, range, rounded, room.scales, add_bias);
   }
   if (matrix.code != nullptr) {
-    const auto same = [](int64_t row) { return row; };
-    return dots4<FloatWord>(packed_form(matrix), same, range, x.placed, x.placed_stride, tokens, room.scales, add_bias);
+    dots4<FloatWord>(packed_form(matrix), row_of, range, x.placed, x.placed_stride, tokens, room.scales, add_bias);
+    return;
   }
   dispatch_dtype(static_cast<DType>(matrix.dtype),
-                 [&](auto t) { dense_rows<decltype(t)>(matrix, range, x, tokens, add_bias); });
+                 [&](auto t) { dense_rows<decltype(t)>(matrix, row_of, range, x, tokens, add_bias); });
 }
 
 }  // namespace

@@ -92,7 +92,7 @@ void fill_values(Panel<PairWord>& panel, int64_t count, Value&& value) {
   }
 }
 
-void fill_rows(Panel<PairWord>& panel, const BFloat16* const* rows, int64_t count, int64_t left) {
+inline void fill_rows(Panel<PairWord>& panel, const BFloat16* const* rows, int64_t count, int64_t left) {
   static_assert(kTileVecs == 4);
   alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};

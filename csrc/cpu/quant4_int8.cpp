@@ -30,7 +30,8 @@ void linear_int8(const Linear4bitArgs& args) {
   to_int8<true>(x, q.cols, q.block_size, book.step, b.x);
   const int parts = parts_for(q.rows * q.cols / 2);
   for_parts(parts, [&](int part) {
-    dots8(q, book, share(q.rows, parts, part, kDot8Rows), b.x, b.scales + part * b.scale_stride,
+    const auto same = [](int64_t row) { return row; };
+    dots8(q, book, same, share(q.rows, parts, part, kDot8Rows), b.x, b.scales + part * b.scale_stride,
           [&](int64_t n, int64_t m, float dot) {
             if (bias != nullptr) dot += to_float(bias[n]);
             store_tail(y + m * q.rows + n, Vec(dot), 1);

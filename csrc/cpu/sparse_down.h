@@ -140,23 +140,22 @@ void write_output(const float* acc, int64_t acc_stride, const T* bias, int64_t t
 }
 
 // acc += h W over the list, W of plain weights.
-template <class T>
+template <class Word, class T>
 void down_product(Matrix<T> w, int64_t active, int64_t tokens, Range columns, const Buffers& b, float* acc,
                   int64_t acc_stride) {
   if (tokens == 1) return down_one_token(w, b.list, active, b.h, columns, acc);
-  using Word = WordOf<T>;
   down_tokens<Word>(active, b.words<Word>(), tokens, columns, acc, acc_stride, fill_from<Word>(w, b.list, columns));
 }
 
 // The last two stages. `fill(part, rows)` writes h[k, :] of its rows of the list; `product(part, columns)` adds to
-// b.acc.
-template <class T, class Fill, class Product>
-void down_stages(Team& team, const T* bias, int64_t active, int64_t tokens, int64_t width, const Buffers& b, T* y,
-                 Fill&& fill, Product&& product) {
+// b.acc, and `write(part, columns)` takes its sums from there.
+template <class Word, class Fill, class Product, class Write>
+void down_stages(Team& team, int64_t active, int64_t tokens, int64_t width, const Buffers& b, Fill&& fill,
+                 Product&& product, Write&& write) {
   team.stage([&](int part) {
     const Range rows = share(active, team.parts, part, 4);  // whole groups of the dots, and pairs
     fill(part, rows);
-    if (kHasPairs<T> && tokens > 1) pack_pairs(b.h, active, tokens, rows, b.pairs);
+    if (Word::kElements == 2 && tokens > 1) pack_pairs(b.h, active, tokens, rows, b.pairs);
     const Range columns = share(width, team.parts, part, kColumnUnit);
     for (int64_t m = 0; m < tokens; ++m) {
       for (int64_t j = columns.begin; j < columns.end; j += kWidth) store(b.acc + m * b.acc_stride + j, Vec(0.0f));
@@ -165,7 +164,7 @@ void down_stages(Team& team, const T* bias, int64_t active, int64_t tokens, int6
   team.stage([&](int part) {
     const Range columns = share(width, team.parts, part, kColumnUnit);
     product(part, columns);
-    write_output(b.acc, b.acc_stride, bias, tokens, width, columns, y);
+    write(part, columns);
   });
 }
 

@@ -83,10 +83,14 @@ void sparse_down(const SparseDownArgs& args) {
     team.stage([&](int part) { compact(a, tokens, neurons, args.tau, parts, part, b); });
     team.once([&] { active = join_shares(neurons, parts, b); });
     if (active <= args.capacity)
-      down_stages(
-          team, static_cast<const T*>(args.bias), active, tokens, width, b, static_cast<T*>(args.y),
+      down_stages<WordOf<T>>(
+          team, active, tokens, width, b,
           [&](int, Range rows) { gather_active(a, tokens, neurons, args.tau, b.list, rows, b.h); },
-          [&](int, Range columns) { down_product(w, active, tokens, columns, b, b.acc, b.acc_stride); });
+          [&](int, Range columns) { down_product<WordOf<T>>(w, active, tokens, columns, b, b.acc, b.acc_stride); },
+          [&](int, Range columns) {
+            write_output(b.acc, b.acc_stride, static_cast<const T*>(args.bias), tokens, width, columns,
+                         static_cast<T*>(args.y));
+          });
   });
   *args.rows_read = active;
 }
@@ -149,8 +153,8 @@ void sparse_mlp(const SparseMlpArgs& args) {
     });
     team.once([&] { active = join_shares(neurons, parts, b); });
     if (active <= args.capacity)
-      down_stages(
-          team, static_cast<const T*>(args.b_down), active, tokens, width, b, static_cast<T*>(args.y),
+      down_stages<WordOf<T>>(
+          team, active, tokens, width, b,
           [&](int, Range rows) {
             gather_active(act, tokens, neurons, args.tau, b.list, rows, b.h);
             if (!gated) return;
@@ -158,7 +162,11 @@ void sparse_mlp(const SparseMlpArgs& args) {
                 w_up, [&](int64_t k) { return b.list[k]; }, rows,
                 [&](int64_t k, int64_t m, float dot) { b.h[k * tokens + m] *= dot; });
           },
-          [&](int, Range columns) { down_product(w_down, active, tokens, columns, b, b.acc, b.acc_stride); });
+          [&](int, Range columns) { down_product<WordOf<T>>(w_down, active, tokens, columns, b, b.acc, b.acc_stride); },
+          [&](int, Range columns) {
+            write_output(b.acc, b.acc_stride, static_cast<const T*>(args.b_down), tokens, width, columns,
+                         static_cast<T*>(args.y));
+          });
   });
   *args.rows_read = active;
 }

@@ -68,7 +68,7 @@ class StepStages {
   // All of some rows, by one part.
   template <class Sink>
   void own_rows(int part, const DecoderMatrix& m, Range mine, const Activations& x, Sink&& sink) {
-    matrix_rows(m, mine, x, s_.tokens, s_.rooms.of(part), sink);
+    matrix_rows(m, [](int64_t k) { return k; }, mine, x, s_.tokens, s_.rooms.of(part), sink);
   }
 
   // normed = the stream over its root mean square, times weight.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deftcore.models.blocks import base_of
+from deftcore.models.decoder_matrices import adapter_state
 from deftcore.models.decoder_parts import LlamaSteps, read_stack
 from deftcore.models.decoder_steps import Steps, Trial, cache_of, embedded
 from deftcore.models.families import is_mamba
@@ -24,12 +25,13 @@ def compile_decoder(model: Any, *, batch: int = 1, max_length: int = 2048, activ
     """A decoder of a Llama-like model (Llama, Mistral, Qwen2, Qwen3, Gemma, SmolLM), Mamba or Mamba-2 on CPUs.
 
     Weights in float32, bfloat16, float16 and deftcore's 4 bits may be mixed; they are those of this moment, read where
-    they lie. Activations, cache and states are float32. Whether the native step gives the model's own logits is shown
-    on a few made-up tokens; where it does not, or cannot run the model, a log line says why, as does `Decoder.reason`,
-    and Transformers decodes.
+    they lie. Of sparse MLPs (`sparsify`, `load_sparse`) the rows of active neurons are read; plain LoRA of PEFT, one
+    adapter, is added to its base's product unmerged. Activations, cache and states are float32. Whether the
+    native step gives the model's own logits is shown on a few made-up tokens; where it does not, or cannot run the
+    model, a log line says why, as does `Decoder.reason`, and Transformers decodes.
 
     Args:
-        model: a Transformers model in memory, adapters merged.
+        model: a Transformers model in memory, or its PEFT model; Mamba's adapters, and others than LoRA, merged.
         batch: sequences at once, at most; 1 to 16.
         max_length: of prompt and new tokens together; a cache of keys and values has as much room.
         activations: "exact", or "int8": what weights in 4 bits are multiplied with is rounded to 255 steps a block, and
@@ -81,6 +83,7 @@ class Decoder:
     def __init__(self, model: Any, steps: Steps | None, reason: str, batch: int, max_length: int) -> None:
         self.model, self.reason, self.batch, self.max_length = model, reason, batch, max_length
         self._exact = self._steps = steps  # of a prompt, of the tokens behind it
+        self._adapters = [] if steps is None else adapter_state(model)
         self._state = (torch.empty(0), torch.empty(0)) if steps is None else steps.new_state(batch)
 
     @torch.no_grad()
@@ -114,11 +117,14 @@ class Decoder:
         steps = self._steps
         if steps is None or not self._is_plain(generation_config, kwargs):
             return self.model.generate(input_ids, streamer=streamer, **options)
+        if adapter_state(self.model) != self._adapters:
+            raise ValueError("model: its adapters were merged, switched or scaled since; call compile_decoder again")
 
         def decode(model: Any, tokens: Tensor, **prepared: Any) -> Tensor:
-            return self._decode(steps, tokens, streamer, **prepared)
+            return self._decode(model, steps, tokens, streamer, **prepared)
 
-        return self.model.generate(input_ids, streamer=streamer, custom_generate=decode, **options)
+        base: Any = base_of(self.model)
+        return base.generate(input_ids, streamer=streamer, custom_generate=decode, **options)
 
     def _check(self, input_ids: Any, attention_mask: Any) -> None:
         if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
@@ -142,19 +148,19 @@ class Decoder:
         if length > self.max_length:
             raise ValueError(f"{name}: {length} tokens are more than the cache has (max_length={self.max_length})")
 
-    def _read(self, tokens: Tensor, starts: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def _read(self, model: Any, tokens: Tensor, starts: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Logits behind a prompt, which goes into the state: a short one by exact native steps, else by the model."""
         steps: Any = self._exact
         sequences, prompt = tokens.shape
         if sequences * prompt <= steps.most_read:
             return steps.step(embedded(self.model, tokens), self._state, starts, 0)
-        output = self.model(input_ids=tokens, **inputs)
+        output = model(input_ids=tokens, **inputs)
         steps.take(cache_of(output), self._state, prompt)
         return output.logits[:, -1].float()
 
     def _is_plain(self, config: Any, kwargs: dict[str, Any]) -> bool:
         """Whether one token of each sequence follows the other, and nothing but tokens is asked for."""
-        config = copy.deepcopy(self.model.generation_config if config is None else config)
+        config = copy.deepcopy(base_of(self.model).generation_config if config is None else config)
         config.update(**kwargs)
         names = ("assistant_model", "custom_generate", "cache", "past_key_values", "inputs_embeds", "position_ids")
         special = any(kwargs.get(name) is not None for name in names)
@@ -163,15 +169,15 @@ class Decoder:
         return not special and not asked and mode.value in ("greedy_search", "sample")
 
     def _decode(
-        self, steps: Steps, tokens: Tensor, streamer: Any, *, logits_processor: Any, stopping_criteria: Any,
-        generation_config: Any, **inputs: Any,
+        self, model: Any, steps: Steps, tokens: Tensor, streamer: Any, *, logits_processor: Any,
+        stopping_criteria: Any, generation_config: Any, **inputs: Any,
     ) -> Tensor:  # fmt: skip
         """The loop, from what Transformers prepared."""
         sequences, prompt = tokens.shape
         self._check_room(sequences, generation_config.max_length, "max_new_tokens: prompt and")
         mask = inputs.get("attention_mask")
         starts = torch.zeros(sequences, dtype=torch.int64) if mask is None else _starts(mask)
-        logits = self._read(tokens, starts, inputs)
+        logits = self._read(model, tokens, starts, inputs)
         del inputs
         padding = generation_config._pad_token_tensor
         unfinished = torch.ones(sequences, dtype=torch.bool)
@@ -184,7 +190,7 @@ class Decoder:
             unfinished = unfinished & ~stopping_criteria(tokens, None)
             if position == self.max_length or not unfinished.any():
                 break
-            logits = steps.step(embedded(self.model, chosen), self._state, starts, position)
+            logits = steps.step(embedded(model, chosen), self._state, starts, position)
         if streamer is not None:
             streamer.end()
         return tokens

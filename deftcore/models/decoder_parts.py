@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from deftcore.models.blocks import base_of, find_mlp_blocks
-from deftcore.models.decoder_steps import State, check_devices, matrix_of, norm_weight, one_epsilon, prove
+from deftcore.models.decoder_matrices import SPARSE, MlpParts, read_matrix, read_mlp
+from deftcore.models.decoder_steps import State, check_devices, norm_weight, one_epsilon, prove
 from deftcore.models.families import Attention, family_of, model_type
-from deftcore.nn.activations import activation_of
 from deftcore.nn.linear import called_plainly
 from deftcore.ops.decoder import Block, DecoderStack, decode_step
 
@@ -54,57 +54,70 @@ def read_stack(model: Any, length: int) -> DecoderStack:
     Raises:
         ValueError: with the reason why the native step cannot decode this model.
     """
+    for name in getattr(model, "active_adapters", ()) if base_of(model) is not model else ():
+        if model.peft_config[name].is_prompt_learning:
+            raise ValueError(f"{name}: an adapter of prompts has no native step")
+    model = base_of(model)
     family = family_of(model)
-    whole: Any = base_of(model)
-    if whole is not model:
-        raise ValueError("adapters must be merged first (deftcore.merge)")
     if family is None or family.attention is None or family.attention.fused or not hasattr(model, "generate"):
         raise ValueError(f"{model_type(model) or type(model).__name__} is no Llama-like model that generates text")
     check_devices(model)
     core: Any = model.base_model
-    mlps = find_mlp_blocks(model)
     layers: Any = getattr(core, "layers", ())
-    if not all(hasattr(core, name) for name in ("layers", "norm", "rotary_emb")) or len(mlps) != len(layers):
+    if not all(hasattr(core, name) for name in ("layers", "norm", "rotary_emb")) or len(layers) == 0:
         raise ValueError(f"{type(core).__name__} has other parts than Llama's")
+    for layer in layers:
+        _check_parts(layer, family.attention)
+    dense = {}
+    if not all(isinstance(layer.mlp, SPARSE) for layer in layers):
+        dense = {block.up.holder: block for block in find_mlp_blocks(model)}
+    mlps = [read_mlp(layer.mlp, dense) for layer in layers]
     blocks = [_block(layer, mlp, family.attention) for layer, mlp in zip(layers, mlps, strict=True)]
     first: Any = layers[0].self_attn
-    activations = {activation_of(mlp.activation.get()) for mlp in mlps}
+    activations = {mlp.activation for mlp in mlps if mlp.activation} or {"silu"}
     if len(activations) > 1:
         raise ValueError(f"its blocks have several activations: {', '.join(sorted(activations))}")
+    scales = {layer.self_attn.scaling for layer in layers}
+    if len(scales) > 1:
+        raise ValueError(f"its attentions differ in their scaling: {', '.join(f'{each:g}' for each in sorted(scales))}")
     cosine, sine = _rotations(core.rotary_emb, first.head_dim, length)
     head = model.get_output_embeddings()
     stack = DecoderStack(
-        blocks=blocks, norm=norm_weight(core.norm), head=matrix_of("the head", head), cosine=cosine, sine=sine,
-        heads=blocks[0].q.weight.shape[0] // first.head_dim, activation=activations.pop(), eps=one_epsilon(core),
-        scale=first.scaling,
+        blocks=blocks, norm=norm_weight(core.norm), head=read_matrix("the head", head), cosine=cosine, sine=sine,
+        heads=blocks[0].q.shape[0] // first.head_dim, activation=activations.pop(), eps=one_epsilon(core),
+        scale=scales.pop(),
     )  # fmt: skip
     if not stack.has_kernel:
         raise ValueError("its weights have a dtype that the native step does not read")
-    prove(model, LlamaSteps(stack), length)
+    thresholds = any(block.tau for block in blocks)
+    prove(model, LlamaSteps(stack), length, thresholds=thresholds)
     return stack
 
 
-def _block(layer: Any, mlp: Any, attention: Attention) -> Block:
+def _check_parts(layer: Any, attention: Attention) -> None:
     found = {name for name, _ in layer.named_children()}
     if found != {"self_attn", "mlp", *_NORMS}:
         raise ValueError(f"{type(layer).__name__} has other parts than Llama's: {', '.join(sorted(found))}")
-    own: Any = layer.self_attn
     known = {*attention.projections, "q_norm", "k_norm"}
-    extra = {name for name, _ in own.named_children()} - known
-    if extra or mlp.gate is None:
-        raise ValueError(f"{type(layer).__name__} has other parts than Llama's: {', '.join(sorted(extra)) or 'MLP'}")
+    extra = {name for name, _ in layer.self_attn.named_children()} - known
+    if extra:
+        raise ValueError(f"{type(layer).__name__} has other parts than Llama's: {', '.join(sorted(extra))}")
     if not all(called_plainly(module) for module in layer.modules()):
         raise ValueError(f"{type(layer).__name__} has hooks, or a forward of its own")
+
+
+def _block(layer: Any, mlp: MlpParts, attention: Attention) -> Block:
+    own: Any = layer.self_attn
     norms = [getattr(own, name, None) for name in ("q_norm", "k_norm")]
     window = getattr(own, "sliding_window", None)
     if not hasattr(own, "sliding_window") and not hasattr(own, "layer_type"):
         window = getattr(own.config, "sliding_window", None)  # one for all layers, as in Mistral
-    q, k, v, o = (matrix_of(path, getattr(own, path)) for path in (attention.q, attention.k, attention.v, attention.o))
-    gate, up, down = (matrix_of(slot.attribute, slot.get()) for slot in (mlp.gate, mlp.up, mlp.down))
+    paths = (attention.q, attention.k, attention.v, attention.o)
+    q, k, v, o = (read_matrix(path, getattr(own, path)) for path in paths)
     q_norm, k_norm = (None if norm is None else norm_weight(norm) for norm in norms)
     block = Block(
-        q, k, v, o, gate, up, down, norm_weight(layer.input_layernorm), norm_weight(layer.post_attention_layernorm),
-        q_norm, k_norm,
+        q, k, v, o, mlp.gate, mlp.up, mlp.down, norm_weight(layer.input_layernorm),
+        norm_weight(layer.post_attention_layernorm), q_norm, k_norm, tau=mlp.tau,
     )  # fmt: skip
     return dataclasses.replace(block, window=window) if window else block
 

@@ -8,27 +8,41 @@ from torch import Tensor
 
 from deftcore.ops._library import define
 from deftcore.ops.checks import check_float, check_integers, check_like, check_shape
-from deftcore.ops.decoder_matrix import Matrix, enlist, enlisted, matrix_row, rms_normed, rounded_layer
-from deftcore.ops.density import ACTIVATIONS, activate
+from deftcore.ops.decoder_matrix import Matrix, enlist, enlisted, matrix_row, number_row, rms_normed, rounded_layer
+from deftcore.ops.density import ACTIVATIONS, activate, keep_active
 from deftcore.ops.kernels import address, backend, give_workspace, native, stream
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Of a Llama-like model. Norms are what a vector is multiplied with, float32; those of heads may be missing."""
+    """Of a Llama-like model. Norms are what a vector is multiplied with, float32; those of heads may be missing.
+
+    With `tau` only neurons whose |f| > tau count, and `down` is neuron-major. A block without an MLP has neither gate,
+    nor up and down.
+    """
 
     q: Matrix
     k: Matrix
     v: Matrix
     o: Matrix
-    gate: Matrix
-    up: Matrix
-    down: Matrix
+    gate: Matrix | None
+    up: Matrix | None
+    down: Matrix | None
     attention_norm: Tensor
     mlp_norm: Tensor
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     window: int = 2**62  # positions that a token sees, its own included
+    tau: float | None = None
+
+    @property
+    def matrices(self) -> dict[str, Matrix]:
+        """Those that it has, by name."""
+        named = {name: getattr(self, name) for name in _MATRICES}
+        return {name: matrix for name, matrix in named.items() if matrix is not None}
+
+
+_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass(eq=False)
@@ -51,6 +65,12 @@ class DecoderStack:
     number: int = field(init=False)  # under which the op finds it
 
     def __post_init__(self) -> None:
+        for number, block in enumerate(self.blocks):
+            parts = block.matrices
+            if len(parts) not in (4, 7) or (len(parts) == 4 and block.tau is not None):
+                raise ValueError(f"blocks: {number} must have gate, up and down, or none of them and no tau")
+            if any(m.neuron_major != (name == "down" and block.tau is not None) for name, m in parts.items()):
+                raise ValueError(f"blocks: down of {number} is neuron-major with tau, and nothing else is")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation: must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         for name in ("norm", "cosine", "sine"):
@@ -64,12 +84,17 @@ class DecoderStack:
     @property
     def has_kernel(self) -> bool:
         """Whether the native step reads all weights."""
-        parts = [self.head, *(m for b in self.blocks for m in (b.q, b.k, b.v, b.o, b.gate, b.up, b.down))]
+        parts = [self.head, *(m for b in self.blocks for m in b.matrices.values())]
         return all(m.has_kernel for m in parts)
 
     def rounded(self) -> "DecoderStack":
         """Whose weights in 4 bits round what they are multiplied with, and whose head is in int8."""
         return replace(self, blocks=[rounded_layer(block) for block in self.blocks], head=self.head.rounded())
+
+    @property
+    def neurons(self) -> int:
+        """Of an MLP; 0 where no block has one."""
+        return next((block.up.shape[0] for block in self.blocks if block.up is not None), 0)
 
     def new_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Keys and values, [layers, batch, kv_heads, length, head_size] each."""
@@ -87,14 +112,14 @@ class DecoderStack:
             values=address(values), logits=address(out), workspace=0, layers=layers,
             tokens=hidden.shape[0] * hidden.shape[1], batch=batch, position=position, length=length,
             steps=hidden.shape[1], width=hidden.shape[2], heads=self.heads, kv_heads=kv_heads, head_size=size,
-            neurons=self.blocks[0].up.weight.shape[0], vocabulary=out.shape[1],
+            neurons=self.neurons, vocabulary=out.shape[1],
             activation=ACTIVATIONS[self.activation], eps=self.eps, scale=self.scale,
         )  # fmt: skip
 
     def _row(self, b: Block) -> list[int]:
-        parts = (b.q, b.k, b.v, b.o, b.gate, b.up, b.down)
-        matrices = [n for m in parts for n in matrix_row(m, self._held)]
-        return [*matrices, *map(address, (b.attention_norm, b.mlp_norm, b.q_norm, b.k_norm)), b.window]
+        matrices = [n for name in _MATRICES for n in matrix_row(getattr(b, name), self._held)]
+        norms = map(address, (b.attention_norm, b.mlp_norm, b.q_norm, b.k_norm))
+        return [*matrices, *norms, b.window, 0 if b.tau is None else number_row(b.tau, self._held)]
 
 
 def decode_step(
@@ -104,9 +129,10 @@ def decode_step(
 
     Several positions, as of a prompt, are read together; the logits are the last one's.
 
-    A block is h = x + o(attention(q, k, v of norm x)), y = h + down(f(gate(norm h)) * up(norm h)); queries and keys are
-    rotated by halves (Su et al., RoFormer, arXiv 2104.09864), heads of queries share those of keys in groups
-    (Ainslie et al., arXiv 2305.13245). Inference only.
+    A block is h = x + o(attention(q, k, v of norm x)), y = h + down(f(gate(norm h)) * up(norm h)). Of blocks with tau,
+    rows of W_up and W_down are read where |f| > tau for some token, and count where it is (DEFT, Runwal et al., arXiv
+    2402.01911). Queries and keys are rotated by halves (Su et al., RoFormer, arXiv 2104.09864), heads of queries share
+    those of keys in groups (Ainslie et al., arXiv 2305.13245). Inference only.
 
     Args:
         hidden: [B, D], embeddings of the position's tokens, or [B, T, D], of T positions; float32 has a native kernel.
@@ -210,6 +236,10 @@ def decode_step_ref(
         seen = (past >= starts[:, None]) & (past > position - block.window)
         scores = (stack.scale * (k @ q.unsqueeze(-1)).squeeze(-1)).masked_fill(~seen.unsqueeze(1), -torch.inf)
         x = x + block.o((scores.softmax(-1).unsqueeze(2) @ v).flatten(1))
+        if block.gate is None or block.up is None or block.down is None:
+            continue
         h = rms_normed(x, block.mlp_norm, stack.eps)
-        x = x + block.down(activate(block.gate(h), stack.activation) * block.up(h))
+        a = activate(block.gate(h), stack.activation)
+        a = a if block.tau is None else keep_active(a, a, block.tau)
+        x = x + block.down(a * block.up(h))
     return stack.head(rms_normed(x, stack.norm, stack.eps))

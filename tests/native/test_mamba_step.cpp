@@ -70,7 +70,7 @@ struct Problem {
     m.weight = keep(rows * cols);
     m.bias = keep(rows);
     m.rows = rows;
-    m.cols = cols;
+    m.cols = m.stride = cols;
     m.dtype = static_cast<int64_t>(DType::kFloat32);
     return m;
   }

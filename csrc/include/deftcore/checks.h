@@ -141,8 +141,17 @@ inline void check_args(const GaloreStepArgs& args, const char* op) {
 
 inline void check_matrix(const DecoderMatrix& m, int64_t rows, int64_t cols, const char* op) {
   require(m.rows == rows && m.cols == cols, op, "a matrix has another shape than the model's sizes say");
-  require(m.code == nullptr || (is_block_size(m.block_size) && cols % m.block_size == 0), op,
-          "rows in 4 bits must be whole blocks");
+  require(m.code != nullptr || m.stride >= cols, op, "a matrix' stride must be its columns at least");
+  const bool whole = m.column_blocks == 0 && is_block_size(m.block_size) && cols % m.block_size == 0;
+  require(m.code == nullptr || whole, op, "rows in 4 bits must be whole blocks");
+}
+
+// Neuron-major: [neurons, width].
+inline void check_sparse_matrix(const DecoderMatrix& m, int64_t neurons, int64_t width, const char* op) {
+  if (m.code == nullptr || m.column_blocks == 0) return check_matrix(m, neurons, width, op);
+  require(m.rows == neurons && m.cols == width, op, "a matrix has another shape than the model's sizes say");
+  require(is_block_size(m.block_size) && neurons % m.block_size == 0 && width % 2 == 0, op,
+          "columns in 4 bits must be whole blocks, and rows even");
 }
 
 inline void check_args(const DecodeStepArgs& args, const char* op) {
@@ -150,7 +159,7 @@ inline void check_args(const DecodeStepArgs& args, const char* op) {
   require(args.tokens / args.steps <= args.batch, op, "tokens must be at most steps batch");
   require(args.position >= 0 && args.position + args.steps <= args.length, op, "positions must be in 0..length - 1");
   require(args.kv_heads >= 1 && args.heads % args.kv_heads == 0, op, "kv_heads must divide heads");
-  require(args.width >= 1 && args.neurons >= 1 && args.vocabulary >= 1, op, "sizes must be at least 1");
+  require(args.width >= 1 && args.neurons >= 0 && args.vocabulary >= 1, op, "sizes must be at least 1");
   require(args.head_size >= 2 && args.head_size % 2 == 0, op, "head_size must be even");
   for (int64_t t = 0; t < args.tokens / args.steps; ++t) {
     require(args.starts[t] >= 0 && args.starts[t] < args.position + args.steps, op,
@@ -164,9 +173,12 @@ inline void check_args(const DecodeStepArgs& args, const char* op) {
     check(block.k, kept, args.width);
     check(block.v, kept, args.width);
     check(block.o, args.width, mixed);
-    check(block.gate, args.neurons, args.width);
-    check(block.up, args.neurons, args.width);
-    check(block.down, args.width, args.neurons);
+    if (block.up.weight != nullptr) {
+      check(block.gate, args.neurons, args.width);
+      check(block.up, args.neurons, args.width);
+      if (block.tau == nullptr) check(block.down, args.width, args.neurons);
+      if (block.tau != nullptr) check_sparse_matrix(block.down, args.neurons, args.width, op);
+    }
     require(block.window >= 1, op, "window must be at least 1");
   }
   check(*args.head, args.vocabulary, args.width);

@@ -5,16 +5,19 @@
 
 namespace deftcore {
 
-// h = x + o(attention(norm x));  y = h + down(f(gate(norm h)) * up(norm h))
+// h = x + o(attention(norm x));  y = h + down(f(gate(norm h)) * up(norm h)), or y = h where there is no W_up.
+// With tau, only what |f| > tau of any token of the step is read of W_up and W_down, and what is not is zero. W_down is
+// neuron-major then: [neurons, width], its bias [width], lora_a [neurons, rank], lora_b [width, rank].
 struct DecoderBlock {
   DecoderMatrix q, k, v, o, gate, up, down;
   const float* attention_norm;  // [width]
   const float* mlp_norm;        // [width]
   const float* q_norm;          // [head_size], of each head before its rotation, or null, as is k_norm then
   const float* k_norm;
-  int64_t window;  // positions that a token sees, its own included
+  int64_t window;    // positions that a token sees, its own included
+  const float* tau;  // [1], or null
 };
-static_assert(sizeof(DecoderBlock) == 7 * sizeof(DecoderMatrix) + 5 * 8);
+static_assert(sizeof(DecoderBlock) == 7 * sizeof(DecoderMatrix) + 6 * 8);
 
 // logits = head(norm(blocks(hidden))). Norms divide by the root of the mean square. Every sequence is at the same
 // position; what stands before its start is padding, which no token sees and no position counts. Keys and values of
