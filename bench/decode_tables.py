@@ -19,7 +19,7 @@ def _llama(kind):
 
 def decode(results, _):
     """A prompt of 8 tokens, then 48 new ones, greedy, one sequence, tokens a second of the whole; NF4, the head as well
-    unless it is tied. Transformers runs the same 4-bit model, and where it stands in float32. llama.cpp runs the same
+    unless it is tied. Transformers runs SmolLM2 from the same 4 bits and in float32. llama.cpp runs the same
     shape from a GGUF file; the share is of the streaming read over all of the model's weights."""
     rows = [row for row in results["decode"] if "skipped" not in row]
     ratios = {
@@ -31,10 +31,10 @@ def decode(results, _):
             "model": lambda r: f"{r['model']}, density {r['density']:.2f}" if "density" in r else r["model"],
             "threads": "threads",
             **{name: where_there(f"{side}_per_s", "{:.1f}") for side, name in _NAMES.items()},
-            "Transformers": shown("transformers_per_s", "{:.1f}"),
+            "Transformers": where_there("transformers_per_s", "{:.1f}"),
             "in float32": where_there("transformers_float32_per_s", "{:.1f}"),
             "llama.cpp, Q4_1": _llama(_QUANTS[0]), "Q4_0": _llama(_QUANTS[1]), **ratios,
-            "share, exact": shown("exact_share_of_bandwidth", "{:.2f}"),
+            "share, exact": where_there("exact_share_of_bandwidth", "{:.2f}"),
         })  # fmt: skip
     missing = [f"{row['model']}: {row['skipped']}" for row in results["decode"] if "skipped" in row]
     yield f"Not measured: {'; '.join(missing)}." if missing else ""
