@@ -210,15 +210,42 @@ def test_bad_prompts():
     mask[0, 3] = 0
     with pytest.raises(ValueError, match="attention_mask"):
         decoder.generate(prompts(), attention_mask=mask)
+    with pytest.raises(ValueError, match="attention_mask: must be 0 at padding and 1"):
+        decoder.generate(prompts(), attention_mask=torch.full((1, 7), 0.5))
+    with pytest.raises(TypeError, match="generation_config"):
+        decoder.generate(prompts(), generation_config={"do_sample": False})
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        decoder.generate(prompts(), num_return_sequences=3, do_sample=True)
     with pytest.raises(ValueError, match="colour"):
         decoder.generate(prompts(), colour="red")
+
+
+def test_weights_that_change_are_noticed():
+    """Some are read where they lie and some were copied: neither the old model's tokens nor a mixture."""
+    model = model_of("llama", "bfloat16")
+    norm, gate = model.model.norm, model.model.layers[0].mlp.gate_proj
+    changes = [
+        lambda: norm.weight.detach().mul_(2), lambda: setattr(gate, "weight", torch.nn.Parameter(-gate.weight)),
+        lambda: deftcore.quantize(model, block_size=32),
+    ]  # fmt: skip
+    for change in changes:
+        decoder = deftcore.compile_decoder(model, max_length=32)
+        decoder.generate(prompts(), max_new_tokens=2)
+        change()
+        with pytest.raises(ValueError, match="model: its weights were written or replaced"):
+            decoder.generate(prompts(), max_new_tokens=2)
+
+
+def test_hooks_on_the_head_are_refused():
+    model = model_of("llama")
+    model.lm_head.register_forward_hook(lambda *_: None)
+    assert "head has hooks" in deftcore.compile_decoder(model).reason
 
 
 def test_nan_logits():
     model = model_of("llama")
     decoder = deftcore.compile_decoder(model, max_length=32)
-    with torch.no_grad():
-        model.lm_head.weight[5, 0] = torch.nan
+    model.lm_head.weight.data[5, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="NaN"):
         decoder.generate(prompts(), max_new_tokens=4)
 

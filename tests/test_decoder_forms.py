@@ -146,13 +146,16 @@ def test_the_step_under_lora_is_its_reference(form, threads):
     assert (changed - found).abs().max() > 1e-3 * exact.abs().max()
 
 
-def test_weights_of_adapters_are_read_where_they_lie():
+def test_weights_of_adapters_that_were_trained_on_are_noticed():
     model = lora(model_of("llama"))
     decoder = deftcore.compile_decoder(model, max_length=96)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(-2)
+    with pytest.raises(ValueError, match="model: its weights were written or replaced"):
+        decoder.generate(prompts(), **GREEDY)
+    decoder = deftcore.compile_decoder(model, max_length=96)
     assert torch.equal(decoder.generate(prompts(), **GREEDY), model.generate(input_ids=prompts(), **GREEDY))
 
 

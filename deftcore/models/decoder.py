@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deftcore.models.blocks import base_of
-from deftcore.models.decoder_matrices import adapter_state
+from deftcore.models.decoder_matrices import adapter_state, weights_state
 from deftcore.models.decoder_parts import LlamaSteps, read_stack
 from deftcore.models.decoder_steps import Steps, Trial, cache_of, embedded
 from deftcore.models.families import is_mamba
@@ -24,11 +24,11 @@ _MOST_SEQUENCES = 16
 def compile_decoder(model: Any, *, batch: int = 1, max_length: int = 2048, activations: str = "exact") -> "Decoder":
     """A decoder of a Llama-like model (Llama, Mistral, Qwen2, Qwen3, Gemma, SmolLM), Mamba or Mamba-2 on CPUs.
 
-    Weights in float32, bfloat16, float16 and deftcore's 4 bits may be mixed; they are those of this moment, read where
-    they lie. Of sparse MLPs (`sparsify`, `load_sparse`) the rows of active neurons are read; plain LoRA of PEFT, one
-    adapter, is added to its base's product unmerged. Activations, cache and states are float32. Whether the
-    native step gives the model's own logits is shown on a few made-up tokens; where it does not, or cannot run the
-    model, a log line says why, as does `Decoder.reason`, and Transformers decodes.
+    Weights in float32, bfloat16, float16 and deftcore's 4 bits may be mixed; they are those of this moment: `generate`
+    refuses a model that was changed since. Of sparse MLPs (`sparsify`, `load_sparse`) the rows of active neurons are
+    read; plain LoRA of PEFT, one adapter, is added to its base's product unmerged. Activations, cache and states are
+    float32. Whether the native step gives the model's own logits is shown on a few made-up tokens; where it does not,
+    or cannot run the model, a log line says why, as does `Decoder.reason`, and Transformers decodes.
 
     Args:
         model: a Transformers model in memory, or its PEFT model; Mamba's adapters, and others than LoRA, merged.
@@ -84,6 +84,7 @@ class Decoder:
         self.model, self.reason, self.batch, self.max_length = model, reason, batch, max_length
         self._exact = self._steps = steps  # of a prompt, of the tokens behind it
         self._adapters = [] if steps is None else adapter_state(model)
+        self._weights = [] if steps is None else weights_state(model)
         self._state = (torch.empty(0), torch.empty(0)) if steps is None else steps.new_state(batch)
 
     @torch.no_grad()
@@ -119,6 +120,8 @@ class Decoder:
             return self.model.generate(input_ids, streamer=streamer, **options)
         if adapter_state(self.model) != self._adapters:
             raise ValueError("model: its adapters were merged, switched or scaled since; call compile_decoder again")
+        if weights_state(self.model) != self._weights:
+            raise ValueError("model: its weights were written or replaced since; call compile_decoder again")
 
         def decode(model: Any, tokens: Tensor, **prepared: Any) -> Tensor:
             return self._decode(model, steps, tokens, streamer, **prepared)
@@ -131,7 +134,7 @@ class Decoder:
             raise TypeError(f"input_ids: must be an integer tensor, got {getattr(input_ids, 'dtype', type(input_ids))}")
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids: must be [B, at least 1], got shape {tuple(input_ids.shape)}")
-        self._check_room(input_ids.shape[0], input_ids.shape[1], "input_ids")
+        self._check_room(input_ids.shape[0], input_ids.shape[1], "input_ids:")
         if attention_mask is not None:
             if not isinstance(attention_mask, Tensor):
                 raise TypeError(f"attention_mask: must be a Tensor, got {type(attention_mask).__name__}")
@@ -144,9 +147,12 @@ class Decoder:
 
     def _check_room(self, sequences: int, length: int, name: str) -> None:
         if not 1 <= sequences <= self.batch:
-            raise ValueError(f"input_ids: must be 1 to {self.batch} sequences (batch), got {sequences}")
+            raise ValueError(
+                f"input_ids: must be 1 to {self.batch} sequences (batch), num_return_sequences of each "
+                f"counted, got {sequences}"
+            )
         if length > self.max_length:
-            raise ValueError(f"{name}: {length} tokens are more than the cache has (max_length={self.max_length})")
+            raise ValueError(f"{name} {length} tokens, more than the cache has (max_length={self.max_length})")
 
     def _read(self, model: Any, tokens: Tensor, starts: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Logits behind a prompt, which goes into the state: a short one by exact native steps, else by the model."""
@@ -160,6 +166,10 @@ class Decoder:
 
     def _is_plain(self, config: Any, kwargs: dict[str, Any]) -> bool:
         """Whether one token of each sequence follows the other, and nothing but tokens is asked for."""
+        from transformers import GenerationConfig
+
+        if config is not None and not isinstance(config, GenerationConfig):
+            raise TypeError(f"generation_config: must be a GenerationConfig, got {type(config).__name__}")
         config = copy.deepcopy(base_of(self.model).generation_config if config is None else config)
         config.update(**kwargs)
         names = ("assistant_model", "custom_generate", "cache", "past_key_values", "inputs_embeds", "position_ids")
@@ -174,7 +184,7 @@ class Decoder:
     ) -> Tensor:  # fmt: skip
         """The loop, from what Transformers prepared."""
         sequences, prompt = tokens.shape
-        self._check_room(sequences, generation_config.max_length, "max_new_tokens: prompt and")
+        self._check_room(sequences, generation_config.max_length, "max_new_tokens: with the prompt")
         mask = inputs.get("attention_mask")
         starts = torch.zeros(sequences, dtype=torch.int64) if mask is None else _starts(mask)
         logits = self._read(model, tokens, starts, inputs)
@@ -198,6 +208,8 @@ class Decoder:
 
 def _starts(mask: Tensor) -> Tensor:
     """Of each sequence [B] the first position that is no padding."""
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("attention_mask: must be 0 at padding and 1 elsewhere")
     seen = mask != 0
     starts = seen.long().argmax(1)
     if not bool((seen == (torch.arange(mask.shape[1]) >= starts[:, None])).all()) or not bool(seen.any(1).all()):

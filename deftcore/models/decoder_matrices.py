@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from deftcore.models.blocks import MlpBlock
 from deftcore.models.decoder_steps import matrix_of
 from deftcore.nn.activations import activation_of
+from deftcore.nn.linear import PackedModule
 from deftcore.nn.mlp import SkippedMLP, SparseMLP, SparseMLP4bit
 from deftcore.ops.decoder_matrix import Matrix
 
@@ -60,6 +61,12 @@ def adapter_state(model: nn.Module) -> list[tuple]:
     """What of a model's LoRA layers is read once, when a decoder is made."""
     layers: list[Any] = [module for module in model.modules() if _kind(module) in _LORA]
     return [(*_active(layer), layer.merged, *(layer.scaling[name] for name in _active(layer))) for layer in layers]
+
+
+def weights_state(model: nn.Module) -> list[tuple[int, int]]:
+    """Where a model's weights lie, and how often they were written: most are read there, some were copied."""
+    packed = [module.weight for module in model.modules() if isinstance(module, PackedModule)]
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in (*model.parameters(), *packed)]
 
 
 def read_mlp(mlp: Any, dense: Mapping[nn.Module, MlpBlock]) -> MlpParts:

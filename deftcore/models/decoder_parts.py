@@ -82,6 +82,8 @@ def read_stack(model: Any, length: int) -> DecoderStack:
         raise ValueError(f"its attentions differ in their scaling: {', '.join(f'{each:g}' for each in sorted(scales))}")
     cosine, sine = _rotations(core.rotary_emb, first.head_dim, length)
     head = model.get_output_embeddings()
+    if not all(called_plainly(module) for top in (core.norm, head) for module in top.modules()):
+        raise ValueError("its last norm or its head has hooks, or a forward of its own")
     stack = DecoderStack(
         blocks=blocks, norm=norm_weight(core.norm), head=read_matrix("the head", head), cosine=cosine, sine=sine,
         heads=blocks[0].q.shape[0] // first.head_dim, activation=activations.pop(), eps=one_epsilon(core),

@@ -39,6 +39,8 @@ def gguf_config(path: str | os.PathLike) -> Any:
         ValueError: naming the file, when it is damaged, or of an architecture that Transformers does not read.
     """
     file = Path(path).absolute()
+    if not file.is_file():
+        raise ValueError(f"model: {path} is no file")
     state = file.stat()
     return copy.deepcopy(_config(file, state.st_size, state.st_mtime_ns))
 
