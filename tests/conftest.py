@@ -5,8 +5,6 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# On its own makers' processors MKL rounds by how its operands are aligned: a reloaded model would differ in last bits.
-os.environ.setdefault("MKL_CBWR", "AVX2")
 os.environ.setdefault("DEFTCORE_CUDA_KERNELS", "all")  # the tests compare by themselves; test_proof.py sets it
 
 import numpy as np

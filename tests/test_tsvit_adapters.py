@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 
 import peft
 import pytest
@@ -198,12 +199,16 @@ def test_save_load_and_disable(tmp_path, name):
     model = moved(peft.get_peft_model(copy.deepcopy(base), METHODS[name]()))
     logits = model(*batch)
     assert (logits - base(*batch)).abs().max() > 1e-3
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)  # MKL rounds by how memory is aligned
     with model.disable_adapter():
-        assert torch.equal(model(*batch), base(*batch))
+        close(model(*batch), base(*batch))
     model.save_pretrained(tmp_path)
     again = load_adapter(copy.deepcopy(base), tmp_path).eval()
-    assert torch.equal(again(*batch), logits)
-    assert torch.equal(copy.deepcopy(model)(*batch), logits)
+    for twin in (again, copy.deepcopy(model)):
+        wanted, found = model.state_dict(), twin.state_dict()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        close(twin(*batch), logits)
 
 
 @ALL
