@@ -217,9 +217,11 @@ def print_tables(results):
         if not isinstance(rows, list) or not rows:
             continue
         print(f"\n{name}")
-        print("  ".join(f"{key:>12}" for key in rows[0]))
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        print("  ".join(f"{key:>12}" for key in columns))
         for row in rows:
-            print("  ".join(f"{v:12.3f}" if isinstance(v, float) else f"{v!s:>12}" for v in row.values()))
+            cells = ((row.get(key, ""), max(12, len(key))) for key in columns)
+            print("  ".join(f"{v:{n}.3f}" if isinstance(v, float) else f"{v!s:>{n}}" for v, n in cells))
         ratios = [row["ratio"] for row in rows if "ratio" in row]
         if ratios:
             print(f"geometric mean of ratio: {statistics.geometric_mean(ratios):.2f}")
@@ -283,7 +285,7 @@ def main():
         "mamba_mixer": lambda: ssm.bench_mixer(args.device, args.quick),
         "mamba_decode": lambda: ssm.bench_decode(args.device, args.quick),
         "scan_vs_llama_cpp": lambda: scans.bench_scans(args.quick),
-        "decode": lambda: decode.bench_decode(args.quick, bandwidth),
+        "decode": lambda: decode.bench_decode(args.quick),
         "train_step": lambda: train_step.bench_train_step(args.quick),
         "light_peft": lambda: light_peft.bench_light_peft(args.quick),
         "neighbours": lambda: neighbours.bench_neighbours(args.device, args.quick),

@@ -17,18 +17,18 @@ from rich.progress import track
 
 import deftcore
 from bench import gguf_models, llama_cpp
-from bench.harness import alternate, console, optional
+from bench.harness import alternate, console, optional, streaming_bandwidth
 
 PROMPT, NEW = 8, 48
 SHAPE = {"width": 2048, "blocks": 22, "heads": 32, "kv_heads": 4, "neurons": 5632, "words": 32000}
-QUICK = {**SHAPE, "blocks": 4}
+QUICK = {**SHAPE, "blocks": 2, "words": 4096}
 DENSITY = 0.1
 KINDS = ("Q4_1", "Q4_0")
 ACTIVATIONS = ("exact", "int8")
 _LOWERED = 1.3  # by how much gates are lowered: of normal values a tenth are above it
 
 
-def bench_decode(quick, bandwidth):
+def bench_decode(quick):
     """A row per model and number of threads; a row that has only a reason where a model cannot be measured."""
     shape = QUICK if quick else SHAPE
     size = "1.1B" if shape is SHAPE else f"{shape['blocks']} blocks of 1.1B"
@@ -39,12 +39,12 @@ def bench_decode(quick, bandwidth):
     ]
     rows = []
     for name, make, written in track(cases, "decoding", console=console):
-        rows += rows_of(name, make, written, quick, bandwidth)
+        rows += rows_of(name, make, written, quick)
         gc.collect()
     return rows
 
 
-def rows_of(name, make, shape, quick, bandwidth):
+def rows_of(name, make, shape, quick):
     head = {"model": name, "dtype": "NF4"}
     model, plain = make()
     if model is None:
@@ -69,11 +69,12 @@ def rows_of(name, make, shape, quick, bandwidth):
             times = alternate(sides, 5 if shape is None and not quick else 3)
             rate = {side: new / each["seconds"] for side, each in times.items()}
             best = max((rate[kind] for kind in theirs), default=None)
-            read = bytes_of_a_token(decoders["exact"])
+            read, bandwidth = bytes_of_a_token(decoders["exact"]), streaming_bandwidth("cpu")
             rows.append(
                 head | density | {"threads": threads, "new": new, "weights_mb": read / 2**20} | notes
                 | {f"{side}_per_s": found for side, found in rate.items()}
                 | ({} if density else {"exact_share_of_bandwidth": read * rate["exact"] / bandwidth})
+                | {"streaming_gb_per_s": bandwidth / 1e9}
                 | ({f"{side}_over_llama_cpp": rate[side] / best for side in decoders} if best else {})
             )  # fmt: skip
     torch.set_num_threads(before)
@@ -197,7 +198,7 @@ def peers(shape, length):
     """{kind: llama.cpp's model} of a shape, or of SmolLM2's own file; none where llama.cpp is not installed."""
     models = {}
     if llama_cpp.library() is None or optional("gguf", "GGUFWriter") is None:
-        console.print(f"llama.cpp is left out: {llama_cpp.INSTALL}")
+        console.print(f"llama.cpp is left out: {llama_cpp.INSTALL}", markup=False)
         yield models
         return
     with tempfile.TemporaryDirectory() as folder:

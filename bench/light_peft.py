@@ -92,9 +92,10 @@ def tokens(sequences):
 
 def bench_light_peft(quick):
     """A row per model and variant, all of a model's sides in turn, step by step, in one process; memory alone in one
-    each."""
-    peaks = peaks_mb(quick)
-    return [row for name in track(MODELS, "Light-PEFT", console=console) for row in rows_of(name, quick, peaks)]
+    each, unless the run is a quick one: a process takes ten seconds to begin."""
+    peaks = {} if quick else peaks_mb()
+    models = list(MODELS)[: 1 if quick else None]
+    return [row for name in track(models, "Light-PEFT", console=console) for row in rows_of(name, quick, peaks)]
 
 
 def rows_of(name, quick, peaks):
@@ -108,7 +109,7 @@ def rows_of(name, quick, peaks):
             times[side].append(time.perf_counter() - start)
     seconds = {side: statistics.median(found[WARM:]) for side, found in times.items()}
     inference = {n: infer({k: v for k, v in sides.items() if k != "estimation"}, n, quick) for n in (1, 32)}
-    lora, idle = seconds["LoRA"], peaks[name, "idle"]
+    lora = seconds["LoRA"]
     return [
         {
             "base": name, "layers": layers, "width": width, "tokens": sequences * LENGTH, "dtype": "float32",
@@ -117,8 +118,7 @@ def rows_of(name, quick, peaks):
             "speed_up": lora / seconds[side], "estimation_over_lora": seconds["estimation"] / lora,
             **{f"inference_{n}_ms": found[side] * 1e3 for n, found in inference.items()},
             **{f"inference_{n}": found["LoRA"] / found[side] for n, found in inference.items()},
-            "lora_peak_mb": peaks[name, "LoRA"] - idle, "slim_peak_mb": peaks[name, side] - idle,
-            "memory": (peaks[name, side] - idle) / (peaks[name, "LoRA"] - idle),
+            **(memory_of(name, side, peaks) if peaks else {}),
         }
         for side in VARIANTS
     ]  # fmt: skip
@@ -141,11 +141,17 @@ def infer(sides, sequences, quick):
 # ---------------------------------------------------------------------------- memory
 
 
-def peaks_mb(quick):
+def memory_of(name, side, peaks):
+    """A row's columns, from all high-water marks."""
+    lora, slim = (peaks[name, each] - peaks[name, "idle"] for each in ("LoRA", side))
+    return {"lora_peak_mb": lora, "slim_peak_mb": slim, "memory": slim / lora}
+
+
+def peaks_mb():
     """High-water marks of fresh processes' memory while they train; "idle" has everything but the models."""
     cases = [(name, side) for name in MODELS for side in ("idle", "LoRA", *VARIANTS)]
     with ThreadPoolExecutor(2) as pool:  # of a thread each
-        found = pool.map(lambda case: peak_mb(*case, "quick" if quick else "whole"), cases)
+        found = pool.map(lambda case: peak_mb(*case), cases)
         return dict(zip(cases, track(found, "memory", total=len(cases), console=console), strict=True))
 
 
@@ -156,10 +162,10 @@ def peak_mb(*arguments):
     return float(done.stdout.split()[-1])
 
 
-def run_for_memory(name, side, size):
+def run_for_memory(name, side):
     """Prints what training holds at most; making the model, before it is cut, does not count."""
-    idle, quick = side == "idle", size == "quick"
-    each = Side(name, "LoRA" if idle else side, quick)
+    idle = side == "idle"
+    each = Side(name, "LoRA" if idle else side)
     ids = tokens(1 if idle else MODELS[name][2])[:, : 8 if idle else LENGTH]
     each.step(ids[:1, :8])  # every module is imported
     if idle:

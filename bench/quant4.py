@@ -1,5 +1,6 @@
 """4-bit weights against PyTorch's dense products and bitsandbytes."""
 
+import copy
 import logging
 
 import torch
@@ -46,12 +47,12 @@ def bench_linear(device, quick, bandwidth):
         w = (torch.randn(outputs, inputs, device=device) / inputs**0.5).to(dtype)
         dense = Rotating(lambda w=w: w.clone(), w.nbytes)
         q = ops.quantize_4bit(w)
-        packed = Rotating(lambda w=w: ops.quantize_4bit(w), q.nbytes)
+        packed = Rotating(lambda q=q: copy.deepcopy(q), q.nbytes)
         if bnb:  # its inference path, which repacks the weights at the first call, and its path for training
-            layers, exact = (Rotating(lambda w=w: bnb_layer(bnb, w), q.nbytes) for _ in range(2))
-            for repacked, kept in zip(layers.items, exact.items, strict=True):
-                repacked(torch.zeros(1, inputs, dtype=dtype, device=device))
-                kept.train()
+            layer = bnb_layer(bnb, w).train()
+            exact = Rotating(lambda m=layer: copy.deepcopy(m), q.nbytes)
+            layer.eval()(torch.zeros(1, inputs, dtype=dtype, device=device))
+            layers = Rotating(lambda m=layer: copy.deepcopy(m), q.nbytes)
         plain = bnb.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True) if bnb else None
         for tokens in (1, 16, 128) if quick else (1, 4, 16, 128, 512):
             x = torch.randn(tokens, inputs).to(device, dtype)

@@ -20,7 +20,7 @@ MODEL = {"width": 768, "blocks": 4, "states": STATES, "taps": 4, "words": 256}
 def bench_scans(quick):
     """One sequence, float32, as many threads on both sides."""
     if llama_cpp.library() is None or optional("gguf", "GGUFWriter") is None:
-        console.print(f"scan_vs_llama_cpp is left out: {llama_cpp.INSTALL}")
+        console.print(f"scan_vs_llama_cpp is left out: {llama_cpp.INSTALL}", markup=False)
         return []
     lengths = (256,) if quick else (256, 1024, 4096)
     cases = [(n, 1536) for n in lengths] + ([] if quick else [(1024, 5120)])
