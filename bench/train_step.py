@@ -42,8 +42,10 @@ print(json.dumps({"seconds": statistics.median(times[2:]),
 
 
 def bench_train_step(quick):
-    """A LoRA step on a 4-layer Llama (8 x 128 tokens): PEFT, patched, patched with DEFT; a process each, in turn. A quick run
-    takes the first and the last: a process takes ten seconds to begin."""
+    """A LoRA step on a 4-layer Llama (8 x 128 tokens): PEFT, patched, patched with DEFT; a process each, in turn.
+
+    A quick run takes the first and the last: a process takes ten seconds to begin.
+    """
     sides = {side: [] for side in (("peft", "deft") if quick else ("peft", "patched", "deft"))}
     for _ in track(range(1 if quick else 3), "training step", console=console):
         for side, found in sides.items():

@@ -18,7 +18,7 @@ from deftcore import ops
 from deftcore.ops import logit_penalties
 from deftcore.ops.density import active_count
 from deftcore.ops.logit_rows import Rows, times_columns, times_rows
-from deftcore.ops.quant4 import multiply
+from deftcore.ops.products4 import multiply
 
 def rand(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

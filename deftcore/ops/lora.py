@@ -12,7 +12,8 @@ from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.checks import check_bias, check_float, check_like, check_number, check_shape
 from deftcore.ops.packed import PARTS, SCHEMA, Parts
 from deftcore.ops.products import add_product_, linear, product
-from deftcore.ops.quant4 import check_weight, linear_4bit_grad, multiply
+from deftcore.ops.products4 import multiply
+from deftcore.ops.quant4 import check_weight, linear_4bit_grad
 from deftcore.ops.quantized import QuantizedTensor
 
 

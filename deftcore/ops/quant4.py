@@ -1,6 +1,5 @@
 """4-bit weights: quantise, dequantise, and linear layers that decode on the way (QLoRA, arXiv 2305.14314)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +9,10 @@ from torch import Tensor
 from deftcore.ops._library import define, flatten_tokens
 from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.checks import check_bias, check_choice, check_float
-from deftcore.ops.kernels import DTYPE_CODES, address, aligned, backend, give_workspace, native, stream
-from deftcore.ops.packed import NESTED_BLOCK, PARTS, SCHEMA, Parts, decode, dequantize_ref
-from deftcore.ops.products import add_product_, linear, product
+from deftcore.ops.kernels import DTYPE_CODES, address, backend, give_workspace, native, stream
+from deftcore.ops.packed import NESTED_BLOCK, PARTS, SCHEMA, Parts, dequantize_ref
+from deftcore.ops.products4 import multiply, multiply_backward
 from deftcore.ops.quantized import QUANT_TYPES, QuantizedTensor, check_block_size, dynamic_book
-from deftcore.ops.timing import bucket_of, native_pays
 
 ACTIVATIONS = ("exact", "int8")
 _TINY = torch.finfo(torch.float32).tiny
@@ -219,64 +217,6 @@ def _quantize_4bit_fake(w: Tensor, block_size: int, quant_type: int) -> tuple[Te
 
 
 # ---------------------------------------------------------------------------- linear_4bit
-
-
-def multiply(
-    x: Tensor, w: Parts, bias: Tensor | None = None, low: Tensor | None = None, lora: Tensor | None = None
-) -> Tensor:
-    """x [T, K] W^T + low lora^T + bias: low [T, R], lora [M, R]. The native product; a decode and PyTorch's where the
-    device's kernel does not take so many tokens, or is slower; or the reference."""
-
-    def library() -> Tensor:
-        return _with_low(linear(x, decode(w, x.dtype), bias), low, None if lora is None else lora.t())
-
-    return _product("linear_4bit", library, x, w, w.rows, bias, low, lora)
-
-
-def multiply_backward(g: Tensor, w: Parts, low: Tensor | None = None, lora: Tensor | None = None) -> Tensor:
-    """g [T, M] W + low lora: low [T, R], lora [R, K]; as `multiply`."""
-
-    def library() -> Tensor:
-        return _with_low(product(g, decode(w, g.dtype)), low, lora)
-
-    return _product("linear_4bit_backward", library, g, w, w.cols, None, low, lora)
-
-
-def _with_low(y: Tensor, low: Tensor | None, lora: Tensor | None) -> Tensor:
-    if low is not None and lora is not None:
-        add_product_(y, low, lora, beta=1.0, alpha=1.0)
-    return y
-
-
-def _product(
-    op: str, library: Callable[[], Tensor], x: Tensor, w: Parts, width: int, bias: Tensor | None, low: Tensor | None,
-    lora: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """[T, width] by the native function `op`, or by the library."""
-    kernels, tokens = backend("linear_4bit", x), x.shape[0]
-    if kernels is None or not hasattr(kernels, op):
-        return library()
-    view, dtype = w.native(), DTYPE_CODES[x.dtype]
-    if tokens > kernels.linear_4bit_tokens(view, dtype):
-        return library()
-    if tokens == 0 or width == 0:
-        return x.new_empty((tokens, width))
-    whole, bias = aligned(x), None if bias is None else bias.contiguous()
-    low, lora = (None, None) if low is None or lora is None else (low.contiguous(), lora.contiguous())
-    rank = 0 if low is None else low.shape[1]
-
-    def run() -> Tensor:
-        y = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
-        args = native.Linear4bit(
-            w=view, x=address(whole), bias=address(bias), low=address(low), lora=address(lora), y=address(y),
-            workspace=0, tokens=tokens, rank=rank, dtype=dtype,
-        )  # fmt: skip
-        _held = give_workspace(args, getattr(kernels, f"{op}_workspace")(args), x)
-        getattr(kernels, op)(args, stream(x))
-        return y
-
-    sizes = (bucket_of(tokens), w.rows, w.cols, w.block_size, rank)
-    return run() if native_pays(op, x, sizes, run, library) else library()
 
 
 def _linear_4bit_impl(x: Tensor, *args: Any) -> Tensor:

@@ -14,7 +14,8 @@ from deftcore.ops.kernels import DTYPE_CODES, address, aligned, backend, give_wo
 from deftcore.ops.packed import Parts
 from deftcore.ops.paths import DENSE, MAX_TOKENS, SPARSE
 from deftcore.ops.products import add_product_, product
-from deftcore.ops.quant4 import check_weight, linear_4bit_grad, linear_4bit_op, multiply, multiply_backward
+from deftcore.ops.products4 import multiply, multiply_backward
+from deftcore.ops.quant4 import check_weight, linear_4bit_grad, linear_4bit_op
 from deftcore.ops.quantized import QuantizedTensor
 
 IDENTITY = -1  # in place of an activation's number: x holds activations already

@@ -12,7 +12,8 @@ from deftcore.ops.autocast import autocast_dtype
 from deftcore.ops.checks import check_float, check_like, check_shape
 from deftcore.ops.packed import Parts
 from deftcore.ops.products import add_product_, linear, product
-from deftcore.ops.quant4 import check_weight, multiply, multiply_backward
+from deftcore.ops.products4 import multiply, multiply_backward
+from deftcore.ops.quant4 import check_weight
 from deftcore.ops.quantized import QuantizedTensor
 
 
