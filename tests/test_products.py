@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from deftcore import ops
+from deftcore.nn.mlp import LowRank, SparseMLP, SparseMLP4bit
 from deftcore.ops import products
-from deftcore.ops.products import add_product_, linear, product
+from deftcore.ops.products import add_product_, linear, plus_product, product
 
 SHAPES = [
     (1, 1, 1),
@@ -212,6 +214,58 @@ def test_recorded_products_of_16_bits(need, ours):
             assert ((t.grad.double() - exact.grad).abs() <= 0.02 + 0.01 * exact.grad.abs()).all()
     assert len(ours) == 1 + need[0] + need[1]
     assert product(x, w.t()).requires_grad is (need[0] or need[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_sums_with_products(dtype, ours):
+    """In 16 bits they are rounded once, and their gradients are right; float32 is PyTorch's own."""
+    torch.manual_seed(0)
+    a, b = torch.randn(9, 40).to(dtype), torch.randn(70, 40).to(dtype).t()
+    y = torch.randn(9, 80).to(dtype)[:, 3:73]
+    before = y.clone()
+    found = plus_product(y, a, b)
+    exact = y.double() + a.double() @ b.double()
+    assert found.dtype == dtype
+    assert ((found.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5).all()
+    assert torch.equal(y, before)
+    assert ours == ([(9, 40, 70)] if dtype in HALVES else [])
+    inputs = [t.clone().requires_grad_() for t in (y, a, b)]
+    grads = torch.autograd.grad(plus_product(*inputs).sum(), inputs)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    for grad, wanted in zip(grads, torch.autograd.grad(torch.addmm(*wide).sum(), wide), strict=True):
+        torch.testing.assert_close(grad.double(), wanted, rtol=1e-2, atol=0.05)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_low_rank_terms_of_sparse_mlps(dtype, packed, ours):
+    """Forward, and the gradient of x."""
+    torch.manual_seed(0)
+    weights = [torch.randn(64, 32) / 6, torch.randn(64, 32) / 6, torch.randn(32, 64) / 8]
+    low = [LowRank(torch.randn(4, w.shape[1]) / w.shape[1] ** 0.5, torch.randn(w.shape[0], 4), 0.5) for w in weights]
+    lows = dict(zip(("lora_gate", "lora_up", "lora_down"), low, strict=True))
+    if packed:
+        weights = [ops.quantize_4bit(w, block_size=32) for w in weights]
+        mlp = SparseMLP4bit(*weights, activation="silu", tau=0.0, path="sparse", **lows)
+        weights = [w.dequantize() for w in weights]
+    else:
+        lows = {name: LowRank(each.a.to(dtype), each.b.to(dtype), 0.5) for name, each in lows.items()}
+        weights = [w.to(dtype) for w in weights]
+        mlp = SparseMLP(*weights, activation="silu", tau=0.0, path="sparse", **lows)
+    x = torch.randn(3, 32).to(dtype).requires_grad_()
+    with torch.no_grad():
+        mlp(x)
+    assert {(3, 32, 4 if packed else 8), (3, 4, 32)} <= set(ours)
+    y = mlp(x)
+    y.sum().backward()
+    wide = x.detach().double().requires_grad_()
+    gate, up, down = (
+        w.double() + 0.5 * each.b.double() @ each.a.double() for w, each in zip(weights, low, strict=True)
+    )
+    exact = (torch.nn.functional.silu(wide @ gate.t()) * (wide @ up.t())) @ down.t()
+    exact.sum().backward()
+    for found, wanted in ((y, exact), (x.grad, wide.grad)):
+        assert float((found.detach().double() - wanted.detach()).norm() / wanted.detach().norm()) < 0.03
 
 
 def test_linear_16bit_is_an_op():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from deftcore.nn.linear import PackedModule
 from deftcore.ops.density import ACTIVATIONS, default_tau
 from deftcore.ops.paths import PATHS
+from deftcore.ops.products import plus_product, product
 from deftcore.ops.quantized import QuantizedTensor
 from deftcore.ops.sparse_mlp import sparse_mlp_op
 from deftcore.ops.sparse_mlp4 import NO_LOW_RANK, LowRank4, mlp_4bit
@@ -96,7 +97,7 @@ class SparseMLP(_SparseBlock):
         if padded != width:
             low = flat.new_zeros((flat.shape[0], padded - width))
             if self.lora_a is not None:
-                low[:, : self.lora_a.shape[0]] = flat @ self.lora_a.t()
+                low[:, : self.lora_a.shape[0]] = product(flat, self.lora_a.t())
             flat = torch.cat((flat, low), dim=1)
         y = sparse_mlp_op(
             flat, self.w_gate, self.rows[:, 0], self.rows[:, 1], self.b_up, self.b_down,
@@ -105,7 +106,7 @@ class SparseMLP(_SparseBlock):
         if padded != width:
             y, low = y[:, :width], y[:, width : width + self.rank_down]
             if self.lora_b is not None:
-                y = torch.addmm(y, low, self.lora_b.t())
+                y = plus_product(y, low, self.lora_b.t())
         return y.reshape(x.shape)
 
     def extra_repr(self) -> str:

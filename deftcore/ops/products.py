@@ -63,6 +63,15 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float
         (rows if beta == 1 else rows.mul_(beta)).add_(product(part, b), alpha=alpha)
 
 
+def plus_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y + a @ b, [l, n] plus [l, m] times [m, n], as `torch.addmm`, by `product`."""
+    if y.dtype != a.dtype or not _takes_ours(a, b):
+        return torch.addmm(y, a, b)
+    if _recorded(y, a, b):
+        return y + linear_16bit_op(a, b.t(), None)
+    return _multiply(y.clone(), a, b, beta=1.0)
+
+
 # What torch.compile makes of a Linear on a CPU: takes strided operands, where those of `to_mkldnn` would be copied.
 _linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 

@@ -13,7 +13,7 @@ from deftcore.ops.density import ACTIVATIONS, activate, keep_active
 from deftcore.ops.kernels import DTYPE_CODES, address, aligned, backend, give_workspace, native, runs_cuda, stream
 from deftcore.ops.packed import Parts
 from deftcore.ops.paths import DENSE, MAX_TOKENS, SPARSE
-from deftcore.ops.products import add_product_, product
+from deftcore.ops.products import add_product_, plus_product, product
 from deftcore.ops.products4 import multiply, multiply_backward
 from deftcore.ops.quant4 import check_weight, linear_4bit_grad, linear_4bit_op
 from deftcore.ops.quantized import QuantizedTensor
@@ -225,12 +225,12 @@ def _sparse_mlp_4bit_backward(ctx: Any, grad: Tensor) -> tuple:
 def _forward(x: Tensor, w: Parts, a: Tensor | None, b: Tensor | None, bias: Tensor | None = None) -> Tensor:
     """x W^T + (x A^T) B^T + bias, as registered ops."""
     y = linear_4bit_op(x, *w, bias)
-    return y if a is None or b is None else y.addmm(x @ a.t(), b.t())
+    return y if a is None or b is None else plus_product(y, product(x, a.t()), b.t())
 
 
 def _back(grad: Tensor, w: Parts, a: Tensor | None, b: Tensor | None) -> Tensor:
     """Gradient of x for `_forward`."""
-    return linear_4bit_grad(grad, *w, None if b is None else grad @ b, a)
+    return linear_4bit_grad(grad, *w, None if b is None else product(grad, b), a)
 
 
 _sparse_mlp_4bit = define(
