@@ -1,5 +1,8 @@
 """`compile_decoder` against Transformers' `generate`, and the native step against its reference."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from transformers import (
@@ -248,6 +251,29 @@ def test_nan_logits():
     model.lm_head.weight.data[5, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="NaN"):
         decoder.generate(prompts(), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "nf4"])
+@pytest.mark.parametrize("name", ["model.norm", "model.layers.1.input_layernorm", "lm_head"])
+def test_a_model_that_is_nan_is_called_so(name, form):
+    model = model_of("llama", form)
+    weight = model.get_submodule(name).weight.data
+    weight.view(-1)[3] = torch.nan
+    assert "NaN" in deftcore.compile_decoder(model, max_length=32).reason
+
+
+@pytest.mark.parametrize("way", ["pickle", "deepcopy"])
+def test_copies_decode_with_weights_of_their_own(way):
+    model = model_of("llama", "nf4")
+    decoder = deftcore.compile_decoder(model, batch=2, max_length=32, activations="int8")
+    wanted = decoder.generate(prompts(), max_new_tokens=4)
+    other = pickle.loads(pickle.dumps(decoder)) if way == "pickle" else copy.deepcopy(decoder)
+    assert (other.reason, other.batch, other.max_length, other.activations) == ("", 2, 32, "int8")
+    assert other.model is not model
+    model.lm_head.weight.data.zero_()
+    assert torch.equal(other.generate(prompts(), max_new_tokens=4), wanted)
+    with pytest.raises(TypeError, match="DecoderStack: holds addresses"):
+        copy.deepcopy(decoder._steps)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

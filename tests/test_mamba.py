@@ -19,6 +19,7 @@ from deftcore import ops
 from deftcore.methods.mamba.lora import MambaLoraConfig, slices_of
 from deftcore.nn import Mamba2Mixer, MambaMixer, MixerState
 from deftcore.nn.mamba import MambaBlock
+from deftcore.nn.mixer import MixerBlock
 from deftcore.ops.ssm.projection import LoraPair, Projection, project
 from deftcore.ops.ssm.scan import selective_scan_ref
 from deftcore.ops.ssm.ssd import mamba_chunk_scan_ref
@@ -554,6 +555,23 @@ def test_logits_equal_transformers(family, train):
         model(**batch, labels=labels).loss.backward()
     for (name, p), q in zip(plain.named_parameters(), patched.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-4 * p.grad.abs().max().item() + 1e-7, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_biases_of_the_projections(family):
+    """Transformers' padding reaches the convolution through in_proj's bias, and so it does under `patch`."""
+    plain = model_of(family, use_bias=True)
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            if name.endswith(("in_proj.bias", "out_proj.bias")):
+                p.normal_()
+    patched = deftcore.patch(copy.deepcopy(plain))
+    assert all(isinstance(layer.mixer, MixerBlock) for layer in patched.backbone.layers)
+    batch = padded_batch()
+    for inputs in ({"input_ids": batch["input_ids"]}, batch):
+        torch.testing.assert_close(patched(**inputs).logits, plain(**inputs).logits, rtol=1e-4, atol=1e-4)
+        options = {"max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(patched.generate(**inputs, **options), plain.generate(**inputs, **options))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -205,6 +205,9 @@ def test_the_steps_errors():
         ("mamba", {"gated_norm": torch.ones(128)}, "gated_norm"), ("mamba2", {"gated_norm": None}, "gated_norm"),
         ("mamba2", {"in_proj": Matrix(torch.ones(5, 64))}, "in_proj"),
         ("mamba2", {"dt_bias": torch.ones(3)}, "dt_bias"),
+        ("mamba", {"out_proj": Matrix(torch.ones(64, 128), lora_a=torch.ones(2, 128), lora_b=torch.ones(64, 2))},
+         "out_proj: must be without lora_a"),
+        ("mamba", {"out_proj": Matrix(torch.ones(64, 128), neuron_major=True)}, "out_proj: must be without"),
     ],
 )  # fmt: skip
 def test_a_layer_that_does_not_fit(kind, change, name):

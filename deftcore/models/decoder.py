@@ -67,18 +67,23 @@ def compile_decoder(model: Any, *, batch: int = 1, max_length: int = 2048, activ
         reason = str(error)
         logger.warning("compile_decoder: Transformers decodes this model: %s", reason)
     decoder = Decoder(model, exact, reason, batch, max_length)
-    decoder.error, decoder._steps = moved, steps
+    decoder.activations, decoder.error, decoder._steps = activations, moved, steps
     return decoder
+
+
+def _compile_again(model: Any, batch: int, max_length: int, activations: str) -> "Decoder":
+    return compile_decoder(model, batch=batch, max_length=max_length, activations=activations)
 
 
 class Decoder:
     """What `compile_decoder` returns. One thread at a time may use it: its cache is kept from call to call.
 
     `reason` says why Transformers decodes; it is empty where the native step does. `error` is how far int8 moved the
-    logits of a few made-up tokens: the root mean square of the difference over that of the logits.
+    logits of a few made-up tokens: the root mean square of the difference over that of the logits. Pickled and copied
+    is the model, of which another decoder is made.
     """
 
-    error = 0.0
+    activations, error = "exact", 0.0
 
     def __init__(self, model: Any, steps: Steps | None, reason: str, batch: int, max_length: int) -> None:
         self.model, self.reason, self.batch, self.max_length = model, reason, batch, max_length
@@ -86,6 +91,9 @@ class Decoder:
         self._adapters = [] if steps is None else adapter_state(model)
         self._weights = [] if steps is None else weights_state(model)
         self._state = (torch.empty(0), torch.empty(0)) if steps is None else steps.new_state(batch)
+
+    def __reduce__(self) -> Any:
+        return _compile_again, (self.model, self.batch, self.max_length, self.activations)
 
     @torch.no_grad()
     def generate(

@@ -86,6 +86,8 @@ def norm_weight(module: Any) -> Tensor:
         ValueError: the module computes something else. Its epsilon shows in vectors as small as that.
     """
     weight = module.weight.detach().float()
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"{type(module).__name__}: its weight holds NaN or infinity")
     plain = module(torch.ones_like(module.weight)).float()
     factor = min((weight, 1 + weight), key=lambda w: float((plain - w).abs().max())).contiguous()
     eps, generator = epsilon_of(module), torch.Generator().manual_seed(0)
@@ -158,6 +160,8 @@ class Trial:
         """Raises ValueError where logits differ by more than `bound` of a token's largest."""
         ours = self.logits_of(steps)
         for mine, wanted in zip(ours.unbind(1), self.logits.unbind(1), strict=True):
+            if not bool(wanted.isfinite().all()):
+                raise ValueError("its logits are NaN or infinite: its weights hold NaN or infinity, or overflow")
             error, scale = float((mine - wanted).abs().max()), float(wanted.abs().max())
             if not error <= bound * max(scale, 1e-30):
                 raise ValueError(f"its logits differ from a native step's by {error:.3g} of {scale:.3g}")

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from deftcore.ops._library import define
 from deftcore.ops.checks import check_float, check_integers, check_like, check_shape
-from deftcore.ops.decoder_matrix import Matrix, enlist, enlisted, matrix_row, number_row, rms_normed, rounded_layer
+from deftcore.ops.decoder_matrix import (
+    Addressed,
+    Matrix,
+    enlist,
+    enlisted,
+    matrix_row,
+    number_row,
+    rms_normed,
+    rounded_layer,
+)
 from deftcore.ops.density import ACTIVATIONS, activate, keep_active
 from deftcore.ops.kernels import address, backend, give_workspace, native, stream
 
@@ -46,7 +55,7 @@ _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass(eq=False)
-class DecoderStack:
+class DecoderStack(Addressed):
     """All that a step computes with, from the embedding on. Its tensors are read where they lie, and never copied.
 
     Raises:

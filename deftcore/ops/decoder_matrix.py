@@ -121,6 +121,15 @@ class Matrix:
         return F.linear(x, weight.t() if self.neuron_major else weight)
 
 
+class Addressed:
+    """What holds addresses of its tensors, where a copy's would not be."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"{type(self).__name__}: holds addresses of its weights and is neither pickled nor copied; make another one"
+        )
+
+
 def rounded_layer(layer: Any) -> Any:
     """A layer, which is a dataclass, whose weights in 4 bits round what they are multiplied with."""
     values = {f.name: getattr(layer, f.name) for f in fields(layer)}

@@ -83,7 +83,10 @@ class _Cached:
                 raise ValueError("cache, cache_params: are two names of one argument; pass one of them")
             cache = cache_params
         packed = self.packed(seq_idx, cu_seqlens)
-        if not all(map(called_plainly, self.read_directly())):
+        # A bias makes padding an input of the convolution in Transformers' mixers; here it is none.
+        mask = attention_mask if self.use_bias else None
+        padded = mask is not None and bool((mask[:, mask.shape[1] - hidden_states.shape[1] :] == 0).any())
+        if padded or not all(map(called_plainly, self.read_directly())):
             return super(MixerBlock, self).forward(hidden_states, cache, attention_mask, **packed)  # type: ignore[misc]
         return self.mixed(hidden_states, cache, attention_mask, **packed)
 
@@ -210,7 +213,7 @@ def _run(unit: Any, dtype: torch.dtype, at: str) -> Iterator[tuple[str, Tensor]]
     mask = torch.ones((2, 5), dtype=torch.int64, device=x.device)
     mask[1, :2] = 0
     whole = x[:, :5].detach().requires_grad_()
-    yield from with_gradients(unit, unit(whole, attention_mask=mask), whole)
+    yield from with_gradients(unit, unit(whole, attention_mask=None if mixer.use_bias else mask), whole)
     cache = DynamicCache(config=unit.config)
     with torch.no_grad():
         for i, (start, stop, padding) in enumerate(((0, 5, mask), (5, 6, None), (6, 7, None))):

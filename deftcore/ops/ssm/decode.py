@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deftcore.ops._library import define
 from deftcore.ops.checks import check_float, check_like, check_shape
-from deftcore.ops.decoder_matrix import Matrix, enlist, enlisted, matrix_row, rms_normed, rounded_layer
+from deftcore.ops.decoder_matrix import Addressed, Matrix, enlist, enlisted, matrix_row, rms_normed, rounded_layer
 from deftcore.ops.kernels import address, backend, give_workspace, native, stream
 from deftcore.ops.ssm.scan import MAX_STATES
 
@@ -39,7 +39,7 @@ class MambaLayer:
 
 
 @dataclass(eq=False)
-class MambaStack:
+class MambaStack(Addressed):
     """All that a step computes with, from the embedding on; either all layers are Mamba's or all are Mamba-2's.
 
     Raises:
@@ -138,6 +138,8 @@ class MambaStack:
 def _check_matrix(name: str, matrix: Matrix, shape: tuple[int, ...]) -> None:
     if tuple(matrix.weight.shape) != shape:
         raise ValueError(f"{name}: must be {shape}, got shape {tuple(matrix.weight.shape)}")
+    if matrix.lora_a is not None or matrix.neuron_major:
+        raise ValueError(f"{name}: must be without lora_a and neuron_major, which Mamba's step does not read")
 
 
 def _check_vector(name: str, vector: Tensor, shape: tuple[int, ...]) -> None:
