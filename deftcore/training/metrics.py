@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_WHOLE = ("accuracy", "mean_class_accuracy", "mean_iou", "macro_f1")  # metrics that are one number
+_WHOLE = ("accuracy", "mean_class_accuracy", "mean_iou", "macro_f1", "matthews")  # metrics that are one number
 
 
 class ConfusionCounts:
@@ -107,6 +107,16 @@ class ConfusionCounts:
     def macro_f1(self) -> float:
         """The mean of `f1`."""
         return self._mean(self.f1())
+
+    @property
+    def matthews(self) -> float:
+        """Matthews' correlation of labels and predictions, -1 to 1, of any number of classes (Gorodkin 2004); 0 / 0
+        where one class is all labels or all predictions."""
+        counts = self.counts.double()
+        labels, predictions, total = counts.sum(1), counts.sum(0), counts.sum()
+        covariance = counts.diagonal().sum() * total - labels @ predictions
+        spread = (total**2 - labels @ labels) * (total**2 - predictions @ predictions)
+        return float(self._quotient(covariance, spread.sqrt()))
 
     def class_accuracy(self) -> Tensor:
         """TP / (TP + FN) of each class, [K] float64."""

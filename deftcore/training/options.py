@@ -77,6 +77,8 @@ def make_config(method: Method, model: Any, options: dict[str, Any]) -> Any:
     pair = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
     if issubclass(kind, PeftConfig) and hasattr(model, "prepare_inputs_for_generation"):  # a language model
         options.setdefault("task_type", "SEQ_2_SEQ_LM" if pair else "CAUSAL_LM")
+    elif issubclass(kind, PeftConfig) and type(model).__name__.endswith("ForSequenceClassification"):
+        options.setdefault("task_type", "SEQ_CLS")  # PEFT trains the layers over the classes too
     try:
         return kind(**options)
     except TypeError as error:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from deftcore._names import near
 from deftcore.models.families import USES, Part
+from deftcore.training.classification import ClassificationTask
 from deftcore.training.config import TrainingConfig
 from deftcore.training.objective import Objective
 from deftcore.training.task import Task
@@ -130,7 +131,7 @@ class Section:
 
 _METHODS: dict[str, Method] = {}
 _SECTIONS: dict[str, Section] = {}
-_TASKS: dict[str, type[Task]] = {TextTask.name: TextTask}
+_TASKS: dict[str, type[Task]] = {TextTask.name: TextTask, ClassificationTask.name: ClassificationTask}
 
 
 def register(record: Method | Section | type[Task]) -> None:
