@@ -8,7 +8,7 @@
 | losses, accuracy, BLEU, exact numbers, drift | `measures.py` |
 | one run, through deftcore's own loop; a file of runs that goes on where it stopped | `runs.py` |
 | step time and peak memory, on an idle machine | `cost.py` |
-| an experiment: its sides, sets, steps | `spectral.py`, `light_peft.py`, `points.py`, `crops.py` |
+| an experiment: its sides, sets, steps | `spectral.py`, `light_peft.py`, `points.py`, `crops.py`, `deft.py` |
 | its prose | `spectral_page.py` and the like |
 | what came out, checked against the runs | `claims.yaml` |
 | tables, verdicts and pictures from the files in `results/` | `report.py`, `adapted.py` |

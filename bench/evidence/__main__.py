@@ -4,6 +4,7 @@ from pathlib import Path
 
 from bench.evidence.adapted import adapted_section, shares
 from bench.evidence.crops_page import CROPS
+from bench.evidence.deft_page import DEFT, deft_section, draw_sweep
 from bench.evidence.light_page import LIGHT
 from bench.evidence.points_page import POINTS
 from bench.evidence.report import losses, section
@@ -26,7 +27,8 @@ not part of the project. Every run is deftcore's own loop, peers' included; each
 
 def page() -> str:
     """The page."""
-    return HEAD + "\n".join((*map(section, EXPERIMENTS), *map(adapted_section, ADAPTED)))
+    deft = [deft_section()] if DEFT.results.path.exists() else []  # until its runs are there
+    return HEAD + "\n".join((*map(section, EXPERIMENTS), *map(adapted_section, ADAPTED), *deft))
 
 
 def main() -> None:
@@ -35,6 +37,9 @@ def main() -> None:
         losses(experiment, DOCS / f"evidence-{experiment.name}.png")
     for told in ADAPTED:
         shares(told, DOCS / f"evidence-{told.name}.png")
+    if DEFT.results.path.exists():
+        shares(DEFT, DOCS / f"evidence-{DEFT.name}.png")
+        draw_sweep(DOCS / f"evidence-{DEFT.name}-alpha.png")
     write_text(DOCS / "evidence.md", page())
 
 

@@ -70,7 +70,7 @@ class MeanPooler(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, D] of the states [B, K, D] of the last layer."""
-        weights = self.mask.unsqueeze(-1).to(hidden.dtype)
+        weights = self.mask[:, -hidden.shape[1] :].unsqueeze(-1).to(hidden.dtype)  # PEFT's has prefixes before
         return (hidden * weights).sum(1) / weights.sum(1)
 
 
