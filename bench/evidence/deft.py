@@ -86,11 +86,13 @@ class DeftSide(Side):
     Args:
         alpha: weight of the loss; 0: alone.
         beta: slope of its surrogate tanh(beta |a|), which decides how large an activation may be that it still moves.
+        ramp: share of the steps over which the weight rises from 0, so that the task is learnt first.
         gamma: weight of the gates' mean; 0: no gates.
     """
 
     alpha: float = 0.0
-    beta: float = 5.0
+    beta: float = 20.0
+    ramp: float = 0.7
     gamma: float = 0.0
 
     def make(self, model: Any, targets: tuple[str, ...], task_type: str) -> Ready:
@@ -105,7 +107,7 @@ class DeftSide(Side):
             kind, more = (
                 (GatedDensityLoss, {"adaptive": "gate", "gamma": self.gamma}) if self.gamma else (DensityLoss, {})
             )
-            objective = kind(wrapped, alpha=self.alpha, surrogate="tanh", beta=self.beta, **more)
+            objective = kind(wrapped, alpha=self.alpha, surrogate="tanh", beta=self.beta, ramp=self.ramp, **more)
         made: list[Optimizer] = []
 
         def optimizer(trained: Any, training: TrainingConfig) -> Optimizer:
@@ -246,7 +248,7 @@ def run(side: DeftSide, data: Data, seed: int) -> Entry:
     training = settings(data, side.rates[0], seed, data.spec.steps)
     found: Entry = {"kind": "run", "set": data.spec.name, "side": side.name, "seed": seed, "rate": side.rates[0],
                     "steps": data.spec.steps, "alpha": side.alpha, "gamma": side.gamma}  # fmt: skip
-    ready, start = begin(side, data, seed), time.perf_counter()
+    ready, start, cpu = begin(side, data, seed), time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         try:
             train(ready.model, data.train, training, folder, task=data.task, objective=ready.objective, resume=False,
@@ -257,15 +259,19 @@ def run(side: DeftSide, data: Data, seed: int) -> Entry:
     if isinstance(ready.objective, DensityLoss):
         ready.objective.detach()  # gates stay
         found |= {"gates": list(ready.objective.gate_values().values())} if side.gamma else {}
-    return found | score(ready.model, data) | {"seconds": time.perf_counter() - start}
+    return (
+        found | score(ready.model, data) | {"seconds": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
+    )
 
 
 # ---------------------------------------------------------------------------- the command
 
 
 def jobs(seeds: Sequence[int], only: Sequence[str]) -> Iterator[tuple[str, str, DeftSide, int]]:
-    """Kind, set, side and seed: a seed is there for every side before the next; the first one's sweep comes last."""
-    yield from (("run", name, side, seed) for seed, name, side in itertools.product(seeds, only, SIDES))
+    """Kind, set, side and seed: a seed is there for every side before the next, all that train without the loss first;
+    the first one's sweep comes last."""
+    ordered = sorted(SIDES, key=lambda side: (side.alpha > 0, side.gamma > 0))
+    yield from (("run", name, side, seed) for seed, side, name in itertools.product(seeds, ordered, only))
     if SEEDS[0] in seeds:
         yield from (("sweep", name, side, SEEDS[0]) for name, side in itertools.product(only, SWEPT))
 
