@@ -17,11 +17,20 @@ import torch
 from rich.console import Console
 
 from deftcore._files import cache_folder, write_json
-from deftcore.cli.quickstart.base_model import Settings, base_model, reference_text
+from deftcore.cli.quickstart.base_model import Settings, base_model
+from deftcore.cli.quickstart.texts import reference_text
 from deftcore.training import TrainingConfig, encode, train
 from deftcore.training.wrapping import add_adapter
 
-SETTINGS = Settings(hidden_size=768, intermediate_size=2048, num_layers=6, base_steps=80)
+SETTINGS = Settings(
+    vocab_size=2048,
+    hidden_size=768,
+    intermediate_size=2048,
+    num_layers=6,
+    num_heads=6,
+    base_learning_rate=1e-3,
+    base_steps=80,
+)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 METHODS = {  # method, options, learning rate (the better of those tried on this task)
     "full": ("full", {}, 3e-4),
@@ -34,7 +43,8 @@ RESULTS = Path(__file__).parent / "results"
 def run(name, steps, folder):
     """One method: fine-tunes, prints a line of JSON."""
     method, options, rate = METHODS[name]
-    model, tokenizer, _ = base_model(SETTINGS, 0, Console(stderr=True))
+    base = base_model(SETTINGS, 0, Console(stderr=True))
+    model, tokenizer = base.model, base.tokenizer
     training, held_out = reference_text()
     examples, validation = (
         encode([{"text": text}], tokenizer, SETTINGS.max_length, is_encoder_decoder=False)

@@ -52,14 +52,12 @@ def test_gated_t5_and_smooth_activations():
 
 
 def test_cached_decoding_matches():
-    from deftcore.models.decoding import greedy_decode
-
     model = tiny_model("llama").eval()
     sparse = deftcore.sparsify(copy.deepcopy(model))
-    dense_tokens, dense_logits = greedy_decode(model, torch.tensor([[1, 2, 3]]), 12)
-    tokens, logits = greedy_decode(sparse, torch.tensor([[1, 2, 3]]), 12)
-    assert torch.equal(tokens, dense_tokens)
-    torch.testing.assert_close(logits, dense_logits, rtol=1e-4, atol=1e-5)
+    options = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    dense, found = (each.generate(torch.tensor([[1, 2, 3]]), **options) for each in (model, sparse))
+    assert torch.equal(found.sequences, dense.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(dense.logits), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -356,7 +356,8 @@ def test_spectral_example():
 
 QUICKSTART = {
     "vocab_size": 400, "hidden_size": 48, "intermediate_size": 256, "max_length": 32, "batch_size": 4, "base_steps": 4,
-    "tune_steps": 3, "base_characters": 60_000, "new_tokens": 6, "prompts": 1, "rounds": 1,
+    "tune_steps": 3, "base_characters": 400_000, "base_validation": 8, "validation": 8, "new_tokens": 6, "prompts": 1,
+    "rounds": 1,
 }  # fmt: skip
 
 
@@ -373,7 +374,15 @@ def test_quickstart_small(tmp_path):
     assert (tmp_path / "quickstart.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "report.json").read_text())["density_ratio"] == report["density_ratio"]
     assert (tmp_path / "lora-deft" / "final" / "adapter_model.safetensors").exists()
-    assert base_model(settings, 0, Console(stderr=True))[2], "the base model would be trained again"
+    assert report["runs"]["LoRA + DEFT"]["same_tokens_as_transformers"]
+    assert not report["runs"]["LoRA + DEFT"]["not_native"]
+    assert not report["remark"]
+    assert report["base"]["n_grams"]["order"] == 5
+    assert 0 < report["n_grams"]["bits_per_byte"] < 8
+    assert report["samples"].keys() == {"prompt", *report["runs"]}
+    again = base_model(settings, 0, Console(stderr=True))
+    assert again.cached, "the base model would be trained again"
+    assert again.learnt.items() <= report["base"].items()
 
 
 @pytest.mark.slow

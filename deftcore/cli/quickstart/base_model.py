@@ -3,117 +3,121 @@ as it does in large models. It learns what every Python ships, and is kept in th
 """
 
 import hashlib
-import inspect
 import json
-import pkgutil
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from deftcore._files import cache_folder
-from deftcore.cli.quickstart.start import start_from_bigrams, steps_within
+from deftcore._files import cache_folder, write_json
+from deftcore.cli.quickstart.measuring import evaluate
+from deftcore.cli.quickstart.start import induction_room, start_from_bigrams, start_induction, steps_within
+from deftcore.cli.quickstart.texts import blocks, held_out, joined, library_text, reference_text
 from deftcore.training.config import TrainingConfig
-from deftcore.training.data import encode
 from deftcore.training.loop import train
 from deftcore.training.saving import save_trained
 from deftcore.training.text import TextTask
+
+LEARNT = "learnt.json"  # in the cached base's folder, written last
 
 
 @dataclass(frozen=True)
 class Settings:
     """Sizes of the run."""
 
-    vocab_size: int = 2048
+    vocab_size: int = 1024
     hidden_size: int = 384
-    intermediate_size: int = 12288
+    intermediate_size: int = 4096
     num_layers: int = 2
+    num_heads: int = 3
     max_length: int = 128
     batch_size: int = 8
+    base_batch_size: int = 8
     base_steps: int = 0  # 0: as many as fit into base_seconds, by a few timed ones
     base_seconds: float = 60.0
     tune_steps: int = 0  # likewise, of each fine-tuning
-    tune_seconds: float = 30.0
-    base_learning_rate: float = 1e-3
+    tune_seconds: float = 20.0
+    base_learning_rate: float = 2e-3
     tune_learning_rate: float = 2e-3
     lora_r: int = 16
     alpha: float = 1.0
     surrogate: str = "tanh"
     beta: float = 20.0
     base_characters: int = 2_000_000
+    base_validation: int = 160  # blocks of max_length tokens
+    validation: int = 64
     new_tokens: int = 48
     prompts: int = 3
     rounds: int = 3
 
 
-def library_text(characters: int) -> str:
-    """Sources of pure-Python standard modules, alphabetical, up to a number of characters."""
-    parts, size = [], 0
-    for module in sorted(pkgutil.iter_modules([str(Path(inspect.getsourcefile(json) or "").parents[1])]), key=str):
-        if module.ispkg or module.name.startswith("_"):
-            continue
-        path = Path(inspect.getsourcefile(json) or "").parents[1] / f"{module.name}.py"
-        if path.is_file() and size < characters:
-            text = path.read_text(encoding="utf-8", errors="ignore")
-            parts.append(text)
-            size += len(text)
-    return "\n".join(parts)[:characters]
+@dataclass
+class Base:
+    """The model that is fine-tuned."""
+
+    model: Any
+    tokenizer: Any
+    cached: bool = False
+    learnt: dict[str, Any] = field(default_factory=dict)  # bits per byte of the text that it was trained on, held out
 
 
-def reference_text() -> tuple[str, str]:
-    """The language reference of `pydoc_data`: training part and held-out part (every tenth topic)."""
-    from pydoc_data.topics import topics
-
-    names = sorted(topics)
-    held_out = set(names[::10])
-    return "\n".join(topics[n] for n in names if n not in held_out), "\n".join(topics[n] for n in sorted(held_out))
-
-
-def base_model(settings: Settings, seed: int, console: Console) -> tuple[Any, Any, bool]:
+def base_model(settings: Settings, seed: int, console: Console) -> Base:
     """The "pre-trained" model and its tokenizer, from the cache or trained now."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    fields = asdict(settings)
-    shape = {k: v for k, v in fields.items() if k.startswith("base_") or k in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_layers", "max_length", "batch_size")}  # fmt: skip
-    text = library_text(settings.base_characters)
+    shape = {k: v for k, v in asdict(settings).items() if k.startswith("base_") or k in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_length")}  # fmt: skip
+    text, other = library_text(settings.base_characters)
     key = hashlib.sha256(json.dumps([shape, seed, hashlib.sha256(text.encode()).hexdigest()]).encode()).hexdigest()[:16]
     folder = cache_folder() / f"quickstart-{key}"
-    if (folder / "final" / "config.json").exists():
+    if (folder / LEARNT).exists():
         console.print(f"Base model: cached in {folder}")
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "final")
-        return AutoModelForCausalLM.from_pretrained(folder / "final"), tokenizer, True
+        model = AutoModelForCausalLM.from_pretrained(folder / "final")
+        model.set_attn_implementation("eager")
+        return Base(model, tokenizer, True, json.loads((folder / LEARNT).read_text()))
     console.print("[bold]Training the base model (once; it is cached)[/bold]")
     tokenizer = make_tokenizer(text, settings.vocab_size)
     config = LlamaConfig(
         vocab_size=settings.vocab_size, hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size, num_hidden_layers=settings.num_layers,
-        num_attention_heads=6, num_key_value_heads=2, hidden_act="relu", max_position_embeddings=512,
-        tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        num_attention_heads=settings.num_heads, num_key_value_heads=settings.num_heads, hidden_act="relu",
+        max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
     model.generation_config.pad_token_id = 0
-    examples = encode([{"text": text}], tokenizer, settings.max_length, is_encoder_decoder=False)
-    start_from_bigrams(model, torch.tensor([token for example in examples for token in example["input_ids"]]))
-    few = TextTask().collate(examples[: settings.batch_size])
+    examples = blocks(text, tokenizer, settings.max_length)
+    room = induction_room(model)
+    start_from_bigrams(model, joined(examples), room=room)
+    if room:
+        start_induction(model, seed)
+    model.set_attn_implementation("eager")  # trains faster on CPUs
+    few = TextTask().collate(examples[: settings.base_batch_size])
     steps = settings.base_steps or steps_within(
-        model, few, settings.base_seconds, least=20, most=300, mixed_precision=precision()
+        model, few, settings.base_seconds, least=20, most=2000, mixed_precision=precision()
     )
     console.print(f"{steps} steps of {few['input_ids'].numel()} tokens (base_seconds={settings.base_seconds:g})")
     training = TrainingConfig(
-        max_steps=steps, batch_size=settings.batch_size, learning_rate=settings.base_learning_rate,
-        weight_decay=0.01, schedule="cosine", mixed_precision=precision(), seed=seed,
+        max_steps=steps, batch_size=settings.base_batch_size, learning_rate=settings.base_learning_rate,
+        weight_decay=0.01, schedule="linear", mixed_precision=precision(), seed=seed,
     )  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     train(
         model, examples, training, folder, label="base model",
         save_model=lambda trained, where: save_trained(trained, where, tokenizer),
     )  # fmt: skip
-    return model, tokenizer, False
+    unseen = held_out(other, tokenizer, settings.max_length, settings.base_validation)
+    learnt = {
+        "steps": steps,
+        "bits_per_byte": unseen.bits_per_byte(evaluate(model, unseen.examples, settings.batch_size)["loss"]),
+        "n_grams": unseen.by_counting(joined(examples), settings.vocab_size),
+    }
+    write_json(folder / LEARNT, learnt)
+    return Base(model, tokenizer, False, learnt)
 
 
 def make_tokenizer(text: str, vocab_size: int) -> Any:

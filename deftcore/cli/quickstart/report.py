@@ -10,19 +10,20 @@ from deftcore._files import replacing_file
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """The report as a table."""
+    """The report as tables and sentences."""
+    if "n_grams" in report["base"]:
+        base = report["base"]
+        console.print(f"The base has learnt {_against(base['bits_per_byte'], base['n_grams'], 'library text')}")
     table = Table(title="deftcore quickstart")
-    for column in ("model", "loss", "density", "dense tok/s", "sparse tok/s", "speed-up", "same tokens"):
+    for column in ("model", "loss", "bits/byte", "density", "Transformers tok/s", "dense tok/s", "sparse tok/s",
+                   "speed-up", "same tokens"):  # fmt: skip
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, r in report["runs"].items():
-        decoded = "dense_tokens_per_s" in r
-        table.add_row(
-            name, f"{r['loss']:.3f}", f"{100 * r['density']:.1f} %",
-            f"{r['dense_tokens_per_s']:.0f}" if decoded else "",
-            f"{r['sparse_tokens_per_s']:.0f}" if decoded else "",
-            f"{r['speed_up']:.2f}x" if decoded else "",
-            ("yes" if r["same_tokens"] else "NO") if decoded else "",
-        )  # fmt: skip
+        row = [name, f"{r['loss']:.3f}", f"{r['bits_per_byte']:.3f}", f"{100 * r['density']:.1f} %"]
+        if "speed_up" in r:
+            rates = (r[f"{side}_tokens_per_s"] for side in ("transformers", "dense", "sparse"))
+            row += [*(f"{rate:.0f}" for rate in rates), f"{r['speed_up']:.2f}x", "yes" if r["same_tokens"] else "NO"]
+        table.add_row(*row)
     console.print(table)
     if report["four_bit"]:
         table = Table(title="QLoRA + DEFT, the same weights three ways")
@@ -34,11 +35,25 @@ def show(report: dict[str, Any], console: Console) -> None:
         same = "the same tokens" if report["four_bit"]["same_tokens"] else "DIFFERENT tokens"
         idle = report["four_bit"]["idle_mb"]
         console.print(f"4-bit sparse gives {same} as 4-bit dense. An idle process takes {idle:.0f} MB.")
+    for name, text in report["samples"].items():
+        console.print(f"[bold]{name}[/bold]", repr(text), markup=name != "prompt", highlight=False, soft_wrap=True)
     deft, lora = report["runs"]["LoRA + DEFT"], report["runs"]["LoRA"]
+    console.print(f"Fine-tuned: {_against(deft['bits_per_byte'], report['n_grams'], 'language reference')}")
     console.print(
         f"DEFT cuts the density to {100 * report['density_ratio']:.0f} % of plain LoRA's "
-        f"at {100 * (report['loss_ratio'] - 1):+.1f} % loss; the DEFT model decodes {deft['speed_up']:.2f}x as fast on "
-        f"sparse kernels as on dense PyTorch (plain LoRA: {lora['speed_up']:.2f}x). {report['seconds']:.0f} s in all."
+        f"at {100 * (report['loss_ratio'] - 1):+.1f} % loss; the DEFT model decodes {deft['speed_up']:.2f}x as fast "
+        f"with its active neurons as with all (plain LoRA: {lora['speed_up']:.2f}x). {report['seconds']:.0f} s in all."
+    )
+    if deft["not_native"]:
+        console.print(f"Transformers decoded, not the native step: {deft['not_native']}.")
+    if report["remark"]:
+        console.print(report["remark"])
+
+
+def _against(bits: float, counted: dict[str, float], text: str) -> str:
+    return (
+        f"{bits:.3f} bits per byte of unseen {text}; counting {counted['order']:.0f}-grams of the same text gives "
+        f"{counted['bits_per_byte']:.3f} (interpolated Kneser-Ney)."
     )
 
 

@@ -1,36 +1,41 @@
-"""The main job on an embedded default: fine-tune a small model to sparsity, then decode faster. No downloads.
+"""The main job: fine-tune a model to sparsity, then decode faster; on a small model made here, or on a given one.
 
 The texts are what every Python ships: library sources for the "pre-trained" model, the language reference of
-`pydoc_data` for the fine-tuning.
+`pydoc_data` for the fine-tuning. Nothing is downloaded.
 """
 
 import shutil
 import time
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from deftcore._files import write_json
-from deftcore.cli.quickstart.base_model import Settings, base_model, precision, reference_text
-from deftcore.cli.quickstart.decoding import compare_4bit, decode_side_by_side
+from deftcore.cli.quickstart.base_model import Settings, base_model, precision
+from deftcore.cli.quickstart.decoding import compare_4bit, continued, decode_side_by_side
+from deftcore.cli.quickstart.measuring import evaluate
+from deftcore.cli.quickstart.real_model import check_real_model, real_model, remark
 from deftcore.cli.quickstart.report import draw
 from deftcore.cli.quickstart.start import steps_within
+from deftcore.cli.quickstart.texts import blocks, held_out, joined, reference_text
 from deftcore.methods.deft.objective import DensityLoss
+from deftcore.models.families import family_of
 from deftcore.nn.quantization import quantize as quantize_model
 from deftcore.ops.quantized import QUANT_TYPES
 from deftcore.training.config import TrainingConfig
-from deftcore.training.data import Example, encode
+from deftcore.training.data import Example
 from deftcore.training.fields import OutputFolder, Seed, Text, checked, one_of
 from deftcore.training.loop import TrainResult, train
 from deftcore.training.saving import save_trained
-from deftcore.training.task import Batches
 from deftcore.training.text import TextTask
 from deftcore.training.wrapping import add_adapter
+
+REAL = Settings(batch_size=4, tune_seconds=60.0, tune_learning_rate=1e-3, validation=24, new_tokens=32, rounds=2)
+_PROMPT = 32  # tokens
 
 
 @checked
@@ -40,59 +45,79 @@ def run(
     *,
     seed: Seed = 0,
     quantize: Annotated[Text, one_of("", *QUANT_TYPES)] = "",
+    model: Text = "",
+    activation: Annotated[Text, one_of("", "relu")] = "",
 ) -> dict[str, Any]:
     """Trains, compares and reports; returns the report that is also written to `output`/report.json.
 
-    With `quantize`, a 4-bit type, DEFT also trains on a 4-bit base and is decoded from 4 bits, dense and sparse.
+    Args:
+        settings: None: those of a model made here, or of a given one.
+        quantize: a 4-bit type: DEFT also trains on a 4-bit base and is decoded from 4 bits, dense and sparse.
+        model: a Transformers folder, a GGUF file or a hub id, instead of the small model that is made here.
+        activation: what the given model's MLPs get instead of their own.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: naming the argument, before weights are read.
     """
-    settings = settings or Settings()
+    if activation and not model:
+        raise ValueError(f"activation: is for a given model (--model), got {activation!r}")
+    if model:
+        check_real_model(model, activation)
+    settings = settings or (REAL if model else Settings())
     start = time.perf_counter()
     console = Console(stderr=True)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    base, tokenizer, cached = base_model(settings, seed, console)
-    train_text, held_out = reference_text()
-    length = settings.max_length
-    examples = encode([{"text": train_text}], tokenizer, length, is_encoder_decoder=False)
-    validation = encode([{"text": held_out}], tokenizer, length, is_encoder_decoder=False)[:64]
-
+    found = real_model(model, activation, console) if model else base_model(settings, seed, console)
+    base, tokenizer = found.model, found.tokenizer
+    train_text, other_text = reference_text()
+    examples = blocks(train_text, tokenizer, settings.max_length)
+    unseen = held_out(other_text, tokenizer, settings.max_length, settings.validation)
+    prompts = [torch.tensor([e["input_ids"][:_PROMPT]]) for e in unseen.examples[: settings.prompts]]
     runs: dict[str, dict[str, Any]] = {}
+    samples = {"prompt": _text(tokenizer, prompts[0])}
     models: dict[str, Any] = {}
-    before = _evaluate(base, validation, settings)
-    runs["base"] = before
-    steps = settings.tune_steps or steps_within(
-        deepcopy(base), TextTask().collate(examples[: settings.batch_size]), settings.tune_seconds,
-        least=30, most=100, mixed_precision=precision(),
-    )  # fmt: skip
+
+    def measured(name: str, model: Any, seconds: float = 0.0) -> None:
+        console.print(f"[bold]Measuring: {name}[/bold]")
+        of = evaluate(model, unseen.examples, settings.batch_size)
+        runs[name] = {**of, "bits_per_byte": unseen.bits_per_byte(of["loss"]), "seconds": seconds}
+        samples[name] = _text(tokenizer, continued(model, prompts[0], settings.new_tokens))
+
+    measured("base", base)
+    steps = settings.tune_steps or _steps(base, examples, settings, seed)
     console.print(f"{steps} steps of each fine-tuning (tune_seconds={settings.tune_seconds:g})")
     for name, alpha in (("LoRA", 0.0), ("LoRA + DEFT", settings.alpha)):
         console.print(f"[bold]Fine-tuning: {name}[/bold]")
-        result, model = _tune(deepcopy(base), "lora", tokenizer, examples, settings, steps, alpha, seed, folder, name)
-        runs[name] = {**_evaluate(model, validation, settings), "seconds": result.seconds}
-        models[name] = model.merge_and_unload()
+        settled = replace(settings, alpha=alpha, tune_steps=steps)
+        result, tuned = _tune(deepcopy(base), "lora", tokenizer, examples, settled, seed, folder, name)
+        measured(name, tuned, result.seconds)
+        models[name] = tuned.merge_and_unload()
 
     console.print("[bold]Decoding[/bold]")
-    prompts = [torch.tensor([e["input_ids"][:32]]) for e in validation[: settings.prompts]]
-    for name, model in models.items():
-        runs[name] |= decode_side_by_side(model, prompts, settings)
+    for name, merged in models.items():
+        runs[name] |= decode_side_by_side(merged, prompts, settings)
     four_bit = {}
     if quantize:
         name = "QLoRA + DEFT"
         console.print(f"[bold]Fine-tuning: {name}, base in {quantize}[/bold]")
         packed = quantize_model(deepcopy(base), quant_type=quantize)
-        result, model = _tune(
-            packed, "qlora", tokenizer, examples, settings, steps, settings.alpha, seed, folder, name
-        )  # fmt: skip
-        runs[name] = {**_evaluate(model, validation, settings), "seconds": result.seconds}
+        settled = replace(settings, tune_steps=steps)
+        result, tuned = _tune(packed, "qlora", tokenizer, examples, settled, seed, folder, name)
+        measured(name, tuned, result.seconds)
         console.print("[bold]Decoding from 4 bits[/bold]")
-        four_bit = compare_4bit(model, prompts, settings, folder / "qlora-deft")
+        four_bit = compare_4bit(tuned, prompts, settings, folder / "qlora-deft")
     report = {
         "settings": asdict(settings),
         "machine": _machine(),
-        "base_cached": cached,
+        "model": model,
+        "remark": remark(base),
+        "base": {"cached": found.cached, **found.learnt},
+        "n_grams": unseen.by_counting(joined(examples), len(tokenizer)),
         "tune_steps": steps,
         "runs": runs,
+        "samples": samples,
         "density_ratio": runs["LoRA + DEFT"]["density"] / runs["LoRA"]["density"],
         "loss_ratio": runs["LoRA + DEFT"]["loss"] / runs["LoRA"]["loss"],
         "four_bit": four_bit,
@@ -103,25 +128,36 @@ def run(
     return report
 
 
-def _tune(
-    base: nn.Module,
-    method: str,
-    tokenizer: Any,
-    examples: list[Example],
-    settings: Settings,
-    steps: int,
-    alpha: float,
-    seed: int,
-    output: Path,
-    name: str,
-) -> tuple[TrainResult, Any]:
+def _text(tokenizer: Any, tokens: torch.Tensor) -> str:
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def _adapted(base: Any, method: str, settings: Settings, seed: int) -> Any:
     torch.manual_seed(seed)
-    targets = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    family = family_of(base)
+    targets = (
+        "all-linear" if family is None else [name for name in family.lora_targets if name not in ("k_proj", "o_proj")]
+    )
     options = {"r": settings.lora_r, "lora_alpha": 2 * settings.lora_r, "target_modules": targets}
-    model = add_adapter(base, method, options)
-    objective = DensityLoss(model, alpha=alpha, surrogate=settings.surrogate, beta=settings.beta)
+    return add_adapter(base, method, options)
+
+
+def _steps(base: Any, examples: list[Example], settings: Settings, seed: int) -> int:
+    batch = TextTask().collate(examples[: settings.batch_size])
+    return steps_within(
+        _adapted(deepcopy(base), "lora", settings, seed), batch, settings.tune_seconds, least=10, most=100,
+        mixed_precision=precision(),
+    )  # fmt: skip
+
+
+def _tune(
+    base: Any, method: str, tokenizer: Any, examples: list[Example], settings: Settings, seed: int, output: Path,
+    name: str,
+) -> tuple[TrainResult, Any]:  # fmt: skip
+    model = _adapted(base, method, settings, seed)
+    objective = DensityLoss(model, alpha=settings.alpha, surrogate=settings.surrogate, beta=settings.beta)
     training = TrainingConfig(
-        max_steps=steps, batch_size=settings.batch_size, learning_rate=settings.tune_learning_rate,
+        max_steps=settings.tune_steps, batch_size=settings.batch_size, learning_rate=settings.tune_learning_rate,
         schedule="cosine", mixed_precision=precision(), seed=seed,
     )  # fmt: skip
     folder = output / name.lower().replace(" + ", "-")
@@ -132,22 +168,6 @@ def _tune(
     )  # fmt: skip
     objective.detach()
     return result, model
-
-
-@torch.no_grad()
-def _evaluate(model: nn.Module, validation: list[Example], settings: Settings) -> dict[str, Any]:
-    """Loss (nats per token), density and density per block on the held-out text, in float32."""
-    objective = DensityLoss(model, alpha=0.0)
-    model.eval()
-    total, count = 0.0, 0
-    task = TextTask()
-    for batch in Batches(validation, settings.batch_size, task.collate, shuffle=False).epoch(0):
-        predicted = task.predictions(batch)
-        total += float(model(**batch).loss) * predicted
-        count += predicted
-    report = objective.report()
-    objective.detach()
-    return {"loss": total / count, "density": report["density"], "density_blocks": list(report["blocks"].values())}
 
 
 def _machine() -> dict[str, Any]:
