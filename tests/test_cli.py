@@ -16,7 +16,7 @@ from test_package import save_base
 import deftcore
 from deftcore.cli import generation
 from deftcore.cli.main import main
-from deftcore.cli.quickstart import showcase
+from deftcore.cli.quickstart import real_model, showcase
 from deftcore.methods.deft import export, measure
 from deftcore.methods.mamba import stability
 from deftcore.training import text
@@ -183,6 +183,10 @@ MISTAKES = [
     (["quickstart", "--seed", "-1"], "seed: must be at least 0, got -1"),
     (["quickstart", "--output", "file"], "output: must be a folder to write to"),
     (["quickstart", "--output", ""], "output: is needed"),
+    (["quickstart", "--model", "bse"], "model: no such folder: bse"),
+    (["quickstart", "--model", "file"], "model: must be a folder or a GGUF file, file is neither"),
+    (["quickstart", "--model", "mamba"], "it is made of Mamba mixers and has no MLP"),
+    (["quickstart", "--activation", "relu"], "activation: is for a given model (--model), got 'relu'"),
 ]
 
 
@@ -195,6 +199,7 @@ def test_a_mistake_is_one_line_before_weights_are_read(place, monkeypatch, capsy
         monkeypatch.setattr(module, "load_model", no_weights)
     monkeypatch.setattr(generation, "load_sparse", no_weights)
     monkeypatch.setattr(showcase, "base_model", no_weights)
+    monkeypatch.setattr(real_model, "load_model", no_weights)
     monkeypatch.chdir(place)
     before = sorted(place.iterdir())
     assert main(arguments) == 2

@@ -1,6 +1,7 @@
 """The house: layers, instruction sets, the OpenMP runtime, the command line, doctests."""
 
 import doctest
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import deftcore
 from deftcore import _versions
@@ -363,8 +365,6 @@ QUICKSTART = {
 
 def test_quickstart_small(tmp_path):
     """The whole quickstart at a size for tests."""
-    from rich.console import Console
-
     from deftcore.cli.quickstart.base_model import Settings, base_model
     from deftcore.cli.quickstart.showcase import run
 
@@ -383,6 +383,28 @@ def test_quickstart_small(tmp_path):
     again = base_model(settings, 0, Console(stderr=True))
     assert again.cached, "the base model would be trained again"
     assert again.learnt.items() <= report["base"].items()
+
+
+def test_quickstart_of_a_given_model(tmp_path):
+    """With its own activation, which it says hardly ever is 0, and with ReLU."""
+    from conftest import tiny_model
+
+    from deftcore.cli.quickstart.base_model import Settings
+    from deftcore.cli.quickstart.report import show
+    from deftcore.cli.quickstart.showcase import run
+
+    (tmp_path / "base").mkdir()
+    save_base(tmp_path / "base", tiny_model("llama", "silu"))
+    settings = Settings(**QUICKSTART | {"base_steps": 0, "tune_steps": 2, "max_length": 16})
+    for activation, density in (("", (0.9, 1.0)), ("relu", (0.0, 0.8))):
+        report = run(tmp_path / "out", settings, model=str(tmp_path / "base"), activation=activation)
+        assert density[0] < report["runs"]["base"]["density"] <= density[1]
+        assert bool(report["remark"]) == (not activation)
+        assert report["runs"]["LoRA + DEFT"]["same_tokens_as_transformers"]
+        printed = io.StringIO()
+        show(report, Console(file=printed, width=150))
+        assert ("silu" in printed.getvalue()) == (not activation)
+        assert "counting 5-grams of the same text gives" in printed.getvalue()
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ class Settings:
 
     vocab_size: int = 1024
     hidden_size: int = 384
-    intermediate_size: int = 4096
+    intermediate_size: int = 3072
     num_layers: int = 2
     num_heads: int = 3
     max_length: int = 128
@@ -39,19 +39,19 @@ class Settings:
     base_steps: int = 0  # 0: as many as fit into base_seconds, by a few timed ones
     base_seconds: float = 60.0
     tune_steps: int = 0  # likewise, of each fine-tuning
-    tune_seconds: float = 20.0
+    tune_seconds: float = 12.0
     base_learning_rate: float = 2e-3
     tune_learning_rate: float = 2e-3
     lora_r: int = 16
     alpha: float = 1.0
     surrogate: str = "tanh"
     beta: float = 20.0
-    base_characters: int = 2_000_000
-    base_validation: int = 160  # blocks of max_length tokens
-    validation: int = 64
+    base_characters: int = 600_000  # about what the model reads in its time
+    base_validation: int = 64  # blocks of max_length tokens
+    validation: int = 32
     new_tokens: int = 48
-    prompts: int = 3
-    rounds: int = 3
+    prompts: int = 2
+    rounds: int = 2
 
 
 @dataclass

@@ -34,7 +34,7 @@ from deftcore.training.saving import save_trained
 from deftcore.training.text import TextTask
 from deftcore.training.wrapping import add_adapter
 
-REAL = Settings(batch_size=4, tune_seconds=60.0, tune_learning_rate=1e-3, validation=24, new_tokens=32, rounds=2)
+REAL = Settings(batch_size=4, tune_seconds=60.0, tune_learning_rate=1e-3, validation=24, new_tokens=32)
 _PROMPT = 32  # tokens
 
 
