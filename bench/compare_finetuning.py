@@ -29,6 +29,8 @@ SETTINGS = Settings(
     num_layers=6,
     num_heads=6,
     base_learning_rate=1e-3,
+    widening=1,
+    base_characters=2_000_000,
     base_steps=80,
 )
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

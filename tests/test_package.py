@@ -358,7 +358,7 @@ def test_spectral_example():
 
 QUICKSTART = {
     "vocab_size": 400, "hidden_size": 48, "intermediate_size": 256, "max_length": 32, "batch_size": 4, "base_steps": 4,
-    "tune_steps": 3, "base_characters": 400_000, "base_validation": 8, "validation": 8, "new_tokens": 6, "prompts": 1,
+    "tune_steps": 3, "base_characters": 300_000, "base_validation": 8, "validation": 8, "new_tokens": 6, "prompts": 1,
     "rounds": 1,
 }  # fmt: skip
 
@@ -404,7 +404,7 @@ def test_quickstart_of_a_given_model(tmp_path):
         printed = io.StringIO()
         show(report, Console(file=printed, width=150))
         assert ("silu" in printed.getvalue()) == (not activation)
-        assert "counting 5-grams of the same text gives" in printed.getvalue()
+        assert "The model takes" in printed.getvalue()
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deftcore.cli.quickstart.ngrams import NGrams
-from deftcore.cli.quickstart.start import induction_room, start_from_bigrams, start_induction, steps_within
+from deftcore.cli.quickstart.start import induction_room, start_from_bigrams, start_induction, steps_within, widen
 
 
 def llama(**sizes):
@@ -56,6 +56,15 @@ def test_start_induction():
         logits = model(torch.cat((once, once), 1)).logits
     assert (logits[:, 20:-1].argmax(2) == once[:, 1:]).float().mean() > 0.95
     assert (logits[:, :20].argmax(2)[:, :-1] == once[:, 1:]).float().mean() < 0.2
+
+
+def test_widen():
+    model, ids = llama(), torch.arange(10)[None]
+    before = model(ids).logits
+    widen(model, 3)
+    torch.testing.assert_close(model(ids).logits, before)
+    assert model.model.layers[1].mlp.down_proj.weight.shape == (16, 72)
+    assert LlamaForCausalLM(model.config).load_state_dict(model.state_dict())
 
 
 def test_steps_within_a_time():

@@ -1,5 +1,6 @@
-"""The quickstart's "pre-trained" model: a small Llama with a very wide MLP, so that weight traffic dominates decoding,
-as it does in large models. It learns what every Python ships, and is kept in the cache folder.
+"""The quickstart's "pre-trained" model: a small Llama, whose MLPs are widened once it is trained, so that reading
+weights dominates decoding, as it does in large models. It learns what every Python ships, and is kept in the cache
+folder.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from deftcore._files import cache_folder, write_json
 from deftcore.cli.quickstart.measuring import evaluate
-from deftcore.cli.quickstart.start import induction_room, start_from_bigrams, start_induction, steps_within
+from deftcore.cli.quickstart.start import induction_room, start_from_bigrams, start_induction, steps_within, widen
 from deftcore.cli.quickstart.texts import blocks, held_out, joined, library_text, reference_text
 from deftcore.training.config import TrainingConfig
 from deftcore.training.loop import train
@@ -30,23 +31,24 @@ class Settings:
 
     vocab_size: int = 1024
     hidden_size: int = 384
-    intermediate_size: int = 3072
+    intermediate_size: int = 2048  # while the base trains
+    widening: int = 4  # each neuron is cut into so many afterwards: reading weights is to dominate decoding
     num_layers: int = 2
     num_heads: int = 3
     max_length: int = 128
     batch_size: int = 8
     base_batch_size: int = 8
     base_steps: int = 0  # 0: as many as fit into base_seconds, by a few timed ones
-    base_seconds: float = 60.0
+    base_seconds: float = 40.0
     tune_steps: int = 0  # likewise, of each fine-tuning
-    tune_seconds: float = 12.0
+    tune_seconds: float = 14.0
     base_learning_rate: float = 2e-3
     tune_learning_rate: float = 2e-3
     lora_r: int = 16
     alpha: float = 1.0
     surrogate: str = "tanh"
     beta: float = 20.0
-    base_characters: int = 600_000  # about what the model reads in its time
+    base_characters: int = 400_000  # about what the model reads in its time
     base_validation: int = 64  # blocks of max_length tokens
     validation: int = 32
     new_tokens: int = 48
@@ -69,7 +71,8 @@ def base_model(settings: Settings, seed: int, console: Console) -> Base:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     shape = {k: v for k, v in asdict(settings).items() if k.startswith("base_") or k in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_length")}  # fmt: skip
+        "vocab_size", "hidden_size", "intermediate_size", "widening", "num_layers", "num_heads",
+        "max_length")}  # fmt: skip
     text, other = library_text(settings.base_characters)
     key = hashlib.sha256(json.dumps([shape, seed, hashlib.sha256(text.encode()).hexdigest()]).encode()).hexdigest()[:16]
     folder = cache_folder() / f"quickstart-{key}"
@@ -106,16 +109,15 @@ def base_model(settings: Settings, seed: int, console: Console) -> Base:
         weight_decay=0.01, schedule="linear", mixed_precision=precision(), seed=seed,
     )  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
-    train(
-        model, examples, training, folder, label="base model",
-        save_model=lambda trained, where: save_trained(trained, where, tokenizer),
-    )  # fmt: skip
+    train(model, examples, training, folder, label="base model")
     unseen = held_out(other, tokenizer, settings.max_length, settings.base_validation)
     learnt = {
         "steps": steps,
         "bits_per_byte": unseen.bits_per_byte(evaluate(model, unseen.examples, settings.batch_size)["loss"]),
         "n_grams": unseen.by_counting(joined(examples), settings.vocab_size),
     }
+    widen(model, settings.widening)
+    save_trained(model, folder / "final", tokenizer)
     write_json(folder / LEARNT, learnt)
     return Base(model, tokenizer, False, learnt)
 

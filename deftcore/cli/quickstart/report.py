@@ -14,9 +14,11 @@ def show(report: dict[str, Any], console: Console) -> None:
     if "n_grams" in report["base"]:
         base = report["base"]
         console.print(f"The base has learnt {_against(base['bits_per_byte'], base['n_grams'], 'library text')}")
-    table = Table(title="deftcore quickstart")
-    for column in ("model", "loss", "bits/byte", "density", "Transformers tok/s", "dense tok/s", "sparse tok/s",
-                   "speed-up", "same tokens"):  # fmt: skip
+    elif report["model"]:
+        bits = report["runs"]["base"]["bits_per_byte"]
+        console.print(f"The model takes {_against(bits, report['n_grams'], 'language reference')}")
+    table = Table(title="tokens/s by Transformers, and by compile_decoder dense and sparse")
+    for column in ("model", "loss", "bits/byte", "density", "Transf.", "dense", "sparse", "gain", "same"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, r in report["runs"].items():
         row = [name, f"{r['loss']:.3f}", f"{r['bits_per_byte']:.3f}", f"{100 * r['density']:.1f} %"]
@@ -36,9 +38,9 @@ def show(report: dict[str, Any], console: Console) -> None:
         idle = report["four_bit"]["idle_mb"]
         console.print(f"4-bit sparse gives {same} as 4-bit dense. An idle process takes {idle:.0f} MB.")
     for name, text in report["samples"].items():
-        console.print(f"[bold]{name}[/bold]", repr(text), markup=name != "prompt", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{name}[/bold]:", end=" ")
+        console.print(repr(text), markup=False, highlight=False, soft_wrap=True)
     deft, lora = report["runs"]["LoRA + DEFT"], report["runs"]["LoRA"]
-    console.print(f"Fine-tuned: {_against(deft['bits_per_byte'], report['n_grams'], 'language reference')}")
     console.print(
         f"DEFT cuts the density to {100 * report['density_ratio']:.0f} % of plain LoRA's "
         f"at {100 * (report['loss_ratio'] - 1):+.1f} % loss; the DEFT model decodes {deft['speed_up']:.2f}x as fast "

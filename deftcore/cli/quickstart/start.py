@@ -80,6 +80,19 @@ def start_induction(model: Any, seed: int) -> None:
         attention.o_proj.weight[to + place, place] = 1
 
 
+@torch.no_grad()
+def widen(model: Any, times: int) -> None:
+    """Cuts every neuron of a Llama's MLPs into so many equal parts, which together compute what it did."""
+    for layer in model.model.layers:
+        for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            projection.weight = torch.nn.Parameter(projection.weight.repeat(times, 1))
+            projection.out_features *= times
+        layer.mlp.down_proj.weight = torch.nn.Parameter(layer.mlp.down_proj.weight.repeat(1, times) / times)
+        layer.mlp.down_proj.in_features *= times
+        layer.mlp.intermediate_size *= times
+    model.config.intermediate_size *= times
+
+
 def _code_size(model: Any) -> int:
     return 7 * model.model.layers[0].self_attn.head_dim // 16
 
