@@ -79,7 +79,7 @@ def base_model(settings: Settings, seed: int, console: Console) -> Base:
     if (folder / LEARNT).exists():
         console.print(f"Base model: cached in {folder}")
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "final")
-        model = AutoModelForCausalLM.from_pretrained(folder / "final")
+        model: Any = AutoModelForCausalLM.from_pretrained(folder / "final")
         model.set_attn_implementation("eager")
         return Base(model, tokenizer, True, json.loads((folder / LEARNT).read_text()))
     console.print("[bold]Training the base model (once; it is cached)[/bold]")
