@@ -32,7 +32,7 @@ class Settings:
     vocab_size: int = 1024
     hidden_size: int = 384
     intermediate_size: int = 2048  # while the base trains
-    widening: int = 4  # each neuron is cut into so many afterwards: reading weights is to dominate decoding
+    widening: int = 2  # each neuron is cut into so many afterwards: reading weights is to dominate decoding
     num_layers: int = 2
     num_heads: int = 3
     max_length: int = 128
@@ -42,6 +42,7 @@ class Settings:
     base_seconds: float = 40.0
     tune_steps: int = 0  # likewise, of each fine-tuning
     tune_seconds: float = 14.0
+    least_steps: int = 24  # of each fine-tuning, however slow the machine
     base_learning_rate: float = 2e-3
     tune_learning_rate: float = 2e-3
     lora_r: int = 16

@@ -28,7 +28,10 @@ def continued(writer: Any, prompt: Tensor, new_tokens: int) -> Tensor:
 def decode_side_by_side(model: Any, prompts: list[Tensor], settings: Settings) -> dict[str, Any]:
     """Greedy decoding by Transformers, and by `compile_decoder` of the dense model and of its sparse form."""
     model.eval()
-    dense, sparse = _decoder(model, prompts, settings), _decoder(sparsify(deepcopy(model)), prompts, settings)
+    dense, sparse = (
+        _decoder(model, prompts, settings),
+        _decoder(sparsify(deepcopy(model), path="sparse"), prompts, settings),
+    )
     rate, same = _decode({"dense": dense, "sparse": sparse, "Transformers": model}, prompts, settings)
     return {
         "transformers_tokens_per_s": rate["Transformers"],
@@ -98,7 +101,7 @@ def compare_4bit(model: Any, prompts: list[Tensor], settings: Settings, folder: 
     dense.save_pretrained(folders["float32"])
     model.save_pretrained(folder / "adapter")
     save_sparse(deepcopy(model).unload(), folders["4-bit dense"], adapter=folder / "adapter")
-    forms = {"4-bit dense": model, "4-bit sparse": sparsify(deepcopy(model)), "float32": dense}
+    forms = {"4-bit dense": model, "4-bit sparse": sparsify(deepcopy(model), path="sparse"), "float32": dense}
     sides = {name: _decoder(form, prompts, settings) for name, form in forms.items()}
     rate, same = _decode(sides, prompts, settings)
     ids = [str(i) for i in prompts[0][0].tolist()]

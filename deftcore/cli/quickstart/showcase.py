@@ -34,8 +34,8 @@ from deftcore.training.saving import save_trained
 from deftcore.training.text import TextTask
 from deftcore.training.wrapping import add_adapter
 
-REAL = Settings(batch_size=4, tune_seconds=60.0, tune_learning_rate=1e-3, validation=24, new_tokens=32)
-_PROMPT = 32  # tokens
+REAL = Settings(least_steps=10, batch_size=4, tune_seconds=60.0, tune_learning_rate=1e-3, validation=24, new_tokens=32)
+_PROMPT = 16  # tokens
 
 
 @checked
@@ -145,7 +145,7 @@ def _adapted(base: Any, method: str, settings: Settings, seed: int) -> Any:
 def _steps(base: Any, examples: list[Example], settings: Settings, seed: int) -> int:
     batch = TextTask().collate(examples[: settings.batch_size])
     return steps_within(
-        _adapted(deepcopy(base), "lora", settings, seed), batch, settings.tune_seconds, least=10, most=100,
+        _adapted(deepcopy(base), "lora", settings, seed), batch, settings.tune_seconds, least=settings.least_steps, most=100,
         mixed_precision=precision(),
     )  # fmt: skip
 
