@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deftcore import ops
-from deftcore.ops import grouped_delta, kernels, quant4
+from deftcore.ops import grouped_delta, kernels, products4
 from deftcore.ops.decoder import Block, DecoderStack, decode_step
 from deftcore.ops.decoder_matrix import Matrix
 from deftcore.ops.galore import galore_step
@@ -200,7 +200,7 @@ def outputs_of(run, inputs, lay, gradients):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_kernel_reference_and_fake_return_one_layout(monkeypatch, lay, dtype):
     names = set()
-    for module in (quant4, grouped_delta, ssd):
+    for module in (products4, grouped_delta, ssd):
         monkeypatch.setattr(module, "native_pays", lambda *_: True)
     for run, inputs, gradients in calls(dtype):
         with kernels.only(*kernels.KERNELS):

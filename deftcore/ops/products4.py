@@ -52,7 +52,7 @@ def _linear_by_rows(x: Tensor, w: Parts, bias: Tensor | None) -> Tensor:
 def _pieces(w: Parts) -> Iterator[tuple[int, Parts]]:
     """(first row, rows of W from there) that begin where a byte, a block and a block of scales do, of about `_PIECE`
     weights; all of W where its rows do not begin so."""
-    if w.column_blocks or w.cols % w.block_size or w.cols % 2:
+    if w.column_blocks or w.cols == 0 or w.cols % w.block_size or w.cols % 2:
         yield 0, w
         return
     blocks = w.cols // w.block_size  # of a row
