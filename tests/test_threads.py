@@ -18,6 +18,7 @@ from deftcore import ops
 from deftcore.ops import logit_penalties
 from deftcore.ops.density import active_count
 from deftcore.ops.logit_rows import Rows, times_columns, times_rows
+from deftcore.ops.products import _multiply as multiply_16bit
 from deftcore.ops.products4 import multiply
 
 def rand(*shape, seed):
@@ -36,6 +37,12 @@ for dtype in (torch.float32, torch.bfloat16):
         low, lora = rand(tokens, 8, seed=3).to(dtype), rand(512, 8, seed=4).to(dtype)
         found["linear_4bit", dtype, tokens] = gradients(ops.linear_4bit(x, w), x)
         found["low rank", dtype, tokens] = [multiply(x.detach(), w.parts(), None, low, lora)]
+        if tokens == 2:
+            found["linear_4bit, int8", dtype] = [ops.linear_4bit(x.detach(), w, activations="int8")]
+    for rows, inner, columns in ((2, 1024, 512), (40, 300, 700)) if dtype == torch.bfloat16 else ():
+        a, b = rand(rows, inner, seed=38).to(dtype), rand(columns, inner, seed=39).to(dtype).t()
+        found["product", rows] = [multiply_16bit(a.new_empty(rows, columns), *each, bias=a.new_ones(columns))
+                                  for each in ((a, b), (a.t().contiguous().t(), b.contiguous()))]
     z = rand(64, 4096, seed=4).to(dtype).requires_grad_()
     found["act_density", dtype] = gradients(ops.act_density(z, "silu")[:2], z)
     found["density", dtype] = [active_count(z, None, 0.5)]
