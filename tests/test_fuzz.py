@@ -23,7 +23,7 @@ from deftcore.ops import decoder, products
 from deftcore.ops._library import flatten_tokens
 from deftcore.ops.decoder import Block, DecoderStack
 from deftcore.ops.decoder_matrix import Matrix
-from deftcore.ops.density import ACTIVATIONS
+from deftcore.ops.density import ACTIVATIONS, activate, keep_active
 from deftcore.ops.galore import galore_step
 from deftcore.ops.galore_matrix import AdamMatrix
 from deftcore.ops.grouped_delta import LowRankDelta, SliceDelta
@@ -403,10 +403,10 @@ def sparse_down(d: Draw) -> Call:
                    ("a", "bias"))  # fmt: skip
 
 
-def _mlp_case(d: Draw, packed: bool) -> Call:
-    neurons, width, gated = d.size(140), d.size(140), d.chance(0.5)
+def _mlp_case(d: Draw, packed: bool, widths: tuple[int, ...] = (), most_tokens: int = 70) -> Call:
+    neurons, width, gated = d.size(140), d.random.choice(widths) if widths else d.size(140), d.chance(0.5)
     weight = d.packed if packed else lambda *shape, scale: d.tensor(*shape, scale=scale)
-    x, activation = d.tensor(d.size(70), width), d.random.choice(list(ACTIVATIONS))
+    x, activation = d.tensor(d.size(most_tokens), width), d.random.choice(list(ACTIVATIONS))
     arguments = {"x": x, "w_up": weight(neurons, width, scale=0.1), "w_down_t": weight(neurons, width, scale=0.1)}
     if packed and neurons % 128 == 0 and neurons and d.chance(0.5):  # the transpose of a packed down projection
         arguments["w_down_t"] = d.packed(width, neurons, 0.1).t() if width else arguments["w_down_t"]
@@ -428,6 +428,31 @@ def sparse_mlp(d: Draw) -> Call:
 @case("sparse_mlp_4bit")
 def sparse_mlp_4bit(d: Draw) -> Call:
     return _mlp_case(d, packed=True)
+
+
+def _mlp_int8(x: Any, w_up: Any, w_down_t: Any, w_gate: Any = None, **options: Any) -> Tensor:
+    firsts = [w for w in (w_gate, w_up) if w is not None]
+    if not isinstance(x, Tensor) or x.dtype != torch.float64:
+        run = partial(ops.sparse_mlp, x) if w_gate is None else partial(ops.sparse_gated_mlp, x, w_gate)
+        return run(w_up, w_down_t, **options)
+
+    def times(w: Any) -> Tensor:  # the definition stands in for a float64 op
+        if takes_int8(x.float(), w.parts()):
+            return linear_4bit_int8_ref(x.float(), w.parts()).double()
+        return x @ w.dequantize(torch.float64).t()
+
+    z, *up = (times(w) for w in firsts)
+    z = z if options.get("b_up") is None else z + options["b_up"]
+    a = activate(z, options["activation"])
+    h = keep_active(a, a, options["tau"]) * (up[0] if up else 1)
+    y = h @ w_down_t.dequantize(torch.float64)
+    return y if options.get("b_down") is None else y + options["b_down"]
+
+
+@case("sparse_mlp_4bit_int8")
+def sparse_mlp_4bit_int8(d: Draw) -> Call:
+    call = _mlp_case(d, packed=True, widths=(32, 64, 128, d.size(140)), most_tokens=20)
+    return call._replace(run=_mlp_int8, arguments=call.arguments | {"activations": "int8"}, differentiable=())
 
 
 @case("causal_conv1d", "causal_conv1d_grad")

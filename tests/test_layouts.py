@@ -97,6 +97,7 @@ def calls(dtype):
         yield lambda x, *w, p=path: ops.sparse_mlp(x, *w, path=p), [r(3, 17), r(7, 17), r(7, 17), r(7), r(17)], True
         yield lambda x, *w, p=path: ops.sparse_gated_mlp(x, *w, path=p), [r(3, 17), *(r(7, 17) for _ in "123")], True
         yield lambda x, p=path: ops.sparse_gated_mlp(x, q, q, q, path=p), [r(3, 32)], True
+        yield lambda x, p=path: ops.sparse_gated_mlp(x, q, q, q, path=p, activations="int8"), [r(3, 32)], False
     delta = ops.SliceDelta(axis=1, indices=torch.tensor([1]), block=r(1, 5))
     rows = torch.tensor([0, -1, 0])
     yield lambda x, w: ops.grouped_delta_linear(x, w, [delta], rows), [r(3, 4, 17), r(5, 17)], False

@@ -61,6 +61,8 @@ for dtype in (torch.float32, torch.bfloat16):
         up = up if name == "16-bit" else ops.quantize_4bit(up)
         gated = ops.sparse_gated_mlp(x, up, up, down, activation="relu", path="sparse")
         found["sparse_mlp", dtype, name] = [gated, ops.sparse_mlp(x, up, down, path="sparse")]
+    found["sparse_mlp, int8", dtype] = [
+        ops.sparse_gated_mlp(x, up, up, down, activation="relu", path="sparse", activations="int8")]
     x, y = rand(5, 640, seed=7).to(dtype), torch.zeros(5, 2048, dtype=dtype)
     bank = ops.DeltaBank([ops.LowRankDelta(rand(8, 640, seed=9), rand(2048, 8, seed=10)),
                           ops.SliceDelta(1, torch.arange(64), rand(64, 2048, seed=11)),

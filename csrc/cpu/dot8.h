@@ -209,6 +209,11 @@ struct Tokens8 {
     rest.tokens -= token;
     return rest;
   }
+  Tokens8 some(int64_t first, int64_t last) const {
+    Tokens8 these = from(first);
+    these.tokens = last - first;
+    return these;
+  }
 };
 
 inline Tokens8 take_tokens8(Workspace& room, int64_t tokens, int64_t cols) {

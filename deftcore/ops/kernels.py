@@ -24,7 +24,7 @@ KERNELS = (
     "causal_conv1d", "selective_state_update", "logit_rows",
     "galore_step", "farthest_point_sample", "knn", "ball_query", "gather_points",
 )  # fmt: skip
-CPU_ONLY = ("decode_step", "mamba_step", "linear_4bit_int8")
+CPU_ONLY = ("decode_step", "mamba_step", "linear_4bit_int8", "sparse_mlp_4bit_int8")
 
 
 def _import_native() -> ModuleType:

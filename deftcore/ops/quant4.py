@@ -284,8 +284,8 @@ def linear_4bit_int8_ref(x: Tensor, w: Parts, bias: Tensor | None = None) -> Ten
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _linear_4bit_int8_impl(x: Tensor, *args: Any) -> Tensor:
-    w, bias = Parts(*args[:PARTS]), args[PARTS]
+def multiply_int8(x: Tensor, w: Parts, bias: Tensor | None = None) -> Tensor:
+    """x [T, K] W^T + bias with x rounded to int8 where that is done; elsewhere exactly."""
     if not takes_int8(x, w):
         return multiply(x, w, bias)
     kernels = backend("linear_4bit_int8", x)
@@ -300,6 +300,10 @@ def _linear_4bit_int8_impl(x: Tensor, *args: Any) -> Tensor:
     _held = give_workspace(call, kernels.linear_4bit_int8_workspace(call), x)
     kernels.linear_4bit_int8(call, stream(x))
     return y
+
+
+def _linear_4bit_int8_impl(x: Tensor, *args: Any) -> Tensor:
+    return multiply_int8(x, Parts(*args[:PARTS]), args[PARTS])
 
 
 _quantize_4bit = define(

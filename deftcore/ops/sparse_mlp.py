@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deftcore.ops import paths
+from deftcore.ops import paths, quant4
 from deftcore.ops._library import define, flatten_tokens
 from deftcore.ops.checks import check_bias, check_choice, check_float, check_like, check_number, check_shape
 from deftcore.ops.density import ACTIVATIONS, activate, activation_name, default_tau, keep_active
@@ -33,6 +33,7 @@ def sparse_mlp(
     activation: str = "relu",
     tau: float | None = None,
     path: str = "auto",
+    activations: str = "exact",
 ) -> Tensor:
     """y = f(x W_up^T + b_up) W_down^T + b_down, reading only active rows of w_down_t: at best 2 / (1 + density).
 
@@ -45,6 +46,8 @@ def sparse_mlp(
         tau: None is 0 for ReLU types and sqrt(1e-7) for smooth activations, where the result is then approximate:
             ||dY|| <= sum over skipped neurons of |a_i| ||w_down_t[i]||.
         path: as in `sparse_down`.
+        activations: "exact" or, over 4-bit weights, "int8": x is rounded where it meets w_up, as in `linear_4bit`, and
+            has no gradient. The product with w_down_t stays exact. With AVX-512 several tokens are faster, one is not.
 
     Returns:
         [..., D] in x's dtype.
@@ -55,7 +58,7 @@ def sparse_mlp(
     >>> sparse_mlp(torch.ones(1, 2), torch.tensor([[1.0, 1.0], [-1.0, 0.0]]), torch.eye(2)).tolist()
     [[2.0, 0.0]]
     """
-    return _mlp(x, None, w_up, w_down_t, b_up, b_down, activation, tau, path)
+    return _mlp(x, None, w_up, w_down_t, b_up, b_down, activation, tau, path, activations)
 
 
 def sparse_gated_mlp(
@@ -67,6 +70,7 @@ def sparse_gated_mlp(
     activation: str = "silu",
     tau: float | None = None,
     path: str = "auto",
+    activations: str = "exact",
 ) -> Tensor:
     """y = (f(x W_gate^T) * (x W_up^T)) W_down^T; only rows of w_up and w_down_t with |f| > tau are read.
 
@@ -79,6 +83,7 @@ def sparse_gated_mlp(
         w_gate, w_up, w_down_t: [F, D] each, rows are neurons; row strides are free. All 4-bit or none; a 4-bit block
             with more than 64 tokens, or whose rows are not whole blocks, goes to the dense 4-bit products.
         activation, tau, path: as in `sparse_mlp`.
+        activations: as in `sparse_mlp`; x is rounded where it meets w_gate and w_up.
 
     Returns:
         [..., D] in x's dtype.
@@ -90,7 +95,7 @@ def sparse_gated_mlp(
     >>> sparse_gated_mlp(torch.tensor([[3.0, -1.0]]), eye, eye, eye, activation="relu").tolist()
     [[9.0, 0.0]]
     """
-    return _mlp(x, w_gate, w_up, w_down_t, None, None, activation, tau, path)
+    return _mlp(x, w_gate, w_up, w_down_t, None, None, activation, tau, path, activations)
 
 
 def bundle_rows(w_up: Tensor, w_down_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,6 +123,7 @@ def bundle_rows(w_up: Tensor, w_down_t: Tensor) -> tuple[Tensor, Tensor]:
 def _mlp(
     x: Tensor, w_gate: Tensor | QuantizedTensor | None, w_up: Tensor | QuantizedTensor, w_down_t: Tensor |
     QuantizedTensor, b_up: Tensor | None, b_down: Tensor | None, activation: str, tau: float | None, path: str,
+    activations: str,
 ) -> Tensor:  # fmt: skip
     check_float("x", x)
     if x.dim() == 0:
@@ -125,6 +131,8 @@ def _mlp(
     f = activation_name(activation)
     tau = default_tau(f) if tau is None else check_number("tau", tau, minimum=0.0)
     check_choice("path", path, PATHS)
+    check_choice("activations", activations, quant4.ACTIVATIONS)
+    int8 = activations == "int8"
     named = {"w_gate": w_gate, "w_up": w_up, "w_down_t": w_down_t}
     weights: dict[str, Any] = {name: w for name, w in named.items() if w is not None or name != "w_gate"}
     packed = any(isinstance(w, QuantizedTensor) for w in weights.values())
@@ -139,9 +147,13 @@ def _mlp(
             check_shape(name, w, tuple(w_up.shape), "neuron-major, as w_up")
     check_bias("b_up", b_up, w_up.shape[0], "x", x)
     check_bias("b_down", b_down, x.shape[-1], "x", x)
+    if int8 and not packed:
+        raise ValueError("activations: 'int8' is for weights in 4 bits, these are dense")
+    if int8 and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b_up, b_down)):
+        raise ValueError("activations: 'int8' has no gradient; take 'exact', or call it under torch.no_grad()")
     flat, code = flatten_tokens(x), PATHS[path]
     if packed:
-        y = mlp_4bit(flat, list(weights.values()), b_up, b_down, ACTIVATIONS[f], tau, code)
+        y = mlp_4bit(flat, list(weights.values()), b_up, b_down, ACTIVATIONS[f], tau, code, int8=int8)
     else:
         y = sparse_mlp_op(flat, w_gate, w_up, w_down_t, b_up, b_down, ACTIVATIONS[f], tau, code)
     return y if x.dim() == 2 else y.reshape(x.shape)

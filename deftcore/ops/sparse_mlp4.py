@@ -15,7 +15,7 @@ from deftcore.ops.packed import Parts
 from deftcore.ops.paths import DENSE, MAX_TOKENS, SPARSE
 from deftcore.ops.products import add_product_, plus_product, product
 from deftcore.ops.products4 import multiply, multiply_backward
-from deftcore.ops.quant4 import check_weight, linear_4bit_grad, linear_4bit_op
+from deftcore.ops.quant4 import check_weight, linear_4bit_grad, linear_4bit_op, multiply_int8, takes_int8
 from deftcore.ops.quantized import QuantizedTensor
 
 IDENTITY = -1  # in place of an activation's number: x holds activations already
@@ -40,15 +40,19 @@ NO_LOW_RANK = LowRank4()
 
 def mlp_4bit(
     x: Tensor, weights: Sequence[QuantizedTensor], b_up: Tensor | None, b_down: Tensor | None, activation: int, tau:
-    float, path: int, lora: LowRank4 = NO_LOW_RANK,
+    float, path: int, lora: LowRank4 = NO_LOW_RANK, int8: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The MLP of x [T, D] over [gate, up, down_t], [up, down_t], or (x being [T, F] activations) [down_t] alone."""
+    """The MLP of x [T, D] over [gate, up, down_t], [up, down_t], or (x being [T, F] activations) [down_t] alone.
+
+    With `int8`, which has no gradient and no low-rank terms, gate and up round x.
+    """
     matrices = [w.parts() for w in weights]
     tensors = [t for w in matrices for t in w[:5]]
     sizes = [n for w in matrices for n in w[6:]]
-    return _sparse_mlp_4bit(
-        x, tensors, [w.offset for w in matrices], sizes, list(lora), b_up, b_down, activation, tau, path
-    )
+    offsets = [w.offset for w in matrices]
+    if int8:
+        return _sparse_mlp_4bit_int8(x, tensors, offsets, sizes, b_up, b_down, activation, tau, path)
+    return _sparse_mlp_4bit(x, tensors, offsets, sizes, list(lora), b_up, b_down, activation, tau, path)
 
 
 def check_weights(x: Tensor, neurons_major: dict[str, Any], width: int | None) -> None:
@@ -88,7 +92,7 @@ def _low(x: Tensor, a: Tensor | None) -> Tensor | None:
     return None if a is None else product(x, a.t())
 
 
-def _capacity(x: Tensor, matrices: list[Parts], path: int) -> int:
+def _capacity(x: Tensor, matrices: list[Parts], path: int, int8: bool) -> int:
     """Most active neurons for which the sparse path is taken; -1 for none."""
     down, tokens = matrices[-1], x.shape[0]
     supported = _supports(down) and (len(matrices) < 3 or (_supports(matrices[1]) and not matrices[1].column_blocks))
@@ -96,10 +100,10 @@ def _capacity(x: Tensor, matrices: list[Parts], path: int) -> int:
         return -1
     if path == SPARSE:
         return down.rows
-    return paths.most_active(x, down.rows, _break_even(x, len(matrices) == 3, down))
+    return paths.most_active(x, down.rows, _break_even(x, len(matrices) == 3, down, int8))
 
 
-def _break_even(x: Tensor, gated: bool, down: Parts) -> float:
+def _break_even(x: Tensor, gated: bool, down: Parts, int8: bool) -> float:
     """Union density below which the sparse path is the faster, measured once: of a gated block, or of down alone."""
     neurons, width, device = down.rows, down.cols, x.device
     if gated:
@@ -107,7 +111,8 @@ def _break_even(x: Tensor, gated: bool, down: Parts) -> float:
 
         def run(a: Tensor, w: QuantizedTensor, path: int) -> Tensor:
             # The bias sets which neurons are active: ReLU keeps those at 1.
-            return mlp_4bit(zeros[:1].expand(len(a), -1), [w, w, w], a[0] - 0.5, None, ACTIVATIONS["relu"], 0.0, path)
+            x, bias, relu = zeros[:1].expand(len(a), -1), a[0] - 0.5, ACTIVATIONS["relu"]
+            return mlp_4bit(x, [w, w, w], bias, None, relu, 0.0, path, int8=int8)
     else:
 
         def run(a: Tensor, w: QuantizedTensor, path: int) -> Tensor:
@@ -123,22 +128,24 @@ def _break_even(x: Tensor, gated: bool, down: Parts) -> float:
 
     return paths.break_even_density(
         x, x.shape[0], neurons, width, lambda a, w: run(a, w, SPARSE), lambda a, w: run(a, w, DENSE),
-        f"4bit-{'gated' if gated else 'down'}-{down.block_size}", make_weight,
+        f"4bit-{'gated' if gated else 'down'}-{down.block_size}{'-int8' if gated and int8 else ''}", make_weight,
     )  # fmt: skip
 
 
 def _sparse_mlp_4bit_impl(
     x: Tensor, tensors: list[Tensor | None], offsets: list[float], sizes: list[int], lora: list[Tensor | None],
-    b_up: Tensor | None, b_down: Tensor | None, activation: int, tau: float, path: int,
+    b_up: Tensor | None, b_down: Tensor | None, activation: int, tau: float, path: int, int8: bool = False,
 ) -> Tensor:  # fmt: skip
     matrices, low = _unpack(tensors, offsets, sizes), LowRank4(*lora)
     tokens, down, gated = x.shape[0], matrices[-1], len(matrices) == 3
     x = aligned(x)
-    z = _pre_activation(x, matrices, low, b_up)
-    kernels = backend("sparse_mlp_4bit", x)
-    capacity = -1 if kernels is None else _capacity(x, matrices, path)
+    z = _pre_activation(x, matrices, low, b_up, int8)
+    rounds = int8 and gated and takes_int8(x, matrices[1])
+    op = "sparse_mlp_4bit_int8" if rounds else "sparse_mlp_4bit"
+    kernels = backend(op, x)
+    capacity = -1 if kernels is None else _capacity(x, matrices, path, rounds)
     if kernels is None or capacity < 0:
-        return _dense_rest(x, z, matrices, low, b_down, activation, tau)
+        return _dense_rest(x, z, matrices, low, b_down, activation, tau, rounds)
     up_low = _low(x, low.up_a) if gated else None
     # Held until the kernel has run: an address keeps nothing alive.
     up_b, down_a_t, b_down = (None if t is None else t.contiguous() for t in (low.up_b, low.down_a_t, b_down))
@@ -152,19 +159,29 @@ def _sparse_mlp_4bit_impl(
         width=down.cols, up_rank=0 if up_low is None else up_low.shape[1], down_rank=rank, capacity=capacity,
         dtype=DTYPE_CODES[x.dtype], activation=max(activation, 0), activated=activation == IDENTITY, tau=tau,
     )  # fmt: skip
-    workspace = give_workspace(args, kernels.sparse_mlp_4bit_workspace(args), x)
-    kernels.sparse_mlp_4bit(args, stream(x))
+    workspace = give_workspace(args, getattr(kernels, f"{op}_workspace")(args), x)
+    getattr(kernels, op)(args, stream(x))
     if capacity < down.rows and workspace[-1].item() > capacity:
-        return _dense_rest(x, z, matrices, low, b_down, activation, tau)
+        return _dense_rest(x, z, matrices, low, b_down, activation, tau, rounds)
     if down_low is not None and low.down_b is not None:
         add_product_(y, down_low, low.down_b.t(), beta=1.0, alpha=1.0)
     return y
 
 
-def _pre_activation(x: Tensor, matrices: list[Parts], low: LowRank4, b_up: Tensor | None) -> Tensor:
+def _sparse_mlp_4bit_int8_impl(
+    x: Tensor, tensors: list[Tensor | None], offsets: list[float], sizes: list[int], b_up: Tensor | None,
+    b_down: Tensor | None, activation: int, tau: float, path: int,
+) -> Tensor:  # fmt: skip
+    no_low = list(NO_LOW_RANK)
+    return _sparse_mlp_4bit_impl(x, tensors, offsets, sizes, no_low, b_up, b_down, activation, tau, path, int8=True)
+
+
+def _pre_activation(x: Tensor, matrices: list[Parts], low: LowRank4, b_up: Tensor | None, int8: bool) -> Tensor:
     """z of the first projection: x itself where there is none."""
     if len(matrices) == 1:
         return x
+    if int8:
+        return multiply_int8(x, matrices[0], b_up)
     a, b = (low.gate_a, low.gate_b) if len(matrices) == 3 else (low.up_a, low.up_b)
     return multiply(x, matrices[0], b_up, _low(x, a), b)
 
@@ -175,12 +192,14 @@ def _keep_active(z: Tensor, activation: int, tau: float) -> Tensor:
 
 
 def _dense_rest(
-    x: Tensor, z: Tensor, matrices: list[Parts], low: LowRank4, b_down: Tensor | None, activation: int, tau: float
-) -> Tensor:
+    x: Tensor, z: Tensor, matrices: list[Parts], low: LowRank4, b_down: Tensor | None, activation: int, tau: float,
+    int8: bool,
+) -> Tensor:  # fmt: skip
     """The block after its first product, on the dense 4-bit products; with their references, its definition."""
     h = _keep_active(z, activation, tau)
     if len(matrices) == 3:
-        h = h * multiply(x, matrices[1], None, _low(x, low.up_a), low.up_b)
+        up = matrices[1]
+        h = h * (multiply_int8(x, up) if int8 else multiply(x, up, None, _low(x, low.up_a), low.up_b))
     down_low = None if low.down_a_t is None else product(h, low.down_a_t)
     y = multiply_backward(h, matrices[-1], down_low, None if low.down_b is None else low.down_b.t())
     return y if b_down is None else y + b_down
@@ -240,4 +259,10 @@ _sparse_mlp_4bit = define(
     _sparse_mlp_4bit_fake,
     setup_context=_sparse_mlp_4bit_setup,
     backward=_sparse_mlp_4bit_backward,
+)
+_sparse_mlp_4bit_int8 = define(
+    "sparse_mlp_4bit_int8(Tensor x, Tensor?[] weights, float[] offsets, SymInt[] sizes, Tensor? b_up, Tensor? b_down, "
+    "int activation, float tau, int path) -> Tensor",
+    _sparse_mlp_4bit_int8_impl,
+    _sparse_mlp_4bit_fake,
 )

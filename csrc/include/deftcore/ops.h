@@ -29,6 +29,7 @@
   X(sparse_down, SparseDownArgs, WORKSPACE, EVERYWHERE, where)                        \
   X(sparse_mlp, SparseMlpArgs, WORKSPACE, EVERYWHERE, where)                          \
   X(sparse_mlp_4bit, SparseMlp4bitArgs, WORKSPACE, EVERYWHERE, where)                 \
+  X(sparse_mlp_4bit_int8, SparseMlp4bitArgs, WORKSPACE, CPU_ONLY, where)              \
   X(quantize_4bit, Quantize4bitArgs, PLAIN, EVERYWHERE, where)                        \
   X(dequantize_4bit, Dequantize4bitArgs, PLAIN, EVERYWHERE, where)                    \
   X(linear_4bit, Linear4bitArgs, WORKSPACE, EVERYWHERE, where)                        \

@@ -53,6 +53,7 @@ struct SparseMlpArgs {
 // The MLP from its pre-activation on, over 4-bit weights; the caller computes z = x W^T of the first projection.
 //   y = h W_down^T + b_down,  h = f(z), times (x W_up^T + up_low up_lora^T) when W_up is there
 // Only rows of W_up, up_lora, W_down and down_lora with |f(z)| > tau are read. Low-rank terms are optional.
+// sparse_mlp_4bit_int8 rounds x to int8 where it meets W_up, as linear_4bit_int8 does.
 // Least traffic: x, z, the packed bytes and scales of those rows, y.
 struct SparseMlp4bitArgs {
   const void* x;          // [tokens, width], contiguous; gated MLP only
