@@ -14,6 +14,7 @@ from transformers import (
     OPTConfig,
     Qwen2Config,
     Qwen3Config,
+    StoppingCriteria,
 )
 
 import deftcore
@@ -145,6 +146,23 @@ def test_what_transformers_alone_can_do():
     assert torch.equal(decoder.generate(prompts(), **options), model.generate(prompts(), **options))
     result = decoder.generate(prompts(), max_new_tokens=4, return_dict_in_generate=True, output_scores=True)
     assert len(result.scores) == 4
+    for length in (7, 30):  # read natively, and by the model into its own cache
+        static = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+        tokens = prompts(1, length)
+        assert torch.equal(decoder.generate(tokens, **static), model.generate(tokens, **static))
+
+
+def test_what_stops_without_an_end_token_is_not_padded():
+    class First(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return torch.tensor([input_ids.shape[1] >= 9, False])
+
+    model = model_of("llama")
+    decoder = deftcore.compile_decoder(model, batch=2, max_length=64)
+    options = {"max_new_tokens": 12, "do_sample": False, "stopping_criteria": [First()]}
+    expected = model.generate(prompts(2), **options)
+    assert (expected[0, 9:] != 0).all()
+    assert torch.equal(decoder.generate(prompts(2), **options), expected)
 
 
 def test_an_unsupported_model_says_why_and_generates(caplog):
@@ -236,6 +254,17 @@ def test_weights_that_change_are_noticed():
         decoder.generate(prompts(), max_new_tokens=2)
         change()
         with pytest.raises(ValueError, match="model: its weights were written or replaced"):
+            decoder.generate(prompts(), max_new_tokens=2)
+
+
+def test_hooks_and_thresholds_that_come_later_are_noticed():
+    model = deftcore.sparsify(model_of("llama-linear-relu"))
+    mlp = model.model.layers[1].mlp
+    for change in (lambda: setattr(mlp, "tau", 0.5), lambda: mlp.register_forward_hook(lambda *_: None)):
+        decoder = deftcore.compile_decoder(model, max_length=32)
+        decoder.generate(prompts(), max_new_tokens=2)
+        change()
+        with pytest.raises(ValueError, match="model: its modules got hooks or other thresholds"):
             decoder.generate(prompts(), max_new_tokens=2)
 
 

@@ -105,6 +105,28 @@ def test_a_sparse_model_with_adapters_in_it():
         assert (found.double() - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
+def test_what_a_stack_would_misread_is_refused():
+    stack = step_of(deftcore.sparsify(relu()))[0]
+    block, head = stack.blocks[0], stack.head
+    int8 = Matrix(torch.ones(block.up.shape, dtype=torch.int8), scales=torch.ones(block.up.shape[0]))
+
+    def with_block(**changes):
+        return {"blocks": [dataclasses.replace(block, **changes)]}
+
+    for error, changes, message in (
+        (TypeError, with_block(mlp_norm=block.mlp_norm.bfloat16()), "blocks: mlp_norm of 0: dtype must be torch.float"),
+        (ValueError, with_block(q_norm=torch.ones(3)), r"blocks: q_norm of 0: shape must be \(16,\)"),
+        (ValueError, with_block(attention_norm=torch.ones(128)[::2]), "blocks: attention_norm of 0: must be contig"),
+        (ValueError, with_block(up=int8), "blocks: up of 0 is in int8, of which all rows are read, and it has tau"),
+        (ValueError, {"blocks": []}, "blocks: must be at least one"),
+        (ValueError, {"norm": stack.norm[:5]}, "norm: shape"),
+        (ValueError, {"sine": stack.sine[:5]}, "sine: shape"),
+        (ValueError, {"head": Matrix(head.weight.t().contiguous(), neuron_major=True)}, "head: must not be neuron-maj"),
+    ):
+        with pytest.raises(error, match=message):
+            dataclasses.replace(stack, **changes)
+
+
 def test_all_blocks_skipped():
     model = relu()
     same_tokens(deftcore.sparsify(model, skip=["model.layers.0.mlp", "model.layers.1.mlp"]))

@@ -76,6 +76,12 @@ def test_errors_of_a_matrix():
         Matrix(torch.zeros(2, 32), scales=torch.ones(2))
     with pytest.raises(ValueError, match="weight: rows in int8 must be whole blocks of 32, got 31"):
         Matrix(whole[:, :31].contiguous(), scales=torch.ones(2))
+    with pytest.raises(ValueError, match="weight: in int8 must be contiguous"):
+        Matrix(torch.zeros(2, 64, dtype=torch.int8)[:, :32], scales=torch.ones(2))
+    with pytest.raises(ValueError, match=r"weight: in int8 must be in -127..127, got -128"):
+        Matrix(torch.full((2, 32), -128, dtype=torch.int8), scales=torch.ones(2))
+    with pytest.raises(ValueError, match="neuron_major: is of no weight in int8"):
+        Matrix(whole, scales=torch.ones(32), neuron_major=True)
     with pytest.raises(ValueError, match="scales"):
         Matrix(whole, scales=torch.ones(3))
     with pytest.raises(TypeError, match="scales"):

@@ -113,6 +113,8 @@ def test_tokens_come_from_the_decoder_where_its_cache_holds_them(place, monkeypa
 def test_encoder_decoder(place, capsys):
     assert main(["generate", str(place / "t5"), PROMPT, "--max-new-tokens", "5", "--json"]) == 0
     assert 1 <= json.loads(capsys.readouterr().out)["tokens"] <= 5
+    assert main(["generate", str(place / "t5"), PROMPT, "--activations", "int8"]) == 2
+    assert "activations: int8 is of models without an encoder" in capsys.readouterr().err
 
 
 def test_text_streams(place, monkeypatch):
@@ -137,6 +139,21 @@ def test_sampling(place, capsys):
     assert text(*hot, "--seed", "1") == text(*hot, "--seed", "1")
     assert len({text(*hot, "--seed", str(seed)) for seed in range(3)}) == 3
     assert text(*hot, "--top-p", "1e-6") == text()
+    assert main(["generate", str(place / "base"), PROMPT, "--top-p", "0.9"]) == 2
+    assert "top_p: is of the sampling, which needs a temperature above 0, got 0.9" in capsys.readouterr().err
+
+
+def test_stop_strings(place):
+    """They need the tokenizer, which Transformers gives no other loop than its own."""
+    model = load_model(place / "base").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "base")
+    decoder = deftcore.compile_decoder(model, max_length=64)
+    ids, options = tokenizer(PROMPT, return_tensors="pt").input_ids, {"max_new_tokens": 8, "do_sample": False}
+    free = decoder.generate(ids, **options)
+    last = ids.shape[1] + 1
+    word = tokenizer.decode(free[0, last])
+    found = decoder.generate(ids, **options, stop_strings=[word], tokenizer=tokenizer)
+    assert torch.equal(found, free[:, : last + 1])
 
 
 @pytest.mark.parametrize(
@@ -171,6 +188,9 @@ def test_chat(place, tmp_path, monkeypatch, capsys):
     tokenizer.chat_template = TEMPLATE
     load_model(place / "base").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
+    stored = tmp_path / "tokenizer_config.json"
+    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}  # as some models' files say
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | names))
     seen, generate = [], transformers.LlamaForCausalLM.generate
 
     def watched(self, input_ids=None, **options):
@@ -182,6 +202,15 @@ def test_chat(place, tmp_path, monkeypatch, capsys):
     assert main(["generate", str(tmp_path), "--chat", "--max-new-tokens", "4"]) == 0
     answer = capsys.readouterr().out.split("> ")[1].removesuffix("\n")
     assert seen == ["<user>the quick<a>", f"<user>the quick<assistant>{answer}<user>brown fox<a>"]
+    writer = generation.Writer(str(tmp_path), device="cpu", chat=True, max_new_tokens=4)
+
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer.decoder, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.answer("the quick")
+    assert writer.messages == []  # what had no answer is no part of the conversation
 
 
 def test_what_does_not_fit(place, capsys):

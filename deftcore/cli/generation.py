@@ -40,7 +40,7 @@ class Writer:
         activations: as in `deftcore.compile_decoder`.
 
     Raises:
-        FileNotFoundError, ValueError: naming the argument, before weights are read.
+        FileNotFoundError, ValueError: naming the argument, before weights are read; also one that would do nothing.
     """
 
     @checked
@@ -59,10 +59,15 @@ class Writer:
         activations: Literal["exact", "int8"] = "exact",
     ) -> None:
         where = choose_device(device)
+        if top_p < 1 and not temperature:
+            raise ValueError(f"top_p: is of the sampling, which needs a temperature above 0, got {top_p:g}")
         sparse = (Path(model) / SPARSE_FILE).is_file()
         if sparse and (adapter or quantize):
             raise ValueError(f"model: {model} is exported, and takes no further adapter and no quantize")
         self.empty = empty_model(model)
+        native = where.type == "cpu" and not self.empty.config.is_encoder_decoder
+        if activations != "exact" and not native:
+            raise ValueError(f"activations: {activations} is of models without an encoder on a CPU, this is none")
         self.tokenizer = load_tokenizer(model)
         if chat and not self.tokenizer.chat_template:
             raise ValueError(f"chat: the tokenizer of {model} has no chat template")
@@ -75,7 +80,7 @@ class Writer:
                 patch(loaded)
         self.model = loaded.eval()
         self.decoder = None
-        if where.type == "cpu" and not loaded.config.is_encoder_decoder:
+        if native:
             longest = min(getattr(loaded.config, "max_position_embeddings", None) or _LONGEST, _LONGEST)
             self.decoder = compile_decoder(loaded, max_length=longest, activations=activations)
         self.where, self.chat, self.max_new_tokens = where, chat, max_new_tokens
@@ -90,7 +95,8 @@ class Writer:
         Raises:
             ValueError: the prompt is empty, or with its answer longer than the model's table of positions.
         """
-        inputs = self._tokens(prompt)
+        messages = [*self.messages, {"role": "user", "content": prompt}]
+        inputs = self._tokens(messages if self.chat else prompt)
         given = inputs["input_ids"].shape[1]
         if given == 0:
             raise ValueError("prompt: must not be empty")
@@ -111,12 +117,15 @@ class Writer:
         new = found[0, 1 if pair else given :]
         text = self.tokenizer.decode(new, skip_special_tokens=True)
         if self.chat:
+            self.messages = messages
             self.messages.append({"role": "assistant", "content": text})
         return Answer(text, len(new))
 
-    def _tokens(self, prompt: str) -> dict[str, torch.Tensor]:
-        if not self.chat:
+    def _tokens(self, prompt: str | list[dict[str, str]]) -> dict[str, torch.Tensor]:
+        """Of a text, or of messages in the chat template."""
+        if isinstance(prompt, str):
             return self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.where)
-        self.messages.append({"role": "user", "content": prompt})
-        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-        return self.tokenizer.apply_chat_template(self.messages, **options).to(self.where)
+        return self.tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True,
+            tokenizer_kwargs={"return_token_type_ids": False},
+        ).to(self.where)  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deftcore.models.blocks import base_of
-from deftcore.models.decoder_matrices import adapter_state, weights_state
+from deftcore.models.decoder_matrices import adapter_state, calls_state, weights_state
 from deftcore.models.decoder_parts import LlamaSteps, read_stack
 from deftcore.models.decoder_steps import Steps, Trial, cache_of, embedded
 from deftcore.models.families import is_mamba
@@ -90,6 +90,7 @@ class Decoder:
         self._exact = self._steps = steps  # of a prompt, of the tokens behind it
         self._adapters = [] if steps is None else adapter_state(model)
         self._weights = [] if steps is None else weights_state(model)
+        self._calls = [] if steps is None else calls_state(model)
         self._state = (torch.empty(0), torch.empty(0)) if steps is None else steps.new_state(batch)
 
     def __reduce__(self) -> Any:
@@ -103,7 +104,8 @@ class Decoder:
         """The model's `generate`: prompts and their continuations, greedy or sampled. The same tokens in float32.
 
         Transformers prepares the configuration, processors of logits, stopping criteria and the prompt's cache; beams,
-        assistants and results as a dictionary stay Transformers' alone.
+        assistants, a `tokenizer` (of stop strings), other caches than the dynamic one and results as a dictionary stay
+        Transformers' alone.
 
         Args:
             input_ids: [B, L] int64.
@@ -130,6 +132,8 @@ class Decoder:
             raise ValueError("model: its adapters were merged, switched or scaled since; call compile_decoder again")
         if weights_state(self.model) != self._weights:
             raise ValueError("model: its weights were written or replaced since; call compile_decoder again")
+        if calls_state(self.model) != self._calls:
+            raise ValueError("model: its modules got hooks or other thresholds since; call compile_decoder again")
 
         def decode(model: Any, tokens: Tensor, **prepared: Any) -> Tensor:
             return self._decode(model, steps, tokens, streamer, **prepared)
@@ -180,8 +184,12 @@ class Decoder:
             raise TypeError(f"generation_config: must be a GenerationConfig, got {type(config).__name__}")
         config = copy.deepcopy(base_of(self.model).generation_config if config is None else config)
         config.update(**kwargs)
-        names = ("assistant_model", "custom_generate", "cache", "past_key_values", "inputs_embeds", "position_ids")
+        names = (
+            "assistant_model", "custom_generate", "cache", "past_key_values", "inputs_embeds", "position_ids",
+            "tokenizer",  # which Transformers keeps from a loop that is not its own
+        )  # fmt: skip
         special = any(kwargs.get(name) is not None for name in names)
+        special = special or config.cache_implementation not in (None, "dynamic")
         asked = config.return_dict_in_generate or config.use_cache is False or (config.num_beams or 1) > 1
         mode = config.get_generation_mode(kwargs.get("assistant_model"))
         return not special and not asked and mode.value in ("greedy_search", "sample")
@@ -197,7 +205,8 @@ class Decoder:
         starts = torch.zeros(sequences, dtype=torch.int64) if mask is None else _starts(mask)
         logits = self._read(model, tokens, starts, inputs)
         del inputs
-        padding = generation_config._pad_token_tensor
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)  # as Transformers' own loop
+        padding = generation_config._pad_token_tensor if ends else None
         unfinished = torch.ones(sequences, dtype=torch.bool)
         for position in range(prompt, self.max_length + 1):
             chosen = _choose(logits_processor(tokens, _finite(logits)), generation_config.do_sample)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deftcore.models.blocks import MlpBlock
 from deftcore.models.decoder_steps import matrix_of
 from deftcore.nn.activations import activation_of
-from deftcore.nn.linear import PackedModule
+from deftcore.nn.linear import PackedModule, called_plainly
 from deftcore.nn.mlp import SkippedMLP, SparseMLP, SparseMLP4bit
 from deftcore.ops.decoder_matrix import Matrix
 
@@ -61,6 +61,12 @@ def adapter_state(model: nn.Module) -> list[tuple]:
     """What of a model's LoRA layers is read once, when a decoder is made."""
     layers: list[Any] = [module for module in model.modules() if _kind(module) in _LORA]
     return [(*_active(layer), layer.merged, *(layer.scaling[name] for name in _active(layer))) for layer in layers]
+
+
+def calls_state(model: nn.Module) -> list[tuple]:
+    """Whether a model's modules do nothing but their forward, and the thresholds of sparse ones: read once as well."""
+    modules: list[Any] = list(model.modules())
+    return [(called_plainly(m), m.tau if isinstance(m, (SparseMLP, SparseMLP4bit)) else None) for m in modules]
 
 
 def weights_state(model: nn.Module) -> list[tuple[int, int]]:

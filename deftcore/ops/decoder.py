@@ -11,6 +11,7 @@ from deftcore.ops.checks import check_float, check_integers, check_like, check_s
 from deftcore.ops.decoder_matrix import (
     Addressed,
     Matrix,
+    check_vector,
     enlist,
     enlisted,
     matrix_row,
@@ -74,21 +75,35 @@ class DecoderStack(Addressed):
     number: int = field(init=False)  # under which the op finds it
 
     def __post_init__(self) -> None:
-        for number, block in enumerate(self.blocks):
-            parts = block.matrices
-            if len(parts) not in (4, 7) or (len(parts) == 4 and block.tau is not None):
-                raise ValueError(f"blocks: {number} must have gate, up and down, or none of them and no tau")
-            if any(m.neuron_major != (name == "down" and block.tau is not None) for name, m in parts.items()):
-                raise ValueError(f"blocks: down of {number} is neuron-major with tau, and nothing else is")
+        if not self.blocks:
+            raise ValueError("blocks: must be at least one")
+        if self.head.neuron_major:
+            raise ValueError("head: must not be neuron-major")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation: must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        for name in ("norm", "cosine", "sine"):
-            if getattr(self, name).dtype != torch.float32:
-                raise TypeError(f"{name}: dtype must be torch.float32, got {getattr(self, name).dtype}")
+        check_vector("norm", self.norm, (self.head.weight.shape[1],))
+        for name in ("cosine", "sine"):
+            check_vector(name, getattr(self, name), tuple(self.cosine.shape))
+        for number, block in enumerate(self.blocks):
+            self._check(number, block)
         self._held: list[Tensor] = []
         self._blocks = torch.tensor([self._row(block) for block in self.blocks])
         self._head = torch.tensor(matrix_row(self.head, self._held))
         self.number = enlist(self)
+
+    def _check(self, number: int, block: Block) -> None:
+        parts = block.matrices
+        if len(parts) not in (4, 7) or (len(parts) == 4 and block.tau is not None):
+            raise ValueError(f"blocks: {number} must have gate, up and down, or none of them and no tau")
+        if any(m.neuron_major != (name == "down" and block.tau is not None) for name, m in parts.items()):
+            raise ValueError(f"blocks: down of {number} is neuron-major with tau, and nothing else is")
+        if block.tau is not None and block.up is not None and block.up.scales is not None:
+            raise ValueError(f"blocks: up of {number} is in int8, of which all rows are read, and it has tau")
+        width, size = self.norm.shape[0], self.cosine.shape[1]
+        norms = {"attention_norm": width, "mlp_norm": width, "q_norm": size, "k_norm": size}
+        for name, length in norms.items():
+            if (norm := getattr(block, name)) is not None:
+                check_vector(f"blocks: {name} of {number}", norm, (length,))
 
     @property
     def has_kernel(self) -> bool:

@@ -24,8 +24,8 @@ _stacks: "WeakValueDictionary[int, Any]" = WeakValueDictionary()
 class Matrix:
     """y = x W^T + bias + lora_scale (x A^T) B^T.
 
-    A weight in int8 is worth `scales` times it, and x is rounded to int8 by blocks of 32 there. With `int8` a weight in
-    4 bits rounds x too, as `linear_4bit` does.
+    A weight in int8, in -127..127 and contiguous, is worth `scales` times it, and x is rounded to int8 by blocks of 32
+    there. With `int8` a weight in 4 bits rounds x too, as `linear_4bit` does.
 
     Raises:
         TypeError, ValueError: naming the field.
@@ -54,8 +54,8 @@ class Matrix:
             raise ValueError(f"weight: rows must be in one piece, got strides {w.stride()}")
         if (self.scales is None) == (w.dtype == torch.int8):
             raise ValueError(f"scales: are of a weight in int8, and needed there; the weight is {w.dtype}")
-        if self.scales is not None and w.shape[1] % _INT8_BLOCK:
-            raise ValueError(f"weight: rows in int8 must be whole blocks of {_INT8_BLOCK}, got {w.shape[1]}")
+        if self.scales is not None:
+            self._check_int8(w)
         if self.int8 and (not isinstance(w, QuantizedTensor) or self.neuron_major):
             raise TypeError(f"int8: is of weights in 4 bits whose rows are outputs, got {w.dtype}")
         columns, rows = self.shape[1], self.shape[0]
@@ -74,6 +74,16 @@ class Matrix:
                 raise TypeError(f"{name}: dtype must be torch.float32, got {tensor.dtype}")
             if not tensor.is_contiguous():
                 raise ValueError(f"{name}: must be contiguous, got strides {tensor.stride()}")
+
+    def _check_int8(self, w: Any) -> None:
+        if w.shape[1] % _INT8_BLOCK:
+            raise ValueError(f"weight: rows in int8 must be whole blocks of {_INT8_BLOCK}, got {w.shape[1]}")
+        if self.neuron_major:
+            raise ValueError("neuron_major: is of no weight in int8")
+        if not w.is_contiguous():
+            raise ValueError(f"weight: in int8 must be contiguous, got strides {w.stride()}")
+        if (w == -128).any():  # whose sign some processors' products cannot turn
+            raise ValueError("weight: in int8 must be in -127..127, got -128")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -128,6 +138,15 @@ class Addressed:
         raise TypeError(
             f"{type(self).__name__}: holds addresses of its weights and is neither pickled nor copied; make another one"
         )
+
+
+def check_vector(name: str, vector: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises unless a native step can read a tensor of a model, a norm's or a table, where it lies."""
+    if vector.dtype != torch.float32:
+        raise TypeError(f"{name}: dtype must be torch.float32, got {vector.dtype}")
+    check_shape(name, vector, shape, "the model's")
+    if not vector.is_contiguous():
+        raise ValueError(f"{name}: must be contiguous, got strides {vector.stride()}")
 
 
 def rounded_layer(layer: Any) -> Any:

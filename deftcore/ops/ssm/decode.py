@@ -9,7 +9,16 @@ from torch import Tensor
 
 from deftcore.ops._library import define
 from deftcore.ops.checks import check_float, check_like, check_shape
-from deftcore.ops.decoder_matrix import Addressed, Matrix, enlist, enlisted, matrix_row, rms_normed, rounded_layer
+from deftcore.ops.decoder_matrix import (
+    Addressed,
+    Matrix,
+    check_vector,
+    enlist,
+    enlisted,
+    matrix_row,
+    rms_normed,
+    rounded_layer,
+)
 from deftcore.ops.kernels import address, backend, give_workspace, native, stream
 from deftcore.ops.ssm.scan import MAX_STATES
 
@@ -67,7 +76,7 @@ class MambaStack(Addressed):
         self.heads = self.layers[0].d.shape[0] if self.second else 1
         for layer in self.layers:
             self._check(layer)
-        _check_vector("norm", self.norm, (self.width,))
+        check_vector("norm", self.norm, (self.width,))
         _check_matrix("head", self.head, (self.head.weight.shape[0], self.width))
         self._held: list[Tensor] = []
         self._layers = torch.tensor([self._row(layer) for layer in self.layers])
@@ -90,17 +99,17 @@ class MambaStack(Addressed):
             rank = layer.dt_proj.weight.shape[1]
             _check_matrix("x_proj", layer.x_proj, (rank + 2 * states, channels))
             _check_matrix("dt_proj", layer.dt_proj, (channels, rank))
-        _check_vector("norm", layer.norm, (width,))
-        _check_vector("taps", layer.taps, (self.reach + 1, self.mixed))
-        _check_vector("a", layer.a, scalars if self.second else (channels, states))
-        _check_vector("d", layer.d, scalars)
+        check_vector("norm", layer.norm, (width,))
+        check_vector("taps", layer.taps, (self.reach + 1, self.mixed))
+        check_vector("a", layer.a, scalars if self.second else (channels, states))
+        check_vector("d", layer.d, scalars)
         for name, t, shape in (("taps_bias", layer.taps_bias, (self.mixed,)), ("dt_bias", layer.dt_bias, scalars)):
             if t is not None:
-                _check_vector(name, t, shape)
+                check_vector(name, t, shape)
         if self.second != (layer.gated_norm is not None):
             raise ValueError("gated_norm: Mamba-2's layers have it, Mamba's do not")
         if layer.gated_norm is not None:
-            _check_vector("gated_norm", layer.gated_norm, (channels,))
+            check_vector("gated_norm", layer.gated_norm, (channels,))
 
     @property
     def has_kernel(self) -> bool:
@@ -140,14 +149,6 @@ def _check_matrix(name: str, matrix: Matrix, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: must be {shape}, got shape {tuple(matrix.weight.shape)}")
     if matrix.lora_a is not None or matrix.neuron_major:
         raise ValueError(f"{name}: must be without lora_a and neuron_major, which Mamba's step does not read")
-
-
-def _check_vector(name: str, vector: Tensor, shape: tuple[int, ...]) -> None:
-    if vector.dtype != torch.float32:
-        raise TypeError(f"{name}: dtype must be torch.float32, got {vector.dtype}")
-    check_shape(name, vector, shape, "the model's")
-    if not vector.is_contiguous():
-        raise ValueError(f"{name}: must be contiguous, got strides {vector.stride()}")
 
 
 def mamba_step(hidden: Tensor, stack: MambaStack, windows: Tensor, states: Tensor) -> Tensor:
