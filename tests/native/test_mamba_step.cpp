@@ -217,6 +217,7 @@ void test_checks() {
   CHECK(spoilt([](MambaStepArgs& args, Problem&) { args.heads = 2; }));
   CHECK(spoilt([](MambaStepArgs& args, Problem&) { args.rank = 3; }));
   CHECK(spoilt([](MambaStepArgs&, Problem& p) { p.layers[1].out.cols = 5; }));
+  CHECK(spoilt([](MambaStepArgs&, Problem& p) { p.layers[1].out.rank = 1; }));
 }
 
 }  // namespace

@@ -214,6 +214,23 @@ void test_mlp4(int64_t tokens, int64_t neurons, int64_t width, int64_t block, bo
     for (int64_t j = 0; j < width; ++j) CHECK(close(value(y, m * width + j), ref[static_cast<size_t>(j)], 1e-3));
     for (int64_t r = 0; r < rank; ++r) CHECK(close(value(down_low, m * rank + r), low[static_cast<size_t>(r)], 1e-3));
   }
+#if !defined(DEFTCORE_TEST_CUDA)
+  if (!activated) {  // x rounded to int8 where it meets W_up: near the exact result, row for row
+    const std::vector<float> exact = y;
+    const Room rounding(device::sparse_mlp_4bit_int8_workspace(args));
+    args.workspace = rounding.data();
+    y.assign(y.size(), NAN);
+    rows_read = -1;
+    device::sparse_mlp_4bit_int8(args, nullptr);
+    double error = 0, size = 0;
+    for (size_t i = 0; i < y.size(); ++i) {
+      error += (y[i] - exact[i]) * (y[i] - exact[i]);
+      size += exact[i] * exact[i];
+    }
+    CHECK(error <= 4e-4 * size);
+    args.workspace = workspace.data();
+  }
+#endif
   y.assign(y.size(), 42.0f);
   down_low.assign(down_low.size(), 42.0f);
   args.capacity = rows_read - 1;

@@ -194,16 +194,20 @@ inline void check_args(const MambaStepArgs& args, const char* op) {
   require(args.norm_groups >= 1 && args.channels % args.norm_groups == 0, op, "norm_groups must divide channels");
   require(args.rank >= 0 && (args.rank == 0 || args.heads == 1), op, "Mamba has one head");
   const int64_t second = args.rank == 0 ? args.heads : 0;
+  const auto check = [&](const DecoderMatrix& m, int64_t rows, int64_t cols) {
+    check_matrix(m, rows, cols, op);
+    require(m.rank == 0, op, "a matrix has a low-rank term");
+  };
   for (int64_t i = 0; i < args.count; ++i) {
     const MambaLayer& layer = args.layers[i];
-    check_matrix(layer.in, args.channels + args.mixed() + second, args.width, op);
+    check(layer.in, args.channels + args.mixed() + second, args.width);
     if (args.rank > 0) {
-      check_matrix(layer.x, args.rank + 2 * args.states, args.channels, op);
-      check_matrix(layer.dt, args.channels, args.rank, op);
+      check(layer.x, args.rank + 2 * args.states, args.channels);
+      check(layer.dt, args.channels, args.rank);
     }
-    check_matrix(layer.out, args.width, args.channels, op);
+    check(layer.out, args.width, args.channels);
   }
-  check_matrix(*args.head, args.vocabulary, args.width, op);
+  check(*args.head, args.vocabulary, args.width);
 }
 
 inline void check_args(const SsdBackwardArgs& args, const char* op) { check_args(args.forward, op); }
