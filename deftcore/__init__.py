@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from deftcore.methods.ba_lora.penalty import BaLoraPenalty
     from deftcore.methods.deft.files import load_sparse, save_sparse
     from deftcore.methods.deft.objective import DensityLoss
+    from deftcore.methods.deft.swap import SwapLoss
+    from deftcore.methods.deft.trained_thresholds import ThresholdLoss
     from deftcore.methods.kasa.config import KasaFactoredConfig
     from deftcore.methods.kasa.penalty import KasaPenalty
     from deftcore.methods.light_peft.config import LightPeftConfig
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from deftcore.models.kept import Kept
     from deftcore.models.quantized_files import load_quantized
     from deftcore.models.sparsify import sparsify
+    from deftcore.models.thresholds import Thresholds, calibrate_thresholds
     from deftcore.nn.preparation import prepare_for_training
     from deftcore.nn.quantization import quantize
 
@@ -68,9 +71,13 @@ _HOMES = {
     "PointPeftConfig": "deftcore.methods.point_peft.config",
     "PointTransformer": "deftcore.methods.point_peft.backbone",
     "S2ftConfig": "deftcore.methods.s2ft.config",
+    "SwapLoss": "deftcore.methods.deft.swap",
     "TSViT": "deftcore.methods.tsvit.model",
     "TSViTPromptConfig": "deftcore.methods.tsvit.prompts",
     "TSViTTokenConfig": "deftcore.methods.tsvit.tokens",
+    "ThresholdLoss": "deftcore.methods.deft.trained_thresholds",
+    "Thresholds": "deftcore.models.thresholds",
+    "calibrate_thresholds": "deftcore.models.thresholds",
     "compile_decoder": "deftcore.models.decoder",
     "expand": "deftcore.methods.light_peft.plug",
     "export_lora": "deftcore.methods.lora.exporting",
@@ -114,9 +121,13 @@ __all__ = [
     "PointPeftConfig",
     "PointTransformer",
     "S2ftConfig",
+    "SwapLoss",
     "TSViT",
     "TSViTPromptConfig",
     "TSViTTokenConfig",
+    "ThresholdLoss",
+    "Thresholds",
+    "calibrate_thresholds",
     "compile_decoder",
     "expand",
     "export_lora",

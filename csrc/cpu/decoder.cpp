@@ -229,7 +229,9 @@ class Step : public StepStages {
 
   void active_mlp(const DecoderBlock& block) {
     const int64_t tokens = args_.tokens, neurons = args_.neurons, rank = block.down.rank;
-    const float tau = *block.tau;
+    const float* taus = block.tau[0] < 0.0f ? block.tau + 2 : nullptr;
+    const float tau = taus == nullptr ? block.tau[0] : 0.0f;
+    const bool by_product = block.tau[1] == 1.0f;
     const Buffers& s = b_.sparse;
     float* act = b_.gated.plain;
     team_.stage([&](int part) {
@@ -239,14 +241,26 @@ class Step : public StepStages {
       for (int64_t m = 0; m < tokens; ++m) {
         activate_row(args_.activation, act + m * neurons + mine.begin, mine.end - mine.begin);
       }
+      if (by_product) {
+        rows(part, block.up, 1, kSame, mine, s_.normed,
+             [&](int64_t row, int64_t token, float y) { act[token * neurons + row] *= y; });
+      }
+      for (int64_t m = 0; m < tokens && taus != nullptr; ++m) {
+        for (int64_t i = mine.begin; i < mine.end; ++i) {
+          float& value = act[m * neurons + i];
+          if (std::fabs(value) <= taus[i]) value = 0.0f;
+        }
+      }
       compact(act, tokens, neurons, tau, team_.parts, part, s);
     });
     team_.once([&] { *b_.active = join_shares(neurons, team_.parts, s); });
     const auto fill = [&](int part, Range mine) {
       gather_active(act, tokens, neurons, tau, s.list, mine, s.h);
-      rows(
-          part, block.up, 1, [&](int64_t k) { return s.list[k]; }, mine, s_.normed,
-          [&](int64_t k, int64_t token, float y) { s.h[k * tokens + token] *= y; });
+      if (!by_product) {
+        rows(
+            part, block.up, 1, [&](int64_t k) { return s.list[k]; }, mine, s_.normed,
+            [&](int64_t k, int64_t token, float y) { s.h[k * tokens + token] *= y; });
+      }
       float* low = b_.low_parts + part * b_.low_stride;
       std::fill_n(low, tokens * rank, 0.0f);
       for (int64_t k = mine.begin; k < mine.end && rank > 0; ++k) {

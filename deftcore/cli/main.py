@@ -18,6 +18,7 @@ from deftcore.cli.lyapunov import lyapunov
 from deftcore.cli.map import map_
 from deftcore.cli.methods import methods
 from deftcore.cli.quickstart import quickstart
+from deftcore.cli.sparsify import sparsify
 from deftcore.cli.train import train
 
 # Modules of the extra deftcore[train].
@@ -59,7 +60,20 @@ def app(verbose: bool) -> None:
         logging.getLogger("deftcore").setLevel(logging.WARNING)
 
 
-for _command in (quickstart, train, methods, density, export, generate, map_, lyapunov, bench, gpu_check, info):
+for _command in (
+    quickstart,
+    train,
+    methods,
+    density,
+    sparsify,
+    export,
+    generate,
+    map_,
+    lyapunov,
+    bench,
+    gpu_check,
+    info,
+):
     app.add_command(_command)
 
 

@@ -27,6 +27,8 @@ class MlpParts:
     down: Matrix | None = None
     activation: str = ""
     tau: float | None = None
+    taus: Tensor | None = None
+    by_product: bool = False
 
 
 def read_matrix(name: str, layer: Any) -> Matrix:
@@ -88,7 +90,8 @@ def read_mlp(mlp: Any, dense: Mapping[nn.Module, MlpBlock]) -> MlpParts:
         return MlpParts()
     if type(mlp) in (SparseMLP, SparseMLP4bit):
         matrices = (_sparse if type(mlp) is SparseMLP else _sparse_4bit)(mlp)
-        return MlpParts(*matrices, mlp.activation, mlp.tau)
+        taus = None if mlp.taus is None else mlp.taus.detach()
+        return MlpParts(*matrices, mlp.activation, mlp.tau, taus, mlp.by_product)
     block = dense.get(mlp)
     if block is None or block.gate is None or block.form.fused:
         merge = "; merge the adapter first (deftcore.merge)" if hasattr(mlp, "base_layer") else ""

@@ -91,7 +91,7 @@ def read_stack(model: Any, length: int) -> DecoderStack:
     )  # fmt: skip
     if not stack.has_kernel:
         raise ValueError("its weights have a dtype that the native step does not read")
-    thresholds = any(block.tau for block in blocks)
+    thresholds = any(block.tau or block.taus is not None for block in blocks)
     prove(model, LlamaSteps(stack), length, thresholds=thresholds)
     return stack
 
@@ -119,7 +119,8 @@ def _block(layer: Any, mlp: MlpParts, attention: Attention) -> Block:
     q_norm, k_norm = (None if norm is None else norm_weight(norm) for norm in norms)
     block = Block(
         q, k, v, o, mlp.gate, mlp.up, mlp.down, norm_weight(layer.input_layernorm),
-        norm_weight(layer.post_attention_layernorm), q_norm, k_norm, tau=mlp.tau,
+        norm_weight(layer.post_attention_layernorm), q_norm, k_norm, tau=mlp.tau, taus=mlp.taus,
+        by_product=mlp.by_product,
     )  # fmt: skip
     return dataclasses.replace(block, window=window) if window else block
 

@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deftcore.models.block_weights import weight_of
 from deftcore.models.blocks import MlpBlock, base_of, check_function, find_mlp_blocks
 from deftcore.models.gates import gates_of
+from deftcore.models.thresholds import Thresholds
 from deftcore.models.tied import merge_and_unload, tuned_ties
 from deftcore.nn.activations import activation_of
-from deftcore.nn.linear import is_transposed
-from deftcore.nn.linear16 import LINEARS
-from deftcore.nn.mlp import LowRank, SkippedMLP, SparseMLP, SparseMLP4bit
+from deftcore.nn.mlp import SkippedMLP, SparseMLP, SparseMLP4bit
+from deftcore.nn.thresholds import Level
 from deftcore.ops.checks import check_number
 from deftcore.ops.paths import PATHS
 from deftcore.ops.quantized import QuantizedTensor
@@ -28,13 +29,14 @@ class SparseBlock:
     name: str
     kind: str  # "gated", "plain" or "skipped"
     neurons: int
-    tau: float
+    tau: float  # the mean, where each neuron has its own
 
 
 def sparsify(
     model: Any,
     *,
     tau: float | dict[str, float] | None = None,
+    thresholds: Thresholds | None = None,
     path: str = "auto",
     skip: Collection[str] = (),
     merge: bool | None = None,
@@ -47,6 +49,7 @@ def sparsify(
         model: a Transformers model of a family that `find_mlp_blocks` knows, or its PEFT model.
         tau: threshold of the active set, for all blocks or per block name; None is exact for ReLU types and
             sqrt(1e-7) for smooth activations.
+        thresholds: of `calibrate_thresholds`, in place of tau.
         path: "auto", "sparse" or "dense".
         skip: names of blocks to leave out altogether (see `DensityLoss.skippable`); their weights are dropped.
         merge: merge the adapter into the weights first. False keeps the low-rank terms apart, exact to the unmerged
@@ -61,7 +64,11 @@ def sparsify(
         ValueError, TypeError: naming the argument, or the model, block or layer that is not understood. The model is as
             it was then.
     """
+    if thresholds is not None and tau is not None:
+        raise ValueError("tau: is for a model without thresholds; give tau or thresholds, not both")
     merge = _will_merge(model, tau, path, skip, merge)
+    if thresholds is not None:
+        thresholds.check(model, skip)
     gates = gates_of(model)
     if gates is not None:
         gates.fold()
@@ -70,14 +77,17 @@ def sparsify(
     # All modules are built before the first is put in, so that a refusal leaves the blocks as they were.
     planned: list[tuple[MlpBlock, nn.Module, SparseBlock]] = []
     for block in find_mlp_blocks(model):
-        neurons = _weight(block, "down")[0].shape[1]
+        neurons = weight_of(block, "down")[0].shape[1]
         if block.name in skip:
             planned.append((block, SkippedMLP(), SparseBlock(block.name, "skipped", neurons, 0.0)))
             continue
-        block_tau = tau.get(block.name) if isinstance(tau, dict) else tau
-        sparse = _convert(block, block_tau, path)
+        level: Level | None = tau.get(block.name) if isinstance(tau, dict) else tau
+        if thresholds is not None:
+            level = thresholds.levels[block.name]
+        sparse = _convert(block, level, path, thresholds is not None and thresholds.criterion == "product")
         kind = "plain" if block.gate is None else "gated"
-        planned.append((block, sparse, SparseBlock(block.name, kind, neurons, sparse.tau)))
+        shown = float(sparse.level.mean()) if isinstance(sparse.level, Tensor) else sparse.level
+        planned.append((block, sparse, SparseBlock(block.name, kind, neurons, shown)))
     for block, module, _ in planned:
         if block.container is not None:
             block.container.set(module)
@@ -137,7 +147,7 @@ def _will_merge(
 
 
 def _check_block(block: MlpBlock, merge: bool) -> None:
-    parts = [_weight(block, role, merge=merge) for role in ("up", "down", "gate") if getattr(block, role) is not None]
+    parts = [weight_of(block, role, merge=merge) for role in ("up", "down", "gate") if getattr(block, role) is not None]
     if block.gate is not None and any(bias is not None for _, bias, _ in parts):
         raise ValueError(f"{block.name}: a gated MLP with biases has no sparse form")
     check_function(block)
@@ -164,14 +174,15 @@ def _refuse_to_save(*_: Any, **__: Any) -> None:
     )
 
 
-def _convert(block: MlpBlock, tau: float | None, path: str) -> SparseMLP | SparseMLP4bit:
-    w_up, b_up, lora_up = _weight(block, "up")
-    w_down, b_down, lora_down = _weight(block, "down")
+def _convert(block: MlpBlock, tau: Level | None, path: str, by_product: bool) -> SparseMLP | SparseMLP4bit:
+    w_up, b_up, lora_up = weight_of(block, "up")
+    w_down, b_down, lora_down = weight_of(block, "down")
     w_gate = lora_gate = None
     if block.gate is not None:
-        w_gate, _, lora_gate = _weight(block, "gate")
+        w_gate, _, lora_gate = weight_of(block, "gate")
     low = {"lora_gate": lora_gate, "lora_up": lora_up, "lora_down": lora_down}
     options: dict[str, Any] = {"activation": activation_of(block.activation.get()), "tau": tau, "path": path, **low}
+    options["by_product"] = by_product
     weights = [w_gate, w_up, w_down]
     dense = [w for w in weights if isinstance(w, Tensor)]
     if not dense:
@@ -182,48 +193,3 @@ def _convert(block: MlpBlock, tau: float | None, path: str) -> SparseMLP | Spars
         w.dequantize(dense[0].dtype) if isinstance(w, QuantizedTensor) else w for w in weights
     )  # fmt: skip
     return SparseMLP(w_gate, w_up, w_down, b_up, b_down, **options)
-
-
-def _weight(block: MlpBlock, role: str, *, merge: bool = False) -> tuple[Any, Tensor | None, LowRank | None]:
-    """Weight (dense or 4-bit), bias and unmerged LoRA of one projection, or ValueError naming the layer.
-
-    Args:
-        merge: the adapter will be merged: look at the layer beneath it.
-    """
-    slot = getattr(block, role)
-    module, low, extra = slot.get(), None, None
-    where = f"{block.name}.{slot.attribute}"
-    if merge:
-        module = getattr(module, "base_layer", module)
-    if hasattr(module, "lora_A"):  # PEFT's LoRA layer, known by its attributes: nn does not import PEFT
-        active = [name for name in module.active_adapters if name in module.lora_A]
-        if not module.merged and not module.disable_adapters and active:
-            if len(active) > 1 or active[0] in getattr(module, "lora_variant", {}):
-                raise ValueError(
-                    f"{where}: only one plain LoRA adapter can stay unmerged, got {active}; use merge=True"
-                )
-            name = active[0]
-            low = LowRank(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
-            if module.lora_B[name].bias is not None:
-                extra = low.scaling * module.lora_B[name].bias
-        module = module.base_layer
-    packed = getattr(module, "quantized", None)
-    if not isinstance(packed, QuantizedTensor) and type(module) not in LINEARS and not is_transposed(module):
-        raise ValueError(
-            f"{where}: must be torch.nn.Linear, Linear4bit, Conv1D, a patched bitsandbytes layer or PEFT LoRA over "
-            f"one, got {type(module).__name__}"
-        )
-    bias = module.bias if extra is None else (module.bias + extra).detach()  # PEFT's `lora_bias` needs a base's bias
-    if isinstance(packed, QuantizedTensor):
-        weight: Any = packed
-    else:
-        weight = module.weight.t() if is_transposed(module) else module.weight
-    if not block.form.fused or role == "down":
-        return weight, bias, low
-    if weight is packed:
-        raise ValueError(
-            f"{where}: holds gate and up in 4 bits, which are not cut in two; leave it out of quantize (skip)"
-        )
-    half = 0 if role == "gate" else 1
-    low = None if low is None else LowRank(low.a, low.b.chunk(2)[half], low.scaling)
-    return weight.chunk(2)[half], None if bias is None else bias.chunk(2)[half], low

@@ -1,17 +1,24 @@
 """Sparse-inference forms of MLP blocks; `deftcore.sparsify` puts them into a model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deftcore.nn.linear import PackedModule
-from deftcore.ops.density import ACTIVATIONS, default_tau
+from deftcore.nn.thresholds import Level, keep_above
+from deftcore.ops.density import ACTIVATIONS, activate, default_tau
+from deftcore.ops.lora import lora_linear
 from deftcore.ops.paths import PATHS
 from deftcore.ops.products import plus_product, product
+from deftcore.ops.quant4 import linear_4bit
 from deftcore.ops.quantized import QuantizedTensor
+from deftcore.ops.sparse_down import sparse_down
 from deftcore.ops.sparse_mlp import sparse_mlp_op
-from deftcore.ops.sparse_mlp4 import NO_LOW_RANK, LowRank4, mlp_4bit
+from deftcore.ops.sparse_mlp4 import IDENTITY, NO_LOW_RANK, LowRank4, mlp_4bit
 
 
 @dataclass
@@ -24,16 +31,37 @@ class LowRank:
 
 
 class _SparseBlock(nn.Module):
-    """What both forms share: how the active neurons are found, and which path is taken."""
+    """What both forms share: how the active neurons are found, and which path is taken.
 
-    def __init__(self, activation: str, tau: float | None, path: str) -> None:
+    A neuron counts where |f(gate x)| > tau, or, of a gated block that goes by the product, where |f(gate x) * (up x)|
+    is; `taus` [F] is a threshold for each, `tau` 0 then.
+    """
+
+    def __init__(self, activation: str, tau: Level | None, path: str, by_product: bool) -> None:
         super().__init__()
-        self.activation, self.path = activation, path
-        self.tau = default_tau(activation) if tau is None else tau
+        self.activation, self.path, self.by_product = activation, path, by_product
+        self.taus = frozen(tau.detach().float()) if isinstance(tau, Tensor) else None
+        self.tau = default_tau(activation) if tau is None else 0.0 if isinstance(tau, Tensor) else tau
+
+    @property
+    def level(self) -> Level:
+        """The threshold, or one for each neuron."""
+        return self.tau if self.taus is None else self.taus
+
+    def _active(self, x: Tensor, gate: Callable[[Tensor], Tensor] | None, up: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the down projection reads, [T, F], where a kernel's one threshold of the gate does not say it: the gate
+        and up products are whole."""
+        a = activate(up(x) if gate is None else gate(x), self.activation)
+        if gate is not None and self.by_product:
+            return keep_above(a * up(x), self.level)
+        a = keep_above(a, self.level)
+        return a if gate is None else a * up(x)
 
     def _describe(self, width: int, neurons: int, *, gated: bool) -> str:
         kind = "gated" if gated else "plain"
-        return f"{width}, neurons={neurons}, {kind}, activation={self.activation}, tau={self.tau:.3g}, path={self.path}"
+        tau = f"tau={self.tau:.3g}" if self.taus is None else "a tau each"
+        of = " of the product" if self.by_product else ""
+        return f"{width}, neurons={neurons}, {kind}, activation={self.activation}, {tau}{of}, path={self.path}"
 
 
 class SparseMLP(_SparseBlock):
@@ -49,10 +77,11 @@ class SparseMLP(_SparseBlock):
 
     def __init__(
         self, w_gate: Tensor | None, w_up: Tensor, w_down: Tensor, b_up: Tensor | None = None,
-        b_down: Tensor | None = None, *, activation: str, tau: float | None = None, path: str = "auto",
+        b_down: Tensor | None = None, *, activation: str, tau: Level | None = None, path: str = "auto",
+        by_product: bool = False,
         lora_gate: LowRank | None = None, lora_up: LowRank | None = None, lora_down: LowRank | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(activation, tau, path)
+        super().__init__(activation, tau, path, by_product and w_gate is not None)
         neurons, width = w_up.shape
         rank_in = sum(low.a.shape[0] for low in (lora_gate, lora_up) if low is not None)
         self.rank_down = 0 if lora_down is None else lora_down.a.shape[0]
@@ -99,10 +128,16 @@ class SparseMLP(_SparseBlock):
             if self.lora_a is not None:
                 low[:, : self.lora_a.shape[0]] = product(flat, self.lora_a.t())
             flat = torch.cat((flat, low), dim=1)
-        y = sparse_mlp_op(
-            flat, self.w_gate, self.rows[:, 0], self.rows[:, 1], self.b_up, self.b_down,
-            ACTIVATIONS[self.activation], self.tau, PATHS[self.path],
-        )  # fmt: skip
+        up, down = self.rows[:, 0], self.rows[:, 1]
+        if self.by_product or self.taus is not None:
+            gate = None if self.w_gate is None else partial(F.linear, weight=self.w_gate)
+            h = self._active(flat, gate, partial(F.linear, weight=up, bias=self.b_up))
+            y = sparse_down(h, down, self.b_down, path=self.path)
+        else:
+            y = sparse_mlp_op(
+                flat, self.w_gate, up, down, self.b_up, self.b_down, ACTIVATIONS[self.activation], self.tau,
+                PATHS[self.path],
+            )  # fmt: skip
         if padded != width:
             y, low = y[:, :width], y[:, width : width + self.rank_down]
             if self.lora_b is not None:
@@ -125,10 +160,11 @@ class SparseMLP4bit(_SparseBlock):
 
     def __init__(
         self, gate: QuantizedTensor | None, up: QuantizedTensor, down: QuantizedTensor, b_up: Tensor | None = None,
-        b_down: Tensor | None = None, *, activation: str, tau: float | None = None, path: str = "auto",
+        b_down: Tensor | None = None, *, activation: str, tau: Level | None = None, path: str = "auto",
+        by_product: bool = False,
         lora_gate: LowRank | None = None, lora_up: LowRank | None = None, lora_down: LowRank | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(activation, tau, path)
+        super().__init__(activation, tau, path, by_product and gate is not None)
         self.gate = None if gate is None else PackedModule(gate)
         self.up, self.down = PackedModule(up), PackedModule(down.t())
         self.b_up = None if b_up is None else frozen(b_up.clone())
@@ -158,12 +194,22 @@ class SparseMLP4bit(_SparseBlock):
         low = LowRank4(**{name: value.to(x.dtype) for name, value in self.lora.items()}) if self.lora else NO_LOW_RANK
         b_up, b_down = (None if b is None else b.to(x.dtype) for b in (self.b_up, self.b_down))
         flat = x.reshape(-1, x.shape[-1])
-        y = mlp_4bit(flat, weights, b_up, b_down, ACTIVATIONS[self.activation], self.tau, PATHS[self.path], low)
+        if self.by_product or self.taus is not None:
+            gate = None if self.gate is None else partial(_product4, self.gate.quantized, low.gate_a, low.gate_b, None)
+            h = self._active(flat, gate, partial(_product4, self.up.quantized, low.up_a, low.up_b, b_up))
+            of_down = LowRank4(down_a_t=low.down_a_t, down_b=low.down_b)
+            y = mlp_4bit(h, weights[-1:], None, b_down, IDENTITY, 0.0, PATHS[self.path], of_down)
+        else:
+            y = mlp_4bit(flat, weights, b_up, b_down, ACTIVATIONS[self.activation], self.tau, PATHS[self.path], low)
         return y.reshape(x.shape)
 
     def extra_repr(self) -> str:
         neurons, width = self.up.quantized.shape
         return self._describe(width, neurons, gated=self.gate is not None)
+
+
+def _product4(w: QuantizedTensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
+    return linear_4bit(x, w, bias) if a is None or b is None else lora_linear(x, w, a, b, bias=bias)
 
 
 def _factors(a: str, b: str, low: LowRank | None) -> dict[str, Tensor]:

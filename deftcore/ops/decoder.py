@@ -15,11 +15,10 @@ from deftcore.ops.decoder_matrix import (
     enlist,
     enlisted,
     matrix_row,
-    number_row,
     rms_normed,
     rounded_layer,
 )
-from deftcore.ops.density import ACTIVATIONS, activate, keep_active
+from deftcore.ops.density import ACTIVATIONS, activate
 from deftcore.ops.kernels import address, backend, give_workspace, native, stream
 
 
@@ -27,8 +26,9 @@ from deftcore.ops.kernels import address, backend, give_workspace, native, strea
 class Block:
     """Of a Llama-like model. Norms are what a vector is multiplied with, float32; those of heads may be missing.
 
-    With `tau` only neurons whose |f| > tau count, and `down` is neuron-major. A block without an MLP has neither gate,
-    nor up and down.
+    With `tau` only neurons whose |f| > tau count, or with `by_product` those whose |f * up| is, and `down` is
+    neuron-major; `taus` [F] float32 is a threshold for each neuron, `tau` 0 then. A block without an MLP has neither
+    gate, nor up and down.
     """
 
     q: Matrix
@@ -44,6 +44,8 @@ class Block:
     k_norm: Tensor | None = None
     window: int = 2**62  # positions that a token sees, its own included
     tau: float | None = None
+    taus: Tensor | None = None
+    by_product: bool = False
 
     @property
     def matrices(self) -> dict[str, Matrix]:
@@ -99,6 +101,10 @@ class DecoderStack(Addressed):
             raise ValueError(f"blocks: down of {number} is neuron-major with tau, and nothing else is")
         if block.tau is not None and block.up is not None and block.up.scales is not None:
             raise ValueError(f"blocks: up of {number} is in int8, of which all rows are read, and it has tau")
+        if (block.by_product and block.tau is None) or (block.taus is not None and block.tau != 0):
+            raise ValueError(f"blocks: {number} must have tau by the product, and a tau of 0 with taus")
+        if block.taus is not None and block.down is not None:
+            check_vector(f"blocks: taus of {number}", block.taus, (block.down.shape[1],))
         width, size = self.norm.shape[0], self.cosine.shape[1]
         norms = {"attention_norm": width, "mlp_norm": width, "q_norm": size, "k_norm": size}
         for name, length in norms.items():
@@ -143,7 +149,15 @@ class DecoderStack(Addressed):
     def _row(self, b: Block) -> list[int]:
         matrices = [n for name in _MATRICES for n in matrix_row(getattr(b, name), self._held)]
         norms = map(address, (b.attention_norm, b.mlp_norm, b.q_norm, b.k_norm))
-        return [*matrices, *norms, b.window, 0 if b.tau is None else number_row(b.tau, self._held)]
+        return [*matrices, *norms, b.window, address(_native_tau(b, self._held))]
+
+
+def _native_tau(b: Block, held: list[Tensor]) -> Tensor | None:
+    if b.tau is None:
+        return None
+    first = torch.tensor([b.tau if b.taus is None else -1.0, float(b.by_product)])
+    held.append(first if b.taus is None else torch.cat((first, b.taus)))
+    return held[-1]
 
 
 def decode_step(
@@ -155,8 +169,9 @@ def decode_step(
 
     A block is h = x + o(attention(q, k, v of norm x)), y = h + down(f(gate(norm h)) * up(norm h)). Of blocks with tau,
     rows of W_up and W_down are read where |f| > tau for some token, and count where it is (DEFT, Runwal et al., arXiv
-    2402.01911). Queries and keys are rotated by halves (Su et al., RoFormer, arXiv 2104.09864), heads of queries share
-    those of keys in groups (Ainslie et al., arXiv 2305.13245). Inference only.
+    2402.01911); by the product, rows of W_down where |f * up| is (TEAL, Liu et al., arXiv 2408.14690). Queries and keys
+    are rotated by halves (Su et al., RoFormer, arXiv 2104.09864), heads of queries share those of keys in groups
+    (Ainslie et al., arXiv 2305.13245). Inference only.
 
     Args:
         hidden: [B, D], embeddings of the position's tokens, or [B, T, D], of T positions; float32 has a native kernel.
@@ -263,7 +278,14 @@ def decode_step_ref(
         if block.gate is None or block.up is None or block.down is None:
             continue
         h = rms_normed(x, block.mlp_norm, stack.eps)
-        a = activate(block.gate(h), stack.activation)
-        a = a if block.tau is None else keep_active(a, a, block.tau)
-        x = x + block.down(a * block.up(h))
+        x = x + block.down(_products(block, activate(block.gate(h), stack.activation), block.up(h)))
     return stack.head(rms_normed(x, stack.norm, stack.eps))
+
+
+def _products(block: Block, a: Tensor, up: Tensor) -> Tensor:
+    """What the down projection reads: f(gate) * up where its neuron counts."""
+    if block.tau is None:
+        return a * up
+    level = block.tau if block.taus is None else block.taus.to(a.dtype)
+    decides = a * up if block.by_product else a
+    return (a * up).masked_fill(decides.abs() <= level, 0.0)

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from deftcore.models.activations import load_swap
 from deftcore.models.gates import load_gates
 from deftcore.models.slim_files import SlimRecord, keep_record
 from deftcore.models.slimming import cut
@@ -82,4 +83,5 @@ def load_adapter(model: Any, folder: str | os.PathLike) -> Any:
         if here.shape != value.shape or not torch.allclose(here, value.to(here.dtype), rtol=0, atol=0, equal_nan=True):
             raise ValueError(f"adapter: {file}: {key} did not reach the model, which ties it to another weight")
     load_gates(adapted, folder)
+    load_swap(adapted, folder)
     return adapted

@@ -6,8 +6,8 @@
 namespace deftcore {
 
 // h = x + o(attention(norm x));  y = h + down(f(gate(norm h)) * up(norm h)), or y = h where there is no W_up.
-// With tau, only what |f| > tau of any token of the step is read of W_up and W_down, and what is not is zero. W_down is
-// neuron-major then: [neurons, width], its bias [width], lora_a [neurons, rank], lora_b [width, rank].
+// With tau, neurons whose |f| > tau for some token of the step are read of W_up and W_down, or those whose |f * up| is
+// of W_down. W_down is [neurons, width] then, its bias [width], lora_a [neurons, rank], lora_b [width, rank].
 struct DecoderBlock {
   DecoderMatrix q, k, v, o, gate, up, down;
   const float* attention_norm;  // [width]
@@ -15,7 +15,7 @@ struct DecoderBlock {
   const float* q_norm;          // [head_size], of each head before its rotation, or null, as is k_norm then
   const float* k_norm;
   int64_t window;    // positions that a token sees, its own included
-  const float* tau;  // [1], or null
+  const float* tau;  // null, or [2 + neurons]: tau[1] 1 is by |f * up|; tau[0] < 0 is a tau[2 + i] for each neuron i
 };
 static_assert(sizeof(DecoderBlock) == 7 * sizeof(DecoderMatrix) + 6 * 8);
 

@@ -1,19 +1,18 @@
 """The penalties of BA-LoRA on a model's logits, as an objective."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deftcore.methods.ba_lora.config import BaLoraConfig
 from deftcore.methods.ba_lora.schedules import adaptive_factor, consistency_factor, rising_factor
-from deftcore.nn.observed import aside
 from deftcore.ops.class_logits import class_penalties
 from deftcore.ops.logits import LogitPenalties, logit_penalties, mean_entropy
 from deftcore.training.objective import Batch, Objective
+from deftcore.training.teacher import original_logits
 
 _IGNORED = -100
 _TERMS = ("consistency", "diversity", "spectral")
@@ -172,15 +171,7 @@ class BaLoraPenalty(Objective):
     @torch.no_grad()
     def teacher(self, batch: Batch) -> Tensor:
         """The pre-trained model's logits for a batch."""
-        model: Any = self._model[0]
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
-        if self._is_pair() and "decoder_input_ids" not in inputs:
-            base = model.get_base_model()
-            inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
-        if getattr(getattr(model, "config", None), "use_cache", False) and not self.config.of_classes:
-            inputs.setdefault("use_cache", False)
-        with evaluating(model), aside(), _without_adapters(model):
-            return model(**inputs).logits
+        return original_logits(self._model[0], batch, cached=self.config.of_classes)
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
@@ -204,28 +195,3 @@ class BaLoraPenalty(Objective):
 
     def summary(self, report: Mapping[str, Any]) -> dict[str, Any]:
         return dict(report)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module of a model in evaluation, and afterwards as it was."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _without_adapters(model: Any) -> Iterator[None]:
-    """A PEFT model with its adapters off; what was frozen of them, which PEFT sets to train again, stays so."""
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)

@@ -1,6 +1,7 @@
 """`deftcore export`: a model, its adapter merged or beside it, as a folder for sparse inference."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from deftcore.models.gates import gates_of
 from deftcore.models.preflight import empty_model
 from deftcore.models.slim_files import drop_record
 from deftcore.models.sparsify import check_sparsify
+from deftcore.models.thresholds import Thresholds
 from deftcore.models.tied import merge_and_unload
 from deftcore.nn.linear import Linear4bit
 from deftcore.training.adapters import load_adapter
@@ -36,7 +38,8 @@ def export(
 
     An adapter is merged into a dense base. What cannot be merged (bottlenecks, prompts) stays beside it; so does LoRA
     over a 4-bit base (`quantize`, or a checkpoint that is 4-bit), unless `merge` says "16bit" or "4bit"; S2FT is merged
-    into 16 bits unless it says "4bit". Adaptive gates beside the adapter are folded into the weights.
+    into 16 bits unless it says "4bit". Adaptive gates beside the adapter are folded into the weights; thresholds beside
+    it, of a run that trained under them, are written.
 
     Returns:
         output, the names of blocks and skipped ones, whether an adapter was merged or stays unmerged, and the type of
@@ -44,6 +47,19 @@ def export(
 
     Raises:
         FileNotFoundError, ValueError: naming the argument, or the block that has no sparse form.
+    """
+    return write(model, output, adapter=adapter, skip=skip, quantize=quantize, merge=merge, device=device)
+
+
+def write(
+    model: str, output: str, *, adapter: str = "", skip: tuple[str, ...] = (), quantize: dict[str, Any] | None = None,
+    merge: str = "", device: str = "auto", calibrate: Callable[[Any], Thresholds] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """`export`, its arguments unchecked.
+
+    Args:
+        calibrate: (the model as it will be written, an adapter that stays unmerged on it) to its thresholds. None:
+            those that stand beside the adapter or the model.
     """
     where = choose_device(device)
     empty = empty_model(model)
@@ -57,7 +73,7 @@ def export(
     base.to(where)
     packed = any(isinstance(module, Linear4bit) for module in base.modules())
     with tempfile.TemporaryDirectory() as temporary:
-        kept = None
+        kept, thresholds = None, Thresholds.load(adapter or model)
         adapted: Any = load_adapter(base, adapter) if adapter else base
         gates = gates_of(adapted)
         if gates is not None:
@@ -78,12 +94,16 @@ def export(
                 drop_record(adapted)  # the base is written as slim as it is
                 adapted.save_pretrained(kept)
                 check_sparsify(adapted, skip=skip, merge=False)
+                thresholds = calibrate(adapted) if calibrate else thresholds
                 base = adapted.unload() if hasattr(adapted, "unload") else adapted.get_base_model()
         if kept is None:
             check_sparsify(base, skip=skip)
+            thresholds = calibrate(base) if calibrate else thresholds
         tokenizer = Path(temporary) / "tokenizer"
         load_tokenizer(model).save_pretrained(tokenizer)
-        save_sparse(base, output, skip=skip, adapter=kept, extra_files=list(tokenizer.iterdir()))
+        save_sparse(
+            base, output, thresholds=thresholds, skip=skip, adapter=kept, extra_files=list(tokenizer.iterdir())
+        )  # fmt: skip
     mlps = find_mlp_blocks(base)
     packed = any(isinstance(module, Linear4bit) for module in base.modules())
     return {

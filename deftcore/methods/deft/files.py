@@ -22,6 +22,7 @@ from deftcore.models.folders import is_4bit, model_kind
 from deftcore.models.gates import gates_of
 from deftcore.models.quantized_files import load_quantized
 from deftcore.models.sparsify import sparsify
+from deftcore.models.thresholds import THRESHOLDS_FILE, Thresholds
 from deftcore.training.adapters import load_adapter
 
 
@@ -30,6 +31,7 @@ def save_sparse(
     folder: str | os.PathLike,
     *,
     tau: dict[str, float] | None = None,
+    thresholds: Thresholds | None = None,
     skip: Collection[str] = (),
     adapter: str | os.PathLike | None = None,
     extra_files: Collection[Path] = (),
@@ -41,6 +43,7 @@ def save_sparse(
 
     Args:
         tau: threshold per block name; a missing block uses its activation's default.
+        thresholds: of `calibrate_thresholds`, in place of tau; those that the folder of `adapter` holds are left out.
         skip: names of blocks to leave out.
         adapter: folder of an adapter to keep beside the model, unmerged: LoRA over 4 bits, bottlenecks, prompts.
         extra_files: files and folders to copy beside the model, such as the tokenizer's.
@@ -59,6 +62,10 @@ def save_sparse(
         raise ValueError("model: has adaptive gates, which its files do not hold; fold them first (fold_gates)")
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("model: has an adapter, whose weights load_sparse would not find; merge it first (merge)")
+    if thresholds is not None:
+        if tau:
+            raise ValueError("tau: is for a model without thresholds; give tau or thresholds, not both")
+        thresholds.check(model, skip)
     names = [block.name for block in find_mlp_blocks(model)]
     unknown = sorted((set(skip) | set(tau or ())) - set(names))
     if unknown:
@@ -71,7 +78,11 @@ def save_sparse(
             shutil.copytree(adapter, partial / ADAPTER_FOLDER)
         for file in extra_files:
             (shutil.copytree if file.is_dir() else shutil.copy)(file, partial / file.name)
-        write_json(partial / SPARSE_FILE, {"format": 1, "tau": tau or {}, "skip": sorted(skip)})
+        settings = {"format": 1, "tau": tau or {}, "skip": sorted(skip)}
+        if thresholds is not None:  # who knows of no thresholds shall not read tau instead
+            thresholds.save(partial)
+            settings = {"format": 2, "thresholds": THRESHOLDS_FILE, "skip": sorted(skip)}
+        write_json(partial / SPARSE_FILE, settings)
     return folder
 
 
@@ -82,13 +93,17 @@ def load_sparse(folder: str | os.PathLike, *, path: str = "auto", **kwargs: Any)
         FileNotFoundError, ValueError: when the folder or its settings are missing or damaged.
     """
     file = Path(folder) / SPARSE_FILE
+    kept: dict[str, Any]
     if not file.exists():
         raise FileNotFoundError(f"folder: {folder} has no {SPARSE_FILE}; write it with `deftcore export`")
     try:
         settings = json.loads(file.read_text())
-        tau, skip = dict(settings["tau"]), list(settings["skip"])
+        skip = list(settings["skip"])
+        kept = {"tau": dict(settings["tau"])} if settings["format"] == 1 else {"thresholds": Thresholds.load(folder)}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"folder: {file} is damaged: {error}") from error
+    if kept.get("thresholds", ()) is None:
+        raise FileNotFoundError(f"folder: {folder} has no {THRESHOLDS_FILE}, which {SPARSE_FILE} names")
     config = AutoConfig.from_pretrained(folder)
     with init_empty_weights():
         shape: Any = model_kind(config).from_config(config)
@@ -106,11 +121,11 @@ def load_sparse(folder: str | os.PathLike, *, path: str = "auto", **kwargs: Any)
         if missing or info["unexpected_keys"]:
             raise ValueError(f"folder: missing weights {missing}, unexpected {sorted(info['unexpected_keys'])}")
     if not (Path(folder) / ADAPTER_FOLDER).is_dir():
-        return sparsify(model, tau=tau, path=path, skip=skip)
+        return sparsify(model, **kept, path=path, skip=skip)
     adapted = load_adapter(model, Path(folder) / ADAPTER_FOLDER)
     if adapted.active_peft_config.peft_type == "LORA":
         patch(adapted)
-    return sparsify(adapted, tau=tau, path=path, skip=skip, merge=False)
+    return sparsify(adapted, **kept, path=path, skip=skip, merge=False)
 
 
 def _projections(model: nn.Module, name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What DEFT gives to recipes: the section `deft:`, a density loss beside any method."""
+"""What DEFT gives to recipes: the section `deft:`, a density loss beside any method; and `swap:`, ReLU."""
 
 import logging
 from typing import Annotated, Any
@@ -7,10 +7,14 @@ from pydantic.dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from deftcore.methods.deft.objective import DensityLoss
+from deftcore.methods.deft.swap import SwapLoss
+from deftcore.methods.deft.trained_thresholds import ThresholdLoss
+from deftcore.models.activations import SWAPS
 from deftcore.models.blocks import base_of, find_mlp_blocks
 from deftcore.models.families import is_mamba
+from deftcore.nn.thresholds import BACKWARDS, CRITERIA
 from deftcore.ops.density import SURROGATES
-from deftcore.training.fields import OPTIONS, NonNegative, Positive, Text, one_of
+from deftcore.training.fields import OPTIONS, NonNegative, Positive, Share, Text, one_of
 from deftcore.training.registry import Section, register
 
 logger = logging.getLogger("deftcore")
@@ -18,7 +22,8 @@ logger = logging.getLogger("deftcore")
 
 @dataclass(frozen=True, config=OPTIONS)
 class DeftConfig:
-    """The section `deft:`; fields as in `DensityLoss`. Where it is off, density is still reported."""
+    """The section `deft:`; fields as in `DensityLoss`, or with a `density` above 0 as in `ThresholdLoss`. Where it is
+    off, density is still reported."""
 
     enabled: bool = False
     alpha: NonNegative = 1.0
@@ -29,6 +34,41 @@ class DeftConfig:
     ramp: NonNegative = 0.0
     adaptive: Annotated[Text, one_of("", "gate")] = ""
     gamma: NonNegative = 0.0
+    density: Share = 0.0  # thresholds that leave this share; 0: none
+    criterion: Annotated[Text, one_of(*CRITERIA)] = "product"
+    scaled: bool = False
+    backward: Annotated[Text, one_of(*BACKWARDS)] = "straight"
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class SwapConfig:
+    """The section `swap:`; fields as in `SwapLoss`."""
+
+    enabled: bool = False
+    activation: Annotated[Text, one_of(*SWAPS)] = "relu"
+    distill: NonNegative = 1.0
+    temperature: Positive = 1.0
+
+
+_OF_A_SURROGATE = ("surrogate", "eps", "beta")  # which follows the thresholds, where there are any
+
+
+def _make_swap(model: Any, config: SwapConfig) -> SwapLoss | None:
+    """None where it is off.
+
+    Raises:
+        ValueError: naming what of the section, or why the model's activations cannot be swapped.
+    """
+    if not config.enabled:
+        return None
+    if is_mamba(model):
+        raise ValueError("swap: is not defined for Mamba models, which have no MLP; set swap: false")
+    try:
+        return SwapLoss(
+            model, activation=config.activation, distill=config.distill, temperature=config.temperature
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"swap.{error}") from error
 
 
 def _make(model: Any, config: DeftConfig) -> DensityLoss | None:
@@ -51,6 +91,15 @@ def _make(model: Any, config: DeftConfig) -> DensityLoss | None:
         if isinstance(base_of(model), PreTrainedModel):
             logger.warning("no density is reported: %s", error)
         return None
+    if config.enabled and config.density:
+        for name in _OF_A_SURROGATE:
+            if getattr(config, name) != getattr(DeftConfig(), name):
+                raise ValueError(f"deft.{name}: not with deft.density, whose thresholds say where the slope is")
+        return ThresholdLoss(
+            model, density=config.density, criterion=config.criterion, scaled=config.scaled, backward=config.backward,
+            alpha=config.alpha, mask_policy=config.mask_policy, ramp=config.ramp, adaptive=config.adaptive or None,
+            gamma=config.gamma,
+        )  # fmt: skip
     return DensityLoss(
         model,
         alpha=config.alpha if config.enabled else 0.0,
@@ -64,6 +113,16 @@ def _make(model: Any, config: DeftConfig) -> DensityLoss | None:
     )
 
 
+register(  # before the density loss, which then watches the new activation
+    Section(
+        name="swap",
+        summary="ReLU in the place of the model's activation, drawn to the original model by distillation.",
+        paper="arXiv 2310.04564, 2402.13516",
+        needs="a language model whose MLP blocks are known, and an adapter",
+        config=SwapConfig,
+        make=_make_swap,
+    )
+)
 register(
     Section(
         name="deft",
