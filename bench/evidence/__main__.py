@@ -9,6 +9,8 @@ from bench.evidence.light_page import LIGHT
 from bench.evidence.points_page import POINTS
 from bench.evidence.report import losses, section
 from bench.evidence.spectral_page import SPECTRAL
+from bench.evidence.thresholds_page import draw
+from bench.evidence.thresholds_page import section as thresholds
 from deftcore._files import write_text
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -27,8 +29,9 @@ not part of the project. Every run is deftcore's own loop, peers' included; each
 
 def page() -> str:
     """The page."""
-    deft = [deft_section()] if DEFT.results.path.exists() else []  # until its runs are there
-    return HEAD + "\n".join((*map(section, EXPERIMENTS), *map(adapted_section, ADAPTED), *deft))
+    deft = deft_section() if DEFT.results.path.exists() else ""  # until its runs are there
+    parts = (*map(section, EXPERIMENTS), *map(adapted_section, ADAPTED), deft, thresholds())
+    return HEAD + "\n".join(part for part in parts if part)
 
 
 def main() -> None:
@@ -40,6 +43,7 @@ def main() -> None:
     if DEFT.results.path.exists():
         shares(DEFT, DOCS / f"evidence-{DEFT.name}.png")
         draw_sweep(DOCS / f"evidence-{DEFT.name}-alpha.png")
+    draw(DOCS / "evidence-thresholds.png")
     write_text(DOCS / "evidence.md", page())
 
 

@@ -1,0 +1,65 @@
+"""bench/evidence/thresholds: its sides on a small random model, the page and the picture of their runs."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+from test_evidence import load_texts
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1])
+        from bench.evidence import models, sets, thresholds, thresholds_page
+
+        yield thresholds, thresholds_page, models, sets
+
+
+@pytest.fixture
+def data(evidence, tmp_path):
+    _, _, models, sets = evidence
+    rows = [{"mr": ["red", "blue"][i % 2], "ref": f"{['red', 'blue'][i % 2]} is a colour ."} for i in range(24)]
+    (tmp_path / "texts").mkdir()
+    for part in ("train", "test"):
+        (tmp_path / "texts" / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    targets = ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+    base = models.Base("texts", targets, "CAUSAL_LM", cache(load_texts), frozen=True)
+    spec = sets.Spec("texts", base, "test", lambda row: (row["mr"], " " + row["ref"]), batch_size=4, steps=2, tuning=4,
+                     test=6)  # fmt: skip
+    return sets.Data(spec, tmp_path)
+
+
+def test_sides_run_and_the_page_tells(evidence, data, tmp_path, monkeypatch):
+    thresholds, page, *_ = evidence
+    assert page.section(tmp_path) == ""
+    results = thresholds.Results(tmp_path / "thresholds.jsonl")
+    results.add({"kind": "about", **thresholds.about()})
+    results.add(thresholds.untrained(data))
+    for side in thresholds.SIDES:
+        entry = results.add(thresholds.run(side, data, 0))
+        assert json.loads(json.dumps(entry)) == entry
+        assert entry["tokens"] == 2 * 4 * 7
+        assert (entry["zeros"] > 0.2) == side.name.startswith("ReLU")
+        for point in entry["points"]:
+            assert point["density"] == pytest.approx(point["target"], abs=0.2)
+    monkeypatch.setattr(page, "SETS", {"texts": data.spec})
+    text = page.section(tmp_path)
+    assert all(f"| {side.name} | 1 | " in text for side in thresholds.SIDES)
+    assert "*untrained*" in text
+    page.draw(tmp_path / "picture.png", tmp_path)
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_runs_go_on_where_they_stopped(evidence, data, tmp_path, monkeypatch):
+    thresholds, *_ = evidence
+    monkeypatch.setattr(thresholds, "SETS", {"texts": data.spec})
+    monkeypatch.setattr(thresholds, "SEEDS", (0,))
+    words = ["thresholds", "--data", str(tmp_path), "--results", str(tmp_path), "--side", "LoRA"]
+    monkeypatch.setattr("sys.argv", words)
+    thresholds.main()
+    lines = (tmp_path / "thresholds.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["about", "untrained", "run"]
+    thresholds.main()
+    assert (tmp_path / "thresholds.jsonl").read_text().splitlines() == lines
