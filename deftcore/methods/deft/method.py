@@ -63,9 +63,12 @@ def _make_swap(model: Any, config: SwapConfig) -> SwapLoss | None:
         return None
     if is_mamba(model):
         raise ValueError("swap: is not defined for Mamba models, which have no MLP; set swap: false")
+    # Of the model without weights the wrapper is not to be seen, but an adapter has frozen what it stands on.
+    weightless = any(p.is_meta for p in model.parameters()) and not all(p.requires_grad for p in model.parameters())
     try:
         return SwapLoss(
-            model, activation=config.activation, distill=config.distill, temperature=config.temperature
+            model, activation=config.activation, distill=0.0 if weightless else config.distill,
+            temperature=config.temperature,
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"swap.{error}") from error
