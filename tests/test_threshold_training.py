@@ -150,6 +150,8 @@ def test_thresholds_are_kept_and_read(tmp_path):
     assert not list(tmp_path.iterdir()), "there are none before the first forward"
     with pytest.raises(RuntimeError, match="no forward of the model has run"):
         loss.thresholds()
+    with pytest.raises(RuntimeError, match=r"has shown the values of model\.layers\.0\.mlp, model\.layers\.1\.mlp"):
+        loss.loss()
     model(**labelled(texts()[0]))
     loss.save(tmp_path)
     again = deftcore.ThresholdLoss(adapted(), density=0.3, scaled=True)

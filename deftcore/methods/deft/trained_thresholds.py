@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -131,6 +132,18 @@ class ThresholdLoss(DensityLoss):
         found = sample.kthvalue(rank).values.to(self.levels.device)
         before = self.levels[index]
         self.levels[index] = torch.where(before.isnan(), found, _MOMENTUM * before + (1 - _MOMENTUM) * found)
+
+    def loss(self, *, tokens: Mapping[str, float] | None = None, parts: int = 1) -> Tensor:
+        """As of `DensityLoss`.
+
+        Raises:
+            RuntimeError: also where no forward has run through the activations, as where another module computes an
+                MLP as a whole.
+        """
+        if bool(self.levels.isnan().any()):
+            missing = [b.name for b, level in zip(self._blocks, self.levels.tolist(), strict=True) if math.isnan(level)]
+            raise RuntimeError(f"ThresholdLoss.loss: no forward has shown the values of {', '.join(missing[:5])}")
+        return super().loss(tokens=tokens, parts=parts)
 
     def end(self, scale: float = 1.0) -> None:
         """The mean over processes of the levels, and what the gates have to share."""

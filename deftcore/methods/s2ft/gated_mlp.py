@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from deftcore.methods.s2ft.layer import S2ftLayer
+from deftcore.models.activations import Swapped
 from deftcore.nn.activations import activation_of
 from deftcore.nn.linear import called_plainly
 from deftcore.nn.observed import ObservedActivation
@@ -27,7 +28,7 @@ class FusedGatedMlp(nn.Module):
         """
         down: Any = self.down_proj
         act: Any = self.act_fn
-        direct = called_plainly(down) and called_plainly(act) and not isinstance(act, ObservedActivation)
+        direct = called_plainly(down) and called_plainly(act) and not isinstance(act, (ObservedActivation, Swapped))
         if not direct or (down.split if isinstance(down, S2ftLayer) else down.weight.requires_grad):
             return self.unfused_class.forward(self, x)
         kind = activation_of(act)
