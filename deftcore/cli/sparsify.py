@@ -9,8 +9,10 @@ from deftcore.cli import shared
 
 @shared.command(example="deftcore sparsify meta-llama/Llama-3.2-1B --data texts.jsonl --density 0.5 -o sparse")
 @shared.model_argument
-@click.option("--data", required=True, help="A .jsonl, .csv or .txt file, on which thresholds are chosen.")
-@click.option("-o", "--output", required=True, help="A new folder.")
+@click.option(
+    "--data", required=True, show_default="none", help="A .jsonl, .csv or .txt file, on which thresholds are chosen."
+)
+@click.option("-o", "--output", required=True, show_default="none", help="A new folder.")
 @click.option("--density", default=0.5, help="Share of each block's neurons to keep.")
 @click.option(
     "--criterion", default="product", type=click.Choice(["product", "gate"]),
