@@ -43,7 +43,9 @@ def test_sides_run_and_the_page_tells(evidence, data, tmp_path, monkeypatch):
         assert entry["tokens"] == 2 * 4 * 7
         assert (entry["zeros"] > 0.2) == side.name.startswith("ReLU")
         for point in entry["points"]:
-            assert point["density"] == pytest.approx(point["target"], abs=0.2)
+            assert point["density"] <= point["target"] + 0.2
+            if not side.name.startswith("ReLU"):  # whose gates may have more zeros than asked for
+                assert point["density"] >= point["target"] - 0.2
     monkeypatch.setattr(page, "SETS", {"texts": data.spec})
     text = page.section(tmp_path)
     assert all(f"| {side.name} | 1 | " in text for side in thresholds.SIDES)
