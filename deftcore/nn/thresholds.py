@@ -46,7 +46,7 @@ class _KeepAbove(torch.autograd.Function):
         return values.masked_fill(cut, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (cut,) = ctx.saved_tensors
         return grad if cut is None else grad.masked_fill(cut, 0.0), None, None
 
