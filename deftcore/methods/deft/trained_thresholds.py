@@ -73,7 +73,8 @@ class ThresholdLoss(DensityLoss):
         blocks = find_mlp_blocks(model)
         self._scales = [channel_scales(block) if scaled else None for block in blocks]
         self._units = [_Unit(activation_of(block.activation.get())) for block in blocks]
-        self._observed = tuple(self._units)  # type: ignore[assignment]
+        units: Any = self._units  # they have of an observed activation what the base class asks for
+        self._observed = tuple(units)
         self.levels: Tensor
         self.register_buffer("levels", torch.full((len(blocks),), math.nan, device=next(model.parameters()).device))
         for index, block in enumerate(blocks):
