@@ -145,8 +145,8 @@ def _adapted(base: Any, method: str, settings: Settings, seed: int) -> Any:
 def _steps(base: Any, examples: list[Example], settings: Settings, seed: int) -> int:
     batch = TextTask().collate(examples[: settings.batch_size])
     return steps_within(
-        _adapted(deepcopy(base), "lora", settings, seed), batch, settings.tune_seconds, least=settings.least_steps, most=100,
-        mixed_precision=precision(),
+        _adapted(deepcopy(base), "lora", settings, seed), batch, settings.tune_seconds, least=settings.least_steps,
+        most=100, mixed_precision=precision(),
     )  # fmt: skip
 
 
