@@ -53,6 +53,7 @@ constexpr float kSmallExponent = 125.0f;
 #if defined(__AVX2__) && !defined(__AVX512F__)
 // Rounded to eighths, whose powers are looked up: a polynomial of degree 3 does for what is left (relative error below
 // 3e-8). The table's entries lack their own index's share of the exponent, so that one shift and one addition do.
+constexpr float kRoundsToEighths = 1572864.0f;  // 1.5 * 2^20
 struct SmallDecay {
   __m256i table;
   SmallDecay() {
@@ -61,12 +62,15 @@ struct SmallDecay {
     table = _mm256_sub_epi32(_mm256_castps_si256(_mm256_loadu_ps(powers)),
                              _mm256_slli_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), 20));
   }
-  Vec operator()(Vec s, Vec a) const {
-    const Vec large(1572864.0f), moved = fma(s, a, large);  // 1.5 * 2^20
-    const Vec left = _mm256_fmsub_ps(s.v, a.v, (moved - large).v);
+  // 2^(n / 8 + left), where `moved` is n / 8 on top of kRoundsToEighths.
+  Vec power(Vec moved, Vec left) const {
     const __m256i eighths = _mm256_castps_si256(moved.v);
-    const __m256i power = _mm256_add_epi32(_mm256_permutevar8x32_epi32(table, eighths), _mm256_slli_epi32(eighths, 20));
-    return Vec(_mm256_castsi256_ps(power)) * horner(left, 1.0f, 0.693147242f, 0.240257636f, 0.0554962195f);
+    const __m256i whole = _mm256_add_epi32(_mm256_permutevar8x32_epi32(table, eighths), _mm256_slli_epi32(eighths, 20));
+    return Vec(_mm256_castsi256_ps(whole)) * horner(left, 1.0f, 0.693147242f, 0.240257636f, 0.0554962195f);
+  }
+  Vec operator()(Vec s, Vec a) const {
+    const Vec large(kRoundsToEighths), moved = fma(s, a, large);
+    return power(moved, fma(s, a, large - moved));
   }
 };
 #elif defined(DEFTCORE_NEON)

@@ -1,6 +1,7 @@
-// Reading and writing [batch, time, channel] tensors of any layout as tiles [time, kWidth]: one vector of channels per
-// step. Rows of a channels-last tensor are far apart, which defeats the hardware's prefetching: each row read also asks
-// for the line that the next block of channels will want, or a kernel that computes for long asks for some at a time.
+// Reading and writing [batch, time, channel] tensors of any layout as tiles [kVectors, kScanChunk, kWidth]: vectors of
+// channels, one per step. Rows of a channels-last tensor are far apart, which defeats the hardware's prefetching: each
+// row read also asks for the line that the next block of channels will want, or a kernel that computes for long asks
+// for one now and then.
 #pragma once
 
 #include <algorithm>
@@ -16,88 +17,141 @@ constexpr size_t kAhead = 64;  // bytes
 
 inline int64_t chunk_count(int64_t length) { return (length + kScanChunk - 1) / kScanChunk; }
 
-// Channels first .. first + count, at most kWidth.
+// Channels first .. first + count, at most those of a tile.
 struct Lanes {
   int64_t first, count;
 };
 
+// Those of a tile's vector v; none where count <= 0.
+inline Lanes vector_of(Lanes lanes, int64_t v) {
+  return {lanes.first + v * kWidth, std::min<int64_t>(lanes.count - v * kWidth, kWidth)};
+}
+
+// None where count <= 0.
 template <class T>
 inline Vec load_some(const T* p, int64_t count) {
-  return count == kWidth ? load(p) : load_tail(p, count);
+  return count == kWidth ? load(p) : load_tail(p, std::max<int64_t>(count, 0));
 }
 template <class T>
 inline void store_some(T* p, Vec v, int64_t count) {
   if (count == kWidth) return store(p, v);
-  store_tail(p, v, count);
+  store_tail(p, v, std::max<int64_t>(count, 0));
 }
 inline void add_to(float* p, Vec v, int64_t count) { store_some(p, load_some(p, count) + v, count); }
 
 // Whether a channel's steps stand side by side, and are enough to be turned in registers.
 inline bool turns(const ScanTensor& x, int64_t steps) { return kWidth > 1 && x.time == 1 && steps >= kWidth; }
 
-// Asks for what the next block of channels will want of some steps: a core waits for ten to twenty lines at once, so
-// that requests spread over the work on a block cost nothing, and a burst of them stops it.
-template <class T>
-void ask_ahead(const ScanTensor& x, int64_t batch, int64_t start, int64_t steps, Lanes lanes) {
-  if (x.channel != 1 || x.data == nullptr) return;
-  const T* row = static_cast<const T*>(x.data) + batch * x.batch + start * x.time + lanes.first;
-  for (int64_t t = 0; t < steps; ++t) __builtin_prefetch(row + t * x.time + kAhead / sizeof(T));
-}
+// What the next block of channels will want, a line at a time: a core waits for ten to twenty lines at once, so that
+// requests spread over the work on a block cost nothing, and a burst of them stops it.
+class Asks {
+ public:
+  Asks(const void* const* lines, int64_t at, int64_t pace) : lines_(lines), at_(at), pace_(pace) {}
+  void one() {
+    __builtin_prefetch(lines_[at_ >> 16]);
+    at_ += pace_;
+  }
 
-// steps x kWidth values of a tensor as floats, lanes past the block zero.
-template <class T, bool kAsk = true>
+ private:
+  const void* const* lines_;
+  int64_t at_, pace_;  // in lines / 2^16
+};
+template <int kTensors>
+class Ahead {
+ public:
+  // Some steps of a tensor, of which a block has `row` channels.
+  template <class T>
+  void add(const ScanTensor& x, int64_t batch, int64_t start, int64_t steps, int64_t first, int64_t row) {
+    if (x.channel != 1 || x.data == nullptr) return;
+    const T* from = static_cast<const T*>(x.data) + batch * x.batch + start * x.time + first;
+    if (reinterpret_cast<uintptr_t>(from) % kAhead >= row * sizeof(T)) return;  // the block before asked for it
+    for (int64_t t = 0; t < steps; ++t) lines_[count_++] = from + t * x.time + kAhead / sizeof(T) + row - 1;
+  }
+  void spread_over(int64_t calls) { pace_ = (count_ << 16) / std::max<int64_t>(calls, 1); }
+  // The next some calls of those; each asks for one line, and may ask for the one before again.
+  Asks next(int64_t calls) {
+    constexpr int64_t kOne = 1 << 16;
+    const Asks asks(lines_, at_, std::min(pace_, kOne));
+    for (int64_t i = at_ + calls * kOne; i < at_ + calls * pace_; i += kOne) __builtin_prefetch(lines_[i >> 16]);
+    at_ += calls * pace_;
+    return asks;
+  }
+
+ private:
+  const void* lines_[kTensors * kScanChunk + 1] = {};
+  int64_t count_ = 0, at_ = 0, pace_ = 0;
+};
+
+// A tensor's values at some steps as floats, lanes past the block zero.
+template <class T, bool kAsk = true, int kVectors = 1>
 void read_tile(const ScanTensor& x, int64_t batch, int64_t start, int64_t steps, Lanes lanes, float* tile) {
   const T* from = static_cast<const T*>(x.data) + batch * x.batch + start * x.time + lanes.first * x.channel;
   if (x.channel == 1) {
     for (int64_t t = 0; t < steps; ++t) {
       const T* row = from + t * x.time;
       if (kAsk) __builtin_prefetch(row + kAhead / sizeof(T));
-      store(tile + t * kWidth, load_some(row, lanes.count));
-    }
-    return;
-  }
-  if (turns(x, steps)) {
-    for (int64_t t = 0; t < steps; t += kWidth) {
-      const int64_t at = std::min(t, steps - kWidth);  // the last piece again over some that were done
-      Vec rows[kWidth];
-      for (int j = 0; j < kWidth; ++j) rows[j] = j < lanes.count ? load(from + j * x.channel + at) : Vec(0.0f);
-      transpose(rows);
-      for (int i = 0; i < kWidth; ++i) store(tile + (at + i) * kWidth, rows[i]);
-    }
-    return;
-  }
-  if (lanes.count < kWidth) std::fill(tile, tile + steps * kWidth, 0.0f);
-  for (int64_t j = 0; j < lanes.count; ++j) {
-    for (int64_t t = 0; t < steps; ++t) tile[t * kWidth + j] = to_float(from[j * x.channel + t * x.time]);
-  }
-}
-
-template <class T, bool kAsk = true>
-void write_tile(const ScanTensor& x, int64_t batch, int64_t start, int64_t steps, Lanes lanes, const float* tile) {
-  T* to = static_cast<T*>(x.data) + batch * x.batch + start * x.time + lanes.first * x.channel;
-  if (x.channel == 1) {
-    for (int64_t t = 0; t < steps; ++t) {
-      if (kAsk) __builtin_prefetch(to + t * x.time + kAhead / sizeof(T), 1);
-      store_some(to + t * x.time, load(tile + t * kWidth), lanes.count);
-    }
-    return;
-  }
-  if (turns(x, steps)) {
-    for (int64_t t = 0; t < steps; t += kWidth) {
-      const int64_t at = std::min(t, steps - kWidth);
-      Vec rows[kWidth];
-      for (int i = 0; i < kWidth; ++i) rows[i] = load(tile + (at + i) * kWidth);
-      transpose(rows);
-      for (int j = 0; j < kWidth; ++j) {
-        if (j < lanes.count) store(to + j * x.channel + at, rows[j]);
+      for (int v = 0; v < kVectors; ++v) {
+        store(tile + v * kTileFloats + t * kWidth, load_some(row + v * kWidth, vector_of(lanes, v).count));
       }
     }
     return;
   }
-  T row[kTileFloats];
-  for (int64_t t = 0; t < steps; ++t) store(row + t * kWidth, load(tile + t * kWidth));
-  for (int64_t j = 0; j < lanes.count; ++j) {
-    for (int64_t t = 0; t < steps; ++t) to[j * x.channel + t * x.time] = row[t * kWidth + j];
+  if (turns(x, steps)) {
+    for (int v = 0; v < kVectors; ++v, from += kWidth * x.channel, tile += kTileFloats) {
+      const int64_t count = vector_of(lanes, v).count;
+      for (int64_t t = 0; t < steps; t += kWidth) {
+        const int64_t at = std::min(t, steps - kWidth);  // the last piece again over some that were done
+        Vec rows[kWidth];
+        for (int j = 0; j < kWidth; ++j) rows[j] = j < count ? load(from + j * x.channel + at) : Vec(0.0f);
+        transpose(rows);
+        for (int i = 0; i < kWidth; ++i) store(tile + (at + i) * kWidth, rows[i]);
+      }
+    }
+    return;
+  }
+  for (int v = 0; v < kVectors; ++v, from += kWidth * x.channel, tile += kTileFloats) {
+    const int64_t count = vector_of(lanes, v).count;
+    if (count < kWidth) std::fill(tile, tile + steps * kWidth, 0.0f);
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t t = 0; t < steps; ++t) tile[t * kWidth + j] = to_float(from[j * x.channel + t * x.time]);
+    }
+  }
+}
+
+template <class T, bool kAsk = true, int kVectors = 1>
+void write_tile(const ScanTensor& x, int64_t batch, int64_t start, int64_t steps, Lanes lanes, const float* tile) {
+  T* to = static_cast<T*>(x.data) + batch * x.batch + start * x.time + lanes.first * x.channel;
+  if (x.channel == 1) {
+    for (int64_t t = 0; t < steps; ++t) {
+      T* row = to + t * x.time;
+      if (kAsk) __builtin_prefetch(row + kAhead / sizeof(T), 1);
+      for (int v = 0; v < kVectors; ++v) {
+        store_some(row + v * kWidth, load(tile + v * kTileFloats + t * kWidth), vector_of(lanes, v).count);
+      }
+    }
+    return;
+  }
+  if (turns(x, steps)) {
+    for (int v = 0; v < kVectors; ++v, to += kWidth * x.channel, tile += kTileFloats) {
+      const int64_t count = vector_of(lanes, v).count;
+      for (int64_t t = 0; t < steps; t += kWidth) {
+        const int64_t at = std::min(t, steps - kWidth);
+        Vec rows[kWidth];
+        for (int i = 0; i < kWidth; ++i) rows[i] = load(tile + (at + i) * kWidth);
+        transpose(rows);
+        for (int j = 0; j < kWidth; ++j) {
+          if (j < count) store(to + j * x.channel + at, rows[j]);
+        }
+      }
+    }
+    return;
+  }
+  for (int v = 0; v < kVectors; ++v, to += kWidth * x.channel, tile += kTileFloats) {
+    T row[kTileFloats];
+    for (int64_t i = 0; i < steps * kWidth; i += kWidth) store(row + i, load(tile + i));
+    for (int64_t j = 0; j < vector_of(lanes, v).count; ++j) {
+      for (int64_t t = 0; t < steps; ++t) to[j * x.channel + t * x.time] = row[t * kWidth + j];
+    }
   }
 }
 

@@ -37,69 +37,151 @@ Scratch scratch_of(const SelectiveScanArgs& args, void* workspace, int part) {
   return lay_out(args, room);
 }
 
-constexpr int kPair = 2;  // states that go through a chunk side by side: what they share is read and written once
+constexpr int kPair = 2;                             // states that go through a chunk side by side, and
+constexpr int kAbreast = kVectors % 2 == 0 ? 2 : 1;  // vectors: what they share is read and written once
 
-// A block's tiles over a chunk that its states share, a vector a step.
-struct Shared {
-  const float *step, *su, *dy;
-  Vec *y, *into_u, *into_step;  // sums over the states: c h, g b, and a g a_t h_{t-1}
+// A block's tiles over a chunk, vector by vector.
+struct Tiles {
+  alignas(64) float u[kBlockFloats];      // then its gradient; so for the next two
+  alignas(64) float slope[kBlockFloats];  // delta, then the slope of the step in it
+  alignas(64) float z[kBlockFloats];      // then the slope of the gate, times the gradient of out
+  alignas(64) float out[kBlockFloats];    // the gradient of out, then the gate, then out
+  alignas(64) float step[kBlockFloats];
+  alignas(64) float su[kBlockFloats];
+  alignas(64) float dy[kBlockFloats];
+  alignas(64) float y[kBlockFloats];  // sums over the states: c h; of the next two g b and a g a_t h_{t-1}
+  alignas(64) float into_u[kBlockFloats];
+  alignas(64) float into_step[kBlockFloats];
 };
 
-// kCount states from n on over a chunk, forward and back; `carry` is a_{t+1} g_{t+1} on entry and a_start g_start on
-// return.
-template <int kCount, bool kFixedB, bool kFixedC, class Decay>
-void backward_states(const Decay& decay, const SelectiveScanBackwardArgs& back, const Block& block, int64_t n,
-                     int64_t steps, const Coefficients<kFixedB>& b, const Coefficients<kFixedC>& c, const float* saved,
-                     float* carry, const Shared& tiles, Sums* sums) {
-  const int64_t width = back.forward.channels;
-  Vec h[kScanChunk + 1][kCount], decays[kScanChunk][kCount], a[kCount], state[kCount];
-  for (int i = 0; i < kCount; ++i) {
-    a[i] = load_some(back.forward.a + (n + i) * width + block.first, block.count);
-    h[0][i] = state[i] = load_some(saved + (n + i) * width, block.count);
+// kCount states from n on, of kWide vectors from v on, over a chunk, forward and back; `carry` is a_{t+1} g_{t+1} on
+// entry and a_start g_start on return.
+template <int kCount, int kWide, bool kFixedB, bool kFixedC, class Decay>
+void backward_states(const Decay& decay, const SelectiveScanBackwardArgs& back, Lanes block, int64_t v, int64_t n,
+                     int64_t steps, const Scratch& own, const float* saved, float* carry, Tiles& tiles, Asks asks) {
+  const SelectiveScanArgs& args = back.forward;
+  constexpr int kAll = kCount * kWide;
+  Vec h[kScanChunk + 1][kAll], decays[kScanChunk][kAll], a[kAll], state[kAll];
+  Lanes lanes[kWide];
+  int64_t places[kAll];
+  for (int w = 0; w < kWide; ++w) lanes[w] = vector_of(block, v + w);
+  const auto b = [&](int64_t t, int i) {
+    if constexpr (kFixedB) return load_some(args.b + places[i], lanes[i % kWide].count);
+    return Vec(own.b[(n + i / kWide) * kScanChunk + t]);
+  };
+  const auto c = [&](int64_t t, int i) {
+    if constexpr (kFixedC) return load_some(args.c + places[i], lanes[i % kWide].count);
+    return Vec(own.c[(n + i / kWide) * kScanChunk + t]);
+  };
+  for (int i = 0; i < kAll; ++i) {
+    const Lanes& some = lanes[i % kWide];
+    places[i] = (n + i / kWide) * args.channels + some.first;
+    a[i] = load_some(args.a + places[i], some.count);
+    h[0][i] = state[i] = load_some(saved + places[i], some.count);
   }
   for (int64_t t = 0; t < steps; ++t) {
-    const Vec s = load(tiles.step + t * kWidth), su = load(tiles.su + t * kWidth);
-    Vec y = tiles.y[t];
+    const int64_t at = v * kTileFloats + t * kWidth;
 #pragma GCC unroll 4
-    for (int i = 0; i < kCount; ++i) {
-      const Vec kept = decay(s, a[i] * Vec(kLog2E));
-      decays[t][i] = kept;
-      h[t + 1][i] = state[i] = fma(kept, state[i], su * b.at(t, n + i));
-      y = fma(c.at(t, n + i), state[i], y);
+    for (int w = 0; w < kWide; ++w) {
+      const Vec s = load(tiles.step + at + w * kTileFloats), su = load(tiles.su + at + w * kTileFloats);
+      Vec y = load(tiles.y + at + w * kTileFloats);
+#pragma GCC unroll 4
+      for (int i = w; i < kAll; i += kWide) {
+        const Vec kept = decay(s, a[i] * Vec(kLog2E));
+        decays[t][i] = kept;
+        h[t + 1][i] = state[i] = fma(kept, state[i], su * b(t, i));
+        y = fma(c(t, i), state[i], y);
+      }
+      store(tiles.y + at + w * kTileFloats, y);
     }
-    tiles.y[t] = y;
   }
-  Vec g[kCount], sum_a[kCount], sum_b[kCount], sum_c[kCount];
-  for (int i = 0; i < kCount; ++i) {
-    g[i] = load_some(carry + (n + i) * width + block.first, block.count);
+  Vec g[kAll], sum_a[kAll], sum_b[kAll], sum_c[kAll];
+  for (int i = 0; i < kAll; ++i) {
+    g[i] = load_some(carry + places[i], lanes[i % kWide].count);
     sum_a[i] = sum_b[i] = sum_c[i] = Vec(0.0f);
   }
   for (int64_t t = steps - 1; t >= 0; --t) {
-    const Vec s = load(tiles.step + t * kWidth), su = load(tiles.su + t * kWidth), dy = load(tiles.dy + t * kWidth);
-    Vec into_u = tiles.into_u[t], into_step = tiles.into_step[t];
+    asks.one();
+    const int64_t at = v * kTileFloats + t * kWidth;
 #pragma GCC unroll 4
-    for (int i = 0; i < kCount; ++i) {
-      Sums& both = sums[i * kScanChunk + t];
-      g[i] = fma(c.at(t, n + i), dy, g[i]);
-      into_u = fma(g[i], b.at(t, n + i), into_u);
-      Vec &to_b = kFixedB ? sum_b[i] : both.b, &to_c = kFixedC ? sum_c[i] : both.c;
-      to_b = fma(g[i], su, to_b);
-      to_c = fma(dy, h[t + 1][i], to_c);
-      g[i] = decays[t][i] * g[i];
-      const Vec decayed = g[i] * h[t][i];
-      into_step = fma(a[i], decayed, into_step);
-      sum_a[i] = fma(s, decayed, sum_a[i]);
+    for (int w = 0; w < kWide; ++w) {
+      const Vec s = load(tiles.step + at + w * kTileFloats), su = load(tiles.su + at + w * kTileFloats);
+      const Vec dy = load(tiles.dy + at + w * kTileFloats);
+      Vec into_u = load(tiles.into_u + at + w * kTileFloats), into_step = load(tiles.into_step + at + w * kTileFloats);
+#pragma GCC unroll 4
+      for (int i = w; i < kAll; i += kWide) {
+        Sums& both = own.sums[(n + i / kWide) * kScanChunk + t];
+        g[i] = fma(c(t, i), dy, g[i]);
+        into_u = fma(g[i], b(t, i), into_u);
+        Vec &to_b = kFixedB ? sum_b[i] : both.b, &to_c = kFixedC ? sum_c[i] : both.c;
+        to_b = fma(g[i], su, to_b);
+        to_c = fma(dy, h[t + 1][i], to_c);
+        g[i] = decays[t][i] * g[i];
+        const Vec decayed = g[i] * h[t][i];
+        into_step = fma(a[i], decayed, into_step);
+        sum_a[i] = fma(s, decayed, sum_a[i]);
+      }
+      store(tiles.into_u + at + w * kTileFloats, into_u);
+      store(tiles.into_step + at + w * kTileFloats, into_step);
     }
-    tiles.into_u[t] = into_u;
-    tiles.into_step[t] = into_step;
   }
-  for (int i = 0; i < kCount; ++i) {
-    const int64_t place = (n + i) * width + block.first;
-    store_some(carry + place, g[i], block.count);
-    if (back.grad_a != nullptr) add_to(back.grad_a + place, sum_a[i], block.count);
-    if (kFixedB && back.grad_b != nullptr) add_to(back.grad_b + place, sum_b[i], block.count);
-    if (kFixedC && back.grad_c != nullptr) add_to(back.grad_c + place, sum_c[i], block.count);
+  for (int i = 0; i < kAll; ++i) {
+    const int64_t count = lanes[i % kWide].count;
+    store_some(carry + places[i], g[i], count);
+    if (back.grad_a != nullptr) add_to(back.grad_a + places[i], sum_a[i], count);
+    if (kFixedB && back.grad_b != nullptr) add_to(back.grad_b + places[i], sum_b[i], count);
+    if (kFixedC && back.grad_c != nullptr) add_to(back.grad_c + places[i], sum_c[i], count);
   }
+}
+
+// What comes before the states of one vector, whose tiles begin at `offset`. Returns the largest exponent of its
+// decays.
+Vec begin_vector(const SelectiveScanBackwardArgs& back, int64_t steps, Lanes lanes, Tiles& tiles, int64_t offset) {
+  const SelectiveScanArgs& args = back.forward;
+  const Vec zero(0.0f), d = args.d == nullptr ? zero : load_some(args.d + lanes.first, lanes.count);
+  const Vec longest = to_steps(args, lanes, steps, tiles.slope + offset, tiles.step + offset, tiles.slope + offset);
+  Vec sum_d = zero, fastest = zero;
+  for (int64_t i = offset; i < offset + steps * kWidth; i += kWidth) {
+    const Vec u = load(tiles.u + i), dout = load(tiles.out + i);
+    Vec through = dout;
+    if (args.z.data != nullptr) {
+      const auto gate = silu_grad(load(tiles.z + i));
+      through = dout * gate.value;
+      store(tiles.z + i, dout * gate.grad);
+      store(tiles.out + i, gate.value);
+    }
+    store(tiles.dy + i, through);
+    store(tiles.su + i, load(tiles.step + i) * u);
+    sum_d = fma(through, u, sum_d);
+    store(tiles.y + i, d * u);
+    store(tiles.into_u + i, zero);
+    store(tiles.into_step + i, zero);
+  }
+  if (back.grad_d != nullptr) add_to(back.grad_d + lanes.first, sum_d, lanes.count);
+  for (int64_t n = 0; n < args.states; ++n) {
+    fastest = at_least(abs(load_some(args.a + n * args.channels + lanes.first, lanes.count)), fastest);
+  }
+  return longest * fastest * Vec(kLog2E);
+}
+
+// What comes after them: the gradients, in place.
+void end_vector(const SelectiveScanBackwardArgs& back, int64_t steps, Lanes lanes, Tiles& tiles, int64_t offset) {
+  const SelectiveScanArgs& args = back.forward;
+  const Vec d = args.d == nullptr ? Vec(0.0f) : load_some(args.d + lanes.first, lanes.count);
+  Vec sum_bias(0.0f);
+  for (int64_t i = offset; i < offset + steps * kWidth; i += kWidth) {
+    if (args.z.data != nullptr) {
+      const Vec y = load(tiles.y + i);
+      store(tiles.z + i, load(tiles.z + i) * y);
+      store(tiles.out + i, load(tiles.out + i) * y);
+    }
+    const Vec into_u = load(tiles.into_u + i), into = fma(load(tiles.u + i), into_u, load(tiles.into_step + i));
+    const Vec into_delta = args.softplus ? into * load(tiles.slope + i) : into;
+    store(tiles.u + i, fma(load(tiles.step + i), into_u, d * load(tiles.dy + i)));
+    store(tiles.slope + i, into_delta);
+    sum_bias = sum_bias + into_delta;
+  }
+  if (back.grad_delta_bias != nullptr) add_to(back.grad_delta_bias + lanes.first, sum_bias, lanes.count);
 }
 
 // One block over one chunk; `carry` [states, channels] as above.
@@ -107,79 +189,47 @@ template <bool kFixedB, bool kFixedC, class T>
 void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_t chunk, const Block& block,
                     float* carry, const Scratch& own) {
   const SelectiveScanArgs& args = back.forward;
-  const int64_t states = args.states, start = chunk * kScanChunk, steps = std::min(args.length - start, kScanChunk);
-  alignas(64) float u[kTileFloats], step[kTileFloats], raw[kTileFloats], z[kTileFloats], grad[kTileFloats];
-  alignas(64) float su[kTileFloats], dy[kTileFloats];
-  read_tile<T, false>(args.u, batch, start, steps, block, u);
-  read_tile<T, false>(args.delta, batch, start, steps, block, raw);
-  read_tile<T, false>(args.out, batch, start, steps, block, grad);
-  if (args.z.data != nullptr) read_tile<T, false>(args.z, batch, start, steps, block, z);
-  std::copy(raw, raw + steps * kWidth, step);
-  const Vec longest = to_steps(args, block, steps, step);
-  Coefficients<kFixedB> b(args, args.b, batch, start, block);
-  Coefficients<kFixedC> c(args, args.c, batch, start, block);
-  if constexpr (!kFixedB) b.read_from(own.b);
-  if constexpr (!kFixedC) c.read_from(own.c);
-  const Vec zero(0.0f);
-  const Vec d = args.d == nullptr ? zero : load_some(args.d + block.first, block.count);
-  const float* saved = args.chunks + (batch * chunk_count(args.length) + chunk) * states * args.channels + block.first;
-  Vec sum_d = zero, sum_bias = zero, fastest = zero;
-  Vec y[kScanChunk], into_u[kScanChunk], into_step[kScanChunk], gate_grad[kScanChunk];
-  for (int64_t t = 0; t < steps; ++t) {
-    const Vec ut = load(u + t * kWidth), dout = load(grad + t * kWidth);
-    Vec through = dout;
-    if (args.z.data != nullptr) {
-      const auto gate = math::activate_grad<Activation::kSilu>(load(z + t * kWidth));
-      through = dout * gate.value;
-      gate_grad[t] = dout * gate.grad;
-      store(grad + t * kWidth, gate.value);
-    }
-    store(dy + t * kWidth, through);
-    store(su + t * kWidth, load(step + t * kWidth) * ut);
-    sum_d = fma(through, ut, sum_d);
-    y[t] = d * ut;
-    into_u[t] = zero;
-    into_step[t] = zero;
+  const int64_t start = chunk * kScanChunk, steps = std::min(args.length - start, kScanChunk), states = args.states;
+  const int64_t vectors = block.vectors();
+  const bool gated = args.z.data != nullptr;
+  Tiles tiles;
+  read_tile<T, false, kVectors>(args.u, batch, start, steps, block, tiles.u);
+  read_tile<T, false, kVectors>(args.delta, batch, start, steps, block, tiles.slope);
+  read_tile<T, false, kVectors>(args.out, batch, start, steps, block, tiles.out);
+  if (gated) read_tile<T, false, kVectors>(args.z, batch, start, steps, block, tiles.z);
+  Ahead<8> ahead;
+  for (const ScanTensor* x :
+       {&args.u, &args.delta, &args.out, &args.z, &back.grad_u, &back.grad_delta, &back.grad_z, &back.out_again}) {
+    ahead.add<T>(*x, batch, start, steps, block.first, kRow);
   }
-  for (int64_t n = 0; n < states; ++n) {
-    fastest = at_least(abs(load_some(args.a + n * args.channels + block.first, block.count)), fastest);
+  const int64_t groups = vectors / kAbreast + vectors % kAbreast;
+  ahead.spread_over(steps * groups * (states / kPair + states % kPair));
+  Vec largest(0.0f);
+  for (int64_t v = 0; v < vectors; ++v) {
+    largest = at_least(begin_vector(back, steps, vector_of(block, v), tiles, v * kTileFloats), largest);
   }
-  const Shared tiles{step, su, dy, y, into_u, into_step};
-  with_decay(longest * fastest * Vec(kLog2E), [&](const auto& decay) {
-    const auto run = [&](auto count, int64_t n) {
-      const Range ask = share(steps, states, n), more = share(steps, states, n + count() - 1);
-      for (const ScanTensor* x :
-           {&args.u, &args.delta, &args.out, &args.z, &back.grad_u, &back.grad_delta, &back.grad_z, &back.out_again}) {
-        ask_ahead<T>(*x, batch, start + ask.begin, more.end - ask.begin, block);
-      }
-      backward_states<count()>(decay, back, block, n, steps, b, c, saved, carry, tiles, own.sums + n * kScanChunk);
+  const float* saved = args.chunks + (batch * chunk_count(args.length) + chunk) * states * args.channels;
+  with_decay(largest, [&](const auto& decay) {
+    const auto run = [&](auto count, auto wide, int64_t n, int64_t v) {
+      backward_states<count(), wide(), kFixedB, kFixedC>(decay, back, block, v, n, steps, own, saved, carry, tiles,
+                                                         ahead.next(steps));
     };
-    int64_t n = 0;
-    for (; n + kPair <= states; n += kPair) run(std::integral_constant<int, kPair>{}, n);
-    for (; n < states; ++n) run(std::integral_constant<int, 1>{}, n);
+    const auto run_all = [&](auto wide, int64_t v) {
+      int64_t n = 0;
+      for (; n + kPair <= states; n += kPair) run(std::integral_constant<int, kPair>{}, wide, n, v);
+      for (; n < states; ++n) run(std::integral_constant<int, 1>{}, wide, n, v);
+    };
+    int64_t v = 0;
+    for (; v + kAbreast <= vectors; v += kAbreast) run_all(std::integral_constant<int, kAbreast>{}, v);
+    for (; v < vectors; ++v) run_all(std::integral_constant<int, 1>{}, v);
   });
-  if (args.z.data != nullptr) {
-    for (int64_t t = 0; t < steps; ++t) {
-      store(z + t * kWidth, gate_grad[t] * y[t]);
-      store(grad + t * kWidth, load(grad + t * kWidth) * y[t]);
-    }
+  for (int64_t v = 0; v < vectors; ++v) end_vector(back, steps, vector_of(block, v), tiles, v * kTileFloats);
+  write_tile<T, false, kVectors>(back.grad_u, batch, start, steps, block, tiles.u);
+  write_tile<T, false, kVectors>(back.grad_delta, batch, start, steps, block, tiles.slope);
+  if (gated) write_tile<T, false, kVectors>(back.grad_z, batch, start, steps, block, tiles.z);
+  if (back.out_again.data != nullptr) {
+    write_tile<T, false, kVectors>(back.out_again, batch, start, steps, block, tiles.out);
   }
-  const Vec bias = args.delta_bias == nullptr ? zero : load_some(args.delta_bias + block.first, block.count);
-  for (int64_t t = 0; t < steps; ++t) {
-    const Vec v = load(raw + t * kWidth) + bias;
-    const Vec slope = where(v > Vec(math::kSoftplusLinear), Vec(1.0f), math::sigmoid(v));
-    const Vec into = fma(load(u + t * kWidth), into_u[t], into_step[t]);
-    const Vec into_delta = args.softplus ? into * slope : into;
-    store(u + t * kWidth, fma(load(step + t * kWidth), into_u[t], d * load(dy + t * kWidth)));
-    store(step + t * kWidth, into_delta);
-    sum_bias = sum_bias + into_delta;
-  }
-  write_tile<T, false>(back.grad_u, batch, start, steps, block, u);
-  write_tile<T, false>(back.grad_delta, batch, start, steps, block, step);
-  if (args.z.data != nullptr) write_tile<T, false>(back.grad_z, batch, start, steps, block, z);
-  if (back.out_again.data != nullptr) write_tile<T, false>(back.out_again, batch, start, steps, block, grad);
-  if (back.grad_d != nullptr) add_to(back.grad_d + block.first, sum_d, block.count);
-  if (back.grad_delta_bias != nullptr) add_to(back.grad_delta_bias + block.first, sum_bias, block.count);
 }
 
 // The sums over a group's channels, from lanes to the part's own, [steps, states].
@@ -190,15 +240,6 @@ void reduce_sums(const SelectiveScanArgs& args, int64_t start, int64_t steps, co
       own.part_b[(start + t) * args.states + n] = reduce_add(sums.b);
       own.part_c[(start + t) * args.states + n] = reduce_add(sums.c);
     }
-  }
-}
-
-// b or c of one group over a chunk, turned.
-void turn(const SelectiveScanArgs& args, const float* data, int64_t batch, int64_t group, int64_t start, int64_t steps,
-          float* turned) {
-  for (int64_t t = 0; t < steps; ++t) {
-    const float* row = data + ((batch * args.length + start + t) * args.groups + group) * args.states;
-    for (int64_t n = 0; n < args.states; ++n) turned[n * kScanChunk + t] = row[n];
   }
 }
 
