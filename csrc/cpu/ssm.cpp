@@ -1,8 +1,12 @@
 // Selective scan (Mamba): h_t = exp(step a) h_{t-1} + step b u, out = (c . h + d u) silu(z). Bound by arithmetic, one
 // exponential per state and step. Lanes are channels, so that no sum runs across lanes; a block's states stay in L1
-// while time runs, and in a register over a few steps. Channels are shared out to the parts; chunks
-// of kScanChunk steps pass through tiles, so that any memory layout of the tensors becomes [step, channel] at the cost
-// of one copy through L1.
+// while time runs, and in a register over a few steps. Channels are shared out to the parts; chunks of kScanChunk steps
+// pass through tiles, so that any memory layout of the tensors becomes [step, channel] at the cost of one copy through
+// L1.
+//
+// The least that it takes: per vector of a state's step nine operations of the two multiply-add pipes on AVX2 (three
+// for the recurrence, six for the decay, whose other four run beside them), hence 4.5 cycles; softplus and SiLU, some
+// 50 operations per step of all states, add about 1.5 at 16 states. What comes on top of that is waiting for memory.
 #include "ssm.h"
 
 namespace deftcore::cpu {
