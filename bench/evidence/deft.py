@@ -49,9 +49,9 @@ SEEDS = (0, 1, 2)
 LENGTH = 64  # tokens at most
 STEPS = {"mr_sentiment": 128, "banking77": 160, "qnli": 128}
 SETS = tuple(STEPS)
-TEST = 600  # held-out examples at most
+TEST = 300  # held-out examples at most
 TAUS = (10**-3.5, 1e-2)  # the specification's threshold of smooth activations, and a coarser one
-SWEEP = (0.01, 0.03, 0.1, 0.3, 1.0)  # weights of the density loss
+SWEEP = (1.0, 2.0, 4.0, 8.0, 16.0)  # weights of the density loss
 
 
 class GatedDensityLoss(DensityLoss):
@@ -92,7 +92,7 @@ class DeftSide(Side):
 
     alpha: float = 0.0
     beta: float = 20.0
-    ramp: float = 0.7
+    ramp: float = 0.3
     gamma: float = 0.0
 
     def make(self, model: Any, targets: tuple[str, ...], task_type: str) -> Ready:
@@ -121,11 +121,11 @@ class DeftSide(Side):
 _LINEAR = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "key", "value", "dense"]}
 # name, method, options, rate, weight of the density loss, colour
 _MADE: tuple[tuple[str, Any, dict[str, Any], float, float, str], ...] = (
-    ("LoRA", "lora", _LINEAR, 2e-3, 0.3, "#4c78a8"),
-    ("QLoRA", "qlora", _LINEAR, 2e-3, 0.3, "#72b7b2"),
-    ("bottleneck", "bottleneck", {"reduction_factor": 16}, 3e-3, 0.3, "#2e8b57"),
-    ("prompt", "prompt", {"num_virtual_tokens": 16}, 1e-2, 0.3, "#f2a541"),
-    ("prefix", PREFIX, {"num_virtual_tokens": 16}, 1e-2, 0.3, "#d6618f"),
+    ("LoRA", "lora", _LINEAR, 2e-3, 4.0, "#4c78a8"),
+    ("QLoRA", "qlora", _LINEAR, 2e-3, 4.0, "#72b7b2"),
+    ("bottleneck", "bottleneck", {"reduction_factor": 16}, 3e-3, 30.0, "#2e8b57"),
+    ("prompt", "prompt", {"num_virtual_tokens": 16}, 1e-2, 30.0, "#f2a541"),
+    ("prefix", PREFIX, {"num_virtual_tokens": 16}, 1e-2, 30.0, "#d6618f"),
 )
 METHODS = tuple(name for name, *_ in _MADE)
 FORMS = ("", " + DEFT", " + ADA-DEFT")
