@@ -58,5 +58,5 @@ def remark(model: Any) -> str:
     return (
         f"Its MLPs use {', '.join(smooth)}, which is hardly ever exactly 0: nearly every neuron counts as active, and "
         "there is little to skip. With --activation relu the same story runs on ReLU, which the model then has to "
-        "learn: its loss starts far higher, and the few steps here win back a part."
+        "learn: compare the losses."
     )
