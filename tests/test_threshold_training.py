@@ -118,6 +118,17 @@ def test_the_slope_is_where_the_level_is(each):
     )
 
 
+@pytest.mark.parametrize("level", [0.0, 0.5])
+def test_surrogate_has_a_slope_at_zeros_and_at_huge_values(level):
+    values = torch.tensor([[0.0, 1e-30, 1.0, -2.0, 1e25, -3e38]], requires_grad=True)
+    square = max(level**2, 1e-7)
+    total = surrogate_sum(values, torch.tensor(level), None)
+    total.backward()
+    v = values.detach().double()
+    assert float(total.detach()) == pytest.approx(float((v**2 / (v**2 + square)).sum()), rel=1e-6)
+    torch.testing.assert_close(values.grad.double(), 2 * square * v / (v**2 + square) ** 2, rtol=1e-5, atol=1e-18)
+
+
 def test_a_cut_value_can_come_back():
     """The straight gradient reaches what is cut, the masked one does not."""
     grads = {}

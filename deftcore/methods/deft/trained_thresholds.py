@@ -23,6 +23,7 @@ from deftcore.ops.density import DEFAULT_EPS
 
 _SAMPLE = 65536  # values of a block, at most, that a step's quantile is taken of
 _MOMENTUM = 0.9  # of a level from step to step
+_FLAT = 1e9  # levels above which s has no slope left
 
 
 @dataclass
@@ -212,8 +213,9 @@ def surrogate_sum(values: Tensor, level: Tensor, mask: Tensor | None) -> Tensor:
         values: [..., F]; level: a scalar or [F]; mask: [...] or None.
     """
     wide = values if values.dtype == torch.float64 else values.float()
-    square = level.to(wide.dtype).square().clamp(min=DEFAULT_EPS)
-    s = 1 / (1 + square / wide.square())  # 0 at 0, 1 where the square overflows
+    scale = level.to(wide.dtype).square().clamp(min=DEFAULT_EPS).rsqrt()
+    square = (wide * scale).clamp(-_FLAT, _FLAT).square()  # value and slope are finite at 0 and at any v
+    s = 1 - 1 / (1 + square)  # its slope has no difference in it
     if mask is not None:  # select, so that NaN and infinity at masked tokens change nothing
         s = torch.where((mask != 0).unsqueeze(-1), s, torch.zeros_like(s))
     return s.sum()
