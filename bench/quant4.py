@@ -134,6 +134,7 @@ def bench_sparse(device, quick):
                 {
                     "shape": f"{width}x{neurons}", "dtype": str(dtype)[6:], "tokens": tokens, "density": u,
                     "sparse_4bit_ms": ours * 1e3, "dense_4bit_ms": dense_4bit * 1e3,
+                    "gb_per_s": (1 + 2 * u) * downs[0].nbytes / ours / 1e9,
                     "torch_ms": times["torch"]["seconds"] * 1e3,
                     "over_dense_4bit": dense_4bit / ours, "ratio": times["torch"]["seconds"] / ours,
                     "over_torch_float32": times["torch_float32"]["seconds"] / ours,
@@ -212,9 +213,11 @@ def bench_quantise(device, quick):
             }
         times = alternate(sides, 3 if quick else 5, device, graph=False)  # quantising checks its scales on the host
         for name in ("quantise", "dequantise"):
-            row = {"op": name, "dtype": str(dtype)[6:], "weights": w.numel(), "ours_ms": times[name]["seconds"] * 1e3}
+            ours = times[name]["seconds"]
+            row = {"op": name, "dtype": str(dtype)[6:], "weights": w.numel(), "ours_ms": ours * 1e3,
+                   "gb_per_s": (w.nbytes + q.nbytes) / ours / 1e9}  # fmt: skip
             if bnb:
                 theirs = times[f"bnb_{name}"]["seconds"]
-                row |= {"bnb_ms": theirs * 1e3, "ratio": theirs / times[name]["seconds"]}
+                row |= {"bnb_ms": theirs * 1e3, "ratio": theirs / ours}
             rows.append(row)
     return rows

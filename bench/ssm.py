@@ -258,9 +258,12 @@ def bench_chunk_scan(device, quick):
                 )
             for what in ("forward", "both"):
                 seconds = timed(calls, what, (x, dt, b, c), grad, device)
+                # A state is moved on and read: two multiply-adds, and twice as many in the backward.
+                flops = (1 if what == "forward" else 3) * 4 * x.numel() * b.shape[-1]
                 rows.append(
                     {"what": what, "dtype": str(dtype)[6:], "length": length, "ours_ms": 1e3 * seconds["ours"],
-                     "ratio": seconds["transformers"] / seconds["ours"]}
+                     "ratio": seconds["transformers"] / seconds["ours"],
+                     "gflop_per_s": flops / seconds["ours"] / 1e9}
                     | {f"over_{name}": seconds[name] / seconds["ours"] for name in seconds if name == "mamba_ssm"}
                 )  # fmt: skip
     return rows
