@@ -530,7 +530,7 @@ def test_values_as_yaml_reads_them(tmp_path):
 
 def test_shipped_recipes_are_valid():
     """Each is of the method whose name it has, or of the one that makes what it is named after."""
-    others = {"point-mae": "full", "wheat-tsvit": "lora"}
+    others = {"point-mae": "full", "wheat-tsvit": "lora", "classifier": "lora", "thresholds": "lora"}
     for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"):
         recipe = load_recipe(path, ["model=m", "output=o", "data.train=t"])
         assert recipe.deft.enabled == path.name.startswith("deft-")

@@ -142,7 +142,7 @@ def _sparse_mlp_4bit_impl(
     z = _pre_activation(x, matrices, low, b_up, int8)
     rounds = int8 and gated and takes_int8(x, matrices[1])
     op = "sparse_mlp_4bit_int8" if rounds else "sparse_mlp_4bit"
-    kernels = backend(op, x)
+    kernels = backend("sparse_mlp_4bit_int8", x) if rounds else backend("sparse_mlp_4bit", x)
     capacity = -1 if kernels is None else _capacity(x, matrices, path, rounds)
     if kernels is None or capacity < 0:
         return _dense_rest(x, z, matrices, low, b_down, activation, tau, rounds)
