@@ -46,7 +46,7 @@ class Settings:
     base_learning_rate: float = 2e-3
     tune_learning_rate: float = 2e-3
     lora_r: int = 16
-    alpha: float = 1.0
+    alpha: float = 2.0
     surrogate: str = "tanh"
     beta: float = 20.0
     base_characters: int = 400_000  # about what the model reads in its time
