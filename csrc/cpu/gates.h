@@ -1,24 +1,12 @@
 // softplus and SiLU of the scans: next to an exponential per state, those of every step count as much as two or three
-// states do. Both begin with w = e^-|x|, which one exponential without an upper bound gives; log(1 + w) is w times a
+// states do. Both begin with w = e^-|x|; log(1 + w) is w times a
 // polynomial (relative error below 4e-8, from a Lawson-weighted least-squares fit), in an order of few dependent steps.
 #pragma once
 
-#include "decay.h"
+#include "isa.h"
 
 namespace deftcore::cpu {
 namespace {
-
-// e^x for x <= 0: as `exp`, but where decays lose what is below the smallest normal number this does, too.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-inline Vec exp_below(Vec x) {
-  const SmallDecay decay;
-  const Vec large(kRoundsToEighths), moved = fma(x, Vec(kLog2E), large);
-  const Vec left = fma(x, Vec(1.92596299e-8f), fma(x, Vec(kLog2E), large - moved));
-  return _mm256_andnot_ps((x < Vec(-87.3365448f)).m, decay.power(moved, left).v);
-}
-#else
-inline Vec exp_below(Vec x) { return exp(x); }
-#endif
 
 // From w = e^-|z|.
 inline Vec sigmoid(Vec z, Vec w) {
@@ -31,7 +19,7 @@ struct Softplus {
 };
 // log(1 + e^x), which is x to the last bit above 20, where PyTorch switches.
 inline Softplus softplus(Vec x) {
-  const Vec w = exp_below(Vec(0.0f) - abs(x)), w2 = w * w, w4 = w2 * w2;
+  const Vec w = exp(Vec(0.0f) - abs(x)), w2 = w * w, w4 = w2 * w2;
   const Vec low = fma(w2, fma(w, Vec(-0.248571634f), Vec(0.33321324f)), fma(w, Vec(-0.499996483f), Vec(1.0f)));
   const Vec high =
       fma(w2, fma(w, Vec(-0.0300657861f), Vec(0.0792045221f)), fma(w, Vec(-0.137538016f), Vec(0.191536546f)));
@@ -39,12 +27,12 @@ inline Softplus softplus(Vec x) {
   return {fma(w, ratio, at_least(x, Vec(0.0f))), w};
 }
 
-inline Vec silu(Vec z) { return at_least(z, Vec(-math::kLargest)) * sigmoid(z, exp_below(Vec(0.0f) - abs(z))); }
+inline Vec silu(Vec z) { return at_least(z, Vec(-math::kLargest)) * sigmoid(z, exp(Vec(0.0f) - abs(z))); }
 
 // As math::activate_grad.
 inline math::ValueGrad<Vec> silu_grad(Vec z) {
   z = at_most(at_least(z, Vec(-math::kMaxSlope)), Vec(math::kMaxSlope));
-  const Vec one(1.0f), s = sigmoid(z, exp_below(Vec(0.0f) - abs(z)));
+  const Vec one(1.0f), s = sigmoid(z, exp(Vec(0.0f) - abs(z)));
   return {z * s, s * fma(z, one - s, one)};
 }
 
