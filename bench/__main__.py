@@ -1,7 +1,7 @@
 """Ratios to the best peer: `python -m bench`. Sides alternate in one process, weights are cold, medians are reported.
 
 Prints which kind of machine this is and writes bench/results/<kind of machine>.json (cpu-avx512, cpu-avx2, cuda), with
-a plot beside it; `--quick` takes three minutes and writes into bench/results/quick. A level that DEFTCORE_CPU_ISA
+a plot beside it; `--quick` takes a few minutes and writes into bench/results/quick. A level that DEFTCORE_CPU_ISA
 forces is no kind of machine: see machines.py.
 """
 
@@ -230,7 +230,7 @@ def print_tables(results):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench")
-    parser.add_argument("--quick", action="store_true", help="fewer points and repeats, three minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer points and repeats, a few minutes")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", nargs="*", metavar="FAMILY", help="these alone; others keep what the file has")
     parser.add_argument(

@@ -229,9 +229,7 @@ class Step : public StepStages {
 
   void active_mlp(const DecoderBlock& block) {
     const int64_t tokens = args_.tokens, neurons = args_.neurons, rank = block.down.rank;
-    const float* taus = block.tau[0] < 0.0f ? block.tau + 2 : nullptr;
-    const float tau = taus == nullptr ? block.tau[0] : 0.0f;
-    const bool by_product = block.tau[1] == 1.0f;
+    const bool by_product = block.by_product != 0;
     const Buffers& s = b_.sparse;
     float* act = b_.gated.plain;
     team_.stage([&](int part) {
@@ -245,17 +243,17 @@ class Step : public StepStages {
         rows(part, block.up, 1, kSame, mine, s_.normed,
              [&](int64_t row, int64_t token, float y) { act[token * neurons + row] *= y; });
       }
-      for (int64_t m = 0; m < tokens && taus != nullptr; ++m) {
+      for (int64_t m = 0; m < tokens; ++m) {
         for (int64_t i = mine.begin; i < mine.end; ++i) {
           float& value = act[m * neurons + i];
-          if (std::fabs(value) <= taus[i]) value = 0.0f;
+          if (std::fabs(value) <= block.tau[i]) value = 0.0f;
         }
       }
-      compact(act, tokens, neurons, tau, team_.parts, part, s);
+      compact(act, tokens, neurons, 0.0f, team_.parts, part, s);
     });
     team_.once([&] { *b_.active = join_shares(neurons, team_.parts, s); });
     const auto fill = [&](int part, Range mine) {
-      gather_active(act, tokens, neurons, tau, s.list, mine, s.h);
+      gather_active(act, tokens, neurons, 0.0f, s.list, mine, s.h);
       if (!by_product) {
         rows(
             part, block.up, 1, [&](int64_t k) { return s.list[k]; }, mine, s_.normed,

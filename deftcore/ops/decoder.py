@@ -149,14 +149,14 @@ class DecoderStack(Addressed):
     def _row(self, b: Block) -> list[int]:
         matrices = [n for name in _MATRICES for n in matrix_row(getattr(b, name), self._held)]
         norms = map(address, (b.attention_norm, b.mlp_norm, b.q_norm, b.k_norm))
-        return [*matrices, *norms, b.window, address(_native_tau(b, self._held))]
+        return [*matrices, *norms, b.window, address(_native_tau(b, self._held)), int(b.by_product)]
 
 
 def _native_tau(b: Block, held: list[Tensor]) -> Tensor | None:
-    if b.tau is None:
+    """A threshold for each neuron, where there are any."""
+    if b.tau is None or b.down is None:
         return None
-    first = torch.tensor([b.tau if b.taus is None else -1.0, float(b.by_product)])
-    held.append(first if b.taus is None else torch.cat((first, b.taus)))
+    held.append(torch.full((b.down.shape[1],), b.tau) if b.taus is None else b.taus)
     return held[-1]
 
 

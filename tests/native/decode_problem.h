@@ -101,7 +101,7 @@ struct Problem {
       b.q_norm = options.head_norms ? keep(size) : nullptr;
       b.k_norm = options.head_norms ? keep(size) : nullptr;
       b.window = options.window;
-      b.tau = sparse ? floats.emplace_back(std::initializer_list<float>{options.tau, 0.0f}).data() : nullptr;
+      b.tau = sparse ? floats.emplace_back(at(neurons), options.tau).data() : nullptr;
       blocks.push_back(b);
     }
     head = matrix(vocabulary, width, options.head);

@@ -89,7 +89,7 @@ Row sequence_ref(const Problem& p, int64_t sequence, Row& keys, Row& values) {
       Row u = product(m[5], h);
       for (size_t i = 0; i < u.size(); ++i) {
         const double f = activated(p.options.activation, z[i]);
-        u[i] *= block.tau == nullptr || std::fabs(f) > *block.tau ? f : 0;
+        u[i] *= block.tau == nullptr || std::fabs(f) > block.tau[i] ? f : 0;
       }
       const Row added = product(m[6], u, block.tau != nullptr);
       for (size_t i = 0; i < stream.size(); ++i) stream[i] += added[i];

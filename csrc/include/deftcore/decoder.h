@@ -6,18 +6,20 @@
 namespace deftcore {
 
 // h = x + o(attention(norm x));  y = h + down(f(gate(norm h)) * up(norm h)), or y = h where there is no W_up.
-// With tau, neurons whose |f| > tau for some token of the step are read of W_up and W_down, or those whose |f * up| is
-// of W_down. W_down is [neurons, width] then, its bias [width], lora_a [neurons, rank], lora_b [width, rank].
+// With thresholds, neurons whose |f| is above theirs for some token of the step are read of W_up and W_down, or those
+// whose |f * up| is of W_down. W_down is [neurons, width] then, its bias [width], lora_a [neurons, rank], lora_b
+// [width, rank].
 struct DecoderBlock {
   DecoderMatrix q, k, v, o, gate, up, down;
   const float* attention_norm;  // [width]
   const float* mlp_norm;        // [width]
   const float* q_norm;          // [head_size], of each head before its rotation, or null, as is k_norm then
   const float* k_norm;
-  int64_t window;    // positions that a token sees, its own included
-  const float* tau;  // null, or [2 + neurons]: tau[1] 1 is by |f * up|; tau[0] < 0 is a tau[2 + i] for each neuron i
+  int64_t window;      // positions that a token sees, its own included
+  const float* tau;    // [neurons], or null: all count
+  int64_t by_product;  // 1: |f * up| decides
 };
-static_assert(sizeof(DecoderBlock) == 7 * sizeof(DecoderMatrix) + 6 * 8);
+static_assert(sizeof(DecoderBlock) == 7 * sizeof(DecoderMatrix) + 7 * 8);
 
 // logits = head(norm(blocks(hidden))). Norms divide by the root of the mean square. Every sequence is at the same
 // position; what stands before its start is padding, which no token sees and no position counts. Keys and values of
