@@ -63,7 +63,7 @@ def peaks(module: str, pairs: Sequence[tuple[str, str]], folder: Path) -> dict[s
     return found
 
 
-def steps(sides: Sequence[Side], data: Data) -> dict[str, dict[str, float]]:
+def steps(sides: Sequence[Side], data: Data, repeats: int = REPEATS) -> dict[str, dict[str, float]]:
     """Seconds of a training step by side, over the same batches; the first step, where subspaces are found, apart."""
     calls, first = {}, {}
     for side in sides:
@@ -71,7 +71,7 @@ def steps(sides: Sequence[Side], data: Data) -> dict[str, dict[str, float]]:
         start = time.perf_counter()
         call()
         calls[side.name], first[side.name] = call, time.perf_counter() - start
-    found = alternate(calls, REPEATS)
+    found = alternate(calls, repeats)
     return {name: {**values, "first": first[name]} for name, values in found.items()}
 
 

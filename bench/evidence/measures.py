@@ -25,10 +25,14 @@ def score(model: Any, data: Data, examples: Sequence[Any]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def other_domain(model: Any, data: Data) -> torch.Tensor | float:
+def other_domain(model: Any, data: Data, texts: Sequence[str] | None = None) -> torch.Tensor | float:
     """How a model stands on texts of another domain: of a language model its mean loss, nats a token; of a classifier
-    the mean vector of each text below its head, normalised."""
-    tokenizer, texts = data.spec.base.tokenizer(), elsewhere(data)
+    the mean vector of each text below its head, normalised.
+
+    Args:
+        texts: None for those of `elsewhere`.
+    """
+    tokenizer, texts = data.spec.base.tokenizer(), elsewhere(data) if texts is None else texts
     if not data.spec.classes:
         examples = [{"input_ids": tokenizer(text)["input_ids"][: data.spec.max_length]} for text in texts]
         return score(model, data, examples)["loss"]
@@ -50,22 +54,36 @@ def forgetting(before: torch.Tensor | float, after: torch.Tensor | float) -> dic
 
 @torch.no_grad()
 def generation(model: Any, data: Data) -> dict[str, float]:
-    """Greedy answers to held-out prompts: BLEU against all references, or the share whose last number is right. The
-    model is left in bfloat16."""
-    tokenizer, references = data.spec.base.tokenizer(), data.references
-    tokenizer.padding_side = "left"
-    inputs = tokenizer(list(references), return_tensors="pt", padding=True)
+    """Greedy answers to held-out prompts, graded. The model is left in bfloat16."""
     model.eval().to(torch.bfloat16)
-    output = model.generate(**inputs, max_new_tokens=data.spec.generated[1], do_sample=False, pad_token_id=0)
-    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    answers = list(references.values())
+    return graded(data, answers(model, data.spec.base.tokenizer(), list(data.references), data.spec.generated[1]))
+
+
+@torch.no_grad()
+def answers(model: Any, tokenizer: Any, prompts: Sequence[str], new: int | Sequence[int]) -> list[str]:
+    """What a model says to each prompt, greedily.
+
+    Args:
+        new: tokens at most, of all or of each.
+    """
+    tokenizer.padding_side = "left"
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    most = [new] * len(prompts) if isinstance(new, int) else new
+    output = model.generate(**inputs, max_new_tokens=max(most), do_sample=False, pad_token_id=0)
+    said = output[:, inputs["input_ids"].shape[1] :]
+    return [tokenizer.decode(row[:m], skip_special_tokens=True) for row, m in zip(said, most, strict=True)]
+
+
+def graded(data: Data, texts: Sequence[str]) -> dict[str, float]:
+    """BLEU of answers to a set's prompts against all references, or the share whose last number is right."""
+    references = list(data.references.values())
     if data.spec.name == "gsm8k":
-        right = sum(last_number(text) == each[0] for text, each in zip(texts, answers, strict=True))
+        right = sum(last_number(text) == each[0] for text, each in zip(texts, references, strict=True))
         return {"exact": right / len(texts)}
     import sacrebleu
 
-    most = max(map(len, answers))
-    columns = [[each[i] if i < len(each) else None for each in answers] for i in range(most)]
+    most = max(map(len, references))
+    columns = [[each[i] if i < len(each) else None for each in references] for i in range(most)]
     return {"bleu": sacrebleu.corpus_bleu([text.strip() for text in texts], columns).score}
 
 

@@ -39,6 +39,8 @@ MEASURES = {
     "bleu": ("BLEU", "{:.1f}", False),
     "exact": ("exact number", "{:.0%}", False),
     "forgot": ("loss elsewhere, rise", "{:+.3f}", True),
+    "forgot_reviews": ("loss on reviews, rise", "{:+.3f}", True),
+    "forgot_task": ("loss on the other task, rise", "{:+.3f}", True),
     "drift": ("drift elsewhere", "{:.3f}", True),
 }
 

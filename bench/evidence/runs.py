@@ -41,16 +41,10 @@ def begin(side: Side, data: Data, seed: int) -> Ready:
     return side.make(model, data.spec.base.targets, data.spec.base.task_type)
 
 
-def run(side: Side, data: Data, seed: int, rate: float, *, steps: int, whole: bool) -> Entry:
-    """Trains and measures.
-
-    Args:
-        whole: measures on held-out examples, generates, and looks at another domain; else only the loss over the
-            examples that rates are chosen by.
-    """
+def fit(side: Side, data: Data, seed: int, rate: float, steps: int) -> tuple[Ready, Entry]:
+    """Trains; the entry says what it took, or where it diverged."""
     start = time.perf_counter()
-    found: Entry = {"kind": "run" if whole else "try", "set": data.spec.name, "side": side.name, "seed": seed,
-                    "rate": rate, "steps": steps}  # fmt: skip
+    found: Entry = {"set": data.spec.name, "side": side.name, "seed": seed, "rate": rate, "steps": steps}
     ready = begin(side, data, seed)
     found["setup_s"] = time.perf_counter() - start
     training = settings(data, rate, seed, steps)
@@ -61,11 +55,25 @@ def run(side: Side, data: Data, seed: int, rate: float, *, steps: int, whole: bo
                 optimizer=lambda model: ready.optimizer(model, training), label=f"{data.spec.name} {side.name}",
             )  # fmt: skip
         except Diverged as error:
-            return found | {"diverged": error.step}
+            return ready, found | {"diverged": error.step}
         log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     found |= {"trained": ready.trained(), "state_bytes": ready.state_bytes(),
               "curve": [[each["step"], each["loss"]] for each in log if "loss" in each]}  # fmt: skip
-    found["train_s"] = time.perf_counter() - start - found["setup_s"]
+    return ready, found | {"train_s": time.perf_counter() - start - found["setup_s"]}
+
+
+def run(side: Side, data: Data, seed: int, rate: float, *, steps: int, whole: bool) -> Entry:
+    """Trains and measures.
+
+    Args:
+        whole: measures on held-out examples, generates, and looks at another domain; else only the loss over the
+            examples that rates are chosen by.
+    """
+    start = time.perf_counter()
+    ready, found = fit(side, data, seed, rate, steps)
+    found = {"kind": "run" if whole else "try", **found}
+    if "diverged" in found:
+        return found
     if whole:
         found |= score(ready.model, data, data.test)
         found |= forgetting(before(data), other_domain(ready.model, data))

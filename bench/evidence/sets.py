@@ -182,9 +182,14 @@ class Data:
         return self.spec.base.fresh(self.spec.classes)
 
 
+def sentences(file: Path, field: str, count: int) -> list[str]:
+    """Different texts of a file, drawn once for all."""
+    rows = read_rows(file)
+    random.Random(1).shuffle(rows)
+    return list(dict.fromkeys(row[field] for row in rows))[:count]
+
+
 def elsewhere(data: Data, count: int = 12) -> list[str]:
     """Texts of another domain than a set's: of an encyclopaedia, or where it has those, of restaurants."""
     name = "e2e_nlg" if data.spec.name == "qnli" else "qnli"
-    rows = read_rows(data.folder / name / "validation.jsonl")
-    random.Random(1).shuffle(rows)
-    return list(dict.fromkeys(row["ref" if name == "e2e_nlg" else "sentence"] for row in rows))[:count]
+    return sentences(data.folder / name / "validation.jsonl", "ref" if name == "e2e_nlg" else "sentence", count)
