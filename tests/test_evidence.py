@@ -184,9 +184,12 @@ def test_the_jobs_are_those_of_the_plan(evidence):
 
 
 def test_the_page_is_what_the_results_make(evidence):
-    from bench.evidence.__main__ import DOCS, page
+    from bench.evidence.__main__ import DOCS, OWN, page
 
     assert (DOCS / "evidence.md").read_text() == page(), "run python -m bench.evidence"
+    for name, told in OWN.items():
+        written = DOCS / f"{name}.md"
+        assert (written.read_text() if written.exists() else "") == told.page(), "run python -m bench.evidence"
 
 
 def test_a_verdict_needs_all_seeds(evidence):

@@ -151,3 +151,47 @@ def test_every_form_of_a_quantised_base_is_measured(evidence, folder, monkeypatc
         assert ("kept" in each) == ("original" in each) == (name != "float32")
     qlora.run_all(folder, folder, ["e2e_nlg"], [0], math.inf)
     assert len(results.entries()) == 1 + 3 + 3
+
+
+def test_pages_tell_what_the_runs_say(evidence, tmp_path, monkeypatch):
+    s2ft, _, qlora = evidence
+    from bench.evidence import qlora_page, report, s2ft_page
+
+    for module in (report, qlora_page, s2ft_page):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    assert s2ft_page.page() == qlora_page.page() == ""
+    results = s2ft.Results(tmp_path / "s2ft.jsonl")
+    results.add({"kind": "about", "machine": "a machine", "versions": {}})
+    for name in s2ft.SETS:
+        results.add({"kind": "untrained", "set": name, "loss": 3.0})
+        for seed in (0, 1):
+            for side, loss in (("S2FT", 1.5), ("LoRA", 2.0)):
+                told = {"loss": loss + seed, "forgot": 0.1, "forgot_reviews": 0.2, "forgot_task": 0.3, "trained": 1000}
+                results.add({"kind": "run", "set": name, "side": side, "seed": seed, "rate": 1e-3, **told})
+    forms = {form: {"gsm8k": {"loss": loss, "exact": 0.5}, "e2e_nlg": {"loss": loss, "bleu": 40.0}}
+             for form, loss in (("alone", 1.0), ("fused", 1.25), ("mixture", 1.0))}  # fmt: skip
+    results.add({"kind": "fused", "set": "both", "side": "S2FT", "seed": 0, "channels": 8, "shared": 2, **forms})
+    step = {"1": {"S2FT": {"seconds": 0.5}, "LoRA": {"seconds": 0.75}}}
+    cost = {"about": {"machine": "a machine"}, "threads": 1, "step": step, "peak_mb": {"1": {"S2FT": 5.0, "LoRA": 6.0}}}
+    (tmp_path / "s2ft_batches.json").write_text(json.dumps(cost))
+    page = s2ft_page.page()
+    assert "- S2FT against LoRA: loss -0.500 (better in all 2 seeds)" in page
+    assert "| S2FT | 1 | 1.000 | +0.250 | +0.000 | 1.000 | +0.250 | +0.000 | 25% |" in page
+    assert "| S2FT | 50% | 50% | 50% | 40.0 | 40.0 | 40.0 |" in page
+    assert "| LoRA | 750 ms | 6 MB |" in page
+    results = qlora.Results(tmp_path / "qlora.jsonl")
+    results.add({"kind": "about", "machine": "a machine", "versions": {}})
+    for form, loss, size in (("float32", 2.0, 4e8), ("FP4", 2.5, 1e8)):
+        results.add({"kind": "base", "set": "e2e_nlg", "side": form, "loss": loss, "bytes": size})
+    for seed in (0, 1):
+        losses = {"loss": 1.0, "sixteen": 1.0 + seed, "four": 1.5, "original": 1.25, "kept": 0.5}
+        sizes = {"bytes": 1e8, "sixteen_bytes": 2e8, "four_bytes": 1e8}
+        results.add({"kind": "run", "set": "e2e_nlg", "side": "NF4, double", "seed": seed, **losses, **sizes})
+    page = qlora_page.page()
+    assert "| FP4 | 2.500 (+25.0%) |  | 100 MB |" in page
+    assert "| NF4, double | 2 | 1.000 (1.000 to 1.000) | 1.500 (1.000 to 2.000) | 1.500 (1.500 to 1.500) |" in page
+    assert "| NF4, double | 100 MB | 200 MB | 100 MB |" in page
+    for module in (s2ft_page, qlora_page):
+        module.draw(tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").stat().st_size > 1000
+        (tmp_path / "picture.png").unlink()

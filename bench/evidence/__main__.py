@@ -1,7 +1,8 @@
-"""Makes docs/evidence.md and its pictures from the files in bench/evidence/results: `python -m bench.evidence`."""
+"""Makes docs/evidence*.md and their pictures from the files in bench/evidence/results: `python -m bench.evidence`."""
 
 from pathlib import Path
 
+from bench.evidence import qlora_page, s2ft_page
 from bench.evidence.adapted import adapted_section, shares
 from bench.evidence.crops_page import CROPS
 from bench.evidence.deft_page import DEFT, deft_section, draw_sweep
@@ -16,6 +17,7 @@ from deftcore._files import write_text
 DOCS = Path(__file__).parents[2] / "docs"
 EXPERIMENTS = (SPECTRAL, LIGHT)
 ADAPTED = (POINTS, CROPS)
+OWN = {"evidence-s2ft": s2ft_page, "evidence-qlora": qlora_page}  # pages of their own
 HEAD = """# Evidence
 
 <!-- Made by `python -m bench.evidence` from the files in bench/evidence/results. Do not edit: the tests compare. -->
@@ -45,6 +47,10 @@ def main() -> None:
         draw_sweep(DOCS / f"evidence-{DEFT.name}-alpha.png")
     draw(DOCS / "evidence-thresholds.png")
     write_text(DOCS / "evidence.md", page())
+    for name, told in OWN.items():
+        if text := told.page():
+            told.draw(DOCS / f"{name}.png")
+            write_text(DOCS / f"{name}.md", text)
 
 
 if __name__ == "__main__":

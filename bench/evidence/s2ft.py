@@ -4,7 +4,7 @@ FOLDER holds a folder per data set, as `bench.evidence.sets` reads them. SmolLM2
 of both are then fused, and served to one batch of both tasks. Every run is a line of results/s2ft.jsonl, so that a
 second call goes on where the first one stopped; `--minutes` stops it in time, `--seeds` does some alone. LoRA's and
 full training's rates are those that `bench.evidence.spectral` found. `--cost` measures step time and peak memory at
-batches of 1, 4 and 8 instead, on an idle machine, a batch a call, into results/s2ft_cost.json.
+batches of 1, 4 and 8 instead, on an idle machine, a batch a call, into results/s2ft_batches.json.
 """
 
 import json
@@ -226,7 +226,7 @@ def main() -> None:
         data, sides = costed(args.data, int(batch))
         cost.print_peak(next(side for side in sides if side.name == wanted), data)
     elif args.cost:
-        measure(args.data, args.results / "s2ft_cost.json")
+        measure(args.data, args.results / "s2ft_batches.json")
     else:
         run_all(args.results, args.data, args.only, args.seeds, args.minutes)
 
