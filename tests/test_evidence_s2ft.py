@@ -168,6 +168,9 @@ def test_pages_tell_what_the_runs_say(evidence, tmp_path, monkeypatch):
             for side, loss in (("S2FT", 1.5), ("LoRA", 2.0)):
                 told = {"loss": loss + seed, "forgot": 0.1, "forgot_reviews": 0.2, "forgot_task": 0.3, "trained": 1000}
                 results.add({"kind": "run", "set": name, "side": side, "seed": seed, "rate": 1e-3, **told})
+    other = s2ft.Results(tmp_path / "spectral.jsonl")
+    for side in ("LoRA", "full", "KaSA"):  # those of LoRA are here
+        other.add({"kind": "run", "set": "gsm8k", "side": side, "seed": 0, "rate": 1e-4, "loss": 1.75})
     forms = {form: {"gsm8k": {"loss": loss, "exact": 0.5}, "e2e_nlg": {"loss": loss, "bleu": 40.0}}
              for form, loss in (("alone", 1.0), ("fused", 1.25), ("mixture", 1.0))}  # fmt: skip
     results.add({"kind": "fused", "set": "both", "side": "S2FT", "seed": 0, "channels": 8, "shared": 2, **forms})
@@ -178,6 +181,9 @@ def test_pages_tell_what_the_runs_say(evidence, tmp_path, monkeypatch):
     assert "- S2FT against LoRA: loss -0.500 (better in all 2 seeds)" in page
     assert "| S2FT | 1 | 1.000 | +0.250 | +0.000 | 1.000 | +0.250 | +0.000 | 25% |" in page
     assert "| S2FT | 50% | 50% | 50% | 40.0 | 40.0 | 40.0 |" in page
+    assert "| full | 1 | 0.0001 |  | 1.750 |" in page
+    assert "KaSA" not in page
+    assert "1.750 (" not in page
     assert "| LoRA | 750 ms | 6 MB |" in page
     results = qlora.Results(tmp_path / "qlora.jsonl")
     results.add({"kind": "about", "machine": "a machine", "versions": {}})

@@ -37,7 +37,7 @@ TRIED_ON = "e2e_nlg"
 BATCHES = (1, 4, 8)
 SHARE = 0.092  # of the down projections: as many numbers as LoRA's
 
-S2FT = Side("S2FT", "s2ft", (2e-4, 6e-4, 2e-3, 6e-3), {"channel_ratio": SHARE}, color="#e4572e")
+S2FT = Side("S2FT", "s2ft", (3e-4, 1e-3, 3e-3), {"channel_ratio": SHARE}, color="#e4572e")
 SAME = replace(S2FT, name="S2FT, same channels", color="#f2a541")
 DORA = Side("DoRA", "lora", LORA_SIDE.rates, LORA | {"use_dora": True}, color="#2e8b57")
 SIDES = (S2FT, SAME, LORA_SIDE, DORA, FULL)
@@ -76,12 +76,14 @@ def jobs() -> Iterator[Job]:
     """All jobs, in an order that makes the first ones worth having alone."""
     yield from (Job("try", TRIED_ON, S2FT, 0, rate) for rate in S2FT.rates)
     for seed in SEEDS:
-        for side in (S2FT, LORA_SIDE, FULL):
+        for side in (S2FT, LORA_SIDE) if seed == 0 else (S2FT,):
+            yield from (Job("run", name, side, seed) for name in SETS)
+            yield Job("fused", "both", side, seed)
+    for side in (LORA_SIDE, FULL, DORA):
+        for seed in SEEDS:
             yield from (Job("run", name, side, seed) for name in SETS)
             if side in FUSED:
                 yield Job("fused", "both", side, seed)
-    for seed in SEEDS:
-        yield from (Job("run", name, DORA, seed) for name in SETS)
     for seed in SEEDS:
         yield Job("run", SETS[1], SAME, seed)
         yield Job("fused", "both", SAME, seed)
@@ -140,7 +142,7 @@ class Grid:
         (other,) = (each for name, each in self.data.items() if name != data.spec.name)
         reviews = sentences(data.folder / "mr_sentiment" / "validation.jsonl", "sentence", 24)
         return {"reviews": float(other_domain(model, data, reviews)),
-                "task": score(model, other, other.test)["loss"]}  # fmt: skip
+                "task": score(model, other, other.test[:12])["loss"]}  # fmt: skip
 
     def stood(self, data: Data) -> dict[str, float]:
         """The same of the pre-trained model."""

@@ -10,8 +10,9 @@ from typing import Any
 from bench.evidence.command import RESULTS
 from bench.evidence.dots import Panel, picture
 from bench.evidence.report import MEASURES, Experiment, costs_line, section, values_by_side
-from bench.evidence.runs import Entry
+from bench.evidence.runs import Entry, Results
 from bench.evidence.s2ft import FUSED, SETS, SHARE, SIDES
+from bench.evidence.spectral import FULL, LORA_SIDE
 from bench.markdown import milliseconds, table
 
 HEAD = f"""# S2FT on a pre-trained model
@@ -28,7 +29,8 @@ of {", ".join(f"{rate:g}" for rate in SIDES[0].rates)} after a quarter of a run 
 
 Loss is nats per held-out answer token. Elsewhere is the loss on 12 sentences of an encyclopaedia, reviews are 24
 sentences on films, the other task is `gsm8k`'s held-out answers for `e2e_nlg` and the other way around; each as the
-rise over the pre-trained model's."""
+rise over the pre-trained model's. LoRA's and full training's runs that are not in results/s2ft.jsonl are those of
+`bench.evidence.spectral`, which were made on another machine and have no reviews and no other task."""
 
 PAPERS = (
     ("S2FT", "full", "LLaMA-7B to LLaMA3-8B, commonsense: between 0.7 points behind and 3.0 ahead; arithmetic 1.1 "
@@ -56,7 +58,28 @@ LIMITS = """## What this cannot show
 - S2FT's budget is spent on down projections alone, as the paper does where heads share keys; LoRA's on every layer.
 - With three seeds, all agree by chance in one comparison of four."""
 
-EXPERIMENT = Experiment(
+PEERS = (LORA_SIDE.name, FULL.name)
+
+
+class _Joined(Results):
+    """Runs, and those of the same protocol that `bench.evidence.spectral` made, where there are none here."""
+
+    def entries(self) -> list[Entry]:
+        own = super().entries()
+        known = {(each["set"], each["side"], each["seed"]) for each in own if each["kind"] == "run"}
+        names = {name for name, *_ in known}
+        peers = Results(RESULTS / "spectral.jsonl").find(kind="run")
+        return own + [each for each in peers if each["side"] in PEERS and each["set"] in names
+                      and (each["set"], each["side"], each["seed"]) not in known]  # fmt: skip
+
+
+class _Experiment(Experiment):
+    @property
+    def results(self) -> Results:
+        return _Joined(RESULTS / f"{self.name}.jsonl")
+
+
+EXPERIMENT = _Experiment(
     name="s2ft",
     sides=dict.fromkeys(SETS, SIDES),
     pairs=(("S2FT", "LoRA"), ("S2FT", "DoRA"), ("S2FT", "full"), ("S2FT, same channels", "S2FT")),
