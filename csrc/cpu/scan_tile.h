@@ -67,6 +67,19 @@ class Ahead {
     if (reinterpret_cast<uintptr_t>(from) % kAhead >= row * sizeof(T)) return;  // the block before asked for it
     for (int64_t t = 0; t < steps; ++t) lines_[count_++] = from + t * x.time + kAhead / sizeof(T) + row - 1;
   }
+  // All lines of some steps of `count` channels, as far as there is room.
+  template <class T>
+  void add_rows(const ScanTensor& x, int64_t batch, int64_t start, int64_t steps, int64_t first, int64_t count) {
+    if (x.channel != 1 || x.data == nullptr) return;
+    for (int64_t t = start; t < start + steps; ++t) {
+      const char* from =
+          reinterpret_cast<const char*>(static_cast<const T*>(x.data) + batch * x.batch + t * x.time + first);
+      const char* end = from + count * static_cast<int64_t>(sizeof(T));
+      for (from -= reinterpret_cast<uintptr_t>(from) % kAhead; from < end && count_ < kMost; from += kAhead) {
+        lines_[count_++] = from;
+      }
+    }
+  }
   void spread_over(int64_t calls) { pace_ = (count_ << 16) / std::max<int64_t>(calls, 1); }
   // The next some calls of those; each asks for one line, and may ask for the one before again.
   Asks next(int64_t calls) {
@@ -78,7 +91,8 @@ class Ahead {
   }
 
  private:
-  const void* lines_[kTensors * kScanChunk + 1] = {};
+  static constexpr int64_t kMost = kTensors * kScanChunk;
+  const void* lines_[kMost + 1] = {};
   int64_t count_ = 0, at_ = 0, pace_ = 0;
 };
 

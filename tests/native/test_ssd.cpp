@@ -129,6 +129,8 @@ int main() {
     test_scan(Problem(1, 40, 3, 21, 17, 3));
     test_scan(Problem(1, 70, 4, 16, 32, 1));
     test_scan(Problem(1, 33, 2, 70, 3, 2));
+    test_scan(Problem(1, 37, 2, 16, 8, 2));  // two groups as wide as a vector's or a panel's states
+    test_scan(Problem(1, 37, 4, 16, 16, 2));
     test_scan(Problem(0, 4, 2, 2, 2, 1));
     test_scan(Problem(1, 0, 4, 8, 16, 1));
     test_update(Problem(2, 1, 6, 19, 23, 2));
