@@ -9,6 +9,7 @@
 | one run, through deftcore's own loop; a file of runs that goes on where it stopped | `runs.py` |
 | step time and peak memory, on an idle machine | `cost.py` |
 | an experiment: its sides, sets, steps | `spectral.py`, `light_peft.py`, `points.py`, `crops.py`, `deft.py` |
+| small Mambas and a Transformer, pre-trained here | `mamba_models.py`, `mamba.py`, `mamba_shots.py` |
 | its prose | `spectral_page.py` and the like |
 | what came out, checked against the runs | `claims.yaml` |
 | tables, verdicts and pictures from the files in `results/` | `report.py`, `adapted.py` |

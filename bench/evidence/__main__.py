@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bench.evidence import qlora_page, s2ft_page
+from bench.evidence import mamba_page, qlora_page, s2ft_page
 from bench.evidence.adapted import adapted_section, shares
 from bench.evidence.crops_page import CROPS
 from bench.evidence.deft_page import DEFT, deft_section, draw_sweep
@@ -17,7 +17,7 @@ from deftcore._files import write_text
 DOCS = Path(__file__).parents[2] / "docs"
 EXPERIMENTS = (SPECTRAL, LIGHT)
 ADAPTED = (POINTS, CROPS)
-OWN = {"evidence-s2ft": s2ft_page, "evidence-qlora": qlora_page}  # pages of their own
+OWN = {"evidence-s2ft": s2ft_page, "evidence-qlora": qlora_page, "evidence-mamba": mamba_page}  # pages of their own
 HEAD = """# Evidence
 
 <!-- Made by `python -m bench.evidence` from the files in bench/evidence/results. Do not edit: the tests compare. -->
