@@ -121,7 +121,7 @@ def test_rows_of_a_mixture_use_their_own_adapter(evidence, folder):
         assert found[name] == pytest.approx(fused.score(model, each, each.test)["loss"], rel=1e-5)
 
 
-def test_costs_are_of_a_batch_size_a_call(evidence, folder, tmp_path, monkeypatch):
+def test_costs_are_of_steps_and_then_of_peaks(evidence, folder, tmp_path, monkeypatch):
     s2ft, *_ = evidence
     monkeypatch.setattr(s2ft, "BATCHES", (1,))
     monkeypatch.setattr(s2ft, "COSTED", (s2ft.S2FT, s2ft.LORA_SIDE))
@@ -174,7 +174,7 @@ def test_pages_tell_what_the_runs_say(evidence, tmp_path, monkeypatch):
     forms = {form: {"gsm8k": {"loss": loss, "exact": 0.5}, "e2e_nlg": {"loss": loss, "bleu": 40.0}}
              for form, loss in (("alone", 1.0), ("fused", 1.25), ("mixture", 1.0))}  # fmt: skip
     results.add({"kind": "fused", "set": "both", "side": "S2FT", "seed": 0, "channels": 8, "shared": 2, **forms})
-    step = {"1": {"S2FT": {"seconds": 0.5}, "LoRA": {"seconds": 0.75}}}
+    step = {"1": {"S2FT": {"seconds": 0.5, "spread": 0.1}, "LoRA": {"seconds": 0.75, "spread": 0.1}}}
     cost = {"about": {"machine": "a machine"}, "threads": 1, "step": step, "peak_mb": {"1": {"S2FT": 5.0, "LoRA": 6.0}}}
     (tmp_path / "s2ft_batches.json").write_text(json.dumps(cost))
     page = s2ft_page.page()
@@ -184,7 +184,7 @@ def test_pages_tell_what_the_runs_say(evidence, tmp_path, monkeypatch):
     assert "| full | 1 | 0.0001 |  | 1.750 |" in page
     assert "KaSA" not in page
     assert "1.750 (" not in page
-    assert "| LoRA | 750 ms | 6 MB |" in page
+    assert "| LoRA | 750 ms | 10% | 6 MB |" in page
     results = qlora.Results(tmp_path / "qlora.jsonl")
     results.add({"kind": "about", "machine": "a machine", "versions": {}})
     for form, loss, size in (("float32", 2.0, 4e8), ("FP4", 2.5, 1e8)):
