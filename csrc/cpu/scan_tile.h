@@ -85,8 +85,9 @@ class Ahead {
   Asks next(int64_t calls) {
     constexpr int64_t kOne = 1 << 16;
     const Asks asks(lines_, at_, std::min(pace_, kOne));
-    for (int64_t i = at_ + calls * kOne; i < at_ + calls * pace_; i += kOne) __builtin_prefetch(lines_[i >> 16]);
-    at_ += calls * pace_;
+    const int64_t end = std::min(at_ + calls * pace_, count_ << 16);  // more calls than they were spread over
+    for (int64_t i = at_ + calls * kOne; i < end; i += kOne) __builtin_prefetch(lines_[i >> 16]);
+    at_ = end;
     return asks;
   }
 
