@@ -1,6 +1,6 @@
 """The families of bench/decode.py and bench/scans.py as tables."""
 
-from bench.markdown import by_columns, shown, where_there
+from bench.markdown import by_columns, shown, table, where_there
 
 _NAMES = {"exact": "exact", "int8": '`activations="int8"`'}
 _QUANTS = ("llama_cpp_q4_1", "llama_cpp_q4_0")
@@ -47,3 +47,20 @@ def scan_vs_llama_cpp(results, _):
         "": "case", "length": "length", "width": "width", "threads": "threads", "ms": shown("ours_ms", "{:.2f}"),
         "llama.cpp, ms": shown("llama_cpp_ms", "{:.2f}"), "over llama.cpp": shown("over_llama_cpp", "{:.1f}x"),
     })  # fmt: skip
+
+
+def int8_loss(report):
+    """The section of bench/int8_loss.py."""
+    forms = {"float32": "float32", "nf4": "NF4, exact activations", "nf4_int8": 'NF4, `activations="int8"`'}
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    yield "## What activations in int8 cost"
+    text = f"{report['records']} test records of {report['set']}, {report['tokens']:,} predicted tokens"
+    yield f"""{report["model"]} over {text}, one after the other, as a decoder reads them.
+`python -m bench.int8_loss FOLDER`, {report["machine"]["cpu"]}, {report["machine"]["isa"]}, {versions}."""
+    yield table(
+        ["weights and activations", "loss, nats a token", "likeliest token as with exact activations"],
+        (
+            [forms[name], f"{side['loss']:.4f}", f"{100 * side['same_token']:.1f} %"]
+            for name, side in report["sides"].items()
+        ),
+    )

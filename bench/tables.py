@@ -395,9 +395,13 @@ last two, the better learning rate of those tried, one seed. `{report["command"]
     yield "![loss over steps, step time and memory](../bench/results/finetuning_cpu.png)"
 
 
+# Files that are no machine's: how each makes its section.
+OWN = {"int8_loss": decode_tables.int8_loss, "finetuning_cpu": finetuning}
+
+
 def page():
     """The text of docs/benchmarks.md."""
-    files = [path for path in RESULTS.glob("*.json") if path.stem != "finetuning_cpu"]
+    files = [path for path in RESULTS.glob("*.json") if path.stem not in OWN]
     of_kind = {kind: [] for kind in KINDS}
     for path in sorted(files):
         of_kind[machine(json.loads(path.read_text()))[0]].append(path)
@@ -406,7 +410,10 @@ def page():
     blocks += [f"Not measured yet: {', '.join(missing)}."] if missing else []
     for kind, found in of_kind.items():
         blocks += [block for path in found for block in section(path)] or [*unmeasured(kind)]
-    blocks += finetuning(json.loads((RESULTS / "finetuning_cpu.json").read_text()))
+    found = {name: RESULTS / f"{name}.json" for name in OWN}
+    blocks += [
+        block for name, file in found.items() if file.is_file() for block in OWN[name](json.loads(file.read_text()))
+    ]
     return "\n\n".join(filter(None, blocks)) + "\n"
 
 

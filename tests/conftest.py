@@ -1,5 +1,6 @@
 """Shared helpers. The compiled module must be installed: tests never import a source tree that is not built."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -103,6 +104,29 @@ def assert_close_to_ref(ours, plain, ref64, reduction=None):
     error = (ours64 - ref64)[finite].abs()
     worst = (error - allowed).max() if error.numel() else torch.zeros(())
     assert worst <= 0, f"error {error.max():.3e} exceeds the allowed by {worst:.3e}"
+
+
+@contextlib.contextmanager
+def on_threads(count):
+    """PyTorch and the kernels have so many threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_same_on_threads(run, counts=(1, 2, 3)):
+    """The tensor, or the tensors, that run() returns have the same bits on any number of threads."""
+    found = []
+    for count in counts:
+        with on_threads(count):
+            result = run()
+        found.append([result] if isinstance(result, torch.Tensor) else list(result))
+    for count, tensors in zip(counts[1:], found[1:], strict=True):
+        for i, (one, other) in enumerate(zip(found[0], tensors, strict=True)):
+            assert torch.equal(one, other), f"tensor {i} differs on {count} threads from {counts[0]}"
 
 
 def tiny_model(family: str, activation: str = "relu"):

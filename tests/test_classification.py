@@ -336,6 +336,29 @@ def test_the_command_says_what_it_measured(recipe, folder, tmp_path, capsys):
     assert "matthews: 1" in said
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_density_of_what_a_run_left(recipe, folder, tmp_path, method, capsys):
+    """The numbers of the run's last evaluation; other commands refuse it by name."""
+    result = train_recipe(recipe(method, *METHODS[method], "deft={enabled: true, alpha: 0.1, surrogate: tanh}"))
+    final, data = tmp_path / method / "final", write(tmp_path / "again.jsonl", rows())
+    model = [str(final)] if method == "full" else [str(folder), "--adapter", str(final)]
+    four = ["--quantize", "nf4"] if method == "qlora" else []
+    capsys.readouterr()
+    assert main(["density", model[0], data, *model[1:], *four, "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for name in ("accuracy", "matthews", "macro_f1"):
+        assert found[name] == pytest.approx(getattr(result, name))
+    assert found["loss"] == pytest.approx(result.eval_loss, rel=1e-3)
+    assert found["density"] == pytest.approx(result.density, abs=1e-3)
+    name = "model" if method == "full" else "adapter"
+    for words in (["export", model[0], str(tmp_path / "out")], ["generate", model[0], "red"],
+                  ["sparsify", model[0], "--data", data, "-o", str(tmp_path / "out")]):  # fmt: skip
+        assert main([*words, *model[1:]]) == 2
+        assert f"{name}: must be of a language model, {final} tells classes of texts" in capsys.readouterr().err
+    assert main(["quickstart", "--model", str(final), "--output", str(tmp_path / "quick")]) == 2
+    assert "tells classes of texts" in capsys.readouterr().err
+
+
 def test_folders_that_are_no_classifiers(folder, tmp_path):
     with pytest.raises(ValueError, match=r"does not say which classes it tells, it has no classes.json"):
         ClassReader.open(folder)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close_to_ref
+from conftest import assert_close_to_ref, assert_same_on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -176,15 +176,13 @@ def test_gradcheck_and_opcheck():
 
 def test_threads_do_not_change_anything():
     tensors, _ = inputs(channels=200, length=300)
-    results = []
-    for threads in (1, 2):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
+
+    def gradients():
         leaves = [t.detach().requires_grad_() for t in tensors]
         out = ops.causal_conv1d(*leaves, activation="silu")
-        results.append([out, *torch.autograd.grad(out.sum(), leaves)])
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        return [out, *torch.autograd.grad(out.sum(), leaves)]
+
+    assert_same_on_threads(gradients, (1, 2))
 
 
 @pytest.mark.parametrize("empty", [{"batch": 0}, {"length": 0}, {"channels": 0}])

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import on_threads
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -139,7 +140,8 @@ def test_sampling_streaming_and_processors():
     assert torch.equal(several, model.generate(prompts(), num_return_sequences=3, **options))
 
 
-def test_what_transformers_alone_can_do():
+def test_what_transformers_alone_can_do(caplog):
+    """A log line says so, once each."""
     model = model_of("llama")
     decoder = deftcore.compile_decoder(model, batch=2, max_length=64)
     options = {"max_new_tokens": 10, "do_sample": False, "num_beams": 2}
@@ -150,6 +152,21 @@ def test_what_transformers_alone_can_do():
         static = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
         tokens = prompts(1, length)
         assert torch.equal(decoder.generate(tokens, **static), model.generate(tokens, **static))
+    assert [record.getMessage() for record in caplog.records if record.name == "deftcore"] == [
+        f"Decoder: Transformers decodes where there is {what}"
+        for what in ("beam_search", "return_dict_in_generate", "cache_implementation='static'")
+    ]
+
+
+def test_the_models_own_configuration_fills_up_a_given_one():
+    """As in Transformers: here it asks for beams."""
+    model = model_of("llama")
+    model.generation_config.num_beams = 2
+    decoder = deftcore.compile_decoder(model, batch=2, max_length=64)
+    config = GenerationConfig(max_new_tokens=8, do_sample=False)
+    expected = model.generate(prompts(), generation_config=config)
+    assert expected.shape == (1, 15)
+    assert torch.equal(decoder.generate(prompts(), generation_config=config), expected)
 
 
 def test_what_stops_without_an_end_token_is_not_padded():
@@ -311,15 +328,11 @@ def test_copies_decode_with_weights_of_their_own(way):
 def test_the_native_step_is_its_reference(form, tokens, threads):
     model = model_of("qwen3-window", form)
     stack, hidden, keys, values = step_of(model, batch=8)
-    hidden, before = hidden[:tokens], torch.get_num_threads()
-    starts = torch.arange(tokens) % 3
+    hidden, starts = hidden[:tokens], torch.arange(tokens) % 3
     twins = [t.double() for t in (keys, values)]
     exact = decode_step_ref(hidden.double(), stack, *twins, starts, 9)
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         found = decode_step(hidden, stack, keys, values, starts, 9)
-    finally:
-        torch.set_num_threads(before)
     scale = exact.abs().max()
     assert (found.double() - exact).abs().max() <= 1e-5 * scale
     for ours, theirs in zip((keys, values), twins, strict=True):

@@ -5,6 +5,7 @@ import dataclasses
 import peft
 import pytest
 import torch
+from conftest import on_threads
 from test_decoder import SIZES, model_of, prompts, step_of
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
@@ -64,15 +65,11 @@ def test_sparse_tokens_are_those_of_transformers(form, rows):
 def test_the_sparse_step_is_its_reference(kind, form, tokens, threads):
     model = deftcore.sparsify(model_of(kind, form))
     stack, hidden, keys, values = step_of(model, batch=16)
-    hidden, before = hidden[:tokens], torch.get_num_threads()
-    starts = torch.arange(tokens) % 3
+    hidden, starts = hidden[:tokens], torch.arange(tokens) % 3
     twins = [t.double() for t in (keys, values)]
     exact = decode_step_ref(hidden.double(), stack, *twins, starts, 9)
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         found = decode_step(hidden, stack, keys, values, starts, 9)
-    finally:
-        torch.set_num_threads(before)
     bound = 1e-5 if stack.activation == "relu" else 1e-3  # neurons on the threshold count or not
     assert (found.double() - exact).abs().max() <= bound * exact.abs().max()
 
@@ -156,12 +153,8 @@ def test_the_step_under_lora_is_its_reference(form, threads):
     stack, hidden, keys, values = step_of(model, batch=5)
     starts, twins = torch.zeros(5, dtype=torch.int64), [t.double() for t in (keys, values)]
     exact = decode_step_ref(hidden.double(), stack, *twins, starts, 4)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         found = decode_step(hidden, stack, keys, values, starts, 4)
-    finally:
-        torch.set_num_threads(before)
     assert (found.double() - exact).abs().max() <= 1e-5 * exact.abs().max()
     without = [dataclasses.replace(b, q=dataclasses.replace(b.q, lora_scale=0.0)) for b in stack.blocks]
     changed = decode_step(hidden, dataclasses.replace(stack, blocks=without), keys, values, starts, 4)

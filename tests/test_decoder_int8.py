@@ -4,6 +4,8 @@ import pytest
 import test_decoder
 import test_mamba_decoder
 import torch
+from conftest import assert_same_on_threads
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import deftcore
 from deftcore.models.decoder_parts import read_stack
@@ -99,12 +101,24 @@ def test_a_decoder_in_int8():
     assert 1e-3 < decoder.error < 0.2
     found = decoder.generate(tokens, **options)
     assert torch.equal(found[:, :8], exact.generate(tokens, **options)[:, :8])  # the prompt is read exactly
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        assert torch.equal(decoder.generate(tokens, **options), found)
-    finally:
-        torch.set_num_threads(before)
+    assert_same_on_threads(lambda: decoder.generate(tokens, **options))
+
+
+def test_what_is_not_in_int8_says_so(caplog):
+    model = test_decoder.model_of("llama", "nf4")
+    decoder = deftcore.compile_decoder(model, max_length=32, activations="int8")
+    assert "int8" not in caplog.text
+    for _ in range(2):
+        decoder.generate(test_decoder.prompts(), max_new_tokens=4, num_beams=2)
+    assert caplog.text.count("Transformers decodes where there is beam_search, with exact activations") == 1
+    config = test_decoder.SIZES | {"hidden_size": 48}
+    plain = AutoModelForCausalLM.from_config(LlamaConfig(**config)).eval()  # 48 columns are no whole blocks of 32
+    assert deftcore.compile_decoder(plain, max_length=32, activations="int8").error == 0
+    assert "int8 rounds nothing" in caplog.text
+    hooked = test_decoder.model_of("llama", "nf4")
+    hooked.lm_head.register_forward_hook(lambda *_: None)
+    assert deftcore.compile_decoder(hooked, max_length=32, activations="int8").reason
+    assert "Transformers decodes this model, with exact activations: its last norm" in caplog.text
 
 
 def test_nan_logits():

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import on_threads
 
 from deftcore.methods.tsvit.scene import UNLABELLED
 
@@ -96,10 +97,8 @@ def short(crops, monkeypatch):
     """One step of everything, one seed, one thread."""
     monkeypatch.setattr(crops, "STEPS", {"pre": 1, "adapt": 1})
     monkeypatch.setattr(crops, "SEEDS", (0,))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield crops
-    torch.set_num_threads(threads)
+    with on_threads(1):
+        yield crops
 
 
 @pytest.mark.parametrize("name", ["belgium, patch 2", "france, 2022"])

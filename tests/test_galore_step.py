@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_close_to_ref
+from conftest import assert_close_to_ref, on_threads
 
 from deftcore.ops import galore
 from deftcore.ops.galore import galore_step
@@ -121,18 +121,15 @@ def test_kinds_of_matrices_may_be_mixed():
 def test_a_call_gives_what_matrices_give_one_by_one(monkeypatch):
     """Bit for bit: cut into native calls as may be, on any number of threads, where more than one piece is there."""
     made = [make((40, 300 + i), "left", history=torch.float32, fill=2, slot=2, rank=32, seed=9 * i) for i in range(30)]
-    before, threads = copy.deepcopy(made), torch.get_num_threads()
+    before = copy.deepcopy(made)
     galore_step(made, **OPTIONS, damping=Damping(0.3))
-    try:
-        torch.set_num_threads(2)
-        for most in (1, 1 << 20):
-            again = copy.deepcopy(before)
-            monkeypatch.setattr(galore, "_BYTES_OF_CALL", dict.fromkeys(("cpu", "cuda"), most))
+    for most in (1, 1 << 20):
+        again = copy.deepcopy(before)
+        monkeypatch.setattr(galore, "_BYTES_OF_CALL", dict.fromkeys(("cpu", "cuda"), most))
+        with on_threads(2):
             galore_step(again, **OPTIONS, damping=Damping(0.3))
-            for a, b in zip(made, again, strict=True):
-                assert all(torch.equal(x, y) for x, y in zip(results(a), results(b), strict=True))
-    finally:
-        torch.set_num_threads(threads)
+        for a, b in zip(made, again, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(results(a), results(b), strict=True))
 
 
 def test_a_gradient_that_is_not_kept_and_one_that_is_projected():

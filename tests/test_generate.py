@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import peft
 import pytest
@@ -92,22 +93,51 @@ def test_every_form_of_a_model(place, capsys):
     assert "takes no further adapter and no quantize" in capsys.readouterr().err
 
 
-def test_tokens_come_from_the_decoder_where_its_cache_holds_them(place, monkeypatch):
-    """And from Transformers where the text may be longer; the tokens are the same."""
-    calls = []
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+def test_tokens_come_from_the_decoder_however_long_the_text(place, monkeypatch, activations):
+    """Its cache grows with the text; int8 stays int8."""
+    stacks = []
 
-    def step(*arguments):
-        calls.append(arguments)
-        return decode_step(*arguments)
+    def step(hidden, stack, *rest):
+        stacks.append(stack)
+        return decode_step(hidden, stack, *rest)
 
     monkeypatch.setattr(decoder_parts, "decode_step", step)
-    for longest, steps in ((4096, 8), (8, 0)):  # the short prompt, and all tokens but the last
-        monkeypatch.setattr(generation, "_LONGEST", longest)
-        writer = generation.Writer(str(place / "base"), device="cpu", max_new_tokens=8)
+    four = {} if activations == "exact" else {"quantize": {"quant_type": "nf4", "block_size": 32}}
+    found = []
+    for room in (4096, 8):
+        monkeypatch.setattr(generation, "_ROOM", room)
+        writer = generation.Writer(str(place / "base"), device="cpu", max_new_tokens=8, activations=activations, **four)
+        assert writer.decoder.max_length == min(room, writer.model.config.max_position_embeddings)
+        stacks.clear()
+        found.append(writer.answer(PROMPT).text)
         assert writer.decoder.reason == ""
-        calls.clear()
-        assert writer.answer(PROMPT).text == expected(load_model(place / "base"), place)
-        assert len(calls) == steps
+        given = len(writer.tokenizer(PROMPT).input_ids)
+        assert writer.decoder.max_length >= given + 8
+        rounded = [stack.head.scales is not None for stack in stacks]
+        assert rounded[-7:] == [activations == "int8"] * 7
+    assert found[0] == found[1]
+    if activations == "exact":
+        assert found[0] == expected(load_model(place / "base"), place)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_thresholds_that_lie_beside_an_adapter(place, tmp_path, quantize):
+    """The model runs under them, exported or not, and an export of an export keeps them."""
+    shutil.copytree(place / "adapter", tmp_path / "adapter")
+    thresholds = deftcore.Thresholds("product", {f"model.layers.{i}.mlp": 0.02 for i in range(2)})
+    thresholds.save(tmp_path / "adapter")
+    base, adapter = str(place / "base"), str(tmp_path / "adapter")
+    four = ["--quantize", quantize] if quantize else []
+    assert main(["export", base, str(tmp_path / "out"), "--adapter", adapter, *four]) == 0
+    assert main(["export", str(tmp_path / "out"), str(tmp_path / "again")]) == 0
+    options = {"quantize": {"quant_type": quantize}} if quantize else {}
+    writers = [generation.Writer(base, device="cpu", adapter=adapter, max_new_tokens=8, **options)]
+    writers += [generation.Writer(str(tmp_path / name), device="cpu", max_new_tokens=8) for name in ("out", "again")]
+    for writer in writers:
+        levels = [m.tau for m in writer.model.modules() if type(m).__name__ in ("SparseMLP", "SparseMLP4bit")]
+        assert levels == [pytest.approx(0.02)] * 2
+    assert len({writer.answer(PROMPT).text for writer in writers}) == 1
 
 
 def test_encoder_decoder(place, capsys):

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import on_threads
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, FalconMambaConfig, Mamba2Config, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaRMSNorm
@@ -161,13 +162,10 @@ def test_adapters_are_merged_first():
 @pytest.mark.parametrize("kind", ["mamba", "mamba-bias", "mamba2"])
 def test_the_native_step_is_its_reference(kind, form, tokens, threads):
     stack, hidden, *state = step_of(model_of(kind, form))
-    hidden, before, twins = hidden[:tokens], torch.get_num_threads(), [t.double() for t in state]
+    hidden, twins = hidden[:tokens], [t.double() for t in state]
     exact = mamba_step_ref(hidden.double(), stack, *twins)
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         found = mamba_step(hidden, stack, *state)
-    finally:
-        torch.set_num_threads(before)
     for ours, theirs in ((found, exact), *zip(state, twins, strict=True)):
         assert (ours.double() - theirs).abs().max() <= 1e-5 * theirs.abs().max()
         assert ours.isfinite().all()

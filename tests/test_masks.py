@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_close_to_ref
+from conftest import assert_close_to_ref, assert_same_on_threads
 
 from deftcore import ops
 from deftcore.ops.density import ACTIVATIONS, activate
@@ -122,14 +122,8 @@ def test_an_mlp_keeps_no_more_than_without_masks():
 def test_repeats_are_equal():
     """Also over other numbers of threads: sums are cut by rows alone."""
     z, mask = torch.randn(700, 3000, requires_grad=True), torch.rand(1000, requires_grad=True)
-    grad, before = torch.randn(700, 3000), torch.get_num_threads()
-    found = []
-    for threads in (1, 4, 3, 1):
-        torch.set_num_threads(threads)
-        found.append(torch.autograd.grad(masked(z, mask, 3, "gelu"), (z, mask), grad))
-    torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    grad = torch.randn(700, 3000)
+    assert_same_on_threads(lambda: torch.autograd.grad(masked(z, mask, 3, "gelu"), (z, mask), grad), (1, 4, 3, 1))
 
 
 def test_opcheck_and_compile():

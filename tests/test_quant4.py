@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from conftest import on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -411,15 +412,11 @@ def test_threads_first_calls():
 def test_thread_counts(threads):
     q = ops.quantize_4bit(torch.randn(200, 256))
     x, g = torch.randn(40, 256), torch.randn(40, 200)
-    before = torch.get_num_threads()
     y = ops.linear_4bit(x, q)
     grad = torch.ops.deftcore.linear_4bit_backward(g, *q.parts(), None, None)
-    try:
-        torch.set_num_threads(threads)
+    with on_threads(threads):
         assert torch.allclose(ops.linear_4bit(x, q), y, atol=1e-5)
         assert torch.allclose(torch.ops.deftcore.linear_4bit_backward(g, *q.parts(), None, None), grad, atol=1e-5)
-    finally:
-        torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------------------- lora_linear

@@ -297,6 +297,15 @@ def test_a_recipe_to_its_sparse_model(base, tmp_path, words, capsys):
             with Thresholded(loaded, thresholds):
                 expected = loaded(ids).logits
         torch.testing.assert_close(sparse(ids).logits, expected, rtol=1e-3, atol=1e-4)
+    for model, *more in ((folder, "--adapter", str(final)), (tmp_path / "out",)):  # as the run measured it at its end
+        capsys.readouterr()
+        words = [str(model), str(data), *more, "--max-length", "24", "--device", "cpu", "--json"]
+        assert main(["density", *words]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["loss"] == pytest.approx(result["eval_loss"], rel=1e-4)
+        assert found["density"] == pytest.approx(result["density"], abs=2e-3)
+        assert found["density"] == pytest.approx(sum(found["blocks"].values()) / len(found["blocks"]))
+        assert found.get("criterion") == (None if thresholds is None else thresholds.criterion)
 
 
 def _adapter(folder, final):

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "decode4.h"
+#include "deftcore/decoder_matrix.h"
 
 namespace deftcore::cpu {
 namespace {
@@ -16,7 +17,6 @@ constexpr int64_t kBytes8 = 4 * kWidth;  // of a vector; a lane is four
 constexpr int64_t kDot8Rows = 4;         // rows per group
 // Tokens per pass over a group: the rows' totals stay in registers beside the codes of a row and a token's x.
 constexpr int64_t kDot8Tokens = in_registers(4 * kDot8Rows, 8) ? 4 : 2;
-constexpr int64_t kBlock8 = 32;  // of x, where it meets a matrix in int8
 static_assert(kChunk == 2 * kBytes8);
 
 // The code book rounded to int8, and what one of its steps is worth.
@@ -322,7 +322,7 @@ void dense8_tile(const int8_t* const* rows, int64_t ahead, int64_t cols, const L
     for (int64_t r = 0; r < kDot8Rows; ++r) codes[r] = fetch(rows[r] + s * kBytes8);
     for (int m = 0; m < kTokens; ++m) {
       const Bytes8 bytes(x.x + m * x.x_stride + s * kBytes8);
-      const Vec steps = lanes(x.steps + m * x.step_stride + s * kBytes8 / kBlock8);
+      const Vec steps = lanes(x.steps + m * x.step_stride + s * kBytes8 / kInt8Block);
       for (int64_t r = 0; r < kDot8Rows; ++r) {
         const Sums8 sums = multiply(bytes, codes[r], load_begin(x.begin + m * x.begin_stride + s * kWidth));
         total[r][m] = fma(to_vec(sums), steps, total[r][m]);
@@ -378,10 +378,10 @@ void dots8(const Quant4& q, const Book8& book, RowOf&& row_of, Range range, cons
   }
 }
 
-// The same of rows in int8, weight [rows, cols] with a scale a row; x's blocks are kBlock8.
+// The same of rows in int8, weight [rows, cols] with a scale a row; x's blocks are kInt8Block.
 template <class Sink>
 void dense8(const int8_t* weight, const float* scales, int64_t cols, Range range, const Tokens8& x, Sink&& sink) {
-  const LaneScales lanes(kBlock8, 4);
+  const LaneScales lanes(kInt8Block, 4);
   const int64_t leap = rows_ahead(cols, kDot8Rows);
   for (int64_t n = range.begin; n < range.end; n += kDot8Rows) {
     const int8_t* rows[kDot8Rows];

@@ -125,7 +125,7 @@ void matrix_rows(const DecoderMatrix& matrix, RowOf&& row_of, Range range, const
   Tokens8 rounded = room.tokens;
   rounded.tokens = tokens;
   if (matrix.dtype == kInt8Rows) {
-    to_int8<false>(x.plain, matrix.cols, kBlock8, 1.0f, rounded);
+    to_int8<false>(x.plain, matrix.cols, kInt8Block, 1.0f, rounded);
     return dense8(static_cast<const int8_t*>(matrix.weight), static_cast<const float*>(matrix.absmax), matrix.cols,
                   range, rounded, add_bias);
   }

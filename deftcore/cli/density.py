@@ -20,7 +20,9 @@ def density(
     """Measure loss and activation density per block.
 
     MODEL is a Transformers folder, an exported folder, a GGUF file or a hub id; DATA a .jsonl, .csv or .txt file.
-    The loss is in nats per token, the density a share of neurons.
+    The loss is in nats per token, the density a share of neurons: under thresholds that lie beside the adapter or the
+    model, of those above. What a recipe's task of classes left is measured over records as its recipe reads them; the
+    loss is per text then.
     """
     shared.hush()
     shared.check_language_model(model)

@@ -12,13 +12,16 @@ from transformers import TextStreamer
 from deftcore.methods.deft.files import load_sparse
 from deftcore.methods.lora.patch import patch
 from deftcore.models.checkpoints import SPARSE_FILE, load_model, load_tokenizer
-from deftcore.models.decoder import compile_decoder
+from deftcore.models.decoder import Decoder, compile_decoder
 from deftcore.models.preflight import check_lengths, empty_model
+from deftcore.models.sparsify import sparsify
+from deftcore.models.thresholds import Thresholds
 from deftcore.training.adapters import load_adapter
+from deftcore.training.classification import refuse_classifier
 from deftcore.training.device import choose_device
 from deftcore.training.fields import AdapterFolder, Count, Needed, NonNegative, Positive, Seed, Text, checked
 
-_LONGEST = 4096  # positions of the decoder's cache; texts that may pass it are Transformers'
+_ROOM = 4096  # positions of the decoder's cache at first; longer texts get one of as many more
 
 
 @dataclass
@@ -31,7 +34,8 @@ class Writer:
     """A model with its tokenizer and the way it decodes.
 
     Args:
-        model: a Transformers folder, a folder of `deftcore export` or a hub id.
+        model: a Transformers folder, a folder of `deftcore export` or a hub id. It runs under the thresholds that lie
+            beside it or the adapter.
         adapter, quantize, device: as in `deftcore.methods.deft.measure.measure_density`.
         chat: whether prompts are a user's messages, each with those before it and their answers.
         max_new_tokens: of an answer, at most.
@@ -64,6 +68,7 @@ class Writer:
         sparse = (Path(model) / SPARSE_FILE).is_file()
         if sparse and (adapter or quantize):
             raise ValueError(f"model: {model} is exported, and takes no further adapter and no quantize")
+        refuse_classifier(model, adapter)
         self.empty = empty_model(model)
         native = where.type == "cpu" and not self.empty.config.is_encoder_decoder
         if activations != "exact" and not native:
@@ -78,11 +83,13 @@ class Writer:
             loaded = (load_adapter(loaded, adapter) if adapter else loaded).to(where)  # the proof is of this device
             with contextlib.suppress(ValueError):  # nothing in it that native ops would run
                 patch(loaded)
+            if (thresholds := Thresholds.load(adapter or model)) is not None:
+                loaded = sparsify(loaded, thresholds=thresholds)
         self.model = loaded.eval()
-        self.decoder = None
+        self.activations = activations
+        self.decoder: Decoder | None = None
         if native:
-            longest = min(getattr(loaded.config, "max_position_embeddings", None) or _LONGEST, _LONGEST)
-            self.decoder = compile_decoder(loaded, max_length=longest, activations=activations)
+            self._make_room(min(getattr(loaded.config, "max_position_embeddings", None) or _ROOM, _ROOM))
         self.where, self.chat, self.max_new_tokens = where, chat, max_new_tokens
         self.messages: list[dict[str, str]] = []
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -106,9 +113,9 @@ class Writer:
             check_lengths(self.empty, [whole], "prompt and max_new_tokens")
         streamer = TextStreamer(self.tokenizer, skip_prompt=not pair, skip_special_tokens=True) if stream else None
         padding = self.tokenizer.pad_token_id
-        decoder = self.decoder
-        native = decoder is not None and given + self.max_new_tokens <= decoder.max_length
-        writer: Any = decoder if native else self.model
+        if self.decoder is not None and given + self.max_new_tokens > self.decoder.max_length:
+            self._make_room(-(-(given + self.max_new_tokens) // _ROOM) * _ROOM)
+        writer: Any = self.decoder or self.model
         with torch.no_grad():
             found = writer.generate(
                 **inputs, **self.options, max_new_tokens=self.max_new_tokens, streamer=streamer,
@@ -120,6 +127,10 @@ class Writer:
             self.messages = messages
             self.messages.append({"role": "assistant", "content": text})
         return Answer(text, len(new))
+
+    def _make_room(self, length: int) -> None:
+        self.decoder = None  # whose cache is given back first
+        self.decoder = compile_decoder(self.model, max_length=length, activations=self.activations)
 
     def _tokens(self, prompt: str | list[dict[str, str]]) -> dict[str, torch.Tensor]:
         """Of a text, or of messages in the chat template."""

@@ -19,6 +19,7 @@ from deftcore.ops.quant4 import ACTIVATIONS
 logger = logging.getLogger("deftcore")
 
 _MOST_SEQUENCES = 16
+_EXACTLY = {"exact": "", "int8": ", with exact activations"}  # where the native step is not what decodes
 
 
 def compile_decoder(model: Any, *, batch: int = 1, max_length: int = 2048, activations: str = "exact") -> "Decoder":
@@ -28,7 +29,7 @@ def compile_decoder(model: Any, *, batch: int = 1, max_length: int = 2048, activ
     refuses a model that was changed since. Of sparse MLPs (`sparsify`, `load_sparse`) the rows of active neurons are
     read; plain LoRA of PEFT, one adapter, is added to its base's product unmerged. Activations, cache and states are
     float32. Whether the native step gives the model's own logits is shown on a few made-up tokens; where it does not,
-    or cannot run the model, a log line says why, as does `Decoder.reason`, and Transformers decodes.
+    or cannot run the model, a log line says why, as does `Decoder.reason`, and Transformers decodes, exactly.
 
     Args:
         model: a Transformers model in memory, or its PEFT model; Mamba's adapters, and others than LoRA, merged.
@@ -62,10 +63,13 @@ def compile_decoder(model: Any, *, batch: int = 1, max_length: int = 2048, activ
         steps = exact
         if activations == "int8":
             steps = exact.rounded()
-            moved = Trial(model, max_length).distance(steps, exact)
+            trial = Trial(model, max_length)
+            moved = trial.distance(steps, exact)
+            if moved == 0 and trial.behind > 0:
+                logger.warning("compile_decoder: int8 rounds nothing: no weight in 4 bits, no head of whole blocks")
     except ValueError as error:
         reason = str(error)
-        logger.warning("compile_decoder: Transformers decodes this model: %s", reason)
+        logger.warning("compile_decoder: Transformers decodes this model%s: %s", _EXACTLY[activations], reason)
     decoder = Decoder(model, exact, reason, batch, max_length)
     decoder.activations, decoder.error, decoder._steps = activations, moved, steps
     return decoder
@@ -88,6 +92,7 @@ class Decoder:
     def __init__(self, model: Any, steps: Steps | None, reason: str, batch: int, max_length: int) -> None:
         self.model, self.reason, self.batch, self.max_length = model, reason, batch, max_length
         self._exact = self._steps = steps  # of a prompt, of the tokens behind it
+        self._said: set[str] = set()
         self._adapters = [] if steps is None else adapter_state(model)
         self._weights = [] if steps is None else weights_state(model)
         self._calls = [] if steps is None else calls_state(model)
@@ -105,7 +110,7 @@ class Decoder:
 
         Transformers prepares the configuration, processors of logits, stopping criteria and the prompt's cache; beams,
         assistants, a `tokenizer` (of stop strings), other caches than the dynamic one and results as a dictionary stay
-        Transformers' alone.
+        Transformers' alone, with exact activations, as a log line says once.
 
         Args:
             input_ids: [B, L] int64.
@@ -126,7 +131,11 @@ class Decoder:
         if attention_mask is not None:
             options["attention_mask"] = attention_mask
         steps = self._steps
-        if steps is None or not self._is_plain(generation_config, kwargs):
+        other = "" if steps is None else self._beyond(generation_config, kwargs)
+        if other and other not in self._said:
+            self._said.add(other)
+            logger.warning("Decoder: Transformers decodes where there is %s%s", other, _EXACTLY[self.activations])
+        if steps is None or other:
             return self.model.generate(input_ids, streamer=streamer, **options)
         if adapter_state(self.model) != self._adapters:
             raise ValueError("model: its adapters were merged, switched or scaled since; call compile_decoder again")
@@ -176,23 +185,29 @@ class Decoder:
         steps.take(cache_of(output), self._state, prompt)
         return output.logits[:, -1].float()
 
-    def _is_plain(self, config: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether one token of each sequence follows the other, and nothing but tokens is asked for."""
+    def _beyond(self, config: Any, kwargs: dict[str, Any]) -> str:
+        """What is asked for beyond tokens, one of each sequence after the other; empty where nothing is."""
         from transformers import GenerationConfig
 
         if config is not None and not isinstance(config, GenerationConfig):
             raise TypeError(f"generation_config: must be a GenerationConfig, got {type(config).__name__}")
-        config = copy.deepcopy(base_of(self.model).generation_config if config is None else config)
+        own = base_of(self.model).generation_config
+        config = copy.deepcopy(own if config is None else config)
+        config.update(**own.to_dict(), defaults_only=True)  # as Transformers fills up what is given
         config.update(**kwargs)
         names = (
             "assistant_model", "custom_generate", "cache", "past_key_values", "inputs_embeds", "position_ids",
             "tokenizer",  # which Transformers keeps from a loop that is not its own
         )  # fmt: skip
-        special = any(kwargs.get(name) is not None for name in names)
-        special = special or config.cache_implementation not in (None, "dynamic")
-        asked = config.return_dict_in_generate or config.use_cache is False or (config.num_beams or 1) > 1
-        mode = config.get_generation_mode(kwargs.get("assistant_model"))
-        return not special and not asked and mode.value in ("greedy_search", "sample")
+        mode, cache = config.get_generation_mode(kwargs.get("assistant_model")).value, config.cache_implementation
+        asked = {name: kwargs.get(name) is not None for name in names} | {
+            f"cache_implementation={cache!r}": cache
+            not in (None, "dynamic", "hybrid"),  # hybrid: Transformers drops it
+            "return_dict_in_generate": config.return_dict_in_generate,
+            "use_cache=False": config.use_cache is False,
+            mode: mode not in ("greedy_search", "sample"),
+        }
+        return ", ".join(name for name, is_asked in asked.items() if is_asked)
 
     def _decode(
         self, model: Any, steps: Steps, tokens: Tensor, streamer: Any, *, logits_processor: Any,

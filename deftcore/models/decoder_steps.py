@@ -132,6 +132,7 @@ class Trial:
     def __init__(self, model: Any, length: int, forward: Callable[..., Any] | None = None) -> None:
         length = min(_PROMPT + _PROOF_STEPS, length)
         self.model, self.prompt = model, min(_PROMPT, length)
+        self.behind = length - self.prompt  # tokens
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(model.get_input_embeddings().weight.shape[0], (2, length), generator=generator)
         self.starts = torch.tensor([0, self.prompt - 1])

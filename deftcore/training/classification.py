@@ -68,6 +68,21 @@ class Classes:
         return found
 
 
+def is_classifier(folder: str | os.PathLike) -> bool:
+    """Whether a run over classes of texts left what a folder holds: a model, or an adapter of one."""
+    return (Path(folder) / _FILE).is_file()
+
+
+def refuse_classifier(model: str, adapter: str = "") -> None:
+    """Raises ValueError, naming the argument, unless a model continues texts."""
+    for name, folder in (("adapter", adapter), ("model", model)):
+        if folder and is_classifier(folder):
+            raise ValueError(
+                f"{name}: must be of a language model, {folder} tells classes of texts ({_FILE}); deftcore density and "
+                "deftcore.training.class_reader.ClassReader take it"
+            )
+
+
 class ClassificationTask(Task):
     """Classes of texts. A batch has the tokenizer's tensors [B, K], padded on the right, and labels [B].
 

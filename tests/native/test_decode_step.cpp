@@ -141,23 +141,60 @@ void test_steps(const Options& options) {
   test_step({1, 2, 3, 4, 96, 2, 2, 64, 32, options});
 }
 
-void test_checks() {
-  const auto spoilt = [](auto&& spoil) {
-    Problem p(2, 2, 1, 3, 6, 2, 1, 4, 5, Options{});
+// Whether a step over a problem is refused once something of it is spoilt, and only then.
+template <class Spoil>
+bool spoilt(const Options& options, Spoil&& spoil) {
+  const auto refuses = [&](auto&& change) {
+    const int64_t width = options.head == Form::kInt8 ? 64 : 6;
+    Problem p(2, 2, 1, 3, width, 2, 1, 4, 5, options);
     std::vector<float> logits(at(p.sequences * p.vocabulary));
     DecodeStepArgs args = p.args(logits.data());
-    spoil(args, p);
+    const Room room(device::decode_step_workspace(args));
+    args.workspace = room.data();
+    change(args, p);
     return refused("decode_step", [&] { device::decode_step(args, nullptr); });
   };
-  CHECK(spoilt([](DecodeStepArgs& args, Problem&) { args.tokens = 0; }));
-  CHECK(spoilt([](DecodeStepArgs& args, Problem&) { args.tokens = 4; }));
-  CHECK(spoilt([](DecodeStepArgs& args, Problem&) { args.position = args.length; }));
-  CHECK(spoilt([](DecodeStepArgs& args, Problem&) { args.kv_heads = 3; }));
-  CHECK(spoilt([](DecodeStepArgs& args, Problem&) { args.head_size = 3; }));
-  CHECK(spoilt([](DecodeStepArgs&, Problem& p) { p.starts[1] = 4; }));
-  CHECK(spoilt([](DecodeStepArgs&, Problem& p) { p.blocks[1].window = 0; }));
-  CHECK(spoilt([](DecodeStepArgs&, Problem& p) { p.blocks[1].down.cols = 6; }));
-  CHECK(spoilt([](DecodeStepArgs&, Problem& p) { p.blocks[1].o.stride = 1; }));
+  return refuses(spoil) && !refuses([](DecodeStepArgs&, Problem&) {});
+}
+
+void test_checks() {
+  const Options plain;
+  CHECK(spoilt(plain, [](DecodeStepArgs& args, Problem&) { args.tokens = 0; }));
+  CHECK(spoilt(plain, [](DecodeStepArgs& args, Problem&) { args.tokens = 4; }));
+  CHECK(spoilt(plain, [](DecodeStepArgs& args, Problem&) { args.position = args.length; }));
+  CHECK(spoilt(plain, [](DecodeStepArgs& args, Problem&) { args.kv_heads = 3; }));
+  CHECK(spoilt(plain, [](DecodeStepArgs& args, Problem&) { args.head_size = 3; }));
+  CHECK(spoilt(plain, [](DecodeStepArgs&, Problem& p) { p.starts[1] = 4; }));
+  CHECK(spoilt(plain, [](DecodeStepArgs&, Problem& p) { p.blocks[1].window = 0; }));
+  CHECK(spoilt(plain, [](DecodeStepArgs&, Problem& p) { p.blocks[1].down.cols = 6; }));
+  CHECK(spoilt(plain, [](DecodeStepArgs&, Problem& p) { p.blocks[1].o.stride = 1; }));
+  CHECK(spoilt(plain, [](DecodeStepArgs&, Problem& p) { p.blocks[1].v.weight = nullptr; }));
+  CHECK(spoilt(plain, [](DecodeStepArgs&, Problem& p) { p.blocks[1].gate.weight = nullptr; }));
+  CHECK(spoilt(plain, [](DecodeStepArgs&, Problem& p) { p.blocks[0].q.dtype = kInt8Rows + 1; }));
+  CHECK(spoilt(plain, [](DecodeStepArgs&, Problem& p) { p.blocks[0].q.rank = 1; }));
+  CHECK(spoilt(plain, [](DecodeStepArgs&, Problem& p) { p.blocks[0].q.rank = -1; }));
+  CHECK(spoilt(plain, [](DecodeStepArgs&, Problem& p) {  // of 6 columns
+    p.head.native.dtype = kInt8Rows;
+    p.head.native.absmax = p.norm;
+    p.head.native.stride = 6;
+  }));
+}
+
+void test_checks_of_int8() {
+  Options int8;
+  int8.head = Form::kInt8;
+  CHECK(spoilt(int8, [](DecodeStepArgs&, Problem& p) { p.head.native.absmax = nullptr; }));
+  CHECK(spoilt(int8, [](DecodeStepArgs&, Problem& p) { p.head.native.stride = 96; }));
+  CHECK(spoilt(int8, [](DecodeStepArgs&, Problem& p) { p.head.native.stride = 32; }));
+  CHECK(spoilt(int8, [](DecodeStepArgs&, Problem& p) { p.head.native.code = kNf4Code; }));
+  int8.tau = 0.1f;  // all rows of a matrix in int8 are read: of W_up and W_down it cannot be some
+  const auto round = [](DecoderMatrix& m, const Problem& p) {
+    m.dtype = kInt8Rows;
+    m.stride = m.cols;
+    m.absmax = p.norm;
+  };
+  CHECK(spoilt(int8, [&](DecodeStepArgs&, Problem& p) { round(p.blocks[0].up, p); }));
+  CHECK(spoilt(int8, [&](DecodeStepArgs&, Problem& p) { round(p.blocks[0].down, p); }));
 }
 
 }  // namespace
@@ -198,5 +235,6 @@ int main() {
     rounded.tolerance = 2e-2;
     test_steps(rounded);
     test_checks();
+    test_checks_of_int8();
   });
 }

@@ -218,6 +218,8 @@ void test_checks() {
   CHECK(spoilt([](MambaStepArgs& args, Problem&) { args.rank = 3; }));
   CHECK(spoilt([](MambaStepArgs&, Problem& p) { p.layers[1].out.cols = 5; }));
   CHECK(spoilt([](MambaStepArgs&, Problem& p) { p.layers[1].out.rank = 1; }));
+  CHECK(spoilt([](MambaStepArgs&, Problem& p) { p.layers[1].out.dtype = kInt8Rows; }));
+  CHECK(spoilt([](MambaStepArgs&, Problem& p) { p.layers[1].x.weight = nullptr; }));
 }
 
 }  // namespace

@@ -139,17 +139,35 @@ inline void check_args(const GaloreStepArgs& args, const char* op) {
   }
 }
 
+inline void check_any_matrix(const DecoderMatrix& m, int64_t rows, int64_t cols, const char* op) {
+  require(m.weight != nullptr && m.rows == rows && m.cols == cols, op,
+          "a matrix has another shape than the model's sizes say");
+  require(m.rank == 0 || (m.rank > 0 && m.lora_a && m.lora_b && m.lora_scale), op,
+          "a matrix' low-rank term needs lora_a, lora_b and lora_scale");
+  const bool packed = m.code != nullptr;
+  require(m.dtype >= 0 && m.dtype <= (packed ? 0 : kInt8Rows), op, "a matrix' dtype must be in 0..3, 0 in 4 bits");
+  require(m.absmax != nullptr || !(packed || m.dtype == kInt8Rows), op, "a matrix in 4 bits or int8 needs absmax");
+  require(packed || m.stride >= cols, op, "a matrix' stride must be its columns at least");
+}
+
 inline void check_matrix(const DecoderMatrix& m, int64_t rows, int64_t cols, const char* op) {
-  require(m.rows == rows && m.cols == cols, op, "a matrix has another shape than the model's sizes say");
-  require(m.code != nullptr || m.stride >= cols, op, "a matrix' stride must be its columns at least");
+  check_any_matrix(m, rows, cols, op);
   const bool whole = m.column_blocks == 0 && is_block_size(m.block_size) && cols % m.block_size == 0;
   require(m.code == nullptr || whole, op, "rows in 4 bits must be whole blocks");
+  require(m.dtype != kInt8Rows || (cols % kInt8Block == 0 && m.stride == cols), op,
+          "rows in int8 must be whole blocks of 32, in one piece");
+}
+
+// Of which only some rows are read.
+inline void check_sparse_rows(const DecoderMatrix& m, int64_t rows, int64_t cols, const char* op) {
+  check_matrix(m, rows, cols, op);
+  require(m.dtype != kInt8Rows, op, "of a matrix in int8 all rows are read");
 }
 
 // Neuron-major: [neurons, width].
-inline void check_sparse_matrix(const DecoderMatrix& m, int64_t neurons, int64_t width, const char* op) {
-  if (m.code == nullptr || m.column_blocks == 0) return check_matrix(m, neurons, width, op);
-  require(m.rows == neurons && m.cols == width, op, "a matrix has another shape than the model's sizes say");
+inline void check_sparse_down(const DecoderMatrix& m, int64_t neurons, int64_t width, const char* op) {
+  if (m.code == nullptr || m.column_blocks == 0) return check_sparse_rows(m, neurons, width, op);
+  check_any_matrix(m, neurons, width, op);
   require(is_block_size(m.block_size) && neurons % m.block_size == 0 && width % 2 == 0, op,
           "columns in 4 bits must be whole blocks, and rows even");
 }
@@ -175,9 +193,13 @@ inline void check_args(const DecodeStepArgs& args, const char* op) {
     check(block.o, args.width, mixed);
     if (block.up.weight != nullptr) {
       check(block.gate, args.neurons, args.width);
-      check(block.up, args.neurons, args.width);
-      if (block.tau == nullptr) check(block.down, args.width, args.neurons);
-      if (block.tau != nullptr) check_sparse_matrix(block.down, args.neurons, args.width, op);
+      if (block.tau == nullptr) {
+        check(block.up, args.neurons, args.width);
+        check(block.down, args.width, args.neurons);
+      } else {
+        check_sparse_rows(block.up, args.neurons, args.width, op);
+        check_sparse_down(block.down, args.neurons, args.width, op);
+      }
     }
     require(block.window >= 1, op, "window must be at least 1");
   }

@@ -5,9 +5,10 @@
 
 namespace deftcore {
 
-// In place of a DType: weights are int8, and absmax has what a step of each row is worth, [rows] floats. x is rounded
-// to int8 as well.
+// In place of a DType: weights are int8, rows in one piece and of whole blocks, and absmax has what a step of each row
+// is worth, [rows] floats. x is rounded to int8 as well, by blocks.
 inline constexpr int64_t kInt8Rows = 3;
+inline constexpr int64_t kInt8Block = 32;
 
 // y = x W^T + bias + lora_scale (x lora_a^T) lora_b^T, W in `dtype`, or in 4 bits where there is a code.
 struct DecoderMatrix {

@@ -12,6 +12,7 @@ from deftcore.models.checkpoints import load_model, load_tokenizer
 from deftcore.models.folders import is_4bit, read_config
 from deftcore.models.preflight import empty_model
 from deftcore.nn.activations import activation_of
+from deftcore.training.classification import refuse_classifier
 
 logger = logging.getLogger("deftcore")
 
@@ -24,6 +25,7 @@ def check_real_model(path: str, activation: str) -> None:
     Raises:
         FileNotFoundError, ImportError, ValueError: naming the argument.
     """
+    refuse_classifier(path)
     config = read_config(path)
     if config.is_encoder_decoder:
         raise ValueError(f"model: must be one that continues text, {path} ({config.model_type}) has an encoder")

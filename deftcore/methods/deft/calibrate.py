@@ -15,6 +15,7 @@ from deftcore.models.preflight import empty_model
 from deftcore.models.sparsify import check_sparsify
 from deftcore.models.thresholds import Thresholded, Thresholds, calibrate_thresholds
 from deftcore.nn.thresholds import CRITERIA
+from deftcore.training.classification import refuse_classifier
 from deftcore.training.device import choose_device
 from deftcore.training.fields import (
     AdapterFolder,
@@ -68,6 +69,7 @@ def sparsify(
     if found := mistakes("validation", DataFile, validation) if validation else []:
         raise ValueError("; ".join(found))
     where = choose_device(device)
+    refuse_classifier(model, adapter)
     empty = empty_model(model)
     task = TextTask.of_model(model, empty)
     if not (adapter or own_adapter(model)):

@@ -18,6 +18,7 @@ from deftcore.models.thresholds import Thresholds
 from deftcore.models.tied import merge_and_unload
 from deftcore.nn.linear import Linear4bit
 from deftcore.training.adapters import load_adapter
+from deftcore.training.classification import refuse_classifier
 from deftcore.training.device import choose_device
 from deftcore.training.fields import AdapterFolder, Needed, NewFolder, Text, checked, one_of
 from deftcore.training.registry import method_of
@@ -62,8 +63,10 @@ def write(
             those that stand beside the adapter or the model.
     """
     where = choose_device(device)
+    refuse_classifier(model, adapter)
     empty = empty_model(model)
-    adapter = adapter or own_adapter(model)
+    thresholds = Thresholds.load(adapter or model)
+    adapter = adapter or own_adapter(model)  # of whose thresholds the model's folder has kept the file
     if merge and not adapter:
         raise ValueError(f"merge: is for an adapter over a 4-bit base, there is no adapter, got {merge!r}")
     if merge and not (quantize or is_4bit(empty.config)):
@@ -73,7 +76,7 @@ def write(
     base.to(where)
     packed = any(isinstance(module, Linear4bit) for module in base.modules())
     with tempfile.TemporaryDirectory() as temporary:
-        kept, thresholds = None, Thresholds.load(adapter or model)
+        kept = None
         adapted: Any = load_adapter(base, adapter) if adapter else base
         gates = gates_of(adapted)
         if gates is not None:
