@@ -191,7 +191,7 @@ class Decoder:
 
         if config is not None and not isinstance(config, GenerationConfig):
             raise TypeError(f"generation_config: must be a GenerationConfig, got {type(config).__name__}")
-        own = base_of(self.model).generation_config
+        own: Any = base_of(self.model).generation_config
         config = copy.deepcopy(own if config is None else config)
         config.update(**own.to_dict(), defaults_only=True)  # as Transformers fills up what is given
         config.update(**kwargs)
