@@ -276,6 +276,20 @@ def test_a_run_leaves_what_tells_classes_by_name(recipe, folder, tmp_path, metho
     assert {path.name for path in (tmp_path / method / "evaluation").iterdir()} == {"confusion.json", "confusion.png"}
 
 
+def test_a_decoder_tells_classes_of_padded_texts(recipe, folder, tmp_path):
+    """Its configuration has no padding token; beside an adapter nothing of it is saved."""
+    place = tmp_path / "decoder"
+    sizes = SIZES | {"vocab_size": len(WORDS), "max_position_embeddings": 24, "pad_token_id": None}
+    transformers.LlamaModel(transformers.LlamaConfig(**sizes)).save_pretrained(place)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(place)
+    lora = ("method=lora", "adapter={r: 4, target_modules: [q_proj, v_proj]}", f"model={place}")
+    train_recipe(recipe("run", *lora, "training.max_steps=4", "training.eval_every=4"))
+    found = ClassReader.open(place, tmp_path / "run" / "final")
+    assert found(["red", "blue is a colour ."])[0] == pytest.approx(found(["red"])[0], abs=1e-5)
+
+
 def test_a_killed_run_goes_on_bit_for_bit(recipe, tmp_path, stopping):
     from conftest import Stopped
 

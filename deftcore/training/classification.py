@@ -113,7 +113,8 @@ class ClassificationTask(Task):
 
     @classmethod
     def base_of(cls, path: str | os.PathLike, trained: str | os.PathLike) -> Any:
-        return with_classes(cls.load_model(path), Classes.of(trained).labels)
+        model = _padding(cls.load_model(path), load_tokenizer(trained))
+        return with_classes(model, Classes.of(trained).labels)
 
     @classmethod
     def of_model(cls, path: str | os.PathLike, model: Any) -> "ClassificationTask":
@@ -126,8 +127,7 @@ class ClassificationTask(Task):
 
     def prepare(self, model: Any, config: ClassData) -> Any:
         """The model with an output for each class, once data were read."""
-        if model.config.pad_token_id is None:  # decoders look for the last token before it
-            model.config.pad_token_id = self.tokenizer.pad_token_id
+        _padding(model, self.tokenizer)
         if not self.labels:
             self.labels = _given(config.labels) or class_names(model)
         return with_classes(model, self.labels) if self.labels else model
@@ -214,6 +214,13 @@ class ClassificationTask(Task):
         found = ConfusionCounts(self.labels).merge(counts)
         write_json(folder / "confusion.json", found.to_dict())
         draw_confusion(found, folder / "confusion.png", title=f"accuracy {found.accuracy:.3f}")
+
+
+def _padding(model: Any, tokenizer: Any) -> Any:
+    """The model with a padding token: decoders tell the class at the last token before it."""
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model
 
 
 def _given(labels: tuple[str, ...]) -> list[str]:

@@ -42,7 +42,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         console.print(repr(text), markup=False, highlight=False, soft_wrap=True)
     deft, lora = report["runs"]["LoRA + DEFT"], report["runs"]["LoRA"]
     console.print(
-        f"DEFT cuts the density to {100 * report['density_ratio']:.0f} % of plain LoRA's "
+        f"DEFT leaves {100 * report['density_ratio']:.0f} % of plain LoRA's density "
         f"at {100 * (report['loss_ratio'] - 1):+.1f} % loss; the DEFT model decodes {deft['speed_up']:.2f}x as fast "
         f"with its active neurons as with all (plain LoRA: {lora['speed_up']:.2f}x). {report['seconds']:.0f} s in all."
     )
