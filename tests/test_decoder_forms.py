@@ -8,7 +8,7 @@ import torch
 from conftest import on_threads
 from test_decoder import SIZES, model_of, prompts, step_of
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
 import deftcore
 from deftcore.models.decoder_parts import LlamaSteps, read_stack
@@ -203,7 +203,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 10000.0, "low_freq
 
 
 @pytest.mark.parametrize("rope", [YARN, LLAMA3], ids=["yarn", "llama3"])
-@pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config])
+@pytest.mark.parametrize("config", [LlamaConfig, MistralConfig, Qwen3Config])
 def test_scaled_rotations(config, rope):
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config(**SIZES, rope_parameters=rope)).eval()
@@ -259,3 +259,27 @@ def test_what_blocks_are_made_of():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=name):
             Matrix(torch.zeros(3, 64), **change)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_that_collect_hidden_states_change_nothing(before):
+    """Transformers leaves them in a model's layers once it was asked for hidden states."""
+    model, options = model_of("llama"), {"max_new_tokens": 12, "do_sample": False}
+    decoder = None if before else deftcore.compile_decoder(model, max_length=32)
+    assert model(prompts(), output_hidden_states=True, output_attentions=True).hidden_states
+    decoder = decoder or deftcore.compile_decoder(model, max_length=32)
+    assert not decoder.reason
+    assert decoder.generate(prompts(), **options).equal(model.generate(prompts(), **options))
+
+
+def test_each_module_keeps_its_mode():
+    model = model_of("llama").train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    deftcore.compile_decoder(model, max_length=32)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_a_window_of_one_is_transformers_own():
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=1)).eval()
+    assert "window is 1" in deftcore.compile_decoder(model, max_length=32).reason

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import on_threads
+from conftest import on_threads, recompute
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, FalconMambaConfig, Mamba2Config, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaRMSNorm
@@ -214,3 +214,12 @@ def test_a_layer_that_does_not_fit(kind, change, name):
     rest = {"states": stack.states, "eps": stack.eps, "groups": stack.groups, "norm_groups": stack.norm_groups}
     with pytest.raises(ValueError, match=name):
         MambaStack(layers, stack.norm, stack.head, **rest)
+
+
+def test_a_model_that_gives_no_cache_is_named():
+    model = model_of("mamba")
+    recompute(model)
+    decoder = deftcore.compile_decoder(model.train(), max_length=64)
+    ids = torch.randint(2, 97, (1, 20), generator=torch.Generator().manual_seed(3))
+    with pytest.raises(ValueError, match=r"gives no cache, as under gradient checkpointing"):
+        decoder.generate(ids, max_new_tokens=4, do_sample=False)

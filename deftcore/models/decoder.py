@@ -26,7 +26,8 @@ def compile_decoder(model: Any, *, batch: int = 1, max_length: int = 2048, activ
     """A decoder of a Llama-like model (Llama, Mistral, Qwen2, Qwen3, Gemma, SmolLM), Mamba or Mamba-2 on CPUs.
 
     Weights in float32, bfloat16, float16 and deftcore's 4 bits may be mixed; they are those of this moment: `generate`
-    refuses a model that was changed since. Of sparse MLPs (`sparsify`, `load_sparse`) the rows of active neurons are
+    refuses a model whose weights, adapters, hooks or thresholds changed since; it does not see writes through `.data`,
+    nor other epsilons, scalings and buffers. Of sparse MLPs (`sparsify`, `load_sparse`) the rows of active neurons are
     read; plain LoRA of PEFT, one adapter, is added to its base's product unmerged. Activations, cache and states are
     float32. Whether the native step gives the model's own logits is shown on a few made-up tokens; where it does not,
     or cannot run the model, a log line says why, as does `Decoder.reason`, and Transformers decodes, exactly.

@@ -68,7 +68,8 @@ def adapter_state(model: nn.Module) -> list[tuple]:
 def calls_state(model: nn.Module) -> list[tuple]:
     """Whether a model's modules do nothing but their forward, and the thresholds of sparse ones: read once as well."""
     modules: list[Any] = list(model.modules())
-    return [(called_plainly(m), m.tau if isinstance(m, (SparseMLP, SparseMLP4bit)) else None) for m in modules]
+    taus = [m.tau if isinstance(m, (SparseMLP, SparseMLP4bit)) else None for m in modules]
+    return [(called_plainly(m, capturing=False), tau) for m, tau in zip(modules, taus, strict=True)]
 
 
 def weights_state(model: nn.Module) -> list[tuple[int, int]]:

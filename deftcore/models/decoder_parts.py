@@ -82,7 +82,7 @@ def read_stack(model: Any, length: int) -> DecoderStack:
         raise ValueError(f"its attentions differ in their scaling: {', '.join(f'{each:g}' for each in sorted(scales))}")
     cosine, sine = _rotations(core.rotary_emb, first.head_dim, length)
     head = model.get_output_embeddings()
-    if not all(called_plainly(module) for top in (core.norm, head) for module in top.modules()):
+    if not all(called_plainly(module, capturing=False) for top in (core.norm, head) for module in top.modules()):
         raise ValueError("its last norm or its head has hooks, or a forward of its own")
     stack = DecoderStack(
         blocks=blocks, norm=norm_weight(core.norm), head=read_matrix("the head", head), cosine=cosine, sine=sine,
@@ -104,7 +104,7 @@ def _check_parts(layer: Any, attention: Attention) -> None:
     extra = {name for name, _ in layer.self_attn.named_children()} - known
     if extra:
         raise ValueError(f"{type(layer).__name__} has other parts than Llama's: {', '.join(sorted(extra))}")
-    if not all(called_plainly(module) for module in layer.modules()):
+    if not all(called_plainly(module, capturing=False) for module in layer.modules()):
         raise ValueError(f"{type(layer).__name__} has hooks, or a forward of its own")
 
 
@@ -122,6 +122,8 @@ def _block(layer: Any, mlp: MlpParts, attention: Attention) -> Block:
         norm_weight(layer.post_attention_layernorm), q_norm, k_norm, tau=mlp.tau, taus=mlp.taus,
         by_product=mlp.by_product,
     )  # fmt: skip
+    if window == 1:
+        raise ValueError("its sliding window is 1, under which Transformers' cache keeps more than the window")
     return dataclasses.replace(block, window=window) if window else block
 
 

@@ -52,8 +52,15 @@ def embedded(model: Any, tokens: Tensor) -> Tensor:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in a model's output, whatever this release of Transformers calls it."""
-    return next(output[name] for name in ("cache", "past_key_values") if output.get(name) is not None)
+    """The cache in a model's output, whatever this release of Transformers calls it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name in ("cache", "past_key_values"):
+        if output.get(name) is not None:
+            return output[name]
+    raise ValueError("model: gives no cache, as under gradient checkpointing in training mode; call model.eval() first")
 
 
 def check_devices(model: nn.Module) -> None:
@@ -140,13 +147,14 @@ class Trial:
         places = (mask.cumsum(-1) - 1).clamp(min=0)
         inputs = {"input_ids": self.tokens, "attention_mask": mask, "position_ids": places}
         before = {name: t[:, : self.prompt] for name, t in inputs.items()}
-        training, forward = model.training, forward or model
+        modes, forward = [(module, module.training) for module in model.modules()], forward or model
         model.eval()
         try:
             self.logits = forward(**inputs, use_cache=False).logits.float()[:, self.prompt :]
             self.cache = cache_of(forward(**before, use_cache=True))
         finally:
-            model.train(training)
+            for module, training in modes:
+                module.training = training
 
     @torch.no_grad()
     def logits_of(self, steps: Steps) -> Tensor:

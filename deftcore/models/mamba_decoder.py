@@ -90,7 +90,7 @@ def _layer(block: Any) -> MambaLayer:
         {"norm"} if second else {"x_proj", "dt_proj"}
     ):
         raise ValueError(f"{kind} has other parts than Mamba's: {', '.join(sorted(found))}")
-    if not all(called_plainly(module) for module in block.modules()):
+    if not all(called_plainly(module, capturing=False) for module in block.modules()):
         raise ValueError(f"{type(block).__name__} has hooks, or a forward of its own")
     if getattr(mixer, "activation", "silu") not in ("silu", "swish"):
         raise ValueError(f"its activation is {mixer.activation}, not silu")

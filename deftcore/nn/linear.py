@@ -203,17 +203,22 @@ def dense_layer(packed: Any, weight: Tensor) -> nn.Module:
     return layer
 
 
-def called_plainly(module: nn.Module, *, hooks: bool = True) -> bool:
+def called_plainly(module: nn.Module, *, hooks: bool = True, capturing: bool = True) -> bool:
     """Whether calling a module runs its class's forward and nothing else.
 
     Accelerate's offloading puts a forward of its own into the module, others register hooks (`hooks=False` allows
-    them). Code that computes with a module's weights instead of calling it asks this first.
+    them). Once asked for hidden states or attentions, Transformers leaves hooks that do nothing in a call that does not
+    ask for them (`capturing=False` allows those). Code that computes with a module's weights instead of calling it asks
+    this first.
     """
     own = vars(module)
     if "forward" in own or "_hf_hook" in own:
         return False
+    behind: Any = module._forward_hooks.values()
+    if not capturing:
+        behind = [hook for hook in behind if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
     return not hooks or not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        behind or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         or _has_any_global_hook()
     )  # fmt: skip
 
