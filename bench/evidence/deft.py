@@ -302,8 +302,7 @@ def measure(folder: Path, path: Path) -> None:
 
 def main() -> None:
     """The command."""
-    parser = parser_of("deft", __doc__, SETS)
-    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), help="of these seeds")
+    parser = parser_of("deft", __doc__, SETS, SEEDS)
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)

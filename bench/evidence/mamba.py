@@ -325,9 +325,8 @@ def run_all(
 def main() -> None:
     """The command."""
     names = [kind.name for kind in KINDS]
-    parser = parser_of("mamba", __doc__, PARTS)
+    parser = parser_of("mamba", __doc__, PARTS, SEEDS)
     parser.add_argument("--cache", type=Path, required=True, help="the folder of the pre-trained models")
-    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), help="of these seeds")
     parser.add_argument("--steps", type=int, default=Pretraining.steps, help="of pre-training")
     parser.add_argument("--models", nargs="+", choices=names, default=names, help="of these models")
     args = parser.parse_args()

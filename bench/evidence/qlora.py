@@ -148,8 +148,7 @@ def _rate(results_in: Path) -> float:
 
 def main() -> None:
     """The command."""
-    parser = parser_of("qlora", __doc__, SETS)
-    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), help="these alone")
+    parser = parser_of("qlora", __doc__, SETS, SEEDS)
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     if args.peak_of:
