@@ -153,8 +153,8 @@ def _precision(entries: Sequence[Entry]) -> Iterator[str]:
             rows.append([kind.name, f"{exact['loss']:.3f}", f"{exact['bleu']:.1f}", *changes])
     if rows:
         yield (
-            "The losses are high because they count what pre-training hardly showed, the end of a text and the names of "
-            "other restaurants, which models this small do not copy. Before tuning, in inference alone:"
+            "The losses are high because they count what pre-training hardly showed, the end of a text and the names "
+            "of other restaurants, which models this small do not copy. Before tuning, in inference alone:"
         )
         yield table(["", "loss", "BLEU", *LOW], rows)
     for kind in KINDS:
