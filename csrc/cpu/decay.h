@@ -73,6 +73,13 @@ struct SmallDecay {
     return power(moved, fma(s, a, large - moved));
   }
 };
+// e^-|x| of the same parts, with log2 e in two; 0 where it is below the smallest normal number.
+inline Vec exp_minus_abs(Vec x) {
+  const SmallDecay decay;
+  const Vec size = abs(x), rate(-kLog2E), large(kRoundsToEighths), moved = fma(size, rate, large);
+  const Vec power = decay.power(moved, fma(size, Vec(-1.92596303e-8f), fma(size, rate, large - moved)));
+  return _mm256_andnot_ps((size > Vec(87.336f)).m, power.v);
+}
 #elif defined(DEFTCORE_NEON)
 struct SmallDecay {
   Vec operator()(Vec s, Vec a) const {
@@ -84,6 +91,9 @@ struct SmallDecay {
 };
 #else
 using SmallDecay = AnyDecay;  // scales and rounds without bounds, at no cost
+#endif
+#if !defined(__AVX2__) || defined(__AVX512F__)
+inline Vec exp_minus_abs(Vec x) { return exp(Vec(0.0f) - abs(x)); }
 #endif
 
 // fn(decay) for exponents that are at most `largest` in every lane.

@@ -3,7 +3,7 @@
 // polynomial (relative error below 4e-8, from a Lawson-weighted least-squares fit), in an order of few dependent steps.
 #pragma once
 
-#include "isa.h"
+#include "decay.h"
 
 namespace deftcore::cpu {
 namespace {
@@ -19,7 +19,7 @@ struct Softplus {
 };
 // log(1 + e^x), which is x to the last bit above 20, where PyTorch switches.
 inline Softplus softplus(Vec x) {
-  const Vec w = exp(Vec(0.0f) - abs(x)), w2 = w * w, w4 = w2 * w2;
+  const Vec w = exp_minus_abs(x), w2 = w * w, w4 = w2 * w2;
   const Vec low = fma(w2, fma(w, Vec(-0.248571634f), Vec(0.33321324f)), fma(w, Vec(-0.499996483f), Vec(1.0f)));
   const Vec high =
       fma(w2, fma(w, Vec(-0.0300657861f), Vec(0.0792045221f)), fma(w, Vec(-0.137538016f), Vec(0.191536546f)));
@@ -27,12 +27,12 @@ inline Softplus softplus(Vec x) {
   return {fma(w, ratio, at_least(x, Vec(0.0f))), w};
 }
 
-inline Vec silu(Vec z) { return at_least(z, Vec(-math::kLargest)) * sigmoid(z, exp(Vec(0.0f) - abs(z))); }
+inline Vec silu(Vec z) { return at_least(z, Vec(-math::kLargest)) * sigmoid(z, exp_minus_abs(z)); }
 
 // As math::activate_grad.
 inline math::ValueGrad<Vec> silu_grad(Vec z) {
   z = at_most(at_least(z, Vec(-math::kMaxSlope)), Vec(math::kMaxSlope));
-  const Vec one(1.0f), s = sigmoid(z, exp(Vec(0.0f) - abs(z)));
+  const Vec one(1.0f), s = sigmoid(z, exp_minus_abs(z));
   return {z * s, s * fma(z, one - s, one)};
 }
 

@@ -43,12 +43,14 @@ inline void add_to(float* p, Vec v, int64_t count) { store_some(p, load_some(p, 
 inline bool turns(const ScanTensor& x, int64_t steps) { return kWidth > 1 && x.time == 1 && steps >= kWidth; }
 
 // What the next block of channels will want, a line at a time: a core waits for ten to twenty lines at once, so that
-// requests spread over the work on a block cost nothing, and a burst of them stops it.
+// requests spread over the work on a block cost nothing, and a burst of them stops it. They go to L2: rows some KiB
+// apart meet in a few of L1's sets, where they would push each other out.
+inline void ask(const void* line) { __builtin_prefetch(line, 0, 2); }
 class Asks {
  public:
   Asks(const void* const* lines, int64_t at, int64_t pace) : lines_(lines), at_(at), pace_(pace) {}
   void one() {
-    __builtin_prefetch(lines_[at_ >> 16]);
+    ask(lines_[at_ >> 16]);
     at_ += pace_;
   }
 
@@ -59,13 +61,15 @@ class Asks {
 template <int kTensors>
 class Ahead {
  public:
-  // Some steps of a tensor, of which a block has `row` channels.
+  // Some steps of a tensor, of which a block has `row` channels; as far as there is room.
   template <class T>
   void add(const ScanTensor& x, int64_t batch, int64_t start, int64_t steps, int64_t first, int64_t row) {
     if (x.channel != 1 || x.data == nullptr) return;
     const T* from = static_cast<const T*>(x.data) + batch * x.batch + start * x.time + first;
     if (reinterpret_cast<uintptr_t>(from) % kAhead >= row * sizeof(T)) return;  // the block before asked for it
-    for (int64_t t = 0; t < steps; ++t) lines_[count_++] = from + t * x.time + kAhead / sizeof(T) + row - 1;
+    for (int64_t t = 0; t < steps && count_ < kMost; ++t) {
+      lines_[count_++] = from + t * x.time + kAhead / sizeof(T) + row - 1;
+    }
   }
   // All lines of some steps of `count` channels, as far as there is room.
   template <class T>
@@ -86,7 +90,7 @@ class Ahead {
     constexpr int64_t kOne = 1 << 16;
     const Asks asks(lines_, at_, std::min(pace_, kOne));
     const int64_t end = std::min(at_ + calls * pace_, count_ << 16);  // more calls than they were spread over
-    for (int64_t i = at_ + calls * kOne; i < end; i += kOne) __builtin_prefetch(lines_[i >> 16]);
+    for (int64_t i = at_ + calls * kOne; i < end; i += kOne) ask(lines_[i >> 16]);
     at_ = end;
     return asks;
   }

@@ -65,14 +65,17 @@ void backward_states(const Decay& decay, const SelectiveScanBackwardArgs& back, 
   Lanes lanes[kWide];
   int64_t places[kAll];
   for (int w = 0; w < kWide; ++w) lanes[w] = vector_of(block, v + w);
+  Sums* const sums = own.sums + n * kScanChunk;
+  const float *const turned_b = own.b + n * kScanChunk, *const turned_c = own.c + n * kScanChunk;
   const auto b = [&](int64_t t, int i) {
     if constexpr (kFixedB) return load_some(args.b + places[i], lanes[i % kWide].count);
-    return Vec(own.b[(n + i / kWide) * kScanChunk + t]);
+    return Vec(turned_b[i / kWide * kScanChunk + t]);
   };
   const auto c = [&](int64_t t, int i) {
     if constexpr (kFixedC) return load_some(args.c + places[i], lanes[i % kWide].count);
-    return Vec(own.c[(n + i / kWide) * kScanChunk + t]);
+    return Vec(turned_c[i / kWide * kScanChunk + t]);
   };
+#pragma GCC unroll 4
   for (int i = 0; i < kAll; ++i) {
     const Lanes& some = lanes[i % kWide];
     places[i] = (n + i / kWide) * args.channels + some.first;
@@ -96,6 +99,7 @@ void backward_states(const Decay& decay, const SelectiveScanBackwardArgs& back, 
     }
   }
   Vec g[kAll], sum_a[kAll], sum_b[kAll], sum_c[kAll];
+#pragma GCC unroll 4
   for (int i = 0; i < kAll; ++i) {
     g[i] = load_some(carry + places[i], lanes[i % kWide].count);
     sum_a[i] = sum_b[i] = sum_c[i] = Vec(0.0f);
@@ -103,6 +107,9 @@ void backward_states(const Decay& decay, const SelectiveScanBackwardArgs& back, 
   for (int64_t t = steps - 1; t >= 0; --t) {
     asks.one();
     const int64_t at = v * kTileFloats + t * kWidth;
+    Sums at_t[kCount];
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) at_t[i] = sums[i * kScanChunk + t];
 #pragma GCC unroll 4
     for (int w = 0; w < kWide; ++w) {
       const Vec s = load(tiles.step + at + w * kTileFloats), su = load(tiles.su + at + w * kTileFloats);
@@ -110,7 +117,7 @@ void backward_states(const Decay& decay, const SelectiveScanBackwardArgs& back, 
       Vec into_u = load(tiles.into_u + at + w * kTileFloats), into_step = load(tiles.into_step + at + w * kTileFloats);
 #pragma GCC unroll 4
       for (int i = w; i < kAll; i += kWide) {
-        Sums& both = own.sums[(n + i / kWide) * kScanChunk + t];
+        Sums& both = at_t[i / kWide];
         g[i] = fma(c(t, i), dy, g[i]);
         into_u = fma(g[i], b(t, i), into_u);
         Vec &to_b = kFixedB ? sum_b[i] : both.b, &to_c = kFixedC ? sum_c[i] : both.c;
@@ -124,7 +131,10 @@ void backward_states(const Decay& decay, const SelectiveScanBackwardArgs& back, 
       store(tiles.into_u + at + w * kTileFloats, into_u);
       store(tiles.into_step + at + w * kTileFloats, into_step);
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) sums[i * kScanChunk + t] = at_t[i];
   }
+#pragma GCC unroll 4
   for (int i = 0; i < kAll; ++i) {
     const int64_t count = lanes[i % kWide].count;
     store_some(carry + places[i], g[i], count);
@@ -197,10 +207,14 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
   read_tile<T, false, kVectors>(args.delta, batch, start, steps, block, tiles.slope);
   read_tile<T, false, kVectors>(args.out, batch, start, steps, block, tiles.out);
   if (gated) read_tile<T, false, kVectors>(args.z, batch, start, steps, block, tiles.z);
-  Ahead<8> ahead;
+  const float* saved = args.chunks + (batch * chunk_count(args.length) + chunk) * states * args.channels;
+  Ahead<12> ahead;  // of tensors, and of planes of states
   for (const ScanTensor* x :
        {&args.u, &args.delta, &args.out, &args.z, &back.grad_u, &back.grad_delta, &back.grad_z, &back.out_again}) {
     ahead.add<T>(*x, batch, start, steps, block.first, kRow);
+  }
+  for (const float* plane : {args.a, saved, static_cast<const float*>(carry), static_cast<const float*>(back.grad_a)}) {
+    ahead.add<float>({const_cast<float*>(plane), 0, args.channels, 1}, 0, 0, states, block.first, kRow);
   }
   const int64_t groups = vectors / kAbreast + vectors % kAbreast;
   ahead.spread_over(steps * groups * (states / kPair + states % kPair));
@@ -208,7 +222,6 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
   for (int64_t v = 0; v < vectors; ++v) {
     largest = at_least(begin_vector(back, steps, vector_of(block, v), tiles, v * kTileFloats), largest);
   }
-  const float* saved = args.chunks + (batch * chunk_count(args.length) + chunk) * states * args.channels;
   with_decay(largest, [&](const auto& decay) {
     const auto run = [&](auto count, auto wide, int64_t n, int64_t v) {
       backward_states<count(), wide(), kFixedB, kFixedC>(decay, back, block, v, n, steps, own, saved, carry, tiles,
