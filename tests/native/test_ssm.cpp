@@ -100,6 +100,7 @@ int main() {
     test_scan(Problem(1, 40, 21, 16, 1));
     test_scan(Problem(1, 3, 48, 5, 3));
     test_scan(Problem(2, 34, 70, 3, 1));
+    test_scan(Problem(1, 33, 34, 256, 1));
     test_scan(Problem(2, 35, 6, 9, 2, true));
     test_scan(Problem(0, 4, 8, 2, 1));
     test_scan(Problem(2, 0, 8, 2, 1));
