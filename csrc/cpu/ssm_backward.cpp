@@ -1,5 +1,5 @@
 // The selective scan's backward takes chunks from the last to the first: it recomputes a chunk's states from the saved
-// one before it, then runs the adjoint g_t = c_t dy_t + a_{t+1} g_{t+1} back over them, two states at a time.
+// one before it, then runs the adjoint g_t = c_t dy_t + a_{t+1} g_{t+1} back over them, a few states at a time.
 #include "deftcore/workspace.h"
 #include "ssm.h"
 
@@ -37,8 +37,9 @@ Scratch scratch_of(const SelectiveScanArgs& args, void* workspace, int part) {
   return lay_out(args, room);
 }
 
-constexpr int kPair = 2;                             // states that go through a chunk side by side, and
-constexpr int kAbreast = kVectors % 2 == 0 ? 2 : 1;  // vectors: what they share is read and written once
+// Vectors and states that go through a chunk side by side: what they share is read and written once.
+constexpr int kAbreast = kVectors % 2 == 0 ? 2 : 1;
+constexpr int kBeside = kAbreast == 1 && kRegisters >= 32 ? 4 : 2;
 
 // A block's tiles over a chunk, vector by vector.
 struct Tiles {
@@ -217,7 +218,7 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
     ahead.add<float>({const_cast<float*>(plane), 0, args.channels, 1}, 0, 0, states, block.first, kRow);
   }
   const int64_t groups = vectors / kAbreast + vectors % kAbreast;
-  ahead.spread_over(steps * groups * (states / kPair + states % kPair));
+  ahead.spread_over(steps * groups * (states / kBeside + states % kBeside));
   Vec largest(0.0f);
   for (int64_t v = 0; v < vectors; ++v) {
     largest = at_least(begin_vector(back, steps, vector_of(block, v), tiles, v * kTileFloats), largest);
@@ -229,7 +230,7 @@ void backward_block(const SelectiveScanBackwardArgs& back, int64_t batch, int64_
     };
     const auto run_all = [&](auto wide, int64_t v) {
       int64_t n = 0;
-      for (; n + kPair <= states; n += kPair) run(std::integral_constant<int, kPair>{}, wide, n, v);
+      for (; n + kBeside <= states; n += kBeside) run(std::integral_constant<int, kBeside>{}, wide, n, v);
       for (; n < states; ++n) run(std::integral_constant<int, 1>{}, wide, n, v);
     };
     int64_t v = 0;
