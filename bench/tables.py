@@ -46,9 +46,9 @@ the rounding of the result). `path="auto"` over 2048x5504 in bfloat16, 1 to 64 t
 the best dense product at three points, whose path was timed once and came out even: `sparse_down` of 4 tokens with
 all neurons active (0.80x, over dot products with a transposed copy of the weight, which the op is not given; 0.93x
 over its own layout), `sparse_mlp` of 4 tokens (0.92x), `sparse_gated_mlp` of 64 (0.94x). `selective_scan` of width
-1536 and 1,024 steps takes 13.0 ms (17.8 before it read whole cache lines), and its backward 34.5 (37.0): 0.36 of a loop
-of 256-bit multiply-adds, forward and backward together 0.33, where 0.6 and 0.55 were wanted. A vector of a
-state's step takes 14 cycles, 10.5 from the caches, where its operations fill the pipes for 6.
+1536 and 1,024 steps takes 8.1 ms on one thread, with its backward 32 (MKL held to AVX2 too): 0.59 and 0.50 of what the
+multiply-adds of a matrix product allow, where 0.6 and 0.55 were wanted. On two threads, on cold inputs, they take 5.8
+and 16.8 ms: 0.44 and 0.50.
 """
 
 # What holds on a GPU alone, below a family's tables.
