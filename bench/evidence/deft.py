@@ -47,11 +47,14 @@ from deftcore.training.task import Batches
 _log = logging.getLogger(__name__)
 SEEDS = (0, 1, 2)
 LENGTH = 64  # tokens at most
-STEPS = {"mr_sentiment": 128, "banking77": 160, "qnli": 128}
+BATCH = 8
+# Density falls late: LoRA on mr_sentiment stood at 0.96 after 1,500 steps at a weight of 1, and fell below 0.5 in 2,000
+# at a weight of 2. Rates of 2e-3 end at chance as soon as the loss is there.
+STEPS = {"mr_sentiment": 2000, "banking77": 2000, "qnli": 2000}
 SETS = tuple(STEPS)
-TEST = 300  # held-out examples at most
+TEST = 1000  # held-out examples at most
 TAUS = (10**-3.5, 1e-2)  # the specification's threshold of smooth activations, and a coarser one
-SWEEP = (1.0, 2.0, 4.0, 8.0, 16.0)  # weights of the density loss
+SWEEP = (0.5, 1.0, 1.5, 2.0, 3.0)  # weights of the density loss
 
 
 class GatedDensityLoss(DensityLoss):
@@ -121,11 +124,11 @@ class DeftSide(Side):
 _LINEAR = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "key", "value", "dense"]}
 # name, method, options, rate, weight of the density loss, colour
 _MADE: tuple[tuple[str, Any, dict[str, Any], float, float, str], ...] = (
-    ("LoRA", "lora", _LINEAR, 2e-3, 4.0, "#4c78a8"),
-    ("QLoRA", "qlora", _LINEAR, 2e-3, 4.0, "#72b7b2"),
-    ("bottleneck", "bottleneck", {"reduction_factor": 16}, 3e-3, 30.0, "#2e8b57"),
-    ("prompt", "prompt", {"num_virtual_tokens": 16}, 1e-2, 30.0, "#f2a541"),
-    ("prefix", PREFIX, {"num_virtual_tokens": 16}, 1e-2, 30.0, "#d6618f"),
+    ("LoRA", "lora", _LINEAR, 5e-4, 2.0, "#4c78a8"),
+    ("QLoRA", "qlora", _LINEAR, 5e-4, 2.0, "#72b7b2"),
+    ("bottleneck", "bottleneck", {"reduction_factor": 16}, 1e-3, 2.0, "#2e8b57"),
+    ("prompt", "prompt", {"num_virtual_tokens": 16}, 1e-2, 2.0, "#f2a541"),
+    ("prefix", PREFIX, {"num_virtual_tokens": 16}, 1e-2, 2.0, "#d6618f"),
 )
 METHODS = tuple(name for name, *_ in _MADE)
 FORMS = ("", " + DEFT", " + ADA-DEFT")
@@ -147,12 +150,9 @@ SWEPT = tuple(replace(SIDES[1], name=f"LoRA, alpha {alpha:g}", alpha=alpha) for 
 def data_of(name: str, folder: Path) -> Data:
     """A set in the length and number of steps of these runs."""
     spec = SPECS[name]
-    return Data(
-        replace(
-            spec, max_length=min(spec.max_length, LENGTH), longest=LENGTH, steps=STEPS[name], test=min(spec.test, TEST)
-        ),
-        folder,
-    )
+    length = min(spec.max_length, LENGTH)
+    spec = replace(spec, max_length=length, longest=LENGTH, batch_size=BATCH, steps=STEPS[name], test=TEST)
+    return Data(spec, folder)
 
 
 # ---------------------------------------------------------------------------- measures
