@@ -73,12 +73,13 @@ struct SmallDecay {
     return power(moved, fma(s, a, large - moved));
   }
 };
-// e^-|x| of the same parts, with log2 e in two; 0 where it is below the smallest normal number.
+// e^-|x| of the same parts, with log2 e in two. Its exponent is raised by 32 until the end, for numbers below the
+// smallest normal one.
 inline Vec exp_minus_abs(Vec x) {
   const SmallDecay decay;
-  const Vec size = abs(x), rate(-kLog2E), large(kRoundsToEighths), moved = fma(size, rate, large);
+  const Vec size = abs(x), rate(-kLog2E), large(kRoundsToEighths + 32.0f), moved = fma(size, rate, large);
   const Vec power = decay.power(moved, fma(size, Vec(-1.92596303e-8f), fma(size, rate, large - moved)));
-  return _mm256_andnot_ps((size > Vec(87.336f)).m, power.v);
+  return Vec(_mm256_andnot_ps((size > Vec(109.0f)).m, power.v)) * Vec(0x1p-32f);
 }
 #elif defined(DEFTCORE_NEON)
 struct SmallDecay {
