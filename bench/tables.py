@@ -37,18 +37,18 @@ What density can buy is bounded: a gated block reads its gate matrix whole, so t
 3x; a plain block at most 2x. Batches read the union of their tokens' active neurons. In a compute-bound prefill, or an
 encoder, sparsity buys nothing; more than 64 tokens go to the dense product.
 
-Processors without instructions for 16-bit products have been looked at from an AVX-512 machine alone, on which
-PyTorch and deftcore were held to AVX2 (`DEFTCORE_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2`;
-processor time of one thread, beside other work): no measurement of an AVX2 machine. There a bfloat16 product runs at
-0.8 to 2.2 times the speed of PyTorch's float32 one, over 576x1536, 1536x576 and 4096x4096, 1 to 512 tokens, three
-directions, but for the weight gradient of 1 to 32 tokens over matrices that fit the cache (0.5 to 0.75: its time is
-the rounding of the result). `path="auto"` over 2048x5504 in bfloat16, 1 to 64 tokens, is more than 3 % slower than
-the best dense product at three points, whose path was timed once and came out even: `sparse_down` of 4 tokens with
-all neurons active (0.80x, over dot products with a transposed copy of the weight, which the op is not given; 0.93x
-over its own layout), `sparse_mlp` of 4 tokens (0.92x), `sparse_gated_mlp` of 64 (0.94x). `selective_scan` of width
-1536 and 1,024 steps takes 8.1 ms on one thread, with its backward 32 (MKL held to AVX2 too): 0.59 and 0.50 of what the
-multiply-adds of a matrix product allow, where 0.6 and 0.55 were wanted. On two threads, on cold inputs, they take 5.8
-and 16.8 ms: 0.44 and 0.50.
+Processors without instructions for 16-bit products have been looked at from an AVX-512 machine alone, on which PyTorch
+and deftcore were held to AVX2 (`DEFTCORE_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2`; processor time
+of one thread, beside other work): no measurement of an AVX2 machine. There a bfloat16 product runs at 0.8 to 2.2 times
+the speed of PyTorch's float32 one, over 576x1536, 1536x576 and 4096x4096, 1 to 512 tokens, three directions, but for
+the weight gradient of 1 to 32 tokens over matrices that fit the cache (0.5 to 0.75: its time is the rounding of the
+result). `path="auto"` over 2048x5504 in bfloat16, 1 to 64 tokens, is more than 3 % slower than the best dense product
+at three points, whose path was timed once and came out even: `sparse_down` of 4 tokens with all neurons active (0.80x,
+over dot products with a transposed copy of the weight, which the op is not given; 0.93x over its own layout),
+`sparse_mlp` of 4 tokens (0.92x), `sparse_gated_mlp` of 64 (0.94x). `selective_scan` of width 1536 and 1,024 steps takes
+8.4 ms on one thread, with its backward 34 to 42 (medians of runs; MKL held to AVX2 too): 0.58 and 0.38 to 0.47 of what
+the multiply-adds of a matrix product allow, where 0.6 and 0.55 were wanted. On two threads, on cold inputs, they take
+5.8 and 16.8 ms: 0.44 and 0.50.
 """
 
 # What holds on a GPU alone, below a family's tables.
