@@ -152,9 +152,11 @@ def test_what_transformers_alone_can_do(caplog):
         static = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
         tokens = prompts(1, length)
         assert torch.equal(decoder.generate(tokens, **static), model.generate(tokens, **static))
+    chunks = {"max_new_tokens": 4, "do_sample": False, "prefill_chunk_size": 3}
+    assert torch.equal(decoder.generate(prompts(), **chunks), model.generate(prompts(), **chunks))
     assert [record.getMessage() for record in caplog.records if record.name == "deftcore"] == [
         f"Decoder: Transformers decodes where there is {what}"
-        for what in ("beam_search", "return_dict_in_generate", "cache_implementation='static'")
+        for what in ("beam_search", "return_dict_in_generate", "cache_implementation='static'", "prefill_chunk_size")
     ]
 
 
@@ -233,6 +235,9 @@ def test_bad_prompts():
     decoder = deftcore.compile_decoder(model_of("llama"), batch=2, max_length=16)
     with pytest.raises(ValueError, match="input_ids"):
         decoder.generate(prompts(1, 0))
+    for token in (-1, 97):
+        with pytest.raises(ValueError, match=f"input_ids: must be in 0..96, got {token}"):
+            decoder.generate(torch.tensor([[5, token, 7]]))
     with pytest.raises(ValueError, match="input_ids: must be 1 to 2"):
         decoder.generate(prompts(3))
     with pytest.raises(ValueError, match="input_ids: must be 1 to 2"):

@@ -123,8 +123,8 @@ class Decoder:
             [B, L + new tokens] int64.
 
         Raises:
-            TypeError, ValueError: naming the argument: no prompt, or one longer than the cache, more sequences than
-                `batch`, padding elsewhere than on the left, an argument that Transformers does not know.
+            TypeError, ValueError: naming the argument: no prompt, tokens beyond the vocabulary, a prompt longer than the
+                cache, more sequences than `batch`, padding elsewhere than on the left, an argument that Transformers does not know.
             FloatingPointError: logits are NaN.
         """
         self._check(input_ids, attention_mask)
@@ -157,6 +157,10 @@ class Decoder:
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids: must be [B, at least 1], got shape {tuple(input_ids.shape)}")
         self._check_room(input_ids.shape[0], input_ids.shape[1], "input_ids:")
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        least, most = (int(each) for each in input_ids.aminmax())
+        if least < 0 or most >= vocabulary:
+            raise ValueError(f"input_ids: must be in 0..{vocabulary - 1}, got {least if least < 0 else most}")
         if attention_mask is not None:
             if not isinstance(attention_mask, Tensor):
                 raise TypeError(f"attention_mask: must be a Tensor, got {type(attention_mask).__name__}")
@@ -206,6 +210,7 @@ class Decoder:
             not in (None, "dynamic", "hybrid"),  # hybrid: Transformers drops it
             "return_dict_in_generate": config.return_dict_in_generate,
             "use_cache=False": config.use_cache is False,
+            "prefill_chunk_size": config.prefill_chunk_size is not None,
             mode: mode not in ("greedy_search", "sample"),
         }
         return ", ".join(name for name, is_asked in asked.items() if is_asked)

@@ -64,6 +64,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     runs = report["runs"]
@@ -75,7 +76,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
             [b + width * (i - (len(runs) - 1) / 2) for b in blocks], r["density_blocks"], 0.93 * width, label=name,
             color=colors[i],
         )  # fmt: skip
-    left.set(title="Active neurons per MLP block", xlabel="block", ylabel="density", xticks=list(blocks))
+    left.set(title="Active neurons per MLP block", xlabel="block", ylabel="density")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     beside = {"frameon": False, "loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": 2}  # no bar below it
     left.legend(**beside)
     names = [n for n in runs if "speed_up" in runs[n]]
