@@ -122,6 +122,7 @@ def bench_sparse(device, quick):
                 return ops.sparse_gated_mlp(x, *pick(packed), pick(turned), activation=activation, tau=tau)
 
             x32 = x.float()
+            sparse4()  # the first call measures which path is faster
             sides = {
                 "torch": lambda d=dense: plain(*d),
                 "torch_float32": lambda x32=x32: plain(*float_weights, x=x32),
