@@ -123,8 +123,9 @@ class Decoder:
             [B, L + new tokens] int64.
 
         Raises:
-            TypeError, ValueError: naming the argument: no prompt, tokens beyond the vocabulary, a prompt longer than the
-                cache, more sequences than `batch`, padding elsewhere than on the left, an argument that Transformers does not know.
+            TypeError, ValueError: naming the argument: no prompt, tokens beyond the vocabulary, a prompt longer than
+                the cache, more sequences than `batch`, padding elsewhere than on the left, an argument that
+                Transformers does not know.
             FloatingPointError: logits are NaN.
         """
         self._check(input_ids, attention_mask)
