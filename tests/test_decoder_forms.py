@@ -224,6 +224,29 @@ def test_the_proof_sees_what_is_slightly_wrong(change, form):
         prove(model, LlamaSteps(dataclasses.replace(stack, **change)), 16)
 
 
+@pytest.mark.parametrize(("wrong", "refused"), [({3}, False), ({3, 6}, False), ({3, 6, 8}, True)])
+def test_a_neuron_on_its_threshold_does_not_refuse_a_model(wrong, refused):
+    """It may count for one side alone, and moves all that follows: on one prompt, not on every one."""
+
+    class Flipping(LlamaSteps):
+        calls = 0
+
+        def step(self, *args):
+            Flipping.calls += 1
+            return super().step(*args) + (0.1 if Flipping.calls in wrong else 0.0)
+
+    model = deftcore.sparsify(relu(), tau=0.3)
+    steps = Flipping(read_stack(model, 16))
+    if refused:
+        with pytest.raises(ValueError, match="logits differ"):
+            prove(model, steps, 16, thresholds=True)
+    else:
+        prove(model, steps, 16, thresholds=True)
+    Flipping.calls = 0
+    with pytest.raises(ValueError, match="logits differ"):
+        prove(model, steps, 16)
+
+
 def test_norms_that_compute_with_another_epsilon_are_refused():
     """Also where every vector is so large that no logit shows it, and in 16 bits."""
     for dtype in (torch.float32, torch.bfloat16):
