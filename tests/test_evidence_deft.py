@@ -131,11 +131,12 @@ def test_a_page_says_what_was_reached(deft, tmp_path, monkeypatch):
     results.add({"kind": "about", "machine": "a machine", "versions": {}})
     for side, density, accuracy in (("LoRA", 0.8, 0.9), ("LoRA + DEFT", 0.2, 0.895), ("LoRA + ADA-DEFT", 0.2, 0.88)):
         for seed in (0, 1):
-            told = {"accuracy": accuracy, "thresholded": accuracy, "density": density, "trained": 1000, "train_s": 1.0}
+            told = {"accuracy": accuracy, "thresholded": accuracy, "density": density, "trained": 1000, "train_s": 1.0,
+                    "thresholded_coarse": accuracy - 0.01, "density_coarse": density / 2}  # fmt: skip
             results.add({"kind": "run", "set": "qnli", "side": side, "seed": seed, "rate": 1e-3, **told})
     page = deft_page.deft_section()
-    assert "| LoRA + DEFT | +75.0% | +0.5% | yes |" in page
-    assert "| LoRA + ADA-DEFT | +75.0% | +2.0% | no |" in page
+    assert "| LoRA + DEFT | +75.0% | +0.5% | yes | +75.0% | +1.5% | no |" in page
+    assert "| LoRA + ADA-DEFT | +75.0% | +2.0% | no | +75.0% | +3.0% | no |" in page
     assert "evidence-deft-alpha.png" not in page
     for side in deft.SWEPT[:2]:
         results.add({"kind": "sweep", "set": "qnli", "side": side.name, "seed": 0, "density": 0.5, "thresholded": 0.9})
