@@ -22,8 +22,9 @@ Rates and weights of the loss are one for all sets and were not tuned for each.
 
 Density is the share of activations above {TAUS[0]:.2e} in magnitude, over held-out tokens without padding, a mean over
 blocks, in bfloat16 autocast as all of it. "zeros" is what a threshold there leaves out, "accuracy thresholded" that of
-the model without it; "coarse" is the same at {TAUS[1]:g}. The energy proxy is the share of an MLP's products, and of the
-weights that it reads, which are left at one token: its up projection whole, of the down projection the active rows."""
+the model without it; "coarse" is the same at {TAUS[1]:g}. The energy proxy is the share of an MLP's products, and of
+the weights that it reads, which are left at one token: its up projection whole, of the down projection the active
+rows."""
 
 PAPERS = """The paper's protocol: AdamW, linear decay after 6 % of warm-up, rate 3e-4, 10 epochs of GLUE in batches of
 64 padded to 128 tokens, padding counted, weight of the loss 1, exact zeros. Here steps are a thousand, padding is not
