@@ -1,11 +1,13 @@
 """bench/evidence/thresholds: its sides on a small random model, the page and the picture of their runs."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
-from test_evidence import load_texts
+import transformers
+from test_evidence import SIZES, load_texts
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,12 @@ def data(evidence, tmp_path):
     spec = sets.Spec("texts", base, "test", lambda row: (row["mr"], " " + row["ref"]), batch_size=4, steps=2, tuning=4,
                      test=6)  # fmt: skip
     return sets.Data(spec, tmp_path)
+
+
+def load_wide(classes):
+    """Whose rows are whole blocks of 4 bits."""
+    sizes = {"vocab_size": 9, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | sizes)).eval(), load_texts(None)[1]
 
 
 def test_sides_run_and_the_page_tells(evidence, data, tmp_path, monkeypatch):
@@ -65,3 +73,22 @@ def test_runs_go_on_where_they_stopped(evidence, data, tmp_path, monkeypatch):
     assert [json.loads(line)["kind"] for line in lines] == ["about", "untrained", "run"]
     thresholds.main()
     assert (tmp_path / "thresholds.jsonl").read_text().splitlines() == lines
+
+
+def test_the_cost_of_decoding_and_what_it_can_gain(evidence, data, tmp_path):
+    thresholds, page, *_ = evidence
+    file = tmp_path / "thresholds_cost.json"
+    spec = replace(data.spec, references=lambda rows: {"red": [rows[0]["ref"]]},
+                   base=replace(data.spec.base, load=cache(load_wide)))  # fmt: skip
+    thresholds.cost(replace(data, spec=spec), file, new=2)
+    cost = json.loads(file.read_text())
+    names = [name + end for end in ("", ", int8") for name in ("dense", *thresholds.DECODED, "no MLP")]
+    assert list(cost["reasons"]) == names
+    assert set(cost["reasons"].values()) == {""}
+    assert list(cost["threads_1"]) == names
+    cost["threads_1"] |= {"dense": 50.0, "gate 0.5": 60.0, "no MLP": 100.0}
+    cost["densities"]["gate 0.5"] = 0.4
+    row = next(line for line in page._cost(cost).splitlines() if line.startswith("| gate 0.5 |"))
+    assert "| 60 |" in row
+    assert "| 1.20x |" in row
+    assert f"| {20 / (10 + 10 * (1 + 2 * 0.4) / 3):.2f}x |" in row  # 10 of 20 ms are the MLPs'

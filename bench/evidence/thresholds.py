@@ -29,6 +29,7 @@ from bench.harness import alternate
 from deftcore._files import write_json
 from deftcore.models.blocks import find_mlp_blocks
 from deftcore.models.thresholds import Thresholded, calibrate_thresholds
+from deftcore.nn.mlp import SkippedMLP
 from deftcore.training import TrainingConfig, train
 from deftcore.training.objective import Objective
 from deftcore.training.task import Batches
@@ -50,6 +51,10 @@ GRID = (
     ("gate", False, (0.7, 0.5)),
     ("gate", True, (0.5,)),
 )
+
+# What is decoded with: criterion, density, and which of the MLP's three matrices are read by active rows alone.
+DECODED = {"product 0.5": ("product", 0.5, 1), "product 0.3": ("product", 0.3, 1), "gate 0.5": ("gate", 0.5, 2)}
+EXACTNESS = {"exact": "", "int8": ", int8"}  # by `activations`, what a side's name ends in
 
 
 @dataclass(frozen=True)
@@ -161,30 +166,32 @@ def untrained(data: Data) -> Entry:
 
 
 def cost(data: Data, path: Path, new: int = 48) -> None:
-    """Tokens per second by `compile_decoder` in 4 bits: dense, and with thresholds; sides alternate."""
+    """Tokens per second by `compile_decoder` in 4 bits: dense, with thresholds, and without any MLP, which is what no
+    sparsity can pass; sides alternate."""
     model, tokenizer = data.model(), data.spec.base.tokenizer()
     calibration = list(Batches(data.tuning, 8, data.task.collate, shuffle=False).epoch(0))
-    packed = deftcore.quantize(copy.deepcopy(model))
-    decoders, densities = {"dense": deftcore.compile_decoder(packed, max_length=new + 96)}, {}
-    for criterion, scaled, target in (("product", True, 0.5), ("product", True, 0.3), ("gate", True, 0.5)):
-        found = calibrate_thresholds(packed, calibration, density=target, criterion=criterion, scaled=scaled)
-        name = f"{criterion} {target}"
-        sparse = deftcore.sparsify(copy.deepcopy(packed), thresholds=found)
-        decoders[name], densities[name] = deftcore.compile_decoder(sparse, max_length=new + 96), found.density
+    packed = deftcore.quantize(model)
+    models, densities = {"dense": packed}, {}
+    for name, (criterion, target, _) in DECODED.items():
+        found = calibrate_thresholds(packed, calibration, density=target, criterion=criterion, scaled=True)
+        models[name] = deftcore.sparsify(copy.deepcopy(packed), thresholds=found)
+        densities[name] = found.density
+    models["no MLP"] = copy.deepcopy(packed)
+    for layer in models["no MLP"].base_model.layers:
+        layer.mlp = SkippedMLP()
+    decoders = {name + EXACTNESS[activations]: deftcore.compile_decoder(each, max_length=new + 96,
+                                                                        activations=activations)
+                for activations in EXACTNESS for name, each in models.items()}  # fmt: skip
     ids = tokenizer(next(iter(data.references)), return_tensors="pt").input_ids[:, :48]
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     sides = {name: lambda d=d: d.generate(ids, **options) for name, d in decoders.items()}
-    found = {
-        "about": about(),
-        "new": new,
-        "densities": densities,
-        "reasons": {n: d.reason for n, d in decoders.items()},
-    }
+    result: dict[str, Any] = {"about": about(), "new": new, "densities": densities,
+                              "reasons": {n: d.reason for n, d in decoders.items()}}  # fmt: skip
     for threads in sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)
         times = alternate(sides, 5)
-        found[f"threads_{threads}"] = {name: new / each["seconds"] for name, each in times.items()}
-    write_json(path, found)
+        result[f"threads_{threads}"] = {name: new / each["seconds"] for name, each in times.items()}
+    write_json(path, result)
 
 
 def main() -> None:
