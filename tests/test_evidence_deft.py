@@ -139,7 +139,8 @@ def test_a_page_says_what_was_reached(deft, tmp_path, monkeypatch):
     assert "| LoRA + ADA-DEFT | +75.0% | +2.0% | no | +75.0% | +3.0% | no |" in page
     assert "evidence-deft-alpha.png" not in page
     for side in deft.SWEPT[:2]:
-        results.add({"kind": "sweep", "set": "qnli", "side": side.name, "seed": 0, "density": 0.5, "thresholded": 0.9})
+        told = {"density": 0.5, "thresholded": 0.9, "density_coarse": 0.2, "thresholded_coarse": 0.8}
+        results.add({"kind": "sweep", "set": "qnli", "side": side.name, "seed": 0, **told})
     assert "evidence-deft-alpha.png" in deft_page.deft_section()
     deft_page.draw_sweep(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000

@@ -54,7 +54,7 @@ TAUS = (10**-3.5, 0.1)  # the specification's threshold of smooth activations, a
 # Slope of the surrogate, which is to lie where GELU's activations do, -0.17..0. In trials on mr_sentiment 20 at a
 # weight of 2 lost twice the accuracy that 5 did.
 BETA = 5.0
-SWEEP = (0.5, 1.0, 1.5, 2.0)  # weights of the density loss
+SWEEP = (0.5, 1.0, 2.0)  # weights of the density loss
 
 
 class GatedDensityLoss(DensityLoss):
@@ -124,8 +124,8 @@ class DeftSide(Side):
 _LINEAR = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "key", "value", "dense"]}
 # name, method, options, rate, weight of the density loss, colour
 _MADE: tuple[tuple[str, Any, dict[str, Any], float, float, str], ...] = (
-    ("LoRA", "lora", _LINEAR, 1e-3, 1.0, "#4c78a8"),
-    ("QLoRA", "qlora", _LINEAR, 1e-3, 1.0, "#72b7b2"),
+    ("LoRA", "lora", _LINEAR, 1e-3, 1.5, "#4c78a8"),
+    ("QLoRA", "qlora", _LINEAR, 1e-3, 1.5, "#72b7b2"),
     ("bottleneck", "bottleneck", {"reduction_factor": 16}, 2e-3, 2.0, "#2e8b57"),
     ("prompt", "prompt", {"num_virtual_tokens": 16}, 1e-2, 2.0, "#f2a541"),
     ("prefix", PREFIX, {"num_virtual_tokens": 16}, 1e-2, 2.0, "#d6618f"),

@@ -128,12 +128,15 @@ def draw_sweep(path: Path) -> None:
     figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3), layout="constrained", squeeze=False)
     for axis, name in zip(axes.flat, names, strict=True):
         own = {each["side"]: each for each in entries if each["set"] == name}
-        points = [own[side.name] | {"alpha": side.alpha} for side in (SIDES[0], *SWEPT) if side.name in own]
-        x, y = ([100 * each[key] for each in points] for key in ("density", "thresholded"))
-        axis.plot(x, y, "o-", color=SIDES[0].color)
-        for each, at in zip(points, zip(x, y, strict=True), strict=True):
-            axis.annotate(f"{each['alpha']:g}", at, textcoords="offset points", xytext=(4, 4), fontsize=7)
+        sides = sorted((*SIDES[:2], *SWEPT), key=lambda side: side.alpha)
+        points = [own[side.name] | {"alpha": side.alpha} for side in sides if side.name in own]
+        for ending, tau, style in zip(("", "_coarse"), TAUS, ("o-", "s:"), strict=True):
+            x, y = ([100 * each[key + ending] for each in points] for key in ("density", "thresholded"))
+            axis.plot(x, y, style, color=SIDES[0].color, label=f"above {tau:.2g}")
+            for each, at in zip(points, zip(x, y, strict=True), strict=True):
+                axis.annotate(f"{each['alpha']:g}", at, textcoords="offset points", xytext=(4, 4), fontsize=7)
         axis.set(title=name, xlabel="density, %", ylabel="accuracy thresholded, %")
         axis.grid(color="#eeeeee")
+    axes[0][0].legend(fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)
