@@ -8,7 +8,20 @@ import deftcore
 
 PACKAGE = Path(deftcore.__file__).parent
 # Lowest first: a file may import from its own layer and from those before it.
-LAYERS = ("_C", "_versions", "_files", "_names", "ops", "nn", "models", "training", "methods", "cli", "__main__")
+LAYERS = (
+    "_C",
+    "_versions",
+    "_files",
+    "_names",
+    "_progress",
+    "ops",
+    "nn",
+    "models",
+    "training",
+    "methods",
+    "cli",
+    "__main__",
+)
 COMMON_ROOM = "lora"  # which the other rooms of methods/ may use
 
 

@@ -86,6 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" (see {context.command_path} --help)" if context else ""
         print(f"deftcore: {error.format_message()}{hint}", file=sys.stderr)
         return 2
-    except (click.Abort, KeyboardInterrupt):
-        print("deftcore: stopped", file=sys.stderr)
+    except (click.Abort, KeyboardInterrupt) as stop:
+        print("; ".join(["deftcore: stopped", *map(str, stop.args)]), file=sys.stderr)
         return 130

@@ -27,7 +27,10 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, device: str, a
     from deftcore.training.run import train_recipe
 
     loaded = load_recipe(recipe, [*overrides, *([f"device={device}"] if device else [])])
-    result = train_recipe(loaded, resume=not restart)
+    try:
+        result = train_recipe(loaded, resume=not restart)
+    except KeyboardInterrupt as error:
+        raise click.Abort(_how_to_continue(Path(loaded.output))) from error
     if int(os.environ.get("RANK", "0")) > 0:
         return
     value = result.to_dict()
@@ -39,3 +42,12 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, device: str, a
         best = f"step {result.best_step}, {by}loss {result.best_eval_loss:.4g}"
         lines.append(f"best checkpoint at {folder / 'best'} ({best})")
     shared.show(as_json, value, [*lines, f"final: {folder / 'final'}"])
+
+
+def _how_to_continue(folder: Path) -> str:
+    from deftcore.training.run_folder import RunFolder
+
+    step = RunFolder(folder, {}).last_step()
+    if step:
+        return f"the same command, without --restart, continues from step {step}"
+    return "no checkpoint was there yet (training.save_every): the same command begins again"

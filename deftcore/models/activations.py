@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,25 @@ from deftcore.models.blocks import base_of, find_mlp_blocks
 from deftcore.nn.activations import activation_of
 from deftcore.nn.observed import is_aside
 from deftcore.ops.checks import check_choice
+from deftcore.ops.density import default_tau
 
 SWAP_FILE = "density_swap.json"
 SWAPS = ("relu",)
 _FIELDS = ("hidden_act", "hidden_activation", "activation_function")  # of configs, where the activation's name stands
+
+
+def smooth_activations(model: Any, skip: Collection[str] = ()) -> list[str]:
+    """Names of the activations in a model's MLP blocks that are hardly ever exactly 0, as SiLU and GELU.
+
+    Args:
+        model: a Transformers model or its PEFT model.
+        skip: names of blocks that do not count.
+
+    Raises:
+        ValueError: the model has no MLP block of a known family, or an activation without a kernel.
+    """
+    found = {activation_of(block.activation.get()) for block in find_mlp_blocks(model) if block.name not in skip}
+    return sorted(name for name in found if default_tau(name) > 0)
 
 
 class Swapped(nn.Module):

@@ -28,13 +28,17 @@ def load_model(path: str | os.PathLike, *, quantize: dict[str, Any] | None = Non
         ImportError: for a GGUF file without the package `gguf`.
         ValueError: when its files lack weights, or a GGUF file is damaged.
     """
+    from deftcore._progress import working
+
     config = read_config(path)
     if quantize is not None or is_4bit(config):
-        model = load_quantized(path, **(quantize or {}), **kwargs)
+        model = load_quantized(path, **(quantize or {}), **kwargs)  # which has a bar of its own
     elif is_gguf(path):
-        model = load_gguf(path, model_kind(config), **kwargs)
+        with working("reading weights"):
+            model = load_gguf(path, model_kind(config), **kwargs)
     else:
-        model, info = model_kind(config).from_pretrained(path, output_loading_info=True, **kwargs)
+        with working("reading weights"):
+            model, info = model_kind(config).from_pretrained(path, output_loading_info=True, **kwargs)
         if info["missing_keys"]:  # Transformers would go on with random ones
             skipped = " (an export without its skipped blocks: use load_sparse)" if _exported(path) else ""
             raise ValueError(f"model: {path} lacks weights{skipped}: {', '.join(sorted(info['missing_keys'])[:5])}")

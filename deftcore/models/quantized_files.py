@@ -47,8 +47,8 @@ def load_quantized(
         FileNotFoundError, ValueError: naming the folder, file or weights that are missing, unexpected or damaged.
     """
     from accelerate.utils import set_module_tensor_to_device
-    from rich.console import Console
-    from rich.progress import track
+
+    from deftcore._progress import tracked
 
     options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
     if is_gguf(path):
@@ -74,7 +74,7 @@ def load_quantized(
     absent = _check_names(f"path: {folder}", model, weights, parts, tuple(missing_ok))
     wide = _kept_wide(model, dtype)
     keys = sorted(model.state_dict().keys() - absent)
-    for key in track(keys, "loading into 4 bits", console=Console(stderr=True), transient=True):
+    for key in tracked(keys, "loading into 4 bits"):
         try:
             if key not in packed:
                 value = weights.read(key)

@@ -19,11 +19,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 from torch.optim import Optimizer
 from transformers import get_scheduler
 
+from deftcore._progress import steps_bar
 from deftcore.nn.preparation import checkpoint_activations
 from deftcore.training import sizes
 from deftcore.training.config import TrainingConfig
@@ -245,7 +245,10 @@ class _Run:
         if result is None:
             return None
         if self.accelerator.is_main_process:
-            _log.warning("%s: already finished, in %d steps; nothing was trained", self.folder.path, result.steps)
+            _log.warning(
+                "%s: already finished, in %d steps; nothing was trained. Train anew with --restart (in Python "
+                "resume=False)", self.folder.path, result.steps,
+            )  # fmt: skip
         self.keeper.load_finished()
         return result
 
@@ -261,10 +264,12 @@ class _Run:
         self.accelerator.init_trackers("deftcore", init_kwargs={"wandb": about})
         self.keeper.restore()
         if self.accelerator.is_main_process:
+            if state.step:
+                _log.warning("%s: continues from step %d of %d", self.folder.path, state.step, self.total)
             self.folder.trim_log(state.step)
         last = {"loss": state.train_loss}
         self.model.train()
-        with self._progress() as progress:
+        with steps_bar(Console(stderr=True), disable=not self.accelerator.is_main_process) as progress:
             task = progress.add_task(self.label, total=self.total, completed=state.step, note="")
             while state.step < self.total:
                 epoch, first = divmod(state.step, self.per_epoch)
@@ -374,10 +379,3 @@ class _Run:
         if self.accelerator.is_main_process:
             self.folder.append_log(entry)
             self.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=entry["step"])
-
-    def _progress(self) -> Progress:
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-        )  # fmt: skip
-        return Progress(*columns, console=Console(stderr=True), disable=not self.accelerator.is_main_process)

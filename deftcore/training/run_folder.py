@@ -35,7 +35,8 @@ _MODELS = ("best", "final", "trained")
 _TRACKED, EVALUATION = "tensorboard", "evaluation"
 _PHASE = "phase"  # what makes a phase another run than the one it is a phase of
 _PARAMETERS = "trainable.safetensors"
-_WAYS = "train anew with --restart (resume=False), or choose another output"
+_WAYS = "train anew with --restart (in Python resume=False), or choose another output"
+_RECIPES = {"steps": "training.max_steps, or epochs"}  # what a recipe calls it, where that is another name
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
@@ -98,6 +99,7 @@ class RunFolder:
             new = {name: value for name, value in new.items() if name in old or name not in _LATER}
         lines = [
             f"  {name}: {_shown(old, name)} -> {_shown(new, name)}"
+            + (f" ({_RECIPES[name]})" if name in _RECIPES else "")
             for name in [*new, *(name for name in old if whole and name not in new)]
             if (name in old) != (name in new) or not _same(old.get(name), new.get(name))
         ]
@@ -159,6 +161,11 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """Oldest first."""
         return sorted((self.path / _CHECKPOINTS).glob("step-*"))
+
+    def last_step(self) -> int:
+        """That of the newest checkpoint; 0 where there is none."""
+        found = self.checkpoints()
+        return int(found[-1].name.removeprefix("step-")) if found else 0
 
     def partial_checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step is written, by every process, before `keep_checkpoint`."""

@@ -7,6 +7,7 @@ from rich.console import Console
 from torch import nn
 
 from deftcore.cli.quickstart.base_model import Base
+from deftcore.models.activations import smooth_activations
 from deftcore.models.blocks import find_mlp_blocks
 from deftcore.models.checkpoints import load_model, load_tokenizer
 from deftcore.models.folders import is_4bit, read_config
@@ -54,7 +55,7 @@ def real_model(path: str, activation: str, console: Console) -> Base:
 
 def remark(model: Any) -> str:
     """Why density stays where it is, where it does."""
-    smooth = sorted({activation_of(b.activation.get()) for b in find_mlp_blocks(model)} - {"relu", "relu2"})
+    smooth = smooth_activations(model)
     if not smooth:
         return ""
     return (

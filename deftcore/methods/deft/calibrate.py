@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from rich.console import Console
-from rich.progress import track
 
+from deftcore._progress import tracked
 from deftcore.methods.deft import export
 from deftcore.models.checkpoints import own_adapter
 from deftcore.models.preflight import empty_model
@@ -88,8 +87,7 @@ def sparsify(
 
     def batches(of: Sequence[Any], label: str) -> Any:
         found = Batches(of, batch_size, task.collate, shuffle=False, device=where)
-        console = Console(stderr=True)
-        return track(found.epoch(0), label, total=len(found), console=console, transient=True)
+        return tracked(found.epoch(0), label, len(found))
 
     def choose(ready: Any) -> Thresholds:
         found = calibrate_thresholds(

@@ -1,12 +1,15 @@
 """`deftcore export`: a model, its adapter merged or beside it, as a folder for sparse inference."""
 
+import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+from deftcore._progress import working
 from deftcore.methods.deft.files import save_sparse
 from deftcore.methods.lora.merging import merge as merge_adapters
+from deftcore.models.activations import smooth_activations
 from deftcore.models.blocks import find_mlp_blocks
 from deftcore.models.checkpoints import load_model, load_tokenizer, own_adapter
 from deftcore.models.folders import is_4bit
@@ -22,6 +25,8 @@ from deftcore.training.classification import refuse_classifier
 from deftcore.training.device import choose_device
 from deftcore.training.fields import AdapterFolder, Needed, NewFolder, Text, checked, one_of
 from deftcore.training.registry import method_of
+
+logger = logging.getLogger("deftcore")
 
 
 @checked
@@ -89,9 +94,11 @@ def write(
             if merge and not mergeable:
                 raise ValueError(f"merge: a {getattr(kind, 'value', kind)} adapter cannot be merged, got {merge!r}")
             if mergeable and not packed:
-                base = merge_and_unload(adapted)
+                with working("merging"):
+                    base = merge_and_unload(adapted)
             elif mergeable and (merge or way == "always"):
-                base = merge_adapters(adapted, to=merge or "16bit")
+                with working("merging"):
+                    base = merge_adapters(adapted, to=merge or "16bit")
             else:
                 kept = Path(temporary) / "adapter"
                 drop_record(adapted)  # the base is written as slim as it is
@@ -104,8 +111,16 @@ def write(
             thresholds = calibrate(base) if calibrate else thresholds
         tokenizer = Path(temporary) / "tokenizer"
         load_tokenizer(model).save_pretrained(tokenizer)
-        save_sparse(
-            base, output, thresholds=thresholds, skip=skip, adapter=kept, extra_files=list(tokenizer.iterdir())
+        with working("writing"):
+            save_sparse(
+                base, output, thresholds=thresholds, skip=skip, adapter=kept, extra_files=list(tokenizer.iterdir())
+            )
+    smooth = [] if thresholds is not None else smooth_activations(base, skip)
+    if smooth:
+        logger.warning(
+            "%s: hardly a neuron will be skipped: %s is never exactly 0, and there are no thresholds, which `deftcore "
+            "sparsify` chooses, or a run of the recipe deft-thresholds",
+            output, ", ".join(smooth),
         )  # fmt: skip
     mlps = find_mlp_blocks(base)
     packed = any(isinstance(module, Linear4bit) for module in base.modules())

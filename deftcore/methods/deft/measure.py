@@ -4,9 +4,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
+from deftcore._progress import tracked
 from deftcore.methods.deft.objective import DensityLoss
 from deftcore.models.blocks import find_mlp_blocks
 from deftcore.models.checkpoints import load_model, load_tokenizer, own_adapter
@@ -51,9 +50,7 @@ def measure_density(
     batches = Batches(examples, batch_size, task.collate, shuffle=False, device=where)
     total, count, counts = 0.0, 0, torch.zeros(())
     with torch.no_grad(), under or nullcontext():
-        for batch in track(
-            batches.epoch(0), "density", total=len(batches), console=Console(stderr=True), transient=True
-        ):
+        for batch in tracked(batches.epoch(0), "density", len(batches)):
             predicted, output = task.predictions(batch), task.output(loaded, batch)
             total += float(output.loss) * predicted
             count += predicted

@@ -1,6 +1,7 @@
 """What DEFT gives to recipes: the section `deft:`, a density loss beside any method; and `swap:`, ReLU."""
 
 import logging
+import os
 from typing import Annotated, Any
 
 from pydantic.dataclasses import dataclass
@@ -9,11 +10,11 @@ from transformers import PreTrainedModel
 from deftcore.methods.deft.objective import DensityLoss
 from deftcore.methods.deft.swap import SwapLoss
 from deftcore.methods.deft.trained_thresholds import ThresholdLoss
-from deftcore.models.activations import SWAPS
+from deftcore.models.activations import SWAPS, smooth_activations
 from deftcore.models.blocks import base_of, find_mlp_blocks
 from deftcore.models.families import is_mamba
 from deftcore.nn.thresholds import BACKWARDS, CRITERIA
-from deftcore.ops.density import SURROGATES
+from deftcore.ops.density import SURROGATES, default_tau
 from deftcore.training.fields import OPTIONS, NonNegative, Positive, Share, Text, one_of
 from deftcore.training.registry import Section, register
 
@@ -103,6 +104,8 @@ def _make(model: Any, config: DeftConfig) -> DensityLoss | None:
             alpha=config.alpha, mask_policy=config.mask_policy, ramp=config.ramp, adaptive=config.adaptive or None,
             gamma=config.gamma,
         )  # fmt: skip
+    if config.enabled and config.alpha and not any(p.is_meta for p in model.parameters()):
+        _warn_of_smooth(model)
     return DensityLoss(
         model,
         alpha=config.alpha if config.enabled else 0.0,
@@ -114,6 +117,17 @@ def _make(model: Any, config: DeftConfig) -> DensityLoss | None:
         adaptive=config.adaptive or None,
         gamma=config.gamma,
     )
+
+
+def _warn_of_smooth(model: Any) -> None:
+    """Says where the density loss would make hardly any zeros."""
+    smooth = smooth_activations(model)
+    if smooth and int(os.environ.get("RANK", "0")) == 0:
+        logger.warning(
+            "deft: %s is never exactly 0: density counts what is above tau = %.2g, and may hardly fall. Thresholds "
+            "make zeros: deft.density, as in the recipe deft-thresholds, or `deftcore sparsify` afterwards",
+            ", ".join(smooth), default_tau(smooth[0]),
+        )  # fmt: skip
 
 
 register(  # before the density loss, which then watches the new activation

@@ -7,10 +7,9 @@ from typing import Any
 from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
-from rich.console import Console
-from rich.progress import track
 from torch import nn
 
+from deftcore._progress import tracked
 from deftcore.methods.lora.base_weights import dense_weight, weight_of
 from deftcore.methods.lora.paired import PairedLora
 from deftcore.nn.fingerprints import check_base, combined, fingerprints
@@ -82,10 +81,7 @@ class PairedModel(GathersShards, LoraModel):
         if config.base_hash is not None and self.awaits_file(config):
             return
         slow = any(min(shape_of(each.get_base_layer())) >= _SLOW for each in layers.values())
-        console = Console(stderr=True)
-        for layer in track(
-            list(layers.values()), "weights decomposed", disable=not slow, console=console, transient=True
-        ):
+        for layer in tracked(list(layers.values()), "weights decomposed", quick=not slow):
             layer.settle(adapter_name)
         _remember_base(config, layers)
 

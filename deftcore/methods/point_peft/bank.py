@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from deftcore._files import replacing_file
+from deftcore._progress import tracked
 from deftcore.nn.fingerprints import check_base, fingerprints
 from deftcore.ops.autocast import autocast_to
 
@@ -53,7 +52,7 @@ class MemoryBank:
         backbone.eval()
         try:
             with torch.no_grad():
-                for batch in track(clouds, "memory bank", total=total, transient=True, console=Console(stderr=True)):
+                for batch in tracked(clouds, "memory bank", total):
                     points = batch["points"] if isinstance(batch, Mapping) else batch
                     digest.update(_bytes(points))
                     rows.append(normalize(backbone.features(points.to(device)).float(), dim=-1).cpu())

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from deftcore import ops
+from deftcore._progress import tracked
 from deftcore.methods.point_peft.formats import ARRAYS, CLOUDS, checked_cloud, read_arrays, read_cloud
 
 _PARTS = {"train": "train", "test": "test", "val": "test", "validation": "test"}  # folders, and `split` of arrays
@@ -236,6 +235,5 @@ def farthest_first(clouds: Sequence[np.ndarray], count: int) -> list[Tensor]:
 
 
 def _shown(items: Sequence[Any], what: str, clouds: int | None = None) -> Any:
-    """The items, with progress where there are many clouds; the first process shows it."""
-    quick = (len(items) if clouds is None else clouds) < _SLOW or int(os.environ.get("RANK", "0")) > 0
-    return track(items, what, console=Console(stderr=True), transient=True, disable=quick)
+    """The items, with progress where there are many clouds."""
+    return tracked(items, what, quick=(len(items) if clouds is None else clouds) < _SLOW)

@@ -7,10 +7,9 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from pydantic import AfterValidator
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
+from deftcore._progress import tracked
 from deftcore.methods.tsvit.geotiff import no_class, writing_map
 from deftcore.methods.tsvit.losses import predicted_classes
 from deftcore.methods.tsvit.model import TSViTConfig
@@ -82,7 +81,7 @@ def write_map(
         writing_map(target, place.height, place.width, place.grid, names) as write,
     ):
         rows = mosaic(predictor, place.height, place.width, size, step)
-        for top, logits in track(rows, "mapping", strips, console=Console(stderr=True), transient=True):
+        for top, logits in tracked(rows, "mapping", strips):
             part = slice(top, top + logits.shape[1])
             classes = predicted_classes(logits.unsqueeze(0))[0].cpu().numpy()
             found[part] = np.where(predictor.seen[part], classes, nothing)
