@@ -24,6 +24,7 @@ from deftcore.training.device import choose_device
 
 TRAIN = ["train", "r.yaml"]
 DENSITY = ["density", "base", "base/data.txt"]
+SPARSIFY = ["sparsify", "base", "--data", "base/data.txt", "-o", "out"]
 EXPORT = ["export", "base", "out"]
 GENERATE = ["generate", "base", "hello"]
 LYAPUNOV = ["lyapunov", "mamba", "base/data.txt"]
@@ -91,7 +92,8 @@ MISTAKES = [
         [*TRAIN, "data.train=full", "data.validation=no"],
         "data.train: must be a file, full is a folder; data.validation",
     ),
-    ([*TRAIN, "data.train=empty.txt"], "empty.txt is empty"),
+    ([*TRAIN, "data.train=empty.txt"], "data.train: empty.txt is empty"),
+    ([*TRAIN, "data.validation=empty.txt"], "data.validation: empty.txt is empty"),
     ([*TRAIN, "output=file"], "output: must be a folder to write to"),
     ([*TRAIN, "output=file/x"], "output: must be a folder to write to"),
     ([*TRAIN, "--device", "tpu"], "device (--device): must be auto or what this machine has (cpu"),
@@ -126,7 +128,7 @@ MISTAKES = [
     ([*DENSITY, "--max-length", "nan"], "Invalid value for '--max-length': 'nan' is not a valid int"),
     ([*DENSITY, "--batch-size", "-1", "--max-length", "1"], "got 1; batch_size: must be at least 1, got -1"),
     ([*DENSITY, "--adapter", "full"], "adapter: must be the folder of an adapter, full has no adapter_config.json"),
-    ([*DENSITY, "--adapter", "nope"], "adapter: must be the folder of an adapter"),
+    ([*DENSITY, "--adapter", "nope"], "adapter: no such folder: nope"),
     ([*DENSITY, "--quantize", "int8"], "Invalid value for '--quantize': 'int8' is not one of 'nf4', 'fp4'"),
     ([*DENSITY, "--device", ""], "device (--device): must be auto or what this machine has"),
     ([*DENSITY, "--bogus"], "No such option '--bogus'"),
@@ -138,7 +140,8 @@ MISTAKES = [
     (["generate", "clouds", "hello"], "model: must be a language model, clouds is one of the task points"),
     (["density", "base", ""], "data: is needed"),
     (["density", "base", "full"], "data: must be a file, full is a folder"),
-    (["density", "base", "empty.txt"], "empty.txt is empty"),
+    (["density", "base", "empty.txt"], "data: empty.txt is empty"),
+    ([*SPARSIFY, "--validation", "empty.txt"], "validation: empty.txt is empty"),
     (["export", "bse", "out"], "model: no such folder: bse"),
     (["export", "base", "full"], "output: must be a new folder, full exists and is not empty"),
     (["export", "base", "file"], "output: must be a folder to write to"),
@@ -153,7 +156,7 @@ MISTAKES = [
     ),
     ([*EXPORT, "--adapter", "earlier"], "earlier has no adapter_config.json; did you mean earlier/final?"),
     (["density", "earlier", "base/data.txt"], "earlier is no Transformers folder, it has no config.json; did you mean"),
-    ([*EXPORT, "--adapter", "nope"], "adapter: must be the folder of an adapter"),
+    ([*EXPORT, "--adapter", "nope"], "adapter: no such folder: nope"),
     ([*LYAPUNOV, "--steps", "-1"], "steps: must be at least 0, got -1"),
     ([*LYAPUNOV, "--steps"], "Option '--steps' requires an argument"),
     ([*LYAPUNOV, "--steps", ","], "steps: is needed"),

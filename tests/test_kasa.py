@@ -179,7 +179,7 @@ def test_what_was_computed_is_kept(monkeypatch):
 
 def test_large_weights_have_a_progress_bar(monkeypatch):
     hidden = []
-    monkeypatch.setattr(paired_model, "track", lambda layers, text, disable, **_: hidden.append(disable) or layers)
+    monkeypatch.setattr(paired_model, "tracked", lambda layers, text, quick: hidden.append(quick) or layers)
     for slow in (512, 16):
         monkeypatch.setattr(paired_model, "_SLOW", slow)
         llama()

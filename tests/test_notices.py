@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 
 import pytest
 from conftest import tiny_model
@@ -162,3 +163,46 @@ def test_commands_that_take_long_show_how_far_they_are(place, tmp_path, monkeypa
         main(["sparsify", str(place / "relu"), "--data", data, "-o", str(tmp_path / "less"), "--max-length", "24"]) == 0
     )
     assert shown[4:] == ["reading weights", "thresholds", "dense", "sparse", "writing"]
+
+
+# ---------------------------------------------------------------------------- data, densities, adapters
+
+
+def test_text_that_is_no_json(place, tmp_path, capsys):
+    """And which file it was."""
+    for name, text, hint in (
+        ("a.jsonl", "the quick brown fox", "; a file of plain text must end in .txt"),
+        ("b.jsonl", '{"text": "ab", }', ""),
+    ):
+        (tmp_path / name).write_text(text)
+        for field in ("data.train", "data.validation"):
+            assert train(place / "relu", tmp_path / "run", f"{field}={tmp_path / name}") == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"deftcore: {field}: {tmp_path / name}:1 is not JSON: ")
+            assert error.endswith(f"{hint}\n")
+            assert ("plain text" in error) == bool(hint)
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_over_what_a_density_is(place, tmp_path, capsys, validated):
+    data = place / "relu" / "data.txt"
+    assert train(place / "relu", tmp_path / "run", *([f"data.validation={data}"] if validated else [])) == 0
+    over = "the validation data" if validated else "the last step's training tokens"
+    assert re.search(rf"^density: 0\.\d+ \(over {over}\)$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert main(["density", str(place / "silu"), str(data), "--max-length", "24"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"data: {data}" in lines
+    assert "tau: 0.0003162" in lines
+    for name in ("density", "loss", "model.layers.0.mlp"):
+        assert [line for line in lines if re.fullmatch(rf"{re.escape(name)}: \d\.\d{{4}}", line)], name
+    assert main(["density", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "tau is 0 where the activation has exact zeros (ReLU)" in text
+    assert "exclude_padding" in text
+
+
+def test_plain_lora_is_no_other(place, tmp_path, capsys):
+    assert train(place / "relu", tmp_path / "run") == 0
+    words = ["export", str(place / "relu"), str(tmp_path / "out"), "--adapter", str(tmp_path / "run" / "final")]
+    assert main([*words, "--lora"]) == 2
+    assert "is plain LoRA already, which PEFT loads without deftcore" in capsys.readouterr().err

@@ -693,7 +693,7 @@ def test_draws_go_on_where_they_stopped(recipe, tmp_path, stopping):
         (["data.classes={other: [1], wheat: [2]}"], "no pixel has a label of other, wheat"),
         (["data.unlabelled=[0]"], "data.unlabelled: is for data without classes"),
         (["data.mean=[1, 2, 3]"], "data.mean: mean and std must be given both"),
-        (["data.held_out_area=north"], "data: must have one of validation, held_out_year and held_out_area"),
+        (["data.held_out_area=north"], "data.validation, held_out_year, held_out_area: must be one of them alone, got"),
         (["data.held_out_year=2021"], "year: must be one of several"),
         (["data.overlap=6"], "overlap: must be at least 0 and below the tiles' 6 pixels"),
     ],

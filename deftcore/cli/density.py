@@ -1,5 +1,7 @@
 """`deftcore density`."""
 
+from typing import Any
+
 from deftcore.cli import shared
 
 
@@ -20,8 +22,10 @@ def density(
     """Measure loss and activation density per block.
 
     MODEL is a Transformers folder, an exported folder, a GGUF file or a hub id; DATA a .jsonl, .csv or .txt file.
-    The loss is in nats per token, the density a share of neurons: under thresholds that lie beside the adapter or the
-    model, of those above. What a recipe's task of classes left is measured over records as its recipe reads them; the
+    The loss is in nats per token. The density is the share of neurons above tau, a mean over tokens and blocks: tau is
+    0 where the activation has exact zeros (ReLU) and 0.00032 where it has none (SiLU, GELU), and under thresholds that
+    lie beside the adapter or the model it is their mean. The mask policy exclude_padding says that tokens of padding do
+    not count. What a recipe's task of classes left is measured over records as its recipe reads them; the
     loss is per text then.
     """
     shared.hush()
@@ -33,4 +37,11 @@ def density(
         batch_size=batch_size, device=device,
     )  # fmt: skip
     lines = [f"{name}: {value:.4f}" for name, value in report["blocks"].items()]
-    shared.show(as_json, report, lines + [f"{key}: {value}" for key, value in report.items() if key != "blocks"])
+    lines += [f"{key}: {_shown(key, value)}" for key, value in report.items() if key != "blocks"]
+    shared.show(as_json, report, [*lines, f"data: {data}"])
+
+
+def _shown(key: str, value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if key == "tau" else f"{value:.4f}"

@@ -35,7 +35,8 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, device: str, a
         return
     value = result.to_dict()
     shown = {k: v for k, v in value.items() if isinstance(v, int | float) and k not in ("best_step", "best_metric")}
-    lines = [f"{k}: {v:.6g}" for k, v in shown.items()]
+    over = "the last step's training tokens" if result.eval_loss is None else "the validation data"
+    lines = [f"{k}: {v:.6g}" + (f" (over {over})" if k == "density" else "") for k, v in shown.items()]
     folder = Path(loaded.output)
     if result.best_step is not None:
         by = f"{loaded.training.best_by} {result.best_metric:.4g}, " if result.best_metric is not None else ""

@@ -1,10 +1,11 @@
 """Types of configuration fields, and what is wrong with a value: one line a field, all fields at once."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -68,6 +69,8 @@ def _existing(path: str) -> str:
 
 def _adapter_folder(path: str) -> str:
     name = "adapter_config.json"
+    if path and not Path(path).exists():
+        raise Mistakes([f": no such folder: {path}"])
     if path and not (Path(path) / name).is_file():
         hint = final_instead(path, name)
         raise Mistakes([f": must be the folder of an adapter, {path} has no {name}{hint}"])
@@ -170,6 +173,18 @@ def mistakes(name: str, kind: Any, value: Any) -> list[str]:
     except ValidationError as error:
         return [name + line for line in problems(error, type(None))]
     return []
+
+
+@contextlib.contextmanager
+def renamed(old: str, new: str) -> Iterator[None]:
+    """Errors of an argument that the code inside calls by one name, by the name under which it was given."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        text = str(error)
+        if type(error) not in (ValueError, FileNotFoundError, ImportError) or not text.startswith(f"{old}: "):
+            raise
+        raise type(error)(new + text.removeprefix(old)) from error
 
 
 def record_of(kind: type[Record], values: dict[str, Any]) -> Record:

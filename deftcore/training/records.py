@@ -70,7 +70,8 @@ def _jsonl(path: Path) -> Iterator[Record]:
             fields = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            raise ValueError(f"data: {path}:{number} is not JSON: {reason}") from error
+            text = "" if line.lstrip().startswith("{") else "; a file of plain text must end in .txt"
+            raise ValueError(f"data: {path}:{number} is not JSON: {reason}{text}") from error
         if not isinstance(fields, dict):
             raise ValueError(f"data: {path}:{number} must be an object, got {type(fields).__name__}")
         yield Record(fields, f"{path}:{number}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from deftcore.models.preflight import check_quantize
 from deftcore.training.device import choose_device
 from deftcore.training.evaluation import check_best_by
-from deftcore.training.fields import OutputFolder, mistakes
+from deftcore.training.fields import OutputFolder, mistakes, renamed
 from deftcore.training.identity import digest_tensors, options_of, settings_and_data
 from deftcore.training.loop import TrainResult, train
 from deftcore.training.options import make_config
@@ -47,11 +47,15 @@ def train_recipe(recipe: Recipe, *, resume: bool = True) -> TrainResult:
     if quantize:
         check_quantize(empty, recipe.quantize.skip)
     task = kind.of_model(recipe.model, empty)
-    empty = task.prepare(empty, data)
+    with renamed("data", "data.train"):
+        empty = task.prepare(empty, data)
     check_adapter(empty, method, recipe.adapter)
     for section, fields in sections.items():
         section.make(empty, fields)
-    examples, validation = task.read(data.train, data), task.held_out(data)
+    with renamed("data", "data.train"):
+        examples = task.read(data.train, data)
+    with renamed("data", "data.validation" if data.validation else "data.train"):
+        validation = task.held_out(data)
     check_best_by(training, task, validation)
     task.check(empty, [*examples, *(validation or [])])
 

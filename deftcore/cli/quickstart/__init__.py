@@ -19,7 +19,7 @@ def quickstart(
     """Fine-tune to sparsity, decode faster: an example.
 
     Trains a small Llama on texts that Python ships, plainly and with DEFT, and decodes both with all neurons and with
-    the active ones alone, side by side. Nothing is downloaded; it takes up to three minutes on two cores. With
+    the active ones alone, side by side. Nothing is downloaded; it takes two to four minutes on two cores. With
     --model the same is done to yours, in some minutes more.
     """
     hush()

@@ -28,6 +28,7 @@ from deftcore.training.fields import (
     checked,
     mistakes,
     one_of,
+    renamed,
 )
 from deftcore.training.task import Batches
 from deftcore.training.text import TextData, TextTask
@@ -75,7 +76,8 @@ def sparsify(
         check_sparsify(empty)  # before data and weights are read
     options = TextData(train=data, max_length=max_length)
     examples = task.read(data, options)
-    held_out = task.read(validation, options) if validation else examples[_HELD_OUT - 1 :: _HELD_OUT]
+    with renamed("data", "validation"):
+        held_out = task.read(validation, options) if validation else examples[_HELD_OUT - 1 :: _HELD_OUT]
     if not held_out:
         raise ValueError(
             f"data: {data} has {len(examples)} examples of at most {max_length} tokens, fewer than the {_HELD_OUT} of "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftType, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from deftcore._files import replacing_folder
@@ -41,6 +41,8 @@ def export_lora(model: Any, folder: str | os.PathLike, *, adapter: str = "defaul
         ValueError: no such adapter; one whose weights were truncated in place.
     """
     config, layers = model.peft_config.get(adapter), dict(paired_layers(model, adapter))
+    if config is not None and config.peft_type == PeftType.LORA:
+        raise ValueError(f"adapter: {adapter!r} is plain LoRA already, which PEFT loads without deftcore")
     if not layers:
         raise ValueError(f"adapter: the model has no KaSA or BA-LoRA adapter {adapter!r}")
     joined = {name: layer.original(adapter) for name, layer in layers.items()}

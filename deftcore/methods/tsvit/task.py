@@ -187,7 +187,7 @@ class CropTask(Task):
         }  # fmt: skip
         said = {name: value for name, value in given.items() if value}
         if len(said) > 1:
-            raise ValueError(f"data: must have one of validation, held_out_year and held_out_area, got {said}")
+            raise ValueError(f"data.validation, held_out_year, held_out_area: must be one of them alone, got {said}")
         by = {name.removeprefix("held_out_"): value for name, value in said.items() if name != "validation"}
         return next(iter(by.items()), None)
 
