@@ -57,6 +57,7 @@ def families() -> str:
 
 
 def recipes() -> str:
+    from deftcore.recipes import bundled
     from deftcore.training.registry import all_methods, all_sections
 
     records = [*all_methods(), *all_sections()]
@@ -64,12 +65,12 @@ def recipes() -> str:
         "# Recipes",
         "What `method:` may name, and the sections that add a loss to any of them:",
         table(["", "", "source", "needs"], ([f"`{r.name}`", r.summary, r.paper, r.needs] for r in records)),
-        "The files of the folder `recipes/`: each starts with the command that runs it. `KEY=VALUE` behind the recipe "
-        "changes any field, `training.max_steps=100` for example; your own file needs only the fields that differ from "
-        "the defaults.",
+        "Those that come with deftcore, by their names: each starts with the command that runs it. `KEY=VALUE` behind "
+        "it changes any field, `training.max_steps=100` for example; your own file needs only the fields that differ "
+        "from the defaults.",
     ]
-    for path in sorted((ROOT / "recipes").glob("*.yaml")):
-        lines += [f"## {path.stem}", f"```yaml\n{path.read_text().strip()}\n```"]
+    for name, path in bundled().items():
+        lines += [f"## {name}", f"```yaml\n{path.read_text().strip()}\n```"]
     return "\n\n".join(lines)
 
 
@@ -149,7 +150,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
                 to = Path("methods", f"{room}.md")
             case ("deftcore", "models", "families.py"):
                 to = Path("families.md")
-            case ("recipes", _):
+            case ("deftcore", "recipes", _) if full.suffix == ".yaml":
                 to, anchor = Path("recipes.md"), f"#{full.stem}"
             case _:
                 return f"`{full}`" if text.strip("`") in (target, full.stem) else f"{text} (`{full}`)"

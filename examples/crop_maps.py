@@ -14,7 +14,6 @@ import numpy as np
 import deftcore
 from deftcore.cli.main import main as command
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "wheat-tsvit.yaml"
 WHEAT, MAIZE, GRASS = 1, 2, 3
 GREENING = {WHEAT: 120, MAIZE: 210, GRASS: 160}  # the day on which a crop is at its greenest
 BANDS = ["B04", "B08", "B11"]
@@ -64,12 +63,12 @@ def main(folder: Path) -> None:
     here = write(folder, "here", 25, range(2018, 2021))
     shared = ["training.batch_size=8", "training.learning_rate=3e-3", f"data.bands={json.dumps(BANDS)}"]
     run(
-        "train", str(RECIPE), f"model={folder / 'new'}", f"data.train={there}", f"output={folder / 'before'}",
+        "train", "wheat-tsvit", f"model={folder / 'new'}", f"data.train={there}", f"output={folder / 'before'}",
         "method=full", "adapter={}", "data.head=", "data.classes={wheat: [1], maize: [2], grass: [3]}",
         "data.held_out_year=2018", "training.max_steps=150", "training.best_by=macro_f1", *shared,
     )  # fmt: skip
     run(
-        "train", str(RECIPE), f"model={folder / 'before' / 'final'}", f"data.train={here}",
+        "train", "wheat-tsvit", f"model={folder / 'before' / 'final'}", f"data.train={here}",
         f"output={folder / 'wheat'}", "data.classes={other: [2, 3], wheat: [1]}", "training.max_steps=60", *shared,
     )  # fmt: skip
     run("map", str(folder / "wheat"), str(folder / "here-2020.npz"), "--output", str(folder / "wheat-2020.tif"))

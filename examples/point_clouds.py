@@ -14,7 +14,6 @@ from deftcore.methods.point_peft.task import PointTask
 from deftcore.training.recipe import load_recipe
 from deftcore.training.run import train_recipe
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 SHAPES = ("ball", "cube", "ring", "rod", "helix")
 
 
@@ -56,12 +55,12 @@ def main(folder: Path, *overrides: str) -> None:
     def run(recipe: str, model: object, output: str, epochs: int, rate: float) -> Path:
         own = [f"model={model}", f"output={folder / output}", f"training.epochs={epochs}"]
         own.append(f"training.learning_rate={rate}")
-        result = train_recipe(load_recipe(RECIPES / recipe, [*shared, *own, *overrides]))
+        result = train_recipe(load_recipe(recipe, [*shared, *own, *overrides]))
         print(f"{output}: {result.to_dict()}")
         return folder / output / "final"
 
-    backbone = run("point-mae.yaml", "point-mae-small", "backbone", 10, 1e-3)
-    trained = run("point-peft.yaml", backbone, "classes", 40, 5e-3)
+    backbone = run("point-mae", "point-mae-small", "backbone", 10, 1e-3)
+    trained = run("point-peft", backbone, "classes", 40, 5e-3)
     reader = PointTask.reader(backbone, trained)
     for kind in SHAPES:
         told = ", ".join(f"{name} {share:.0%}" for name, share in list(reader(shape(kind, 300, rng)).items())[:3])

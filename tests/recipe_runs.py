@@ -1,7 +1,6 @@
 """A recipe's whole way, for tests of methods: training, a run that is interrupted and goes on, export."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,6 @@ from test_package import save_base
 
 import deftcore
 from deftcore.cli.main import main
-
-RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def check_recipe(folder, stopping, capsys, recipe, method, *options):
@@ -27,7 +24,7 @@ def check_recipe(folder, stopping, capsys, recipe, method, *options):
     base = folder / "base"
     base.mkdir()
     save_base(base)
-    options = [str(RECIPES / recipe), f"method={method}", f"model={base}", f"data.train={base / 'data.txt'}",
+    options = [recipe, f"method={method}", f"model={base}", f"data.train={base / 'data.txt'}",
                "deft=true", "adapter.r=4", "data.max_length=16", "training.save_every=2", *options]  # fmt: skip
     assert main(["train", *options, f"output={folder / 'whole'}"]) == 0
     stopping()

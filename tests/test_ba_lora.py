@@ -535,7 +535,7 @@ def test_a_recipe_trains_resumes_and_is_exported(tmp_path, stopping, capsys, met
     """Schedules, too, go on where they were."""
     options = ["adapter.lora_alpha=4", "training.max_steps=6", "training.log_every=1", "training.batch_size=2",
                "training.gradient_accumulation_steps=2", "training.learning_rate=1e-3"]  # fmt: skip
-    log = check_recipe(tmp_path, stopping, capsys, "ba-lora.yaml", method, *options)
+    log = check_recipe(tmp_path, stopping, capsys, "ba-lora", method, *options)
     assert [entry["step"] for entry in log] == list(range(1, 7))
     assert log[0]["ba_lora_consistency"] == pytest.approx(0, abs=1e-6)  # the start is the pre-trained model
     assert log[-1]["ba_lora_consistency"] > 0

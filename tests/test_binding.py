@@ -1,7 +1,11 @@
 """The compiled module's records: every field by name, and nothing else."""
 
+import sys
+
 import pytest
 
+import deftcore
+from deftcore.ops import kernels
 from deftcore.ops.kernels import native
 
 FIELDS = {"gate": 64, "up": 128, "a": 192, "rows": 1, "width": 8, "gate_stride": 8, "up_stride": 8, "dtype": 0,
@@ -58,3 +62,27 @@ def test_structs_inside():
 def test_an_op_takes_its_own_record():
     with pytest.raises(TypeError, match="incompatible function arguments"):
         native.cpu.gated_act_backward(native.GatedAct(**FIELDS), 0)
+
+
+def test_unbuilt_sources_are_named(tmp_path, monkeypatch):
+    """Python takes a clone's sources before the installed package where it starts in the clone. A damaged module is not
+    that."""
+    package = tmp_path / "deftcore"
+    package.mkdir()
+    monkeypatch.setattr(kernels, "__file__", str(package / "ops" / "kernels.py"))
+    monkeypatch.setitem(sys.modules, "deftcore._C", None)
+    monkeypatch.delattr(deftcore, "_C")
+    with pytest.raises(ImportError, match=r"_C is missing or unusable \(.*_C.*\); install the package again"):
+        kernels._import_native()
+    (tmp_path / "CMakeLists.txt").touch()
+    found = f"_C is missing: Python found the source folder {package}"
+    with pytest.raises(ImportError, match=rf"{found} on its path .*: pip install -e"):
+        kernels._import_native()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ImportError, match=rf"{found} in the current directory instead of the installed package\. Leave"
+    ):
+        kernels._import_native()
+    (package / "_C.cpython-311.so").touch()
+    with pytest.raises(ImportError, match="is missing or unusable"):
+        kernels._import_native()

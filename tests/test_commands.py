@@ -83,7 +83,8 @@ from deftcore.cli import main
 assert main(["--help"]) == 0
 assert "torch" not in sys.modules and "numpy" not in sys.modules
 assert main(["info"]) == 0
-assert main(["train", "r.yaml"]) == 2
+assert main(["train", "--help"]) == 0
+assert main(["train", "deft-lora"]) == 2
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

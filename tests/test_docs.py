@@ -66,7 +66,7 @@ def test_links_lead_somewhere(page):
 def test_paths_exist(page):
     """Those of the repository, and in a room's docstring files that stand there by their names alone."""
     text = text_of(page)
-    named = re.findall(r"`((?:deftcore|csrc|tests|bench|recipes|examples|docs)/[\w./-]*)`", text)
+    named = re.findall(r"`((?:deftcore|csrc|tests|bench|examples|docs)/[\w./-]*)`", text)
     missing = [path for path in named if not (ROOT / path).exists()]
     if page.suffix == ".py":
         missing += [path for path in re.findall(r"`(\w+\.py)`", text) if not (page.parent / path).exists()]
@@ -104,7 +104,7 @@ def bases(tmp_path_factory):
 def test_commands_and_examples_run(page, bases, tmp_path, monkeypatch):
     """In their order, in a folder of the page's own. `model`, `loader` and `batches` are the reader's."""
     monkeypatch.chdir(tmp_path)
-    for path in (*bases.iterdir(), ROOT / "recipes"):
+    for path in bases.iterdir():
         (tmp_path / path.name).symlink_to(path)
     model, batches = (model_of("mamba") if "mamba" in name_of(page) else tiny_model("llama")), [tiny_batch("llama")] * 2
     names = {"torch": torch, "model": model, "batches": batches, "loader": batches}

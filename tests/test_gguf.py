@@ -127,7 +127,7 @@ def test_commands(place, tmp_path, capsys):
     for name, model in (("folder", base), ("file", file)):
         overrides = [f"model={model}", f"data.train={data}", f"output={tmp_path / name}", "training.max_steps=2",
                      "data.max_length=16"]  # fmt: skip
-        losses[name == "file"] = result("train", "recipes/deft-lora.yaml", *overrides)["train_loss"]
+        losses[name == "file"] = result("train", "deft-lora", *overrides)["train_loss"]
         arguments = ["export", model, str(tmp_path / f"{name}-sparse"), "--adapter", str(tmp_path / name / "final")]
         assert result(*arguments)["merged_adapter"]
     assert losses[0] == losses[1]

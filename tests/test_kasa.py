@@ -933,7 +933,7 @@ def test_transformers_sequence_classifier_trains():
 
 @pytest.mark.parametrize("method", ["kasa", "qkasa"])
 def test_a_recipe_trains_resumes_and_is_exported(tmp_path, stopping, capsys, method):
-    log = check_recipe(tmp_path, stopping, capsys, "kasa.yaml", method, "training.max_steps=4")
+    log = check_recipe(tmp_path, stopping, capsys, "kasa", method, "training.max_steps=4")
     assert log[-1]["kasa_loss"] > 0
 
 

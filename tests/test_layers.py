@@ -14,6 +14,7 @@ LAYERS = (
     "_files",
     "_names",
     "_progress",
+    "recipes",
     "ops",
     "nn",
     "models",

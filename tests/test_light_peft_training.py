@@ -26,7 +26,7 @@ from deftcore.training.run import train_recipe
 from deftcore.training.trainer import ObjectiveTrainerMixin
 from deftcore.training.wrapping import add_adapter
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "light-peft.yaml"
+RECIPE = "light-peft"
 TWO_PROCESSES = """
 import atexit, os, pathlib, sys
 
@@ -65,7 +65,7 @@ def kept_of(folder):
 
 def test_both_phases(base, tmp_path, capsys):
     """One command; the second phase starts with the first one's adapters, cut, with fresh schedule and optimizer."""
-    assert main(["train", str(RECIPE), *words(base, tmp_path / "run"), "--json"]) == 0
+    assert main(["train", RECIPE, *words(base, tmp_path / "run"), "--json"]) == 0
     first, second = log_of(tmp_path / "run" / "estimate"), log_of(tmp_path / "run")
     assert [line["step"] for line in first] == list(range(1, 7))
     assert [line["step"] for line in second] == list(range(1, 5))
@@ -158,12 +158,12 @@ def test_baselines_train_alike(base, tmp_path, importance):
 def test_over_4_bits(base, tmp_path, capsys):
     """Cuts through blocks are refused before anything trains, unless weights may be rounded again."""
     more = ("method=qlight-peft", "quantize.block_size=32", "quantize.skip=[lm_head]")
-    assert main(["train", str(RECIPE), *words(base, tmp_path / "refused", *more)]) == 2
+    assert main(["train", RECIPE, *words(base, tmp_path / "refused", *more)]) == 2
     assert "would cut through blocks of 32 weights in 4 bits; pass requantize=True" in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
     for name, change in (("whole", "adapter.ffn_ratio=0"), ("again", "adapter.requantize=true")):
         folder = tmp_path / name
-        assert main(["train", str(RECIPE), *words(base, folder, *more, change, "adapter.head_ratio=0.0")]) == 0
+        assert main(["train", RECIPE, *words(base, folder, *more, change, "adapter.head_ratio=0.0")]) == 0
         assert log_of(folder)[-1]["step"] == 4
         assert any("mlp" in each for each in kept_of(folder)["units"]) == (name == "again")
 
@@ -172,7 +172,7 @@ def test_over_4_bits(base, tmp_path, capsys):
 def test_two_processes_keep_the_same(base, tmp_path):
     """`accelerate launch` with two CPU processes, half of each batch in each: one selection, and the same losses."""
     script = tmp_path / "run.py"
-    script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent), recipe=str(RECIPE)))
+    script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent), recipe=RECIPE))
     more = ("adapter.dropout=0.0", "adapter.module_ratio=0.5")
     train_recipe(load_recipe(RECIPE, words(base, tmp_path / "one", *more)))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
@@ -284,6 +284,6 @@ def test_it_needs_a_recipe_for_its_phases():
     ],
 )
 def test_mistakes_show_before_weights_are_read(base, tmp_path, capsys, override, message):
-    assert main(["train", str(RECIPE), *words(base, tmp_path / "run", override)]) == 2
+    assert main(["train", RECIPE, *words(base, tmp_path / "run", override)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

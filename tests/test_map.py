@@ -136,7 +136,7 @@ def test_from_geotiffs_to_a_map(method, head, adapter, outputs, tmp_path, capsys
         f"data.classes={json.dumps(codes)}", "training.max_steps=2", "training.batch_size=2",
         "training.best_by=macro_f1",
     ]  # fmt: skip
-    assert main(["train", str(RECIPE), *overrides, "--json"]) == 0
+    assert main(["train", RECIPE, *overrides, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert 0 <= result["macro_f1"] <= 1
     model, config, reading = load_trained(tmp_path / "run")

@@ -6,7 +6,6 @@ import re
 
 import pytest
 from conftest import tiny_model
-from recipe_runs import RECIPES
 from rich.console import Console
 from rich.progress import Progress
 from test_package import save_base
@@ -27,7 +26,7 @@ def place(tmp_path_factory):
 
 
 def train(base, output, *words, recipe="deft-lora"):
-    return main(["train", str(RECIPES / f"{recipe}.yaml"), f"model={base}", f"data.train={base / 'data.txt'}",
+    return main(["train", recipe, f"model={base}", f"data.train={base / 'data.txt'}",
                  f"output={output}", "training.max_steps=2", "data.max_length=16", "device=cpu", *words])  # fmt: skip
 
 

@@ -234,10 +234,9 @@ def train_on_disk(recipe, tmp_path, capsys, **sizes):
     base.mkdir()
     save_base(base, **sizes)
     capsys.readouterr()
-    file = Path(__file__).parents[1] / "recipes" / f"{recipe}.yaml"
     overrides = [f"model={base}", f"data.train={base / 'data.txt'}", f"data.validation={base / 'data.txt'}",
                  f"output={tmp_path / 'run'}", "training.max_steps=4", "data.max_length=16"]  # fmt: skip
-    assert main(["train", str(file), *overrides, "--json"]) == 0
+    assert main(["train", recipe, *overrides, "--json"]) == 0
     return base, json.loads(capsys.readouterr().out)
 
 
@@ -290,11 +289,10 @@ def test_train_mamba(tmp_path, capsys, family, precision):
 
     save_base(tmp_path, model_of(family))
     capsys.readouterr()
-    recipe = Path(__file__).parents[1] / "recipes" / "mamba-lora.yaml"
     overrides = [f"model={tmp_path}", f"data.train={tmp_path / 'data.txt'}", f"data.validation={tmp_path / 'data.txt'}",
                  f"output={tmp_path / 'run'}", "training.max_steps=6", "data.max_length=16", "training.log_every=1",
                  f"training.mixed_precision={precision}", "training.learning_rate=1e-2"]  # fmt: skip
-    assert main(["train", str(recipe), *overrides, "--json"]) == 0
+    assert main(["train", "mamba-lora", *overrides, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert result["eval_loss"] < next(entry["loss"] for entry in log if "loss" in entry)
@@ -304,7 +302,7 @@ def test_train_mamba(tmp_path, capsys, family, precision):
     ids = torch.tensor([[1, 2, 3]])
     before = model(ids).logits
     torch.testing.assert_close(deftcore.patch(model)(ids).logits, before, rtol=1e-3, atol=1e-4)
-    assert main(["train", str(recipe), *overrides, "deft=true", f"output={tmp_path / 'other'}"]) == 2
+    assert main(["train", "mamba-lora", *overrides, "deft=true", f"output={tmp_path / 'other'}"]) == 2
     assert "not defined for Mamba" in capsys.readouterr().err
 
 
@@ -315,11 +313,10 @@ def test_train_export_s2ft(tmp_path, capsys, method):
     base.mkdir()
     save_base(base, intermediate_size=128)
     capsys.readouterr()
-    recipe = Path(__file__).parents[1] / "recipes" / "s2ft.yaml"
     overrides = [f"model={base}", f"data.train={base / 'data.txt'}", f"data.validation={base / 'data.txt'}",
                  f"output={tmp_path / 'run'}", "training.max_steps=4", "data.max_length=16", f"method={method}",
                  "adapter.channel_ratio=0.1", "deft=true"]  # fmt: skip
-    assert main(["train", str(recipe), *overrides, "--json"]) == 0
+    assert main(["train", "s2ft", *overrides, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     final, data = str(tmp_path / "run" / "final"), str(base / "data.txt")
     arguments = ["--adapter", final, "--json", *(["--quantize", "nf4"] if method == "qs2ft" else [])]

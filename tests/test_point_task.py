@@ -122,13 +122,13 @@ def test_from_a_backbone_of_its_own_to_a_merged_classifier(place, tmp_path, caps
     write_folders(tmp_path / "shapes", each=8)
     pre = [f"model={place / 'mae'}", f"data.train={tmp_path / 'shapes'}", f"output={tmp_path / 'pre'}"]
     short = ["data.points=64", "training.epochs=1", "training.batch_size=4"]
-    assert main(["train", "recipes/point-mae.yaml", *pre, *short, "training.max_steps=3"]) == 0
+    assert main(["train", "point-mae", *pre, *short, "training.max_steps=3"]) == 0
     loss = json.loads((tmp_path / "pre" / "result.json").read_text())["eval_loss"]
     assert loss > 0
     base = tmp_path / "pre" / "final"
     options = ["method=lora", "adapter={r: 2, target_modules: [qkv], modules_to_save: [head]}"]
     paths = [f"model={base}", f"data.train={tmp_path / 'shapes'}", f"output={tmp_path / 'run'}"]
-    assert main(["train", "recipes/point-peft.yaml", *paths, *options, *short]) == 0
+    assert main(["train", "point-peft", *paths, *options, *short]) == 0
     printed = capsys.readouterr().out
     assert "\naccuracy: " in printed
     assert re.search(r"best checkpoint at \S+ \(step \d+, accuracy [\d.]+, loss ", printed)
@@ -163,7 +163,7 @@ def test_from_a_backbone_of_its_own_to_a_merged_classifier(place, tmp_path, caps
             PointTask.of_model(merged, PointTask.load_model(merged))
     write_json(merged / "clouds.json", known)
     paths = [f"model={merged}", f"data.train={tmp_path / 'shapes'}", f"output={tmp_path / 'again'}"]
-    assert main(["train", "recipes/point-peft.yaml", *paths, "method=full", "adapter={}", *short]) == 0
+    assert main(["train", "point-peft", *paths, "method=full", "adapter={}", *short]) == 0
     capsys.readouterr()
     for more, message in (
         ([str(merged)], "output: must be a new folder"),
@@ -294,7 +294,7 @@ def test_the_recipe_as_it_is(place, tmp_path):
     base, final = str(place / "mae"), tmp_path / "run" / "final"
     paths = [f"model={base}", f"data.train={place / 'clouds.npz'}", f"output={final.parent}"]
     short = ["data.points=64", "training.max_steps=2", "training.batch_size=8"]
-    assert main(["train", "recipes/point-peft.yaml", *paths, *short]) == 0
+    assert main(["train", "point-peft", *paths, *short]) == 0
     assert sum(PointTask.reader(base, final)(shape("rod", 70, np.random.default_rng(0))).values()) == pytest.approx(1)
     assert main(["export", base, str(tmp_path / "merged"), "--adapter", str(final)]) == 2
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ import deftcore
 from deftcore.cli.main import main
 from deftcore.models.coupled import stored_sizes
 from deftcore.models.slimming import cut
-
-RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def test_the_commands(tmp_path, capsys):
@@ -77,7 +74,7 @@ def test_training_on_a_slim_model(recipe, tmp_path, capsys):
                  "training.max_steps=3", "data.max_length=16"]  # fmt: skip
     overrides += ["adapter.channel_ratio=0.1"] if recipe == "s2ft" else []
     capsys.readouterr()
-    assert main(["train", str(RECIPES / f"{recipe}.yaml"), *overrides, "--json"]) == 0
+    assert main(["train", recipe, *overrides, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["steps"] == 3
     adapter = ["--adapter", str(run / "final"), *(["--quantize", "nf4"] if "qlora" in recipe else [])]
@@ -100,7 +97,7 @@ def test_uniform_layers_from_a_recipe(tmp_path, capsys):
         words = [f"model={base}", f"data.train={base / 'data.txt'}", output, "data.max_length=12", "training.epochs=1",
                  "training.max_steps=2", "adapter.estimate_steps=4", "adapter.head_ratio=0.5",
                  "adapter.uniform=true", *more]  # fmt: skip
-        return main(["train", str(RECIPES / "light-peft.yaml"), *words])
+        return main(["train", "light-peft", *words])
 
     assert run("llama") == 0
     task = tmp_path / "run" / "llama" / "final"

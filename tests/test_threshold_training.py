@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 from conftest import perturbed, recompute, tiny_batch, tiny_model
-from recipe_runs import RECIPES
 from test_package import save_base
 from test_thresholds import texts
 
@@ -247,7 +246,7 @@ def test_what_cannot_be_swapped():
 def run(base, data, out, *words):
     from deftcore.cli.main import main
 
-    return main(["train", str(RECIPES / "deft-thresholds.yaml"), f"model={base}", f"data.train={data}",
+    return main(["train", "deft-thresholds", f"model={base}", f"data.train={data}",
                  f"data.validation={data}", f"output={out}", "adapter.r=2", "adapter.target_modules=[up_proj,q_proj]",
                  "training.max_steps=4", "training.batch_size=4", "data.max_length=24", "device=cpu",
                  *words])  # fmt: skip

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ from deftcore.training.recipe import load_recipe
 from deftcore.training.run import train_recipe
 from deftcore.training.task import Batches
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "wheat-tsvit.yaml"
+RECIPE = "wheat-tsvit"
 
 
 def arrays_of(seed=0, frames=5, channels=3, height=20, width=17, dtype=np.uint16):
@@ -683,7 +682,7 @@ def test_draws_go_on_where_they_stopped(recipe, tmp_path, stopping):
             ["method=ba-lora", "adapter={target_modules: [qkv]}"],
             "adapter: model: TSViT takes no labels",
         ),
-        ([f"model={RECIPE}"], r"model: must be a folder, .* is a file; .*load_published\(FILE\)\.save_p"),
+        ([f"model={__file__}"], r"model: must be a folder, .* is a file; .*load_published\(FILE\)\.save_p"),
         (["data.bands=[1, 2]"], "bands: .*0.npz: the model takes 3, got 2 .1, 2."),
         (["data.bands=[B02]"], "has no band 'B02'"),
         (

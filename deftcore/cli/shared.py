@@ -15,12 +15,13 @@ adapter_option = click.option("--adapter", default="", show_default="none", help
 batch_option = click.option("--batch-size", default=4, help="Sequences at a time.")
 
 
-def command(*, example: str, name: str | None = None) -> Decorator:
-    """A subcommand of the function's name, or this one: its docstring is the help, with an example below, and it takes
-    --json."""
+def command(*, example: str, name: str | None = None, below: str = "") -> Decorator:
+    """A subcommand of the function's name, or this one: its docstring is the help, with what is to stand below its
+    options and an example at the end, and it takes --json."""
+    epilog = f"{below}\n\n\b\nExample:\n  {example}"
 
     def declare(function: Callable[..., Any]) -> click.Command:
-        made = click.command(name, epilog=f"\b\nExample:\n  {example}")(function)
+        made = click.command(name, epilog=epilog.lstrip("\n"))(function)
         made.params.append(click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."))
         return made
 

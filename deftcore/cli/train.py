@@ -6,11 +6,13 @@ from pathlib import Path
 import click
 
 from deftcore.cli import shared
+from deftcore.recipes import bundled, find_recipe, read_recipe
 
 
 @shared.command(
-    example="deftcore train recipes/deft-lora.yaml model=./my-llama data.train=train.jsonl output=runs/deft-lora "
-    "training.max_steps=100"
+    example="deftcore train deft-lora model=./my-llama data.train=train.jsonl output=runs/deft-lora "
+    "training.max_steps=100",
+    below=f"Recipes: {', '.join(bundled())}.",
 )
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -19,19 +21,24 @@ from deftcore.cli import shared
 def train(recipe: str, overrides: tuple[str, ...], restart: bool, device: str, as_json: bool) -> None:
     """Train from a recipe.
 
-    RECIPE is a YAML file; KEY=VALUE sets one of its fields. A run that was interrupted continues from its newest
-    checkpoint.
+    RECIPE is a YAML file, or the name of a recipe that comes with deftcore; KEY=VALUE sets one of its fields. A run
+    that was interrupted continues from its newest checkpoint.
     """
+    file = find_recipe(recipe)
+    read_recipe(file)  # what is wrong with the file itself shows before the imports, which take seconds
     shared.hush()
     from deftcore.training.recipe import load_recipe
     from deftcore.training.run import train_recipe
 
-    loaded = load_recipe(recipe, [*overrides, *([f"device={device}"] if device else [])])
+    loaded = load_recipe(file, [*overrides, *([f"device={device}"] if device else [])])
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first and file != Path(recipe):  # one that comes with deftcore
+        click.echo(f"recipe: {file}", err=True)
     try:
         result = train_recipe(loaded, resume=not restart)
     except KeyboardInterrupt as error:
         raise click.Abort(_how_to_continue(Path(loaded.output))) from error
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not first:
         return
     value = result.to_dict()
     shown = {k: v for k, v in value.items() if isinstance(v, int | float) and k not in ("best_step", "best_metric")}

@@ -33,13 +33,22 @@ def _import_native() -> ModuleType:
         from deftcore import _C
     except ImportError as error:
         if "GOMP_" not in str(error) and "omp_" not in str(error):
-            raise ImportError(
-                "deftcore: the compiled module deftcore._C is missing or unusable "
-                f"({error}); install the package (`pip install .`) and run from outside a source tree that is not built"
-            ) from error
+            message = f"deftcore: the compiled module deftcore._C {_why_unusable(Path(__file__).parents[1], error)}"
+            raise ImportError(message) from error
         ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)  # this PyTorch brought no OpenMP at all
         from deftcore import _C
     return _C
+
+
+def _why_unusable(package: Path, error: ImportError) -> str:
+    """What an import without the compiled module says: above all that Python found a clone's sources, unbuilt."""
+    if any(package.glob("_C.*so")) or not (package.parent / "CMakeLists.txt").is_file():
+        return f"is missing or unusable ({error}); install the package again (`pip install '.[train]'` in its sources)"
+    where = "in the current directory" if package.parent == Path.cwd() else "on its path (PYTHONPATH?)"
+    return (
+        f"is missing: Python found the source folder {package} {where} instead of the installed package. Leave "
+        "that folder for one of your own, or build the sources in place: pip install -e '.[train]'"
+    )
 
 
 native = _import_native()

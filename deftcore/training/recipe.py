@@ -6,11 +6,11 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
 from deftcore._names import near
+from deftcore.recipes import find_recipe, read_recipe, read_yaml
 from deftcore.training.config import DataConfig, QuantizeConfig, TrainingConfig
 from deftcore.training.fields import OPTIONS, Mistakes, Needed, Text, problems
 from deftcore.training.options import checked_options
@@ -114,20 +114,15 @@ def complete(recipe: Recipe) -> Recipe:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe and applies `key=value` overrides (`training.max_steps=100`, values in YAML).
 
+    Args:
+        path: of its file, or the name of one that comes with deftcore (`deft-lora`).
+
     Raises:
-        FileNotFoundError: naming the file.
+        FileNotFoundError: it is neither; with near names.
         ValueError: listing every mistake found.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"recipe: {'is a folder' if path.is_dir() else 'no such file'}: {path}")
-    try:
-        raw = _read_yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise ValueError(f"recipe: {path}: {error}") from error
-    raw = {} if raw is None else raw
-    if not isinstance(raw, dict):
-        raise ValueError(f"recipe: {path}: must be a mapping, got {type(raw).__name__}")
+    path = find_recipe(path)
+    raw = read_recipe(path)
     found = [problem for override in overrides if (problem := _apply(raw, override))]
     raw.setdefault("data", {})
     kind = _recipe_of(_task_of(raw))
@@ -139,15 +134,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         lines = f" {found[0]}" if len(found) == 1 else "".join(f"\n  {problem}" for problem in found)
         raise ValueError(f"recipe: {path}:{lines}")
     return recipe
-
-
-def _read_yaml(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"is not YAML: {where}{what or str(error).splitlines()[0]}") from error
 
 
 def _apply(raw: dict[str, Any], override: str) -> str:
@@ -164,7 +150,7 @@ def _apply(raw: dict[str, Any], override: str) -> str:
         if not isinstance(node, dict):
             return f"{key}: {parent} holds no fields, got {node!r}"
     try:
-        node[last] = _read_yaml(value) if value else ""
+        node[last] = read_yaml(value) if value else ""
     except ValueError as error:
         return f"{key}: {value!r} {error}"
     return ""

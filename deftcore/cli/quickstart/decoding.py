@@ -70,7 +70,7 @@ def _decode(
 
 
 PEAK_MEMORY = """
-import sys, torch
+import torch
 from deftcore.cli.quickstart.decoding import continued
 from deftcore.methods.deft.files import load_sparse
 from deftcore.models.checkpoints import load_model
@@ -105,7 +105,8 @@ def compare_4bit(model: Any, prompts: list[Tensor], settings: Settings, folder: 
     sides = {name: _decoder(form, prompts, settings) for name, form in forms.items()}
     rate, same = _decode(sides, prompts, settings)
     ids = [str(i) for i in prompts[0][0].tolist()]
-    command = [sys.executable, "-c", PEAK_MEMORY]
+    # Which deftcore they import is not for the folder to decide in which this process was started.
+    command = [sys.executable, "-c", f"import sys\nsys.path[:] = {sys.path!r}\n{PEAK_MEMORY}"]
     started = {
         kind: subprocess.Popen(
             [*command, kind, str(folders.get(kind, folder)), *ids], stdout=subprocess.PIPE, text=True

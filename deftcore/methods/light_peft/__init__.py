@@ -59,7 +59,7 @@ kept = select(estimation.structures, estimation.scores(), config)
 print(slim(model, kept))  # in place; a new optimizer trains what is left
 ```
 
-`deftcore train recipes/light-peft.yaml` runs both phases, and goes on where it was stopped: inside the first, between
+`deftcore train light-peft` runs both phases, and goes on where it was stopped: inside the first, between
 them, or in the second, which begins with a fresh optimizer and schedule.
 
 What comes out is a task, `final/`, for the whole base: `deftcore.load_slim(base, "runs/light-peft/final")` is the slim

@@ -45,7 +45,7 @@ The authors' weights: `load_published("best.pth")` of `checkpoints.py`, and for 
 `model(*unpack(packed, legacy_dates=True))`. A model that was trained on PASTIS as it is stored takes `band_mean` and
 `band_std` from `inputs.py`: `TSViT(..., band_mean=PASTIS_MEAN, band_std=PASTIS_STD)`.
 
-`deftcore train recipes/wheat-tsvit.yaml` trains on scenes in `.npz` files or folders of GeoTIFFs, with a year or an
+`deftcore train wheat-tsvit` trains on scenes in `.npz` files or folders of GeoTIFFs, with a year or an
 area held out, and `deftcore map` draws a whole scene; `series.py` says what they hold. `examples/torchgeo_tsvit.py`
 puts the model under TorchGeo's task, `examples/terratorch_tsvit.py` adapters on it by TerraTorch's factory.
 
