@@ -31,19 +31,17 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, device: str, a
     from deftcore.training.run import train_recipe
 
     loaded = load_recipe(file, [*overrides, *([f"device={device}"] if device else [])])
-    first = int(os.environ.get("RANK", "0")) == 0
-    if first and file != Path(recipe):  # one that comes with deftcore
-        click.echo(f"recipe: {file}", err=True)
     try:
         result = train_recipe(loaded, resume=not restart)
     except KeyboardInterrupt as error:
         raise click.Abort(_how_to_continue(Path(loaded.output))) from error
-    if not first:
+    if int(os.environ.get("RANK", "0")) > 0:
         return
     value = result.to_dict()
     shown = {k: v for k, v in value.items() if isinstance(v, int | float) and k not in ("best_step", "best_metric")}
     over = "the last step's training tokens" if result.eval_loss is None else "the validation data"
-    lines = [f"{k}: {v:.6g}" + (f" (over {over})" if k == "density" else "") for k, v in shown.items()]
+    lines = [f"recipe: {file}"]  # of two that a name may mean, the one that was taken
+    lines += [f"{k}: {v:.6g}" + (f" (over {over})" if k == "density" else "") for k, v in shown.items()]
     folder = Path(loaded.output)
     if result.best_step is not None:
         by = f"{loaded.training.best_by} {result.best_metric:.4g}, " if result.best_metric is not None else ""
