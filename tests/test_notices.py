@@ -3,6 +3,8 @@
 import io
 import logging
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from conftest import tiny_model
@@ -13,6 +15,7 @@ from test_package import save_base
 from deftcore import _progress
 from deftcore._progress import steps_bar
 from deftcore.cli.main import main
+from deftcore.cli.train import _how_to_continue
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +97,11 @@ def test_a_run_that_goes_on_says_so(place, tmp_path, monkeypatch, capsys, caplog
     assert capsys.readouterr().err.endswith(
         "deftcore: stopped; no checkpoint was there yet (training.save_every): the same command begins again\n"
     )
+    phase = tmp_path / "run" / "estimation"
+    (phase / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (phase / "run.json").write_text("{}")
+    assert _how_to_continue(tmp_path / "run") == "the same command, without --restart, continues"
+    shutil.rmtree(phase)
     interrupted_after(monkeypatch, 3)
     assert train(place / "relu", tmp_path / "run", "training.save_every=2", *words) == 130
     error = capsys.readouterr().err
@@ -205,3 +213,13 @@ def test_plain_lora_is_no_other(place, tmp_path, capsys):
     words = ["export", str(place / "relu"), str(tmp_path / "out"), "--adapter", str(tmp_path / "run" / "final")]
     assert main([*words, "--lora"]) == 2
     assert "is plain LoRA already, which PEFT loads without deftcore" in capsys.readouterr().err
+
+
+def test_the_page_lists_what_a_run_writes(place, tmp_path):
+    data = place / "relu" / "data.txt"
+    assert train(place / "relu", tmp_path / "run", f"data.validation={data}", "training.save_every=1") == 0
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    section = page.partition("## What a run writes")[2].partition("\n## ")[0]
+    for path in (tmp_path / "run").iterdir():
+        assert f"`{path.name}{'/' if path.is_dir() else ''}`" in section, path.name
+    assert (tmp_path / "run" / "checkpoints").is_dir()  # until --restart, as it says there

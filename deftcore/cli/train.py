@@ -54,6 +54,9 @@ def _how_to_continue(folder: Path) -> str:
     from deftcore.training.run_folder import RunFolder
 
     step = RunFolder(folder, {}).last_step()
+    phases = [RunFolder(file.parent, {}) for file in folder.glob("*/run.json")]
+    if not step and any(phase.last_step() or phase.result() for phase in phases):
+        return "the same command, without --restart, continues"
     if step:
         return f"the same command, without --restart, continues from step {step}"
     return "no checkpoint was there yet (training.save_every): the same command begins again"
