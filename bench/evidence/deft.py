@@ -267,10 +267,9 @@ def run(side: DeftSide, data: Data, seed: int) -> Entry:
 
 
 def jobs(seeds: Sequence[int], only: Sequence[str]) -> Iterator[tuple[str, str, DeftSide, int]]:
-    """Kind, set, side and seed: a seed is there for every side before the next, all that train without the loss first;
-    the first one's sweep comes last."""
-    ordered = sorted(SIDES, key=lambda side: (side.alpha > 0, side.gamma > 0))
-    yield from (("run", name, side, seed) for seed, side, name in itertools.product(seeds, ordered, only))
+    """Kind, set, side and seed: a seed is there for every side before the next, method by method; the first one's sweep
+    comes last."""
+    yield from (("run", name, side, seed) for seed, side, name in itertools.product(seeds, SIDES, only))
     if SEEDS[0] in seeds:
         yield from (("sweep", name, side, SEEDS[0]) for name, side in itertools.product(only, SWEPT))
 
