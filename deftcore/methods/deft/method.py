@@ -125,7 +125,8 @@ def _warn_of_smooth(model: Any) -> None:
     if smooth and int(os.environ.get("RANK", "0")) == 0:
         logger.warning(
             "deft: %s is never exactly 0: density counts what is above tau = %.2g, and may hardly fall. Thresholds "
-            "make zeros: deft.density, as in the recipe deft-thresholds, or `deftcore sparsify` afterwards",
+            "make zeros: deft.density, as in the recipe deft-thresholds, or of language models `deftcore sparsify` "
+            "afterwards",
             ", ".join(smooth), default_tau(smooth[0]),
         )  # fmt: skip
 
