@@ -14,8 +14,9 @@ _LENGTHS = ", ".join(f"{length} ({name})" for name, length in LENGTHS.items())
 HEAD = f"""## DEFT
 
 `python -m bench.evidence.deft --data FOLDER` tunes MiniLM, a BERT with GELU, for classes of texts, each cut to
-{_LENGTHS} tokens: {STEPS} steps of {BATCH} texts. LoRA and QLoRA have rank 8 on every linear layer of the blocks, bottlenecks reduce the width by 16, prompts and prefixes have 16
-virtual tokens; the head is new and trains on every side. "DEFT" adds the density loss with the surrogate
+{_LENGTHS} tokens: {STEPS} steps of {BATCH} texts. LoRA and QLoRA have
+rank 8 on every linear layer of the blocks, bottlenecks reduce the width by 16, prompts and prefixes have 16 virtual
+tokens; the head is new and trains on every side. "DEFT" adds the density loss with the surrogate
 tanh({BETA:g} |a|), "ADA-DEFT" a gate on each block too, in this project's form: the paper's formula is not public.
 Rates and weights of the loss are one for all sets and were not tuned for each.
 
