@@ -159,6 +159,7 @@ def test_pages_tell_what_the_runs_say(evidence, tmp_path, monkeypatch):
 
     for module in (report, qlora_page, s2ft_page):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "_claims", dict)
     assert s2ft_page.page() == qlora_page.page() == ""
     results = s2ft.Results(tmp_path / "s2ft.jsonl")
     results.add({"kind": "about", "machine": "a machine", "versions": {}})
@@ -177,6 +178,16 @@ def test_pages_tell_what_the_runs_say(evidence, tmp_path, monkeypatch):
     step = {"1": {"S2FT": {"seconds": 0.5, "spread": 0.1}, "LoRA": {"seconds": 0.75, "spread": 0.1}}}
     cost = {"about": {"machine": "a machine"}, "threads": 1, "step": step, "peak_mb": {"1": {"S2FT": 5.0, "LoRA": 6.0}}}
     (tmp_path / "s2ft_batches.json").write_text(json.dumps(cost))
+    compared = {"ours": "S2FT", "other": "LoRA", "measure": "loss"}
+    for said, right in (("better", True), ("worse", False)):
+        claim = {"text": "S2FT is ahead.", **compared, "verdicts": {"gsm8k": said}}
+        monkeypatch.setattr(report, "_claims", lambda claim=claim: {"s2ft": [claim]})
+        if right:
+            assert "- S2FT is ahead." in s2ft_page.page()
+        else:
+            with pytest.raises(ValueError, match="claim: 'S2FT is ahead.' needs 'worse' on gsm8k"):
+                s2ft_page.page()
+    monkeypatch.setattr(report, "_claims", dict)
     page = s2ft_page.page()
     assert "- S2FT against LoRA: loss -0.500 (better in all 2 seeds)" in page
     assert "| S2FT | 1 | 1.000 | +0.250 | +0.000 | 1.000 | +0.250 | +0.000 | 25% |" in page
