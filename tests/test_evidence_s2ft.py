@@ -185,7 +185,7 @@ def test_pages_tell_what_the_runs_say(evidence, tmp_path, monkeypatch):
         if right:
             assert "- S2FT is ahead." in s2ft_page.page()
         else:
-            with pytest.raises(ValueError, match="claim: 'S2FT is ahead.' needs 'worse' on gsm8k"):
+            with pytest.raises(ValueError, match=r"claim: 'S2FT is ahead\.' needs 'worse' on gsm8k"):
                 s2ft_page.page()
     monkeypatch.setattr(report, "_claims", dict)
     page = s2ft_page.page()
