@@ -1,6 +1,5 @@
-"""How far long work has come: bars on standard error, on a terminal alone, gone when the work is done."""
+"""How far long work has come, on standard error: on a terminal alone and gone at the end, but for a run's own bar."""
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -20,6 +19,8 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from deftcore._processes import is_first_process
+
 T = TypeVar("T")
 
 
@@ -31,14 +32,17 @@ def tracked(items: Iterable[T], label: str, total: int | None = None, *, quick: 
         quick: not worth showing.
     """
     console = Console(stderr=True)
-    return track(items, label, total=total, console=console, transient=True, disable=quick or not _is_first())
+    return track(items, label, total=total, console=console, transient=True, disable=quick or _is_hidden(console))
 
 
 @contextmanager
 def working(label: str) -> Iterator[None]:
     """A bar without an end and the time, around work of which nobody knows how long it takes."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not _is_first()) as progress:
+    columns, console = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()), Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=_is_hidden(console), redirect_stdout=False,
+        redirect_stderr=False,  # bars of other libraries go on
+    ) as progress:  # fmt: skip
         progress.add_task(label, total=None)
         yield
 
@@ -62,5 +66,5 @@ class _Note(ProgressColumn):
         return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
 
 
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+def _is_hidden(console: Console) -> bool:
+    return not console.is_terminal or not is_first_process()

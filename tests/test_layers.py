@@ -13,6 +13,7 @@ LAYERS = (
     "_versions",
     "_files",
     "_names",
+    "_processes",
     "_progress",
     "recipes",
     "ops",

@@ -36,7 +36,7 @@ could not be read; ADA-DEFT's are of models of 3 and 11 billion weights, whose r
 
 LIMITS = f"""### What this cannot show
 
-- {STEPS * BATCH:,} texts, an epoch at most, where the paper has 10 epochs.
+- {STEPS * BATCH:,} texts, one or two epochs, where the paper has 10.
 - An accuracy of {TEST} texts is known to 2 points; what three seeds agree on happens by chance in one comparison of
   four.
 - MiniLM's MLPs are 1536 wide: nothing is said of models a hundred times larger.

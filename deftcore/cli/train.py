@@ -1,10 +1,10 @@
 """`deftcore train`."""
 
-import os
 from pathlib import Path
 
 import click
 
+from deftcore._processes import is_first_process
 from deftcore.cli import shared
 from deftcore.recipes import bundled, find_recipe, read_recipe
 
@@ -33,9 +33,9 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, device: str, a
     loaded = load_recipe(file, [*overrides, *([f"device={device}"] if device else [])])
     try:
         result = train_recipe(loaded, resume=not restart)
-    except KeyboardInterrupt as error:
-        raise click.Abort(_how_to_continue(Path(loaded.output))) from error
-    if int(os.environ.get("RANK", "0")) > 0:
+    except KeyboardInterrupt as stop:
+        raise click.Abort(*stop.args) from stop
+    if not is_first_process():
         return
     value = result.to_dict()
     shown = {k: v for k, v in value.items() if isinstance(v, int | float) and k not in ("best_step", "best_metric")}
@@ -48,15 +48,3 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, device: str, a
         best = f"step {result.best_step}, {by}loss {result.best_eval_loss:.4g}"
         lines.append(f"best checkpoint at {folder / 'best'} ({best})")
     shared.show(as_json, value, [*lines, f"final: {folder / 'final'}"])
-
-
-def _how_to_continue(folder: Path) -> str:
-    from deftcore.training.run_folder import RunFolder
-
-    step = RunFolder(folder, {}).last_step()
-    phases = [RunFolder(file.parent, {}) for file in folder.glob("*/run.json")]
-    if not step and any(phase.last_step() or phase.result() for phase in phases):
-        return "the same command, without --restart, continues"
-    if step:
-        return f"the same command, without --restart, continues from step {step}"
-    return "no checkpoint was there yet (training.save_every): the same command begins again"

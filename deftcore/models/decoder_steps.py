@@ -128,6 +128,10 @@ def one_epsilon(core: nn.Module) -> float:
     return epsilons.pop()
 
 
+class LogitsDifferError(ValueError):
+    """A native step gives other logits than the model."""
+
+
 class Trial:
     """A prompt of made-up tokens with some behind it, one of two sequences padded, through a model's own forward.
 
@@ -168,14 +172,15 @@ class Trial:
         return torch.stack(found, 1) if found else self.logits
 
     def compare(self, steps: Steps, bound: float) -> None:
-        """Raises ValueError where logits differ by more than `bound` of a token's largest."""
+        """Raises LogitsDifferError where logits differ by more than `bound` of a token's largest, ValueError where they
+        are not finite."""
         ours = self.logits_of(steps)
         for mine, wanted in zip(ours.unbind(1), self.logits.unbind(1), strict=True):
             if not bool(wanted.isfinite().all()):
                 raise ValueError("its logits are NaN or infinite: its weights hold NaN or infinity, or overflow")
             error, scale = float((mine - wanted).abs().max()), float(wanted.abs().max())
             if not error <= bound * max(scale, 1e-30):
-                raise ValueError(f"its logits differ from a native step's by {error:.3g} of {scale:.3g}")
+                raise LogitsDifferError(f"its logits differ from a native step's by {error:.3g} of {scale:.3g}")
 
     def distance(self, steps: Steps, exact: Steps) -> float:
         """Root mean square of what two steps' logits differ by, over that of the second's."""
@@ -192,14 +197,15 @@ def prove(model: Any, steps: Steps, length: int, *, thresholds: bool = False) ->
 
     Args:
         length: the most that a sequence may have.
-        thresholds: activations up to a number above zero do not count; then they differ on each of several prompts.
+        thresholds: activations up to a number above zero do not count; then one of several prompts has to agree.
     """
+    found = ""
     for seed in range(_PROMPTS if thresholds else 1):
         try:
             return _prove(model, steps, length, thresholds, seed)
-        except ValueError as error:
-            found = error
-    raise found
+        except LogitsDifferError as error:  # its frames hold copies of weights
+            found = str(error)
+    raise LogitsDifferError(found)
 
 
 def _prove(model: Any, steps: Steps, length: int, thresholds: bool, seed: int) -> None:

@@ -46,7 +46,7 @@ def _why_unusable(package: Path, error: ImportError) -> str:
         return f"is missing or unusable ({error}); install the package again (`pip install '.[train]'` in its sources)"
     where = "in the current directory" if package.parent == Path.cwd() else "on its path (PYTHONPATH?)"
     return (
-        f"is missing: Python found the source folder {package} {where} instead of the installed package. Leave "
+        f"is missing: Python found the source folder {package} {where} instead of an installed package. Leave "
         "that folder for one of your own, or build the sources in place: pip install -e '.[train]'"
     )
 

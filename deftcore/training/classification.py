@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from deftcore._files import read_record, write_json
+from deftcore._processes import is_first_process
 from deftcore.models.checkpoints import load_tokenizer
 from deftcore.models.classifiers import class_names, empty_classifier, lacking, load_classifier, with_classes
 from deftcore.models.preflight import check_lengths
@@ -151,7 +152,7 @@ class ClassificationTask(Task):
             if not example["input_ids"]:
                 raise ValueError(f"data: {record.where}: its texts have no token")
             examples.append({**example, "labels": self.labels.index(label)})
-        if cut and int(os.environ.get("RANK", "0")) == 0:
+        if cut and is_first_process():
             _log.warning("data: %d of %d records cut to %d tokens", cut, len(records), config.max_length)
         return examples
 

@@ -1,11 +1,12 @@
 """Token sequences from records, as the model will see them at inference."""
 
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from deftcore._processes import is_first_process
 
 Example = dict[str, list[int]]  # "input_ids", and "labels" where they differ
 
@@ -141,7 +142,7 @@ class _Kept:
         said += [f"{self.cut} of {self.records} records cut to {self.max_length} tokens"] if self.cut else []
         if not examples:
             raise ValueError(f"data: nothing to train on: {'; '.join(said) or 'fewer than two tokens'}")
-        if said and int(os.environ.get("RANK", "0")) == 0:
+        if said and is_first_process():
             _log.warning("data: %s", "; ".join(said))
         return examples
 

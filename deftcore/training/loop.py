@@ -253,6 +253,15 @@ class _Run:
         return result
 
     def train(self, files: Mapping[str, str]) -> TrainResult:
+        try:
+            return self._train(files)
+        except KeyboardInterrupt as stop:
+            step = self.folder.last_step()
+            told = f"the same command, without --restart, continues from step {step}"
+            none = f"no checkpoint was there yet (training.save_every): the same command begins {self.label} again"
+            raise KeyboardInterrupt(told if step else none) from stop
+
+    def _train(self, files: Mapping[str, str]) -> TrainResult:
         config, state = self.config, self.state
         start = time.perf_counter()
         if self.accelerator.is_main_process:

@@ -118,7 +118,7 @@ def write(
     smooth = [] if thresholds is not None else smooth_activations(base, skip)
     if smooth:
         logger.warning(
-            "%s: hardly a neuron will be skipped: %s is never exactly 0, and there are no thresholds, which `deftcore "
+            "%s: few neurons may be skipped: %s is never exactly 0, and there are no thresholds, which `deftcore "
             "sparsify` chooses, or a run of the recipe deft-thresholds",
             output, ", ".join(smooth),
         )  # fmt: skip

@@ -1,12 +1,12 @@
 """What DEFT gives to recipes: the section `deft:`, a density loss beside any method; and `swap:`, ReLU."""
 
 import logging
-import os
 from typing import Annotated, Any
 
 from pydantic.dataclasses import dataclass
 from transformers import PreTrainedModel
 
+from deftcore._processes import is_first_process
 from deftcore.methods.deft.objective import DensityLoss
 from deftcore.methods.deft.swap import SwapLoss
 from deftcore.methods.deft.trained_thresholds import ThresholdLoss
@@ -122,7 +122,7 @@ def _make(model: Any, config: DeftConfig) -> DensityLoss | None:
 def _warn_of_smooth(model: Any) -> None:
     """Says where the density loss would make hardly any zeros."""
     smooth = smooth_activations(model)
-    if smooth and int(os.environ.get("RANK", "0")) == 0:
+    if smooth and is_first_process():
         logger.warning(
             "deft: %s is never exactly 0: density counts what is above tau = %.2g, and may hardly fall. Thresholds "
             "make zeros: deft.density, as in the recipe deft-thresholds, or of language models `deftcore sparsify` "

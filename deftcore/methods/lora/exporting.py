@@ -42,7 +42,7 @@ def export_lora(model: Any, folder: str | os.PathLike, *, adapter: str = "defaul
     """
     config, layers = model.peft_config.get(adapter), dict(paired_layers(model, adapter))
     if config is not None and config.peft_type == PeftType.LORA:
-        raise ValueError(f"adapter: {adapter!r} is plain LoRA already, which PEFT loads without deftcore")
+        raise ValueError(f"adapter: {adapter!r} is PEFT's own LoRA already, which loads without deftcore")
     if not layers:
         raise ValueError(f"adapter: the model has no KaSA or BA-LoRA adapter {adapter!r}")
     joined = {name: layer.original(adapter) for name, layer in layers.items()}
