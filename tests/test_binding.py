@@ -79,9 +79,7 @@ def test_unbuilt_sources_are_named(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=rf"{found} on its path .*: pip install -e"):
         kernels._import_native()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ImportError, match=rf"{found} in the current directory instead of the installed package\. Leave"
-    ):
+    with pytest.raises(ImportError, match=rf"{found} in the current directory instead of an installed package\. Leave"):
         kernels._import_native()
     (package / "_C.cpython-311.so").touch()
     with pytest.raises(ImportError, match="is missing or unusable"):
