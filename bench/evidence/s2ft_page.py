@@ -36,8 +36,8 @@ FOUND = """Beside what follows, of S2FT against LoRA at like numbers of trained 
 
 - A step of one example takes 0.64 of LoRA's time, 0.51 of full training's, 0.37 of DoRA's (PEFT's).
 - Two adapters on different channels become one model for both tasks at a rise of 0.02 to 0.05 (`gsm8k`) and 0.00 to
-  0.04 (`e2e_nlg`); the sum of two of LoRA's costs 0.10 to 0.12 on `gsm8k`, twice to six times as much, and 0.03 to 0.05
-  on `e2e_nlg`, in two seeds. That is as the paper says.
+  0.04 (`e2e_nlg`); the sum of two of LoRA's costs 0.10 to 0.15 on `gsm8k`, two to six times as much, and 0.03 to 0.05
+  on `e2e_nlg`. That is as the paper says.
 - In a mixed batch each row is as good as alone, to 0.004, with S2FT and with LoRA.
 - DoRA's quality, and how S2FT on the same channels fuses, stand in the tables where they were run; what is not there
   was not."""
