@@ -21,7 +21,7 @@ from rich.progress import track
 
 from bench import decode, light_peft, neighbours, quant4, s2ft, scans, spectral, ssm, train_step, tsvit
 from bench.harness import LIMIT, Rotating, alternate, console, keep_freed_memory, streaming_bandwidth
-from bench.machines import describe, headline, keep_origins, origin, result_file
+from bench.machines import describe, headline, keep_origins, put_down, result_file
 from deftcore import ops
 from deftcore._files import write_json
 from deftcore.cli.info import collect
@@ -314,7 +314,7 @@ def main():
         start = time.perf_counter()
         try:
             results[name] = families[name]()
-            results["measured"][name] = origin(results) | {"seconds": round(time.perf_counter() - start, 1)}
+            put_down(results, name, time.perf_counter() - start)
         except Exception:  # one family's failure must not cost the others' hour
             traceback.print_exc()
             failed.append(name)

@@ -68,6 +68,12 @@ def keep_origins(results):
             measured[name] = origin(results)
 
 
+def put_down(results, name, seconds):
+    """Writes down where a family was measured just now; what a note told was of an earlier run."""
+    results.get("notes", {}).pop(name, None)
+    results["measured"][name] = origin(results) | {"seconds": round(seconds, 1)}
+
+
 def origin(results):
     """What the head of a file says of a family in it."""
     return {key: results[key] for key in ("machine", "streaming_gb_per_s") if key in results}

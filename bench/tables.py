@@ -29,9 +29,9 @@ on tiny tensors".
 
 To measure another machine: `python -m bench` on a CPU (an hour; `--only FAMILY` one family, `--only spectral` those of
 Natural GaLore, KaSA and BA-LoRA), `bash bench/gpu_check.sh` on a GPU (nine minutes, tests included); then
-`python -m bench.tables`. `python -m bench --quick` runs every family in three minutes, with fewer points and repeats;
-its figures are not kept here. A CPU's kind is the best level that it has: one that `DEFTCORE_CPU_ISA` holds down to
-less measures neither, and is labelled so. llama.cpp comes with `pip install "deftcore[bench]"`, which compiles it.
+`python -m bench.tables`. `python -m bench --quick` runs every family in four to five minutes, with fewer points and
+repeats; its figures are not kept here. A CPU's kind is the best level that it has: one that `DEFTCORE_CPU_ISA` holds
+down to less measures neither, and is labelled so. llama.cpp comes with `pip install "deftcore[bench]"`, which compiles it.
 
 What density can buy is bounded: a gated block reads its gate matrix whole, so the ideal is 3 / (1 + 2 density), at most
 3x; a plain block at most 2x. Batches read the union of their tokens' active neurons. In a compute-bound prefill, or an
@@ -49,7 +49,7 @@ over dot products with a transposed copy of the weight, which the op is not give
 8.4 ms on one thread, with its backward 34 to 42 (medians of runs; MKL held to AVX2 too): 0.58 and 0.38 to 0.47 of what
 the multiply-adds of a matrix product allow, where 0.6 and 0.55 were wanted. On two threads, on cold inputs, they take
 5.8 and 16.8 ms: 0.44 and 0.50. One token of `sparse_down` 4096x11008 in float32 takes 0.8 ms at density 0.1, 3.4 at 0.5
-and 6.5 with all neurons (`bench_sparse_mlp`): 23 to 28 GB/s, as on AVX-512, of 30 that the machine streams. Between
+and 6.5 with all neurons (`bench_sparse_mlp`): 23 to 28 GB/s, as on AVX-512, of 30 that the machine can stream. Between
 dense products that read 180 MB the op adds 0.3 ms: 5.2, 1.55 and 0.82 times PyTorch; 8.5, 1.7 and 0.97 were wanted.
 `linear_4bit` 4096 to 11008 decodes 2.8 weights a cycle: one token is 2.3 times as fast as PyTorch's float32 product and
 1.9 times its bfloat16 one, where 4 was wanted of a machine that streams 21 GB/s.
@@ -353,8 +353,9 @@ def section(path):
     kind, results, where = machine(file)
     notes = results.get("notes", {})  # of a family that was measured under other conditions than the file says
     yield f"## {file.get('device') or KINDS[kind]}"
-    first = " on the first" if ";" in where.split("; Python")[0] else ""
-    yield f"""{where} Streaming read{first}: {results["streaming_gb_per_s"]:,.0f} GB/s. All figures:
+    measured = results.get("measured", {})  # each family by itself, where a file grew in several runs
+    read = "" if measured else f" Streaming read: {results['streaming_gb_per_s']:,.0f} GB/s."
+    yield f"""{where}{read} All figures:
 `bench/results/{path.name}`."""
     yield "### Targets"
     yield table(["", "asked", "measured, the worst first", ""], standing(results, kind))
@@ -363,8 +364,11 @@ def section(path):
         key = family.__name__
         if results.get(key):
             yield f"### {name}"
-            where = results.get("measured", {}).get(key, results)["machine"]
-            yield " ".join(filter(None, [f"`python -m bench {options} {key}` on {where}.", notes.get(key)]))
+            own = measured.get(key, results)
+            read = own.get("streaming_gb_per_s") if measured else None
+            at = f", which streamed {read:,.0f} GB/s" if read else ""
+            told = [f"`python -m bench {options} {key}` on {own['machine']}{at}.", notes.get(key)]
+            yield " ".join(filter(None, told))
             yield inspect.getdoc(family)
             yield from family(results, kind)
             if kind == CUDA and key in ON_A_GPU:

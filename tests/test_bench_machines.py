@@ -88,6 +88,15 @@ def test_a_run_keeps_where_other_families_were_measured():
     }  # fmt: skip
 
 
+def test_a_family_that_is_measured_again_loses_its_note():
+    from bench.machines import put_down
+
+    file = {"machine": "new", "streaming_gb_per_s": 30.0, "measured": {}, "notes": {"gated": "old", "tsvit": "old"}}
+    put_down(file, "gated", 1.23)
+    assert file["notes"] == {"tsvit": "old"}
+    assert file["measured"] == {"gated": {"machine": "new", "streaming_gb_per_s": 30.0, "seconds": 1.2}}
+
+
 @pytest.fixture
 def results(monkeypatch, tmp_path):
     from bench import tables
@@ -115,6 +124,10 @@ def test_the_page_has_a_section_per_kind_and_says_which_are_missing(results):
         assert ("Not measured yet" in measured) == (kind != "avx2")
     assert "`python -m bench --only overhead` on another processor." in page
     assert "a processor; another processor; Python 3" in page
+    assert "20 GB/s" not in page  # of the last family measured, whichever that was
+    own = {"overhead": {"machine": "another processor", "streaming_gb_per_s": 12.0}}
+    (results / "cpu-avx2.json").write_text(json.dumps(a_file() | {"measured": own}))
+    assert "on another processor, which streamed 12 GB/s." in tables.page()
 
 
 def test_the_page_takes_no_forced_figures(results):
