@@ -31,7 +31,8 @@ To measure another machine: `python -m bench` on a CPU (an hour; `--only FAMILY`
 Natural GaLore, KaSA and BA-LoRA), `bash bench/gpu_check.sh` on a GPU (nine minutes, tests included); then
 `python -m bench.tables`. `python -m bench --quick` runs every family in four to five minutes, with fewer points and
 repeats; its figures are not kept here. A CPU's kind is the best level that it has: one that `DEFTCORE_CPU_ISA` holds
-down to less measures neither, and is labelled so. llama.cpp comes with `pip install "deftcore[bench]"`, which compiles it.
+down to less measures neither, and is labelled so. llama.cpp comes with `pip install "deftcore[bench]"`, which compiles
+it.
 
 What density can buy is bounded: a gated block reads its gate matrix whole, so the ideal is 3 / (1 + 2 density), at most
 3x; a plain block at most 2x. Batches read the union of their tokens' active neurons. In a compute-bound prefill, or an
