@@ -172,7 +172,10 @@ def run_for_memory(device, method, width, layers, length, batch, dtype):
 def bench_gated_linear(device, quick):
     """A gated MLP's down projection with its activation inside, against PyTorch's three steps; the weight is frozen."""
     rows = []
-    cases = [(t, d) for t in ((512,) if quick else (128, 512, 2048)) for d in (torch.float32, torch.bfloat16)]
+    counts = (128, 512, 2048)
+    if quick:
+        counts = (512,) if device == "cuda" else (128,)
+    cases = [(t, d) for t in counts for d in (torch.float32, torch.bfloat16)]
     for tokens, dtype in track(cases, "gated_linear", console=console):
         gate, up = (torch.randn(tokens, mlp_width(2048)).to(device, dtype).requires_grad_() for _ in range(2))
         weight = (torch.randn(2048, mlp_width(2048)) / 50).to(device, dtype)

@@ -2,12 +2,14 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from deftcore.cli.quickstart.base_model import precision
 from deftcore.cli.quickstart.ngrams import NGrams
 from deftcore.cli.quickstart.start import induction_room, start_from_bigrams, start_induction, steps_within, widen
 
@@ -124,3 +126,16 @@ def test_n_grams_fit_their_codes():
     model = NGrams(tokens, 49_152)
     assert model.order == 3
     assert bool((model.nats(tokens) < 2).all())
+
+
+@pytest.mark.parametrize(
+    ("flags", "level", "wanted"),
+    [("avx512_bf16", "AVX512", "bf16"), ("amx_bf16", "AVX512", "bf16"), ("avx512_bf16", "AVX2", "no"),
+     ("avx512f", "AVX512", "no")],
+)  # fmt: skip
+def test_precision_is_what_is_in_use(monkeypatch, flags, level, wanted):
+    """A processor that PyTorch is told to use in part only has no fast 16-bit products."""
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    monkeypatch.setattr(Path, "read_text", lambda self: f"flags: fpu {flags}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
+    assert precision() == wanted
