@@ -311,9 +311,8 @@ def main():
             keep_freed_memory()
         start = time.perf_counter()
         try:
-            if rows := families[name]():  # without the peer there are none: what was measured with it stays
-                results[name] = rows
-                put_down(results, name, time.perf_counter() - start)
+            rows = families[name]()
+            put_down(results, name, rows, time.perf_counter() - start)
         except Exception:  # one family's failure must not cost the others' hour
             traceback.print_exc()
             failed.append(name)

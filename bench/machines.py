@@ -68,8 +68,14 @@ def keep_origins(results):
             measured[name] = origin(results)
 
 
-def put_down(results, name, seconds):
-    """Writes down where a family was measured just now; what a note told was of an earlier run."""
+def put_down(results, name, rows, seconds):
+    """Writes down a family that was measured just now, and where; what a note told was of an earlier run.
+
+    Where a peer is not installed there may be no rows: what was measured with it stays.
+    """
+    if not rows:
+        return
+    results[name] = rows
     results.get("notes", {}).pop(name, None)
     results["measured"][name] = origin(results) | {"seconds": round(seconds, 1)}
 

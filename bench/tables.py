@@ -92,10 +92,8 @@ def sparse_down(results, kind):
         yield f"Where `auto` is more than 3 % behind the best dense layout: {'; '.join(behind)}."
     if kind != CUDA:
         yield """One copy of the weights is kept, neuron-major; PyTorch's product on that layout is slower than on the
-other, so falling back to it gains nothing there. With AMX it took 29 to 40 ms (bfloat16, 64 tokens, 4096x11008) where
-the other layout took 11, in two runs, and 10 in a third process of the same day: `auto` takes the faster of the two
-paths that it has. The kernel alone (`bench_sparse_mlp`) is above the ideal; the call costs about 40 us warm and 0.1 to
-0.3 ms after a flush. On an AMD EPYC without AMX an earlier state met the share of 1 / density in 16 of 18 points."""
+other, so falling back to it gains nothing there. The kernel alone (`bench_sparse_mlp`) is above the ideal; the call
+costs about 40 us warm and 0.1 to 0.3 ms after a flush."""
 
 
 def gated(results, _):

@@ -92,9 +92,13 @@ def test_a_family_that_is_measured_again_loses_its_note():
     from bench.machines import put_down
 
     file = {"machine": "new", "streaming_gb_per_s": 30.0, "measured": {}, "notes": {"gated": "old", "tsvit": "old"}}
-    put_down(file, "gated", 1.23)
+    put_down(file, "gated", [{"ratio": 2.0}], 1.23)
+    assert file["gated"] == [{"ratio": 2.0}]
     assert file["notes"] == {"tsvit": "old"}
     assert file["measured"] == {"gated": {"machine": "new", "streaming_gb_per_s": 30.0, "seconds": 1.2}}
+    before = json.loads(json.dumps(file))
+    put_down(file, "gated", [], 0.1)  # its peer is not there: what was measured with it is not lost
+    assert file == before
 
 
 @pytest.fixture

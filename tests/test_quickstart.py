@@ -79,6 +79,15 @@ def test_steps_within_a_time():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_steps_within_a_time_count_the_rest_of_a_step(monkeypatch):
+    """Of timed steps of 2, 1 and 5 seconds the middle one, and a third on top."""
+    model, batch = llama(), {"input_ids": torch.ones(2, 4, dtype=torch.int64)}
+    batch["labels"] = batch["input_ids"]
+    clock = iter([0.0, 2.0, 2.0, 3.0, 3.0, 8.0])
+    monkeypatch.setattr("deftcore.cli.quickstart.start.time.perf_counter", lambda: next(clock))
+    assert steps_within(model, batch, 55.0, least=1, most=100, mixed_precision="no") == 20
+
+
 def kneser_ney(text, history, word, size, order):
     """Of one word, by its definition: interpolated, modified discounts, continuation counts below the highest order."""
     grams = [tuple(text[i : i + order]) for i in range(len(text) - order + 1)]
